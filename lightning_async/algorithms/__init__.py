@@ -1,0 +1,1 @@
+"""Mathematics: tensors and integers, one rank's view. No clock, thread, process or Lightning in here."""

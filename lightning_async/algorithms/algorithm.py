@@ -1,0 +1,51 @@
+"""An algorithm is mathematics on one rank's view: tensors and integers come in, corrections and messages go out.
+
+Knobs are in the constructor; all that belongs to a run comes in through `begin` and the hooks' arguments, so that an
+algorithm can be built, pickled and tested anywhere. It has no clock, thread, process or Lightning. Each hook is a
+generator: where it has to wait it yields the name of what is missing; asynchronous methods never yield between meetings.
+
+    begin -> ( [gradients] before_step -> optimizer -> after_step )* -> meet -> ...
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lightning_async.arrival import Arrival
+from lightning_async.replica import Replica
+from lightning_async.transport.mail import Mail, Wait
+from lightning_async.transport.rounds import Rounds
+
+Shrink = Callable[[Arrival, Tensor, Tensor | None], float]
+"""Asked before a fold, with the arrival, the correction and (where there is one) something fresh to compare it with;
+answers a factor in (0, 1]."""
+
+
+def no_shrink(arrival: Arrival, correction: Tensor, fresh: Tensor | None) -> float:
+    """Every correction counts in full."""
+    return 1.0
+
+
+class Algorithm(ABC):
+    """What every method is: four hooks around a rank's steps."""
+
+    shrink: Shrink = staticmethod(no_shrink)
+
+    def begin(self, replica: Replica, mail: Mail, mass: int) -> None:
+        """A run starts: all replicas are equal, nothing is in flight. `mass`: what one sample of this rank weighs."""
+
+    def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        """Gradients are there, the optimizer has not run: may change gradients."""
+        return []
+        yield ""
+
+    @abstractmethod
+    def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        """The optimizer has run `step` times on this rank: fold what came, send what is due. May shift weights."""
+
+    @abstractmethod
+    def meet(self, replica: Replica, mail: Mail, rounds: Rounds) -> Wait[Tensor]:
+        """All members have stopped stepping: drain the mail, settle accounts, return the consensus (equal everywhere)."""

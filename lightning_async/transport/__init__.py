@@ -1,0 +1,1 @@
+"""Messages: the contract (`mail`), agreement (`rounds`), a virtual cluster (`virtual`) and torch.distributed (`cluster`)."""

@@ -1,0 +1,169 @@
+"""The contract of every carrier: one-sided mail that never blocks, and a board on which the first value written wins.
+
+    post -----> [ slot ] ~~~~ wire ~~~~> [ inbox ] -----> take ... folded
+      ^                                                               |
+      +----------------------- the slot is free again <---------------+
+
+A link (one ordered pair of ranks) is lossless and in order. It has one slot for each kind of message, and the slot is
+free again when the receiver has FOLDED the message, not when its bytes arrived: so a slow receiver costs its peers
+skipped messages, never time, and never more than one unfolded message of each kind.
+
+Nothing here waits. Code that must wait is a generator that yields the name of what it waits for (`Wait`); whoever
+drives it (a training thread, a virtual clock) decides how to pass the time and when to give up, and can say what was
+missing. Code that never yields never waits: that is how "nobody waits" is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+Wait = Generator[str, None, T]
+"""A computation that may have to wait: it yields a few words naming what is missing, and is resumed when something changed."""
+
+MARKER = 1
+"""Reserved kind: no body; tells the receiver that all that was posted before it on this link has been delivered."""
+CONTRIBUTION = 2
+"""Reserved kind: a member's slice on its way to the slice's owner (rounds)."""
+RESULT = 3
+"""Reserved kind: an owner's finished slice on its way to everybody (rounds)."""
+FIRST_FREE_KIND = 16
+"""Algorithms number their own kinds from here; a kind is below 64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What is posted: a fixed header of integers and at most one flat tensor.
+
+    Attributes:
+        kind: What it is; each kind has a slot of its own on every link.
+        body: One flat, contiguous tensor, or None. The carrier copies it before `post` returns.
+        step: The sender's own step at the launch.
+        version: A version, an attempt, or whatever number the algorithm wants to travel.
+        echo: The receiver's step this message refers to; -1 lets the carrier fill in the newest it has heard.
+        samples: Samples the body stands for.
+        weight: An integer mass.
+        reference: The number of the message this one answers, a round's number, ...
+    """
+
+    kind: int
+    body: Tensor | None = None
+    step: int = 0
+    version: int = 0
+    echo: int = -1
+    samples: int = 0
+    weight: int = 0
+    reference: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A message as the receiver gets it.
+
+    Attributes:
+        peer: Who sent it.
+        number: Its number on this link (1, 2, 3, ... over all kinds).
+        message: The message, with `echo` filled in. The body is lent: it is valid until `folded` is called.
+        seconds: An upper bound on its age, by the receiver's clock.
+    """
+
+    peer: int
+    number: int
+    message: Message
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A message that was posted and is now known never to be folded: its peer was declared dead.
+
+    The body is the sender's own copy, so that what was lost can be entered in a ledger.
+    """
+
+    peer: int
+    number: int
+    message: Message
+
+
+class Mail(Protocol):
+    """One member's end of all its links. All calls come from one thread and none of them blocks, except `wait`."""
+
+    @property
+    def me(self) -> int:
+        """This member's rank."""
+
+    @property
+    def world(self) -> int:
+        """How many members the run began with."""
+
+    def post(self, peer: int, message: Message) -> bool:
+        """Send `message` to `peer` if the slot is free.
+
+        True: it will be delivered to exactly one `take` of the peer, or reported once by `lost`; the sender never
+        takes it back. False: nothing was sent (slot taken, peer not live, or the link is not up yet); what the message
+        would have carried stays at home.
+        """
+
+    def free(self, peer: int, kind: int) -> bool:
+        """Whether `post` would accept a message now; lets the caller save the work of making one."""
+
+    def take(self, kind: int) -> list[Letter]:
+        """All letters of this kind that arrived and were not taken yet, in the order of their arrival."""
+
+    def folded(self, letter: Letter) -> None:
+        """Say that a taken letter has been used: its body goes back to the carrier and the sender's slot is freed.
+
+        Every taken letter must be given back exactly once, also a refused one.
+        """
+
+    def lost(self) -> list[Loss]:
+        """The losses that became known since the last call."""
+
+    def at(self, step: int) -> None:
+        """Tell the carrier this member's own step; acknowledgements echo it to the peers, who date their mail by it."""
+
+    def members(self) -> tuple[int, ...]:
+        """The ranks not declared dead, in order, this one included. A rank never comes back into it."""
+
+    def live(self) -> tuple[int, ...]:
+        """The members heard of lately, in order, this one included; a frozen or cut off member is missing from it."""
+
+    def now(self) -> float:
+        """Seconds on this member's clock."""
+
+    def wait(self, timeout: float) -> None:
+        """Return when something new may be there, or after `timeout` seconds. For those who drive a `Wait` only."""
+
+
+class Board(Protocol):
+    """A few small values that all members agree on: decisions, counters and notes. Nothing here blocks.
+
+    The first value written to a key stays. A counter's tickets go to exactly one member each. A note is the newest word
+    of its member, and outlives it.
+    """
+
+    def propose(self, key: str, value: bytes) -> None:
+        """Write `value` unless the key has one already."""
+
+    def decided(self, key: str) -> bytes | None:
+        """The value of `key`, the same for everybody for ever; None while there is none or it is not known here yet."""
+
+    def draw(self, counter: str, amount: int) -> None:
+        """Ask for the next `amount` tickets of a counter that begins at 0."""
+
+    def drawn(self, counter: str) -> list[tuple[int, int]]:
+        """The (first ticket, amount) of each of this member's draws that was answered since the last call, in order."""
+
+    def publish(self, note: bytes) -> None:
+        """Replace this member's note (at most 1 kB); it travels with the next heartbeat."""
+
+    def notes(self) -> dict[int, bytes]:
+        """The newest known note of every member that ever published one, also of the dead."""
+
+
+class Carrier(Mail, Board, Protocol):
+    """What a transport gives each member: mail and board."""
