@@ -54,14 +54,14 @@ class Replica:
         self.flat.add_(correction, alpha=factor)
 
     def check(self) -> None:
-        """Make the parameters views of the flat vector again if something (`load_state_dict(assign=True)`) broke that."""
+        """Make the parameters views of the flat vector again if something (`load_state_dict(assign=True)`) broke it."""
         size, base = self._flat.element_size(), self._flat.data_ptr()
         pairs = zip(self._parameters, self._offsets, strict=True)
         if any(p.data_ptr() != base + offset * size for p, offset in pairs):
             _check(self._parameters, like=self._flat)
             self._adopt_views()
 
-    # -- for evaluation: other weights stand in for a while, then the own ones come back to the bit ---------------------
+    # -- for evaluation: other weights stand in for a while, then the own ones come back to the bit --------------------
 
     @property
     def away(self) -> bool:
@@ -96,7 +96,9 @@ class Replica:
 
 def _check(parameters: list[nn.Parameter], like: Tensor | None = None) -> None:
     if not parameters:
-        raise ValueError("the module has no trainable parameters: there is nothing to exchange, train it without a strategy")
+        raise ValueError(
+            "the module has no trainable parameters: there is nothing to exchange, train it with strategy='auto'"
+        )
     like = parameters[0] if like is None else like
     for p in parameters:
         if p.device != like.device:

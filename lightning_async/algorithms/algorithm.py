@@ -2,7 +2,7 @@
 
 Knobs are in the constructor; all that belongs to a run comes in through `begin` and the hooks' arguments, so that an
 algorithm can be built, pickled and tested anywhere. It has no clock, thread, process or Lightning. Each hook is a
-generator: where it has to wait it yields the name of what is missing; asynchronous methods never yield between meetings.
+generator: where it has to wait it yields the name of what is missing; asynchronous methods never do between meetings.
 
     begin -> ( [gradients] before_step -> optimizer -> after_step )* -> meet -> ...
 """
@@ -34,18 +34,27 @@ class Algorithm(ABC):
 
     shrink: Shrink = staticmethod(no_shrink)
 
+    @abstractmethod
     def begin(self, replica: Replica, mail: Mail, mass: int) -> None:
         """A run starts: all replicas are equal, nothing is in flight. `mass`: what one sample of this rank weighs."""
 
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Gradients are there, the optimizer has not run: may change gradients."""
+        yield from ()  # never waits
         return []
-        yield ""
 
     @abstractmethod
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """The optimizer has run `step` times on this rank: fold what came, send what is due. May shift weights."""
 
+    def arrived(self) -> list[Arrival]:
+        """What was folded or refused outside of `after_step` (while settling a meeting) since the last call."""
+        return []
+
     @abstractmethod
     def meet(self, replica: Replica, mail: Mail, rounds: Rounds) -> Wait[Tensor]:
-        """All members have stopped stepping: drain the mail, settle accounts, return the consensus (equal everywhere)."""
+        """All members have stopped stepping: drain the mail, settle accounts, return the consensus."""
+
+    @abstractmethod
+    def resume(self, replica: Replica, *, adopted: bool) -> None:
+        """Training goes on after a meeting; `adopted`: every replica is the consensus now, else it kept its own."""

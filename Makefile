@@ -1,0 +1,49 @@
+# make demo    the same small task with and without asynchrony, one of four local processes slowed 4x
+# make test    the whole test suite
+# make check   format, lint, types, layers
+# make bench   one benchmark:  make bench NAME=straggler      (make bench alone lists them)
+# make clean   remove what was built, the virtual environment included
+#
+# The first call creates .venv and installs into it; later ones are fast. Another torch, or another build of it:
+#     make test TORCH="torch==2.11.0"            make test TORCH="torch==2.13.0 --index-url <where your build lives>"
+
+PYTHON ?= python3
+TORCH  ?= $(shell grep '^torch==' constraints.txt)
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+DEMO   := examples/demo.py
+NAME   ?=
+ARGS   ?=
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)
+	$(BIN)/python $(DEMO) $(ARGS)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_layers.py
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks $(if $(NAME),$(NAME),--list) $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and is then held: otherwise a dependency could bring another build of it, several gigabytes large.
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || { echo "== creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== installing $(TORCH)"
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
+	@{ grep -v '^torch==' constraints.txt; $(BIN)/python -m pip freeze --disable-pip-version-check | grep '^torch=='; } > $(VENV)/held.txt
+	@echo "== installing lightning_async and what its tests need"
+	$(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/held.txt -e '.[dev]'
+	@touch $@

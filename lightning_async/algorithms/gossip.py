@@ -1,0 +1,144 @@
+"""Gossip: every member trains on its own and averages with neighbours; no server, and between meetings nobody waits.
+
+    mode        what travels                      who moves                              keeps
+    pairwise    weights out, difference back      both ends, by opposite corrections     the mean, for any speeds
+    push_sum    half of (weights, mass)           the receiver                           the mass-weighted mean
+    sync        weights, both ways, every step    everybody, in lock-step (D-PSGD)       the mean
+    none        nothing                           nobody: the control                    the mean
+
+This file holds what the modes share: checked knobs, the wire's precision, the ledger, what a late message is.
+Sources: GR-SGD (Zhou, Tu, Ren 2022), AD-PSGD (Lian et al. 2018), GoSGD (Blot et al. 2016), D-PSGD (Lian et al. 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_async.algorithms.algorithm import Algorithm
+from lightning_async.algorithms.ledger import Ledger
+from lightning_async.algorithms.settle import settle
+from lightning_async.algorithms.topology import TOPOLOGIES, Topology
+from lightning_async.arrival import Arrival, Fate
+from lightning_async.replica import Replica
+from lightning_async.transport.mail import Letter, Mail, Wait
+from lightning_async.transport.rounds import Rounds
+
+Mode = Literal["pairwise", "push_sum", "sync", "none"]
+Wire = Literal["fp32", "bf16"]
+UNIT = 2**32  # mass of one sample; masses are integers, so that their sum can be checked exactly
+
+
+class Gossip(Algorithm):
+    """Knobs, ledger and drain, the same for every mode."""
+
+    def __init__(
+        self,
+        *,
+        period: int = 1,
+        max_delay: int | None = 1000,
+        wire: Wire = "fp32",
+        topology: Topology = "ring",
+        mixing: float | None = None,
+    ) -> None:
+        _check(period, max_delay, wire, topology, mixing)
+        self.period, self.max_delay, self.wire, self.topology, self.mixing = period, max_delay, wire, topology, mixing
+        self.ledger = Ledger()
+        self.mass = UNIT
+        self.wrote_to: set[int] = set()
+        self.settling = False
+        self._arrivals: list[Arrival] = []
+
+    def begin(self, replica: Replica, mail: Mail, mass: int = UNIT) -> None:
+        """Start with `mass` (UNIT for each sample of a step), nothing in flight, an empty ledger."""
+        self.ledger, self.mass, self._born_with, self.wrote_to = Ledger(), mass, mass, set()
+        self._scratch = torch.empty_like(replica.flat)
+
+    def resume(self, replica: Replica, *, adopted: bool) -> None:
+        """Training goes on after a meeting; if the replicas adopted the consensus, masses begin anew."""
+        if adopted:
+            self.mass = self._born_with
+
+    def meet(self, replica: Replica, mail: Mail, rounds: Rounds) -> Wait[Tensor]:
+        """Drain all links, then take the mass-weighted mean of all replicas."""
+        self.settling = True
+        yield from settle(mail, rounds, self.wrote_to, lambda: self.pump(replica, mail), self.pending)
+        self.settling = False
+        result, _ = yield from rounds.exchange(replica.flat, "mean", weight=self.mass)
+        return result[0]
+
+    def pump(self, replica: Replica, mail: Mail) -> None:
+        """While the mail is drained: fold and serve whatever is there, send nothing new."""
+
+    def pending(self) -> Iterable[int]:
+        """The peers that still owe this member an answer."""
+        return ()
+
+    # -- for the modes ------------------------------------------------------------------------------------------------
+
+    def rate(self, n: int) -> float:
+        """How far a pair moves towards its average: 1 is all the way.
+
+        A member with two edges in use at once must not answer both in full: two whole averages from one snapshot
+        overshoot. 2/3 is D-PSGD's weight 1/3 an edge; a single pair goes all the way.
+        """
+        return 2 * (self.mixing if self.mixing is not None else (1 / 2 if n == 2 else 1 / 3))
+
+    def on_wire(self, weights: Tensor) -> Tensor:
+        """What of `weights` travels."""
+        return weights.to(torch.bfloat16) if self.wire == "bf16" else weights
+
+    def arrival(self, letter: Letter, step: int, fate: Fate = Fate.FOLDED) -> Arrival:
+        """The record of a letter that this member handles at its own `step`."""
+        m = letter.message
+        return Arrival(letter.peer, m.step, m.echo, step, letter.seconds, samples=m.samples, fate=fate)
+
+    def late(self, arrival: Arrival) -> bool:
+        """Whether an arrival is over the bound on delays."""
+        return self.max_delay is not None and arrival.delay > self.max_delay
+
+    def record(self, arrival: Arrival) -> None:
+        """Keep an arrival until the end of this step."""
+        self._arrivals.append(arrival)
+
+    def arrived(self) -> list[Arrival]:
+        """The arrivals since the last call."""
+        arrivals, self._arrivals = self._arrivals, []
+        return arrivals
+
+
+class Alone(Gossip):
+    """The control: members train alone and are averaged at meetings only."""
+
+    def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        """Nothing to do."""
+        yield from ()  # never waits
+        return []
+
+
+def gossip(mode: Mode = "pairwise", **knobs: object) -> Gossip:
+    """The gossip algorithm of this mode."""
+    from lightning_async.algorithms.pairwise import Pairwise
+    from lightning_async.algorithms.push_sum import PushSum
+    from lightning_async.algorithms.sync_ring import SyncRing
+
+    modes: dict[str, type[Gossip]] = {"pairwise": Pairwise, "push_sum": PushSum, "sync": SyncRing, "none": Alone}
+    if mode not in modes:
+        raise ValueError(f"`mode` must be one of {', '.join(map(repr, modes))}, got {mode!r}")
+    return modes[mode](**knobs)  # type: ignore[arg-type]  # the constructors check each knob's value and type
+
+
+def _check(period: object, max_delay: object, wire: object, topology: object, mixing: object) -> None:
+    if not isinstance(period, int) or isinstance(period, bool) or period < 1:
+        raise ValueError(f"`period` must be an integer of at least 1, got {period!r}")
+    if max_delay is not None and (not isinstance(max_delay, int) or isinstance(max_delay, bool) or max_delay < 1):
+        raise ValueError(f"`max_delay` must be an integer of at least 1, or None for no bound, got {max_delay!r}")
+    if wire not in get_args(Wire):
+        raise ValueError(f"`wire` must be 'fp32' or 'bf16', got {wire!r}")
+    if topology not in TOPOLOGIES:
+        raise ValueError(f"`topology` must be 'ring' or 'exponential', got {topology!r}")
+    if mixing is not None and (not isinstance(mixing, (int, float)) or not 0 < mixing <= 0.5):
+        raise ValueError(f"`mixing` must be above 0 and at most 0.5 (0.5: a pair meets in the middle), got {mixing!r}")

@@ -1,0 +1,156 @@
+"""Pairwise: the two ends of an edge move by opposite corrections, so the mean of all replicas never changes.
+
+    rank i (asks)                                        rank j (answers between two of its own steps)
+      x_i  ---------------- ASK: x_i as it was --------->  d = rate * (x_i - x_j)
+      goes on training                                     x_j += m_i / (m_i + m_j) * d
+      x_i -= m_j / (m_i + m_j) * d  <------ ANSWER: d ---  (to the bit the d it applied itself)
+
+Whatever steps i takes while the answer travels stay: the answer is added. A fast member meets a slow one as often as
+the slow one steps, and one sample moves the mean equally whoever saw it. Each edge has one initiator and one question
+open at a time; a question is one kind of message and an answer another, so no circle of members can block, odd or even.
+A question over the bound is declined (nobody moves); a late answer is bounced, and the answerer moves back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor
+
+from lightning_async.algorithms.gossip import UNIT, Gossip
+from lightning_async.algorithms.topology import onward
+from lightning_async.arrival import Arrival, Fate
+from lightning_async.replica import Replica
+from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Mail, Message, Wait
+
+ASK, ANSWER, BOUNCE = FIRST_FREE_KIND, FIRST_FREE_KIND + 1, FIRST_FREE_KIND + 2
+
+
+class Pairwise(Gossip):
+    """Symmetric averages on the edges of the topology, without waiting."""
+
+    def begin(self, replica: Replica, mail: Mail, mass: int = UNIT) -> None:
+        """Nothing is asked, nothing is held."""
+        super().begin(replica, mail, mass)
+        self._asked: dict[int, int] = {}  # peer -> my step when I asked
+        self._held: list[Letter] = []  # questions whose answer could not be posted yet
+        self._turn = 0
+        self._step = 0
+
+    def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        """Fold the answers, answer the questions, ask the next neighbour if it is time."""
+        self._step = step
+        self.pump(replica, mail)
+        if step % self.period == 0:
+            self._ask(replica, mail)
+        yield from ()  # never waits
+        return self.arrived()
+
+    def pump(self, replica: Replica, mail: Mail) -> None:
+        """Everything but asking."""
+        for loss in mail.lost():
+            self._lose(loss.peer, loss.message)
+        for letter in mail.take(ANSWER):
+            self._fold(replica, mail, letter)
+        questions, self._held = self._held + mail.take(ASK), []
+        for letter in questions:
+            self._answer(replica, mail, letter)
+        for letter in mail.take(BOUNCE):
+            self._take_back(replica, mail, letter)
+
+    def pending(self) -> Iterable[int]:
+        """Those whom this member has asked."""
+        return self._asked
+
+    def _ask(self, replica: Replica, mail: Mail) -> None:
+        edges = onward(self.topology, mail.members(), mail.me)
+        if not edges:
+            return
+        peer = edges[self._turn % len(edges)]
+        self._turn += 1
+        if self._waits_for(peer) or not mail.free(peer, ASK):
+            return
+        question = Message(ASK, self.on_wire(replica.flat), step=self._step, weight=self.mass)
+        if mail.post(peer, question):
+            self._asked[peer] = self._step
+            self.wrote_to.add(peer)
+
+    def _waits_for(self, peer: int) -> bool:
+        """An answer that is overdue is not waited for: should it come, it is bounced."""
+        asked = self._asked.get(peer)
+        return asked is not None and (self.max_delay is None or self._step - asked <= self.max_delay)
+
+    def _answer(self, replica: Replica, mail: Mail, letter: Letter) -> None:
+        """Move towards the asker and send back what it must move; if that cannot be sent, keep the question for later."""
+        asked, arrival = letter.message, self.arrival(letter, self._step)
+        if letter.peer not in mail.members():
+            mail.folded(letter)
+            return
+        if not mail.free(letter.peer, ANSWER):
+            self._held.append(letter)
+            return
+        difference, factor = None, 1.0
+        if not self.late(arrival):
+            difference = self._difference(replica, letter, len(mail.members()))
+            factor = self.shrink(arrival, difference, None)
+            difference.mul_(factor)
+        answer = Message(ANSWER, difference, self._step, asked.weight, asked.step, weight=self.mass)
+        if not mail.post(letter.peer, answer):
+            self._held.append(letter)
+            return
+        if difference is None:
+            self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
+        else:
+            replica.shift(difference, asked.weight / (asked.weight + self.mass))
+            self.record(replace(arrival, fate=Fate.SHRUNK if factor < 1 else Fate.FOLDED, factor=factor))
+            self.wrote_to.add(letter.peer)
+        mail.folded(letter)
+
+    def _difference(self, replica: Replica, letter: Letter, n: int) -> Tensor:
+        """What the two replicas are apart, times the rate, as precisely as it can travel: both ends apply this."""
+        theirs = letter.message.body
+        assert theirs is not None  # a question always has a body
+        difference = self._scratch.copy_(theirs).sub_(replica.flat).mul_(self.rate(n))
+        return self.on_wire(difference)
+
+    def _fold(self, replica: Replica, mail: Mail, letter: Letter) -> None:
+        """The answer to my question: move by the opposite of what the answerer moved by."""
+        difference, theirs = letter.message.body, letter.message.weight
+        self._asked.pop(letter.peer, None)
+        if difference is not None:
+            arrival = self.arrival(letter, self._step)
+            if self.late(arrival):
+                self._send_back(mail, letter)
+                self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
+            else:
+                factor = self.shrink(arrival, difference, None)
+                share = theirs / (theirs + self.mass)
+                replica.shift(difference.to(replica.flat.device), -factor * share)
+                if factor < 1:
+                    self.ledger.enter(Fate.SHRUNK, difference, (factor - 1) * share * self.mass / UNIT)
+                self.record(replace(arrival, fate=Fate.SHRUNK if factor < 1 else Fate.FOLDED, factor=factor))
+        mail.folded(letter)
+
+    def _send_back(self, mail: Mail, letter: Letter) -> None:
+        """Have the answerer undo its move. Behind a marker nothing may be posted: then the ledger takes it."""
+        difference, theirs = letter.message.body, letter.message.weight
+        assert difference is not None  # only answers that moved somebody are sent back
+        back = Message(BOUNCE, difference, self._step, echo=letter.message.step, weight=self.mass)
+        if self.settling or not mail.post(letter.peer, back):
+            self.ledger.enter(Fate.REFUSED, difference, -self.mass * theirs / (self.mass + theirs) / UNIT)
+
+    def _take_back(self, replica: Replica, mail: Mail, letter: Letter) -> None:
+        """My answer came too late: undo my side of it, however late that is."""
+        difference, theirs = letter.message.body, letter.message.weight
+        assert difference is not None  # a bounce returns the body of an answer
+        replica.shift(difference.to(replica.flat.device), -theirs / (theirs + self.mass))
+        mail.folded(letter)
+
+    def _lose(self, peer: int, message: Message) -> None:
+        """A peer died with my mail unfolded. Of an answer, only my own side was applied."""
+        if message.kind == ASK:
+            self._asked.pop(peer, None)
+        if message.kind == ANSWER and message.body is not None:
+            share = message.weight / (message.weight + message.version)
+            self.ledger.enter(Fate.LOST, message.body, -share * message.version / UNIT)

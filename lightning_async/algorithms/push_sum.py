@@ -1,0 +1,116 @@
+"""Push-sum: half of (weights, mass) goes to a neighbour; the receiver merges by mass (GoSGD on the ring).
+
+    sender:    a -> a/2 stays, (x, a/2) leaves              mass is an integer: held + in flight + ledger never changes
+    receiver:  x += a_s / (a + a_s) * (x_s - x),  a += a_s
+
+Plain push-sum is unfair: while half of its mass travels a member's step counts half, and a slow member hoards the mass
+of its fast neighbours, whose steps then count little. So each step is stretched by (mass born with) / (mass held): one
+sample moves the mass-weighted mean equally, whoever saw it and whatever it held. For the same reason a link carries one
+unfolded share, the neighbours take turns, and nobody gives away the last eighth. A share that is too late is bounced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_async.algorithms.gossip import UNIT, Gossip
+from lightning_async.algorithms.topology import partner
+from lightning_async.arrival import Arrival, Fate
+from lightning_async.replica import Replica
+from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Mail, Message, Wait
+
+SHARE, RETURN = FIRST_FREE_KIND, FIRST_FREE_KIND + 1
+LEAST = 8  # nobody keeps less than this part of the mass it was born with: steps are stretched 8 times at most
+
+
+class PushSum(Gossip):
+    """One-sided gossip that keeps the mass-weighted mean."""
+
+    def begin(self, replica: Replica, mail: Mail, mass: int = UNIT) -> None:
+        """The first turn goes to the next member."""
+        super().begin(replica, mail, mass)
+        self._turn = 0
+        self._step = 0
+        self._before = torch.empty_like(replica.flat)
+        self._seen = 0
+
+    def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        """Remember the weights, to see how far the optimizer moves them."""
+        yield from ()  # never waits
+        if self._seen != step:  # several optimizers may step in one batch
+            self._seen = step
+            self._before.copy_(replica.flat)
+        return []
+
+    def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        """Merge what came, then push half to the neighbour whose turn it is."""
+        self._step = step
+        if self._seen == step and self.mass != self._born_with:
+            moved = self._scratch.copy_(replica.flat).sub_(self._before)
+            replica.shift(moved, self._born_with / self.mass - 1)
+        self.pump(replica, mail)
+        if step % self.period == 0:
+            self._push(replica, mail)
+        yield from ()  # never waits
+        return self.arrived()
+
+    def pump(self, replica: Replica, mail: Mail) -> None:
+        """Everything but pushing."""
+        for loss in mail.lost():
+            m = loss.message
+            if m.body is not None:
+                self.ledger.enter(Fate.LOST, m.body.to(replica.flat.dtype), m.weight / UNIT, m.weight)
+        for letter in mail.take(SHARE):
+            arrival = self.arrival(letter, self._step)
+            if self.late(arrival):
+                self._refuse(mail, letter)
+                self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
+            else:
+                self._merge(replica, letter, arrival)
+            mail.folded(letter)
+        for letter in mail.take(RETURN):
+            self._merge(replica, letter, None)
+            mail.folded(letter)
+
+    def _push(self, replica: Replica, mail: Mail) -> None:
+        peer = partner(self.topology, mail.members(), mail.me, self._turn)
+        self._turn += 1
+        half = self.mass // 2
+        if peer is None or LEAST * half < self._born_with or not mail.free(peer, SHARE):
+            return
+        sent = self.on_wire(replica.flat)
+        if mail.post(peer, Message(SHARE, sent, step=self._step, weight=half)):
+            self.mass -= half
+            self.wrote_to.add(peer)
+            if sent is not replica.flat:  # what rounding cut off stays here
+                error = self._scratch.copy_(replica.flat).sub_(sent)
+                replica.shift(error, half / self.mass)
+
+    def _merge(self, replica: Replica, letter: Letter, arrival: Arrival | None) -> None:
+        """Fold a share by mass; what a shrink withholds goes into the ledger, its mass does not."""
+        theirs, weights = letter.message.weight, letter.message.body
+        assert weights is not None  # a share always has a body
+        pull = self._pull(replica, weights)
+        factor = 1.0 if arrival is None else self.shrink(arrival, pull, None)
+        self.mass += theirs
+        replica.shift(pull, factor * theirs / self.mass)
+        if factor < 1:
+            self.ledger.enter(Fate.SHRUNK, pull, (1 - factor) * theirs / UNIT)
+        if arrival is not None:
+            self.record(replace(arrival, fate=Fate.SHRUNK if factor < 1 else Fate.FOLDED, factor=factor))
+
+    def _pull(self, replica: Replica, weights: Tensor) -> Tensor:
+        return self._scratch.copy_(weights).sub_(replica.flat)
+
+    def _refuse(self, mail: Mail, letter: Letter) -> None:
+        """Bounce the whole share. Behind a marker nothing may be posted: then the ledger takes it."""
+        m = letter.message
+        back = Message(RETURN, m.body, self._step, echo=m.step, weight=m.weight)
+        if self.settling or not mail.post(letter.peer, back):
+            assert m.body is not None  # a share always has a body
+            self.ledger.enter(Fate.REFUSED, m.body.to(self._scratch.dtype), m.weight / UNIT, m.weight)
+        else:
+            self.wrote_to.add(letter.peer)

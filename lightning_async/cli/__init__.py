@@ -1,0 +1,50 @@
+"""The `lightning-async` command: it prints the configs that LightningCLI reads, and the version."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lightning_async.cli.configs import names, read, summary
+from lightning_async.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the answer is the exit status."""
+    arguments = _parser().parse_args(argv)
+    if arguments.name is None:
+        _list()
+        return 0
+    try:
+        text = read(arguments.name)
+    except KeyError as unknown:
+        print(f"lightning-async: {unknown.args[0]}", file=sys.stderr)
+        return 2
+    print(text, end="")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Asynchronous training strategies for PyTorch Lightning."
+    parser = argparse.ArgumentParser(prog="lightning-async", description=about)
+    parser.add_argument("--version", action="version", version=f"lightning-async {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    config = commands.add_parser(
+        "config",
+        help="list the ready configs, or print one",
+        description="Without a name: list the ready LightningCLI configs. With one: print it, to be saved and edited.",
+        epilog="lightning-async config strategies/gossip_ring > gossip.yaml; python train.py fit --config gossip.yaml",
+    )
+    config.add_argument("name", nargs="?", help="for example strategies/gossip_ring")
+    return parser
+
+
+def _list() -> None:
+    found = names()
+    width = max(map(len, found), default=0)
+    for name in found:
+        print(f"{name:<{width}}  {summary(name)}")
+
+
+__all__ = ["main"]

@@ -1,0 +1,103 @@
+"""The order of an epoch: position -> what the data set is asked for; the same on every rank, and checked to be.
+
+    shuffle=True    a permutation from (seed, epoch), as DistributedSampler makes it
+    no shuffle      0, 1, 2, ...
+    own sampler     its list, made once an epoch on every rank; what it takes from torch's global random state is seeded
+                    from (seed, epoch) first, so that it is equal everywhere without the user's doing
+    DistributedSampler (the user's, or injected by Lightning): the whole of what it would have split
+
+The `digest` is compared between the members when an epoch opens.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
+
+
+class Order:
+    """The order of one epoch at a time. Lightning calls `set_epoch` on it, as on any sampler.
+
+    Args:
+        source: The user's sampler, or batch sampler; its items are what the positions stand for.
+        seed: The seed of the shuffling, the same on every rank.
+        epoch: The first epoch.
+    """
+
+    def __init__(self, source: Iterable[Any], *, seed: int = 0, epoch: int = 0) -> None:
+        self._source = source
+        self._seed = seed
+        self._items: Sequence[Any] | None = None
+        self._digest = 0
+        self.epoch = epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Turn to `epoch`; its list is made when it is first asked for."""
+        if epoch != self.epoch:
+            self.epoch, self._items = epoch, None
+
+    def __len__(self) -> int:
+        return len(self._made())
+
+    def __getitem__(self, position: int) -> Any:
+        return self._made()[position]
+
+    @property
+    def digest(self) -> int:
+        """A fingerprint of the order."""
+        self._made()
+        return self._digest
+
+    def _made(self) -> Sequence[Any]:
+        if self._items is None:
+            self._items = self._listed()
+            self._digest = fingerprint(self._items)
+        return self._items
+
+    def _listed(self) -> Sequence[Any]:
+        source, seed = self._source, self._seed + self.epoch
+        if type(source) is SequentialSampler:
+            return range(len(source))
+        if type(source) is RandomSampler and not source.replacement and source.num_samples == len(source.data_source):
+            generator = torch.Generator().manual_seed(seed)
+            return torch.randperm(len(source), generator=generator).tolist()
+        if isinstance(source, DistributedSampler):
+            source = unsplit(source)
+        if callable(set_epoch := getattr(source, "set_epoch", None)):
+            set_epoch(self.epoch)
+        with seeded(seed):
+            return list(source)
+
+
+def unsplit(sampler: DistributedSampler[Any]) -> DistributedSampler[Any]:
+    """The sampler as it would be with one replica."""
+    if not isinstance(sampler.dataset, Sized):
+        raise ValueError("The data set of the DistributedSampler has no length; give the loader a sampler of its own")
+    whole = copy.copy(sampler)
+    whole.num_replicas, whole.rank = 1, 0
+    whole.num_samples = whole.total_size = len(sampler.dataset)
+    return whole
+
+
+def fingerprint(items: Sequence[Any]) -> int:
+    """A number that differs, almost surely, between two orders."""
+    if all(isinstance(item, int) for item in items):
+        return zlib.crc32(torch.tensor(items, dtype=torch.int64).numpy().tobytes())
+    return zlib.crc32(repr(list(items)).encode())
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global CPU random state is seeded inside, and as before outside. (`manual_seed` would seed GPUs too.)"""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)

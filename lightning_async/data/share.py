@@ -1,0 +1,87 @@
+r"""A share says which positions of the epoch's order this member trains on next, until there is nothing for it.
+
+    begin_epoch -> next_batch, next_batch, ... -> None
+                       \ completed, completed, ...         told by the strategy after each training batch
+
+Positions that were handed out and not completed are handed out again after `rewind` (a new iterator over the same
+epoch), so nothing is lost with an abandoned prefetch queue.
+
+`"equal"`: the counts of a DistributedSampler. `"claim"`: by measured speed, each position exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol, TypeVar, get_args
+
+from lightning_async.data.claim import ClaimedShare
+from lightning_async.data.crew import Desk
+from lightning_async.data.equal import EqualShare
+from lightning_async.transport.mail import Wait
+
+T = TypeVar("T")
+Balance = Literal["equal", "claim", "incremental"]
+"""How the samples of an epoch are divided between the members."""
+
+
+class Share(Protocol):
+    """One member's part of the epoch, in positions of the order that all members share."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was begun last, -1 before the first one."""
+
+    @property
+    def outstanding(self) -> int:
+        """Samples handed out and not completed: in workers, prefetched, or being trained on."""
+
+    def begin_epoch(self, epoch: int, *, total: int, digest: int = 0) -> None:
+        """Open `epoch` over `total` positions of an order with this fingerprint; the one under way is left as it is."""
+
+    def rewind(self) -> None:
+        """Hand out again what was handed out and not completed."""
+
+    def next_batch(self, size: int) -> Wait[list[int] | None]:
+        """The next at most `size` positions; None when this member has no more work in this epoch."""
+
+    def completed(self, samples: int | None = None) -> None:
+        """Count the oldest batch handed out, or so many samples, as trained on."""
+
+    def expected_batches(self) -> int:
+        """How many batches this member will probably have trained on at the end of the epoch."""
+
+    def abandoned(self) -> int:
+        """Samples of the epoch that nobody will train on, for a warning; known once all members have ended it."""
+
+
+def make_share(balance: Balance, desk: Desk, *, batch: int, drop_last: bool = False, seconds: float = 10.0) -> Share:
+    """The share of this member.
+
+    Args:
+        balance: `"claim"` or `"equal"`.
+        desk: The board and who is there.
+        batch: This member's batch size in samples.
+        drop_last: Whether incomplete batches are dropped.
+        seconds: How much work is claimed ahead in mid-epoch; for `"claim"`.
+    """
+    if balance == "claim":
+        return ClaimedShare(desk, batch=batch, drop_last=drop_last, seconds=seconds)
+    if balance == "equal":
+        return EqualShare(desk, batch=batch, drop_last=drop_last)
+    if balance == "incremental":
+        raise ValueError('`balance="incremental"` comes with the async_global strategy; use "claim" or "equal" here')
+    raise ValueError(f"`balance` must be one of {', '.join(get_args(Balance))}, got {balance!r}")
+
+
+def drive(work: Wait[T], *, wait: Callable[[float], None], now: Callable[[], float], patience: float) -> T:
+    """Run a `Wait` to its end, passing the time with `wait`; after `patience` a `TimeoutError` says what is missing."""
+    give_up = now() + patience
+    while True:
+        try:
+            missing = next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        if now() >= give_up:
+            raise TimeoutError(f"Waited {patience:g} s for {missing}; is the member that hosts the store still there?")
+        wait(min(1.0, max(0.0, give_up - now())))

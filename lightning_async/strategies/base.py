@@ -1,0 +1,307 @@
+"""AsyncStrategy: between meetings every rank runs free, at meetings all that live are one.
+
+    setup            weights made equal, leash off, links opened
+    batch            closure (backward -> before_step) -> clipping -> optimizer -> after_step
+    last batch       MEETING: drain the mail, agree on the consensus; validation, metrics and checkpoints see it
+    next batch       free again: `barrier`, `reduce` and `broadcast` are local
+    teardown         farewells; rank 0, which may host the store, leaves last
+
+The glue only: no arithmetic (algorithms/), no messages (transport/). A concrete strategy is a constructor with typed
+knobs and an algorithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_async.algorithms.algorithm import Algorithm, Shrink
+from lightning_async.arrival import Arrival
+from lightning_async.data.share import Balance
+from lightning_async.replica import Replica
+from lightning_async.strategies import compat, words
+from lightning_async.strategies.buffers import average_buffers
+from lightning_async.strategies.feeding import Feeding
+from lightning_async.strategies.meetings import Meetings
+from lightning_async.strategies.office import Office
+from lightning_async.strategies.refusals import refuse, refuse_module, refuse_optimizers
+from lightning_async.strategies.saved import agree_on_saved
+from lightning_async.transport.mail import Wait
+
+T = TypeVar("T")
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+AtMeeting = Literal["adopt", "keep"]
+
+
+class AsyncStrategy(DDPStrategy):
+    """What all asynchronous strategies share."""
+
+    name = "async"
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        *,
+        at_meeting: AtMeeting = "adopt",
+        balance: Balance = "claim",
+        interface: str | None = None,
+        silence: float = 2.0,
+        patience: float = 30.0,
+        meeting_timeout: float = 1800.0,
+        start_method: StartMethod = "popen",
+        timeout: timedelta = timedelta(minutes=30),
+        process_group_backend: str | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        if at_meeting not in ("adopt", "keep"):
+            raise ValueError(f"`at_meeting` must be 'adopt' or 'keep', got {at_meeting!r}")
+        self.algorithm = algorithm
+        self.at_meeting = at_meeting
+        self.office = Office(interface=interface, silence=silence, patience=patience, limit=meeting_timeout)
+        self.feeding = Feeding(balance)
+        self.steps = 0
+        self.last_meeting: dict[str, float] = {}
+        self._replica: Replica | None = None
+        self._free = False
+        self._stepped = False
+        self._arrivals: list[Arrival] = []
+
+    # -- what callbacks may use, the same for every strategy -----------------------------------------------------------
+
+    def arrivals(self) -> list[Arrival]:
+        """What reached this rank since the last call."""
+        arrivals, self._arrivals = self._arrivals, []
+        return arrivals
+
+    def traffic(self) -> Mapping[Any, Any]:
+        """Bytes and messages by peer and kind, counted by the carrier."""
+        return self.office.traffic()
+
+    @property
+    def shrink(self) -> Shrink:
+        """Asked before every fold for a factor in (0, 1]; assign a function to shrink late contributions."""
+        return self.algorithm.shrink
+
+    @shrink.setter
+    def shrink(self, law: Shrink) -> None:
+        self.algorithm.shrink = law  # type: ignore[method-assign]  # a law per run takes the place of the default
+
+    # -- set-up and teardown -------------------------------------------------------------------------------------------
+
+    def connect(self, model: LightningModule) -> None:
+        """Stand first among the callbacks, once."""
+        super().connect(model)
+        callbacks = model.trainer.callbacks
+        if not any(isinstance(c, Meetings) for c in callbacks):
+            callbacks.insert(0, Meetings(self))
+
+    def setup_environment(self) -> None:
+        """Processes know each other; from here on `barrier` and its kind go through rounds."""
+        trainer = self.lightning_module.trainer
+        refuse(trainer, self.name)
+        super().setup_environment()
+        self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.num_nodes, self.root_device)
+        self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Without DDP's wrapper and its collectives."""
+        super(DDPStrategy, self).setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            refuse_optimizers(self.optimizers, self.name)
+            rank_zero_info(self._first_line())
+
+    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]  # no DDP wrapper
+        """Flatten the weights and make all replicas equal to rank 0's."""
+        trainer = self.lightning_module.trainer
+        if trainer.state.fn != TrainerFn.FITTING:
+            return model
+        refuse_module(model, self.name)
+        self._replica = Replica(model.parameters())
+        self._together(self._equalise(model))
+        self.steps = 0
+        return model
+
+    def _equalise(self, model: torch.nn.Module) -> Wait[None]:
+        """Rank 0's weights and buffers, everywhere."""
+        replica = self.replica
+        source = self.office.carrier.members()[0]
+        weights = yield from self.office.rounds.broadcast(replica.flat.cpu(), source)
+        replica.stand_in(weights)
+        replica.stay()
+        yield from average_buffers(model, self.office.rounds, weight=int(self.global_rank == source))
+
+    def teardown(self) -> None:
+        """Say farewell, stop all threads, put Lightning back as it was. Idempotent."""
+        self._free = True  # whatever is still called after this is local
+        self.office.close()
+        if (leash := getattr(self, "_leash", None)) is not None:
+            leash.restore()
+        self.feeding.close()
+        super().teardown()
+
+    def give_up(self, exception: BaseException) -> None:
+        """This rank stops: tell the others, and wait for nobody any more."""
+        self._free = True
+        self.office.announce(exception)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Lightning's own word that this rank stops."""
+        self.give_up(exception)
+
+    # -- the batch -----------------------------------------------------------------------------------------------------
+
+    def listen(self) -> None:
+        """Stop here if somebody stopped the run."""
+        self.office.listen()
+
+    def on_train_start(self) -> None:
+        """The loader is known, the checkpoint is restored: the algorithm begins."""
+        self.algorithm.begin(self.replica, self.office.carrier, self.feeding.mass)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Free from here to the next meeting."""
+        if not self._free:
+            self._set_off()
+        self.listen()
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Let the algorithm see the gradients between backward and Lightning's hooks, clipping and update."""
+
+        def closure_then_exchange() -> Any:
+            result = closure()
+            self._arrivals += self._together(
+                self.algorithm.before_step(self.replica, self.office.carrier, self.steps + 1)
+            )
+            return result
+
+        self._stepped = True
+        return super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
+
+    def batch_ended(self) -> None:
+        """One step is one batch, however many optimizers stepped in it."""
+        self.feeding.completed()
+        if not self._stepped:
+            return
+        self._stepped = False
+        self.steps += 1
+        carrier = self.office.carrier
+        carrier.at(self.steps)
+        self._arrivals += self._together(self.algorithm.after_step(self.replica, carrier, self.steps))
+
+    # -- meetings ------------------------------------------------------------------------------------------------------
+
+    def meet(self) -> None:
+        """All that live stop here and see the consensus; nothing is in flight."""
+        if not self._free or self._replica is None:
+            return
+        waited = self.office.carrier.now()
+        consensus = self._together(self.algorithm.meet(self.replica, self.office.carrier, self.office.rounds))
+        self._arrivals += self.algorithm.arrived()
+        apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu() - consensus.cpu()))
+        self._together(average_buffers(self.lightning_module, self.office.rounds))
+        self.feeding.epoch_ended()
+        self.replica.stand_in(consensus)
+        if self.at_meeting == "adopt":
+            self.replica.stay()
+        self.last_meeting = {"spread": apart**0.5, "seconds": self.office.carrier.now() - waited}
+        self._free = False
+
+    def _set_off(self) -> None:
+        """Leave a meeting: own weights again, unless they are the consensus."""
+        adopted = not self.replica.away
+        self.replica.come_back()
+        self.algorithm.resume(self.replica, adopted=adopted)
+        self._free = True
+
+    def on_train_end(self) -> None:
+        """Every rank takes the consensus home, and rank 0's names of the checkpoints."""
+        self.replica.stay()
+        self._together(agree_on_saved(self.lightning_module.trainer, self.office.rounds))
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all that live; between meetings, for nobody."""
+        if self._meeting:
+            self._together(self.office.rounds.barrier())
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Rank `src`'s object (text, numbers, lists, dictionaries); between meetings, one's own."""
+        return self._together(words.broadcast(self.office.rounds, obj, src)) if self._meeting else obj
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Combine a tensor of all that live; between meetings, one's own."""
+        if not isinstance(tensor, Tensor) or not self._meeting:
+            return tensor
+        return self._together(words.reduce(self.office.rounds, tensor, reduce_op))
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """All (or any) of those that live; between meetings, one's own."""
+        if not self._meeting:
+            return decision
+        return self._together(words.decide(self.office.rounds, decision, all))
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """One tensor of each rank that lives; at meetings only."""
+        if not self._meeting:
+            raise MisconfigurationException(
+                f"strategy={self.name!r}: `all_gather` between meetings would wait for ranks that are at other steps; "
+                "call it in validation or at the end of an epoch, or use `ddp`"
+            )
+        return self._together(words.gather(self.office.rounds, tensor))
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """The training data are shared out by the balance; evaluation keeps Lightning's sampler."""
+        trainer = self.lightning_module.trainer
+        if not trainer.training or not compat.wants_our_sampler(trainer):
+            return dataloader
+        return self.feeding.share_out(dataloader, self.office, lambda: trainer.current_epoch)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    @property
+    def replica(self) -> Replica:
+        """This rank's weights. There are none before `setup`."""
+        if self._replica is None:
+            raise RuntimeError("there is no replica outside of `fit`")
+        return self._replica
+
+    @property
+    def _meeting(self) -> bool:
+        return not self._free and self.office.is_open
+
+    def _together(self, waiting: Wait[T]) -> T:
+        return self.office.drive(waiting)
+
+    def _first_line(self) -> str:
+        size = self.replica.numel * self.replica.flat.element_size() / 1e6
+        return (
+            f"{self.name}: {self.world_size} members, {size:.1f} MB of weights each, data by {self.feeding.balance!r}, "
+            f"at meetings they {self.at_meeting}"
+        )

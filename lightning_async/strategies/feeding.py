@@ -1,0 +1,72 @@
+"""Feeding: which samples this rank trains on, seen from the strategy: one share, made with the training loader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, get_args
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from lightning_async.algorithms.gossip import UNIT
+from lightning_async.data.loader import drops_last, is_shareable, samples_per_batch, shared_loader
+from lightning_async.data.share import Balance, Share, make_share
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.office import Office
+
+
+class Feeding:
+    """The share of this rank and what the algorithm needs to know of it."""
+
+    def __init__(self, balance: Balance) -> None:
+        if balance not in get_args(Balance):
+            raise ValueError(f"`balance` must be 'claim' or 'equal', got {balance!r}")
+        self.balance = balance
+        self.share: Share | None = None
+        self._batch = 1
+
+    @property
+    def mass(self) -> int:
+        """What a step of this rank weighs: a member with larger batches counts for more, each sample for the same."""
+        return UNIT * self._batch
+
+    def share_out(self, loader: object, office: Office, epoch: Callable[[], int]) -> object:
+        """The training loader, fed by this rank's share."""
+        self._batch = samples_per_batch(loader) if is_shareable(loader) else getattr(loader, "batch_size", None) or 1
+        if not is_shareable(loader):
+            self.share = None
+            if not isinstance(loader, DataLoader):
+                rank_zero_warn(
+                    f"`{type(loader).__name__}` is not a DataLoader: every rank trains on all that it yields"
+                )
+            return loader
+        if self.share is None:
+            self.share = make_share(self.balance, office.carrier, batch=self._batch, drop_last=drops_last(loader))
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # as Lightning's own DistributedSampler does
+        return shared_loader(
+            loader,
+            self.share,
+            wait=office.glance,
+            now=office.carrier.now,
+            seed=seed,
+            epoch=epoch(),
+            patience=office.limit,
+        )
+
+    def completed(self) -> None:
+        """A batch was trained on."""
+        if self.share is not None:
+            self.share.completed()
+
+    def epoch_ended(self) -> None:
+        """Say what nobody trained on, if anything."""
+        if self.share is not None and (lost := self.share.abandoned()):
+            rank_zero_warn(
+                f"{lost} samples of epoch {self.share.epoch} were not trained on: a rank died at its very end"
+            )
+
+    def close(self) -> None:
+        """The run is over."""
+        self.share = None

@@ -1,0 +1,99 @@
+"""`gossip_ring`: every rank trains on its own and averages with its neighbours on a ring; nobody waits for anybody."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_async.algorithms.gossip import Mode, Wire, gossip
+from lightning_async.algorithms.topology import RING_LIMIT, Topology
+from lightning_async.data.share import Balance
+from lightning_async.strategies.base import AsyncStrategy, AtMeeting, StartMethod
+
+
+class GossipRingStrategy(AsyncStrategy):
+    """Asynchronous gossip on a ring (GR-SGD), with the synchronous ring and the silent control beside it.
+
+    Args:
+        mode: "pairwise" (symmetric averages, fair to unequal speeds), "push_sum" (one-sided, by mass), "sync" (D-PSGD,
+            lock-step), or "none" (replicas train alone and are averaged at meetings: the control).
+        period: Exchange after every this many steps of a rank.
+        max_delay: Contributions later than this many of the receiver's steps are refused and sent back; None: no bound.
+        wire: "fp32", or "bf16" for half the bytes (what rounding cuts off stays with the sender).
+        topology: "ring", or "exponential" (one peer at a time, at distances 1, 2, 4, ...), better above 16 members.
+        mixing: How far the two ends of an edge move: 0.5 meets in the middle. None: 1/3, and 0.5 for two members.
+        at_meeting: "adopt" (replicas go on from the consensus) or "keep" (each goes on from its own weights).
+        balance: "claim" (the share of the data follows the speed) or "equal" (every rank the same number of samples).
+        interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
+        silence: Seconds without a heartbeat after which a rank is no longer written to.
+        patience: Seconds without a heartbeat after which a rank is declared dead for good.
+        meeting_timeout: The longest a meeting may wait for a living rank, in seconds.
+        start_method: How local processes start: "popen", "spawn", "fork" or "forkserver".
+        timeout: For the default process group, which is used at start-up only.
+        process_group_backend: Backend of the default process group.
+        accelerator: Set by the Trainer.
+        parallel_devices: Set by the Trainer.
+        cluster_environment: Who started the processes; found by the Trainer.
+        checkpoint_io: How checkpoints are written.
+        precision_plugin: Set by the Trainer.
+    """
+
+    name = "gossip_ring"
+
+    def __init__(
+        self,
+        *,
+        mode: Mode = "pairwise",
+        period: int = 1,
+        max_delay: int | None = 1000,
+        wire: Wire = "fp32",
+        topology: Topology = "ring",
+        mixing: float | None = None,
+        at_meeting: AtMeeting = "adopt",
+        balance: Balance | None = None,
+        interface: str | None = None,
+        silence: float = 2.0,
+        patience: float = 30.0,
+        meeting_timeout: float = 1800.0,
+        start_method: StartMethod = "popen",
+        timeout: timedelta = timedelta(minutes=30),
+        process_group_backend: str | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        if mode == "sync" and balance not in (None, "equal"):
+            raise ValueError(f"`balance` must be 'equal' with mode='sync', whose ranks go in step, got {balance!r}")
+        super().__init__(
+            gossip(mode, period=period, max_delay=max_delay, wire=wire, topology=topology, mixing=mixing),
+            at_meeting=at_meeting,
+            balance=balance or ("equal" if mode == "sync" else "claim"),
+            interface=interface,
+            silence=silence,
+            patience=patience,
+            meeting_timeout=meeting_timeout,
+            start_method=start_method,
+            timeout=timeout,
+            process_group_backend=process_group_backend,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        self.mode, self.topology = mode, topology
+
+    def setup_environment(self) -> None:
+        """A long ring is slow to agree: say so."""
+        super().setup_environment()
+        if self.topology == "ring" and self.mode != "none" and self.world_size > RING_LIMIT:
+            rank_zero_warn(
+                f"{self.world_size} members on a ring agree slowly; topology='exponential' mixes them in about "
+                f"{(self.world_size - 1).bit_length()} messages"
+            )

@@ -1,0 +1,49 @@
+"""Where the ranks meet: at the last batch of an epoch, before validation, at the end of an epoch and of the training.
+
+    on_train_batch_start .. free running .. last batch | MEETING: validation, metrics, checkpoints | next batch: free
+
+Strategies have no hooks of their own at these points, so this callback stands first in the Trainer's list and calls the
+strategy. Whichever point comes first opens the meeting; the others find it open.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
+
+class Meetings(Callback):
+    """The strategy's ears in the training loop."""
+
+    def __init__(self, strategy: AsyncStrategy) -> None:
+        self.strategy = strategy
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """The batch is trained on; the last one of an epoch opens the meeting."""
+        self.strategy.batch_ended()
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop:
+            self.strategy.meet()
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Validation sees the consensus."""
+        self.strategy.meet()
+
+    def on_validation_batch_start(self, trainer: Trainer, module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """A stop is heard during validation too."""
+        self.strategy.listen()
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Epochs without validation end with a meeting too."""
+        self.strategy.meet()
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """All take the consensus home."""
+        self.strategy.meet()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """First of all callbacks: after an exception nobody may wait for anybody."""
+        self.strategy.give_up(exception)

@@ -1,0 +1,146 @@
+"""The office is this rank's place in a run: the store it rendezvouses at, its carrier, its rounds, its flags.
+
+    open:   run id from rank 0 (once, over the default group, when all are surely alive)  ->  carrier  ->  rounds
+    close:  bye on the board  ->  wait, bounded, for the byes of those that live  ->  threads and links gone
+
+Rank 0 may host the store: leaving first it would take everybody's store along, so it leaves last. A rank that failed
+lingers until rank 0 has heard it: under `popen` a child that exits non-zero gets rank 0 killed within seconds, before
+rank 0 could say what happened.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins import ClusterEnvironment
+
+from lightning_async.strategies.waiting import GLANCE, Flags, drive
+from lightning_async.transport.cluster import ClusterCarrier
+from lightning_async.transport.mail import Wait
+from lightning_async.transport.rounds import Rounds
+
+T = TypeVar("T")
+FAREWELL = 15.0  # seconds that leaving may take
+FAREWELL_FAILED = 5.0
+
+
+class Office:
+    """Opens and closes with every `fit`, `validate`, `test` or `predict`; who survives one is a member of the next."""
+
+    def __init__(self, *, interface: str | None, silence: float, patience: float, limit: float) -> None:
+        for name, value in (("silence", silence), ("patience", patience), ("meeting_timeout", limit)):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"`{name}` must be a number of seconds above 0, got {value!r}")
+        if patience < silence:
+            raise ValueError(f"`patience` must be at least `silence` ({silence}), got {patience}")
+        if interface is not None and not isinstance(interface, str):
+            raise ValueError(f"`interface` must be the name of a network interface, got {interface!r}")
+        self.interface, self.silence, self.patience, self.limit = interface, silence, patience, limit
+        self._run: str | None = None
+        self._count = 0
+        self._members: tuple[int, ...] | None = None
+        self._carrier: ClusterCarrier | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a run to talk to."""
+        return self._carrier is not None
+
+    @property
+    def carrier(self) -> ClusterCarrier:
+        """This rank's mail and board."""
+        if self._carrier is None:
+            raise RuntimeError("the office is closed: there is no run")
+        return self._carrier
+
+    def open(
+        self, environment: ClusterEnvironment | None, me: int, world: int, nodes: int, device: torch.device
+    ) -> None:
+        """Take this rank's place. Called on every rank, in every stage."""
+        if self.is_open or environment is None:
+            return
+        if self._run is None:
+            self._run = _run_id(device)
+        self._count += 1
+        store = dist.TCPStore(
+            environment.main_address, environment.main_port, is_master=False, timeout=timedelta(seconds=60)
+        )
+        self._carrier = ClusterCarrier(
+            store=store,
+            me=me,
+            world=world,
+            run=f"{self._run}.{self._count}",
+            members=self._members,
+            peers=tuple(r for r in range(world) if abs(r - me) in (1, world - 1) and r != me),
+            silence=self.silence,
+            patience=self.patience,
+            interface=self.interface,
+        )
+        self._carrier.start()
+        self.flags = Flags(self._carrier)
+        self.rounds = Rounds(self._carrier)
+
+    def drive(self, waiting: Wait[T]) -> T:
+        """Run a `Wait` to its end."""
+        return drive(waiting, self.flags, limit=self.limit)
+
+    def glance(self, timeout: float) -> None:
+        """Wait a moment for something new, and stop here if somebody stopped the run."""
+        self.listen()
+        self.carrier.wait(min(timeout, GLANCE))
+
+    def listen(self) -> None:
+        """Stop here if somebody stopped the run."""
+        if self.is_open:
+            self.flags.raise_if_set()
+
+    def sigterm(self) -> None:
+        """From the signal handler: only a flag is set; the next look tells the others."""
+        if self.is_open:
+            self.flags.sigterm = True
+
+    def announce(self, exception: BaseException) -> None:
+        """Tell the others that this rank stops."""
+        if self.is_open:
+            self.flags.announce(exception)
+
+    def traffic(self) -> Mapping[Any, Any]:
+        """What the carrier counted."""
+        return self._carrier.traffic() if self._carrier is not None else {}
+
+    def close(self) -> None:
+        """Leave, politely but within seconds. Idempotent."""
+        carrier, self._carrier = self._carrier, None
+        if carrier is None:
+            return
+        try:
+            self._farewell(carrier)
+        finally:
+            self._members = carrier.members()
+            carrier.close()
+
+    def _farewell(self, carrier: ClusterCarrier) -> None:
+        """Rank 0 waits for everybody's bye, a failed rank for rank 0's."""
+        first = carrier.members()[0]
+        carrier.propose(f"bye/{carrier.me}", b"bye")
+        stopped = self.flags.failed is not None or carrier.decided("abort") is not None
+        awaited = [r for r in carrier.members() if r != first] if carrier.me == first else [first] if stopped else []
+        end = carrier.now() + (FAREWELL_FAILED if stopped else FAREWELL)
+        while carrier.now() < end and carrier.failed is None:
+            awaited = [r for r in awaited if r in carrier.live() and carrier.decided(f"bye/{r}") is None]
+            if not awaited and carrier.decided(f"bye/{carrier.me}") is not None:
+                return
+            carrier.wait(0.1)
+
+
+def _run_id(device: torch.device) -> str:
+    """A number of rank 0's, so that a stray process of another run is turned away."""
+    number = torch.tensor([secrets.randbits(62)], dtype=torch.int64, device=device)
+    if dist.is_initialized():
+        dist.broadcast(number, src=0)
+    return f"{int(number):x}"

@@ -1,0 +1,90 @@
+"""What cannot be supported is refused early, on every rank, by a sentence that says what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lightning_async.strategies import compat
+
+INSTEAD = "which ranks at different steps cannot agree on"
+
+
+def refuse(trainer: Trainer, name: str) -> None:
+    """Raise for the first conflict between the Trainer's arguments and a strategy whose ranks run free."""
+    for conflict in _conflicts(trainer):
+        raise MisconfigurationException(f"strategy={name!r}: {conflict}")
+
+
+def refuse_module(module: torch.nn.Module, name: str) -> None:
+    """Raise for layers that exchange tensors in the forward pass."""
+    for path, layer in module.named_modules():
+        if isinstance(layer, torch.nn.SyncBatchNorm):
+            raise MisconfigurationException(
+                f"strategy={name!r}: `{path}` is a SyncBatchNorm, whose forward waits for all ranks; use BatchNorm "
+                "(its statistics are averaged at every meeting) or GroupNorm"
+            )
+
+
+def refuse_optimizers(optimizers: list[Optimizer], name: str) -> None:
+    """Raise for optimizers that step several times a batch, or together with other ranks."""
+    for optimizer in optimizers:
+        kind = type(optimizer).__name__
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise MisconfigurationException(
+                f"strategy={name!r}: LBFGS evaluates the closure several times a step; use SGD, Adam or another "
+                "optimizer that takes one step a batch"
+            )
+        if kind in ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer"):
+            raise MisconfigurationException(
+                f"strategy={name!r}: {kind} exchanges state between ranks at every step; pass the optimizer it wraps"
+            )
+
+
+def _conflicts(trainer: Trainer) -> Iterator[str]:
+    if compat.synchronises_batchnorm(trainer):
+        yield (
+            "`sync_batchnorm=True` waits for all ranks in every forward pass; leave it out: BatchNorm's statistics are "
+            "averaged at every meeting"
+        )
+    if str(trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
+        yield (
+            f"`precision={trainer.precision!r}` holds half-precision weights, in which small corrections vanish; use "
+            "`precision='bf16-mixed'`"
+        )
+    if trainer.fast_dev_run:
+        return
+    if trainer.max_steps != -1 or trainer.min_steps is not None:
+        yield f"`max_steps` and `min_steps` count the steps of one rank, {INSTEAD}; use `max_epochs`"
+    if trainer.val_check_interval not in (1, 1.0, None):
+        yield (
+            f"`val_check_interval={trainer.val_check_interval}` counts the batches of one rank, {INSTEAD}; leave it "
+            "out: validation runs at the end of an epoch (`check_val_every_n_epoch`)"
+        )
+    if trainer.check_val_every_n_epoch is None:
+        yield f"`check_val_every_n_epoch=None` validates by steps, {INSTEAD}; give it a number of epochs"
+    if trainer.limit_train_batches not in (1, 1.0, None):
+        yield (
+            f"`limit_train_batches={trainer.limit_train_batches}` counts the batches of one rank, {INSTEAD}; give the "
+            "loader a subset of the data (`torch.utils.data.Subset`)"
+        )
+    for callback in trainer.callbacks:
+        yield from _callback_conflicts(callback)
+
+
+def _callback_conflicts(callback: object) -> Iterator[str]:
+    kind = type(callback).__name__
+    if kind == "SpikeDetection":
+        yield "`SpikeDetection` compares losses of all ranks at every step; leave it out, or use it with `ddp`"
+    if kind == "Timer" or kind.endswith("_ThroughputTimer"):
+        yield "`max_time` and `Timer` stop each rank on its own clock, but all must meet; use `max_epochs`"
+    if isinstance(callback, ModelCheckpoint):
+        if compat.saves_by_steps(callback):
+            yield f"`ModelCheckpoint(every_n_train_steps=...)` counts one rank's steps, {INSTEAD}; use `every_n_epochs`"
+        if compat.saves_by_time(callback):
+            yield f"`ModelCheckpoint(train_time_interval=...)` goes by one clock, {INSTEAD}; use `every_n_epochs`"

@@ -1,0 +1,30 @@
+"""Rank 0 alone writes checkpoints, so its names for them are the ones that exist.
+
+A name with `{step}` differs by rank where ranks take different numbers of steps: without this, `ckpt_path="best"` would
+look for files that nobody wrote.
+"""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_async.strategies.words import broadcast
+from lightning_async.transport.mail import Wait
+from lightning_async.transport.rounds import Rounds
+
+PATHS = ("best_model_path", "last_model_path", "kth_best_model_path")
+
+
+def agree_on_saved(trainer: Trainer, rounds: Rounds) -> Wait[None]:
+    """Give every rank the paths of the first living rank."""
+    source = rounds.carrier.members()[0]
+    for callback in trainer.callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            mine = {name: str(getattr(callback, name)) for name in PATHS}
+            mine["best_k"] = {path: float(score) for path, score in callback.best_k_models.items()}  # type: ignore[assignment]
+            theirs = yield from broadcast(rounds, mine, source)
+            for name in PATHS:
+                setattr(callback, name, theirs[name])
+            callback.best_k_models = {path: torch.tensor(score) for path, score in theirs["best_k"].items()}

@@ -1,0 +1,65 @@
+"""Every wait has an owner, a bound and a way out: whoever waits says for what, and stops when the run is stopped.
+
+flags on the board:   "stop"  (a SIGTERM somewhere: everybody stops cleanly)
+                      "abort" (an exception somewhere: everybody stops with that exception named)
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_async.transport.mail import Carrier, Wait
+
+T = TypeVar("T")
+GLANCE = 0.2  # seconds between two looks at the flags while waiting
+
+
+class PeerFailedError(RuntimeError):
+    """Another rank stopped with an exception, or this rank was left behind; the sentence says which and why."""
+
+
+@dataclass
+class Flags:
+    """The run's two flags. Reading costs a dictionary look-up; the control thread does the rest."""
+
+    carrier: Carrier
+    sigterm: bool = False
+    failed: str | None = None
+
+    def raise_if_set(self) -> None:
+        """Raise if the run is to stop. Called before every batch and at every glance of a wait."""
+        if self.sigterm:  # set by a signal handler, which may not do more than that
+            self.carrier.propose("stop", str(self.carrier.me).encode())
+        abort = self.carrier.decided("abort")
+        if abort is not None:
+            raise PeerFailedError(f"{abort.decode()} (this is rank {self.carrier.me}, which stops because of it)")
+        if (lost := getattr(self.carrier, "failed", None)) is not None:
+            raise PeerFailedError(f"rank {self.carrier.me} cannot go on: {lost}")
+        if self.carrier.decided("stop") is not None:
+            raise SIGTERMException()
+
+    def announce(self, exception: BaseException) -> None:
+        """Tell the others that this rank stops, unless it stops because of them."""
+        if self.failed is None and not isinstance(exception, (PeerFailedError, SIGTERMException)):
+            self.failed = f"rank {self.carrier.me} stopped: {type(exception).__name__}: {exception}"
+            self.carrier.propose("abort", self.failed.encode()[:2000])
+
+
+def drive(waiting: Wait[T], flags: Flags, *, limit: float) -> T:
+    """Run a `Wait` to its end in this thread."""
+    carrier, start, what = flags.carrier, time.monotonic(), ""
+    try:
+        while True:
+            what = next(waiting)
+            waited = time.monotonic() - start
+            if waited > limit:
+                raise TimeoutError(f"rank {carrier.me} waited {waited:.0f} s for {what}; the limit is {limit:.0f} s")
+            flags.raise_if_set()
+            carrier.wait(GLANCE)
+    except StopIteration as end:
+        result: T = end.value
+        return result

@@ -1,0 +1,344 @@
+"""The carrier over torch.distributed: a link to each peer that mail was posted to, and the control thread.
+
+    training thread --- post, take, folded, ... --> slots, inbox         (never blocks)
+    per link: sender, receiver ------------------>  gloo, one connection for each pair
+    control thread ------------------------------>  store: beats, deaths, decisions, tickets; opens and closes links
+
+A link is made when somebody wants one: its beat says "generation g with you", the peer says the same, and both go to
+the rendezvous when they have seen each other's word, so that nobody blocks there for one who does not come. A link
+that broke is wanted again with the next generation. It comes to nothing if the peer is dead: then its silence is
+counted, it is declared dead, and what it never folded is reported as lost.
+
+Two that both beat but cannot reach each other (a cut between their hosts, a firewall) are told by the headers: each
+side sends one at least every half second. After `patience` without one the link is made anew, and after twice that the
+higher of the two is declared dead: a pair that never heals must end somehow, and all must agree how.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch.distributed.distributed_c10d import Store
+
+from lightning_async.transport.checks import check_kind, check_message, check_peer
+from lightning_async.transport.control import Control
+from lightning_async.transport.gloo import keys_of
+from lightning_async.transport.heartbeat import Silence
+from lightning_async.transport.link import Link
+from lightning_async.transport.mail import Letter, Loss, Message
+from lightning_async.transport.slots import HEADERS, Count, Here, Inbox, Slots
+
+
+def refuse_loopback(addresses: Iterable[str], *, nodes: int) -> None:
+    """A host whose name leads to itself cannot be reached from another one; say so before anybody waits for it."""
+    for address in addresses:
+        if nodes > 1 and ipaddress.ip_address(address).is_loopback:
+            raise ValueError(
+                f"this host's name resolves to {address}, where the other {nodes - 1} nodes cannot reach it: name the "
+                "network interface by GLOO_SOCKET_IFNAME (or `interface`), or correct /etc/hosts"
+            )
+
+
+class ClusterCarrier:
+    """One member's mail and board in a real run. See `mail.Carrier` for what each method promises.
+
+    Args:
+        store: A client of the run's store (a TCPStore); it is cloned, never used.
+        me: This member's rank.
+        world: How many members the run begins with.
+        run: The run's id; the same on all members, and another for each attempt of a job.
+        members: Those alive at the start; all by default.
+        peers: Links to open at once, in the background. Others are opened by the first post.
+        silence: Seconds without a heartbeat after which a member is not `live`.
+        patience: Seconds after which it is declared dead.
+        max_bytes: The longest body that this member takes.
+        fragment_bytes: The longest piece in which a body travels.
+        connect_timeout: The longest that a rendezvous may take when the peer dies on its way to it.
+        interface: The network interface of the links; by default GLOO_SOCKET_IFNAME's, else the one of the host's name.
+        tick: Seconds between looks at the store's bell.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        me: int,
+        world: int,
+        run: str,
+        members: Iterable[int] | None = None,
+        peers: Iterable[int] = (),
+        silence: float = 2.0,
+        patience: float = 30.0,
+        max_bytes: int = 4 << 30,
+        fragment_bytes: int = 4 << 20,
+        connect_timeout: float = 30.0,
+        interface: str | None = None,
+        tick: float = 0.1,
+    ) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"`max_bytes` must be at least 0, got {max_bytes}")
+        if connect_timeout <= 0:
+            raise ValueError(f"`connect_timeout` must be above 0, got {connect_timeout}")
+        if fragment_bytes < 1:
+            raise ValueError(f"`fragment_bytes` must be at least 1, got {fragment_bytes}")
+        self._keys = keys_of(store, f"lightning_async/{run}")
+        self._run, self._me, self._world = run, me, world
+        self._fragment, self._timeout, self._interface = fragment_bytes, connect_timeout, interface
+        self._news_count = self._noticed = 0
+        self._changed = threading.Condition()
+        self._here = Here()
+        self._inbox = Inbox(here=self._here, news=self._news)
+        self._slots = {
+            peer: Slots(peer, inbox=self._inbox, here=self._here, max_bytes=max_bytes, news=self._news)
+            for peer in range(world)
+            if peer != me
+        }
+        self._links: dict[int, Link] = {}
+        self._patience = patience
+        self._lines = Silence(self._slots, silence=silence, patience=patience, start=self._here.now())
+        self._generations: dict[int, int] = {}
+        self._wished = set(peers)
+        self._eager = 0.0
+        self._losses: list[Loss] = []
+        self._refused: str | None = None
+        self._state = "made"
+        for peer in self._wished:
+            check_peer(me, world, peer)
+        self._control = Control(
+            self._keys,
+            me=me,
+            world=world,
+            members=members,
+            tick=tick,
+            silence=silence,
+            patience=patience,
+            look=self._look,
+            bury=self._bury,
+            news=self._news,
+        )
+
+    @property
+    def me(self) -> int:
+        """This member's rank."""
+        return self._me
+
+    @property
+    def world(self) -> int:
+        """How many members the run began with."""
+        return self._world
+
+    @property
+    def failed(self) -> str | None:
+        """Why this member cannot go on, in words, or None: declared dead, the store lost, another version at a peer."""
+        return self._control.failed or self._refused
+
+    def start(self) -> None:
+        """Begin; again is nothing."""
+        if self._state == "made":
+            self._state = "started"
+            self._control.start()
+
+    def close(self, *, linger: float = 0.0) -> None:
+        """Leave the run and hang up; again is nothing.
+
+        Args:
+            linger: Wait at most so long for the live peers to fold what was posted to them, and to be told what was
+                folded here. Without it what is on the way is cut off, within milliseconds.
+        """
+        if self._state == "started" and linger > 0:
+            with self._changed:
+                self._changed.wait_for(self._is_idle, linger)
+        before, self._state = self._state, "closed"
+        if before == "started":
+            self._control.stop()
+        for link in list(self._links.values()):
+            link.close()
+        self._links.clear()
+
+    def __enter__(self) -> ClusterCarrier:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # mail
+
+    def post(self, peer: int, message: Message) -> bool:
+        """See `Mail.post`."""
+        check_message(self._me, self._world, peer, message)
+        slots = self._slots[peer]
+        slots.check(message)
+        return self._reachable(peer) and slots.post(message)
+
+    def free(self, peer: int, kind: int) -> bool:
+        """See `Mail.free`."""
+        check_peer(self._me, self._world, peer)
+        check_kind(kind)
+        return self._reachable(peer) and self._slots[peer].free(kind)
+
+    def take(self, kind: int) -> list[Letter]:
+        """See `Mail.take`."""
+        check_kind(kind)
+        return self._inbox.take(kind)
+
+    def folded(self, letter: Letter) -> None:
+        """See `Mail.folded`."""
+        self._slots[letter.peer].folded(letter)
+
+    def lost(self) -> list[Loss]:
+        """See `Mail.lost`."""
+        with self._changed:
+            losses, self._losses = self._losses, []
+            return losses
+
+    def at(self, step: int) -> None:
+        """See `Mail.at`."""
+        self._here.step = step
+
+    def members(self) -> tuple[int, ...]:
+        """See `Mail.members`."""
+        return self._control.members()
+
+    def live(self) -> tuple[int, ...]:
+        """See `Mail.live`."""
+        return self._control.live()
+
+    def now(self) -> float:
+        """See `Mail.now`."""
+        return self._here.now()
+
+    def wait(self, timeout: float) -> None:
+        """See `Mail.wait`."""
+        self._control.waiting(True)
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._news_count != self._noticed, timeout)
+                self._noticed = self._news_count
+        finally:
+            self._control.waiting(False)
+
+    def traffic(self) -> dict[int, dict[int, Count]]:
+        """Counters by peer and kind; kind 0 counts headers."""
+        tables = {peer: list(slots.traffic.items()) for peer, slots in self._slots.items()}
+        return {peer: {kind: replace(count) for kind, count in table} for peer, table in tables.items()}
+
+    # board
+
+    def propose(self, key: str, value: bytes) -> None:
+        """See `Board.propose`."""
+        self._control.propose(key, value)
+
+    def decided(self, key: str) -> bytes | None:
+        """See `Board.decided`."""
+        return self._control.decided(key)
+
+    def draw(self, counter: str, amount: int) -> None:
+        """See `Board.draw`."""
+        self._control.draw(counter, amount)
+
+    def drawn(self, counter: str) -> list[tuple[int, int]]:
+        """See `Board.drawn`."""
+        return self._control.drawn(counter)
+
+    def publish(self, note: bytes) -> None:
+        """See `Board.publish`."""
+        self._control.publish(note)
+
+    def notes(self) -> dict[int, bytes]:
+        """See `Board.notes`."""
+        return self._control.notes()
+
+    # within
+
+    def _news(self) -> None:
+        with self._changed:
+            self._news_count += 1
+            self._changed.notify_all()
+
+    def _is_idle(self) -> bool:
+        live = self._control.live()
+        return all(slots.idle() for peer, slots in self._slots.items() if peer in live and peer in self._links)
+
+    def _reachable(self, peer: int) -> bool:
+        link = self._links.get(peer)
+        if link is None and peer not in self._wished and self._state == "started":
+            self._wished.add(peer)
+            self._control.soon()
+        return link is not None and link.state == "up" and peer in self._control.live()
+
+    # in the control thread
+
+    def _look(self) -> bool:
+        """Replace broken links, open wanted ones. True: something will happen soon."""
+        counts = {peer: slots.traffic[HEADERS].messages_in for peer, slots in self._slots.items()}
+        self._lines.look(now=self._here.now(), counts=counts)
+        for peer in self._control.members():
+            if peer != self._me:
+                self._tend(peer)
+        return time.monotonic() < self._eager
+
+    def _bury(self, peer: int) -> None:
+        link = self._links.pop(peer, None)
+        if link is not None:
+            link.close()
+        losses = self._slots[peer].bury()
+        with self._changed:
+            self._losses += losses
+    def _tend(self, peer: int) -> None:
+        """One pair's generation only grows: to what the peer wants, or past a link that broke."""
+        link = self._links.get(peer)
+        generation = before = self._generations.get(peer, 0)
+        if link is None and generation == 0 and peer in self._wished:
+            generation = 1
+        if link is not None and link.state == "dead":
+            if link.refused:
+                self._refuse(link)
+                return
+            generation = max(generation, link.generation + 1)
+        if link is not None and link.state == "up" and self._lines.quiet(peer) >= self._patience:
+            generation = max(generation, link.generation + 1)  # a cut that nobody told us of
+        if generation and self._lines.quiet(peer) >= 2 * self._patience and self._me < peer:
+            self._control.condemn(peer, f"it beats, but no connection with member {self._me} could be made or kept")
+        generation = max(generation, self._control.wanted(peer))
+        if link is not None and link.state == "up":
+            self._control.broken(peer, False)
+        if generation > before:
+            self._renew(peer, generation)
+        if generation and peer not in self._links and self._control.wanted(peer) == generation:
+            self._open(peer, generation)
+
+    def _renew(self, peer: int, generation: int) -> None:
+        link = self._links.pop(peer, None)
+        if link is not None:
+            self._control.broken(peer, link.state == "dead")
+            link.close()
+        if generation == 1:
+            self._lines.reset(peer)
+        self._generations[peer] = generation
+        self._control.want(peer, generation)
+        self._eager = time.monotonic() + 1.0
+
+    def _open(self, peer: int, generation: int) -> None:
+        self._eager = time.monotonic() + 1.0
+        self._links[peer] = Link(
+            self._keys,
+            me=self._me,
+            slots=self._slots[peer],
+            here=self._here,
+            run=self._run,
+            generation=generation,
+            fragment_bytes=self._fragment,
+            connect_timeout=self._timeout,
+            interface=self._interface,
+            news=self._news,
+        )
+
+    def _refuse(self, link: Link) -> None:
+        if self._refused is None:
+            self._refused = link.error
+            self._news()

@@ -1,0 +1,87 @@
+"""The few parts of torch.distributed that the carrier stands on, with types: a wire between two, and a store of keys.
+
+torch's own stubs lack `clone`, `send` and `recv` of these classes, and say `str` where bytes go through unharmed; so
+all that is not typed is said here, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
+
+CANCEL_TAG = 0
+"""Nothing is ever sent under it."""
+
+
+class Keys(Protocol):
+    """A store client as it really is. One client is one socket and one mutex: each thread has its own clone."""
+
+    def clone(self) -> Keys:
+        """Another client, with a socket of its own."""
+
+    def set(self, key: str, value: bytes, /) -> None:
+        """Write; not acknowledged."""
+
+    def get(self, key: str, /) -> bytes:
+        """Read; waits for a missing key."""
+
+    def multi_get(self, keys: Sequence[str], /) -> list[bytes]:
+        """Read many; waits for missing ones."""
+
+    def check(self, keys: Sequence[str], /) -> bool:
+        """Whether all are there; never waits."""
+
+    def compare_set(self, key: str, expected: bytes, desired: bytes, /) -> bytes:
+        """Write if the value is the expected one (b"": also if there is none); the value then."""
+
+    def add(self, key: str, amount: int, /) -> int:
+        """Add to a counter; its new value."""
+
+
+def keys_of(store: Store, prefix: str) -> Keys:
+    """A view of `store` in which every key begins with `prefix`."""
+    return cast(Keys, PrefixStore(prefix, store))
+
+
+class Wire:
+    """A gloo group of two. The constructor is the rendezvous: it waits for the other one, at most `timeout` seconds."""
+
+    def __init__(self, keys: Keys, prefix: str, *, rank: int, timeout: float, interface: str | None) -> None:
+        untyped: Any = ProcessGroupGloo
+        options = untyped._Options()
+        options._timeout = timedelta(seconds=timeout)
+        options._devices = [_device(interface)]
+        options._threads = 1  # of collectives, of which there are none
+        self._other = 1 - rank
+        self._group = untyped(PrefixStore(prefix, cast(Store, keys.clone())), rank, 2, options)
+        self._group.set_timeout(timedelta(days=365))  # a slow peer is not an error
+
+    def send(self, tensor: Tensor, tag: int) -> Work:
+        """Begin to send; keep the work and the tensor until the peer is known to have it, then `wait`."""
+        return cast(Work, self._group.send([tensor], self._other, tag))
+
+    def receive(self, tensor: Tensor, tag: int) -> Work:
+        """Post a receive; a longer message than the tensor would end this process."""
+        return cast(Work, self._group.recv([tensor], self._other, tag))
+
+    def cancel(self) -> None:
+        """Close the connection: every queued operation fails within milliseconds, in whatever thread waits on it.
+
+        A wait that runs out of time is the only way to this in gloo; it closes all connections of its group, hence one
+        group for each link.
+        """
+        with contextlib.suppress(RuntimeError):
+            self.receive(torch.zeros(1), CANCEL_TAG).wait(timedelta(milliseconds=1))
+
+
+def _device(interface: str | None) -> ProcessGroupGloo.Device:
+    """The network device: the named interface, else the first of GLOO_SOCKET_IFNAME, else that of the host's name."""
+    name = interface or os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0].strip()
+    return ProcessGroupGloo.create_device(interface=name) if name else ProcessGroupGloo.create_default_device()

@@ -1,0 +1,191 @@
+"""A log of what the carrier answered one member: events only, no weights and no gradients.
+
+    algorithm --question--> RecordingCarrier --question--> carrier
+              <--answer----       |          <--answer----
+                                  v
+                      [12, "take", 16, [[3, 7, 41, 0.25]]]     the 12th question, and its answer
+
+Training is a function of its seeds, its samples and these answers; the bodies are the other members' posts, which their own
+logs bring back (`replay`). A question whose answer can be guessed (nothing new since the last time) is counted but not
+written: the polls of a member that waits cost no lines. What can be guessed is said once, for both sides: `Guesses`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+
+from lightning_async.transport.mail import Carrier, Letter, Loss, Message
+
+SCHEMA = 1
+
+
+class Sink(Protocol):
+    """Where lines go: an open text file, or anything that can be written to."""
+
+    def write(self, text: str, /) -> object:
+        """Take a line."""
+
+
+class Guesses:
+    """What a reader of the log expects where nothing is written: nothing new, or the same as the last time."""
+
+    def __init__(self, world: int) -> None:
+        everybody = list(range(world))
+        self._last: dict[tuple[Any, ...], Any] = {("members",): everybody, ("live",): everybody, ("notes",): {}}
+
+    def of(self, question: tuple[Any, ...]) -> Any:
+        """The guess for a question (its name and arguments)."""
+        if question[0] in ("take", "lost", "drawn"):
+            return []
+        return self._last.get(question, True if question[0] == "free" else None)
+
+    def learn(self, question: tuple[Any, ...], answer: Any) -> None:
+        """Remember an answer that was written."""
+        if question[0] in ("members", "live", "notes", "decided", "free"):
+            self._last[question] = answer
+
+
+class RecordingCarrier:
+    """A carrier that does what `carrier` does, and writes to `sink` what it answered."""
+
+    def __init__(self, carrier: Carrier, sink: Sink, *, seed: int = 0) -> None:
+        self._carrier = carrier
+        self._sink = sink
+        self._count = 0
+        self._guesses = Guesses(carrier.world)
+        header = {"schema": SCHEMA, "me": carrier.me, "world": carrier.world, "seed": seed}
+        self._line({**header, "threads": torch.get_num_threads(), "torch": str(torch.__version__)})
+
+    @property
+    def me(self) -> int:
+        """This member's rank."""
+        return self._carrier.me
+
+    @property
+    def world(self) -> int:
+        """How many members the run began with."""
+        return self._carrier.world
+
+    # -- the program's own acts, written so that a replay that strays is caught where it strays -----------------------
+
+    def note_step(self, step: int, sample_ids: Iterable[int]) -> None:
+        """Record which samples a step is taken on."""
+        self._write("step", step, [int(i) for i in sample_ids])
+
+    def finish(self) -> None:
+        """Record that the program ended, after it did; a log without it is replayed as that of a killed member."""
+        self._write("finish")
+
+    def folded(self, letter: Letter) -> None:
+        """Say that a taken letter has been used."""
+        self._carrier.folded(letter)
+        self._write("folded", letter.peer, letter.number)
+
+    def at(self, step: int) -> None:
+        """Tell the carrier this member's own step."""
+        self._carrier.at(step)
+        self._write("at", step)
+
+    def propose(self, key: str, value: bytes) -> None:
+        """Write `value` unless the key has one already."""
+        self._carrier.propose(key, value)
+        self._write("propose", key, value.hex())
+
+    def draw(self, counter: str, amount: int) -> None:
+        """Ask for the next tickets."""
+        self._carrier.draw(counter, amount)
+        self._write("draw", counter, amount)
+
+    def publish(self, note: bytes) -> None:
+        """Replace this member's note."""
+        self._carrier.publish(note)
+        self._write("publish", len(note))
+
+    def wait(self, timeout: float) -> None:
+        """Wait; not an answer, and not recorded."""
+        self._carrier.wait(timeout)
+
+    # -- the carrier's answers ----------------------------------------------------------------------------------------
+
+    def post(self, peer: int, message: Message) -> bool:
+        """Send `message` to `peer` if the slot is free."""
+        accepted = self._carrier.post(peer, message)
+        self._write("post", peer, message.kind, length(message), accepted)
+        return accepted
+
+    def free(self, peer: int, kind: int) -> bool:
+        """Whether `post` would accept a message now."""
+        free = self._carrier.free(peer, kind)
+        self._answer(("free", peer, kind), free)
+        return free
+
+    def take(self, kind: int) -> list[Letter]:
+        """All letters of this kind that were not taken yet."""
+        letters = self._carrier.take(kind)
+        self._answer(("take", kind), [[x.peer, x.number, x.message.echo, x.seconds] for x in letters])
+        return letters
+
+    def lost(self) -> list[Loss]:
+        """The losses that became known since the last call."""
+        losses = self._carrier.lost()
+        self._answer(("lost",), [[x.peer, x.number, x.message.echo] for x in losses])
+        return losses
+
+    def members(self) -> tuple[int, ...]:
+        """The ranks not declared dead."""
+        members = self._carrier.members()
+        self._answer(("members",), list(members))
+        return members
+
+    def live(self) -> tuple[int, ...]:
+        """The members heard of lately."""
+        live = self._carrier.live()
+        self._answer(("live",), list(live))
+        return live
+
+    def now(self) -> float:
+        """Seconds on this member's clock."""
+        now = self._carrier.now()
+        self._answer(("now",), now)
+        return now
+
+    def decided(self, key: str) -> bytes | None:
+        """The value of `key`."""
+        value = self._carrier.decided(key)
+        self._answer(("decided", key), None if value is None else value.hex())
+        return value
+
+    def drawn(self, counter: str) -> list[tuple[int, int]]:
+        """The draws that were answered since the last call."""
+        tickets = self._carrier.drawn(counter)
+        self._answer(("drawn", counter), [list(pair) for pair in tickets])
+        return tickets
+
+    def notes(self) -> dict[int, bytes]:
+        """The newest known notes."""
+        notes = self._carrier.notes()
+        self._answer(("notes",), {str(rank): note.hex() for rank, note in sorted(notes.items())})
+        return notes
+
+    def _answer(self, question: tuple[Any, ...], answer: Any) -> None:
+        if answer == self._guesses.of(question):
+            self._count += 1
+            return
+        self._guesses.learn(question, answer)
+        self._write(*question, answer)
+
+    def _write(self, *words: Any) -> None:
+        self._count += 1
+        self._line([self._count, *words])
+
+    def _line(self, content: Any) -> None:
+        self._sink.write(json.dumps(content, separators=(",", ":")) + "\n")
+
+
+def length(message: Message) -> int:
+    """Elements of a message's body; -1 without one."""
+    return -1 if message.body is None else message.body.numel()

@@ -1,0 +1,199 @@
+"""A recorded run, once more: all members in one process, each answered as its log says, to the bit.
+
+    member 0   post -----------> body kept as message 7 of 0 to 1      as far as it comes
+    member 1   take -> [(0, 7)]  not there yet: paused, member 0 runs first
+
+What a message contained is not in any log: the sender's replay makes it again. Words of a waiting program are passed over:
+the log knows what it was told. Programs must bring their own random generators, as on a virtual cluster. The log of
+a member that was killed just ends, and so does its replay, without a result.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lightning_async.transport import checks
+from lightning_async.transport.log import Divergence, Log
+from lightning_async.transport.mail import Letter, Loss, Message
+from lightning_async.transport.record import length
+from lightning_async.transport.stage import Name, Program, Stage, Stop
+
+__all__ = ["Divergence", "ReplayCarrier", "replay"]
+
+
+def replay(
+    logs: Mapping[int, Iterable[str]], programs: Mapping[int, Callable[[ReplayCarrier], Program]]
+) -> dict[int, Any]:
+    """Run the programs of all members on their logs (lines of text).
+
+    Args:
+        logs: The lines of each member's log.
+        programs: Makes each member's program, given its carrier: the same that was recorded.
+
+    Returns:
+        What the programs returned, without those that were killed when they were recorded.
+    """
+    if set(logs) != set(programs):
+        raise ValueError(f"there are logs of members {sorted(logs)} and programs of members {sorted(programs)}")
+    read = {rank: Log(lines) for rank, lines in sorted(logs.items())}
+    for rank, log in read.items():
+        _check_log(rank, log)
+    lost = frozenset(name for log in read.values() for name in log.lost())
+    stage = Stage()
+    actors = stage.run(
+        {rank: _life(log, ReplayCarrier(log, stage, lost), programs[rank]) for rank, log in read.items()}
+    )
+    return {actor.member: actor.result for actor in actors if actor.complete}
+
+
+def _life(log: Log, carrier: ReplayCarrier, program: Callable[[ReplayCarrier], Program]) -> Program:
+    """The program, and then a check that its log is at its end too."""
+    result = yield from program(carrier)
+    if log.finished:
+        log.act("finish")
+    log.end()
+    return result
+
+
+def _check_log(rank: int, log: Log) -> None:
+    if log.me != rank:
+        raise ValueError(f"the log given for member {rank} was written by member {log.me}")
+    threads = torch.get_num_threads()
+    if log.header["threads"] != threads:
+        warnings.warn(
+            f"member {rank} was recorded with {log.header['threads']} torch threads and is replayed with {threads}: "
+            "sums may differ in their last bits",
+            stacklevel=3,
+        )
+
+
+class ReplayCarrier:
+    """Answers as recorded; raises `Divergence` where the program does something else than the recorded one did."""
+
+    def __init__(self, log: Log, stage: Stage, lost: frozenset[Name]) -> None:
+        self._log = log
+        self._stage = stage
+        self._lost = lost
+        self._numbers: dict[int, int] = {}
+
+    @property
+    def me(self) -> int:
+        """This member's rank."""
+        return self._log.me
+
+    @property
+    def world(self) -> int:
+        """How many members the run began with."""
+        return self._log.world
+
+    def samples(self) -> dict[int, list[int]]:
+        """The sample ids of each recorded step."""
+        return self._log.samples()
+
+    def note_step(self, step: int, sample_ids: Iterable[int]) -> None:
+        """Check that a step is taken on the recorded samples."""
+        self._act("step", step, [int(i) for i in sample_ids])
+
+    def finish(self) -> None:
+        """Nothing to do: that the log is at its end is checked when the program has ended."""
+
+    def folded(self, letter: Letter) -> None:
+        """Say that a taken letter has been used."""
+        self._act("folded", letter.peer, letter.number)
+
+    def at(self, step: int) -> None:
+        """Tell the carrier this member's own step."""
+        self._act("at", step)
+
+    def propose(self, key: str, value: bytes) -> None:
+        """Write `value` unless the key has one already."""
+        self._act("propose", key, value.hex())
+
+    def draw(self, counter: str, amount: int) -> None:
+        """Ask for the next tickets."""
+        checks.check_amount(amount)
+        self._act("draw", counter, amount)
+
+    def publish(self, note: bytes) -> None:
+        """Replace this member's note."""
+        checks.check_note(note)
+        self._act("publish", len(note))
+
+    def wait(self, timeout: float) -> None:
+        """Nothing to wait for."""
+
+    def post(self, peer: int, message: Message) -> bool:
+        """Whether the message was accepted; if so, it is kept for the peer's replay."""
+        checks.check_message(self.me, self.world, peer, message)
+        accepted: bool = self._answer("post", peer, message.kind, length(message))
+        if accepted:
+            number = self._numbers[peer] = self._numbers.get(peer, 0) + 1
+            body = None if message.body is None else message.body.detach().clone()
+            self._stage.posts[self.me, peer, number] = replace(message, body=body)
+        return accepted
+
+    def free(self, peer: int, kind: int) -> bool:
+        """Whether `post` would have accepted a message."""
+        free: bool = self._answer("free", peer, kind)
+        return free
+
+    def take(self, kind: int) -> list[Letter]:
+        """The recorded letters, with the bodies that their senders' replays posted."""
+        letters = []
+        for peer, number, echo, seconds in self._answer("take", kind):
+            name = (peer, self.me, number)
+            message = self._stage.wait_for(name)
+            letters.append(Letter(peer, number, replace(message, echo=echo), seconds))
+            if name not in self._lost:  # folded by one whose answer was cut off, a message may be a loss to its sender
+                del self._stage.posts[name]
+        return letters
+
+    def lost(self) -> list[Loss]:
+        """The recorded losses, with this member's own posts."""
+        return [
+            Loss(peer, number, replace(self._stage.wait_for((self.me, peer, number)), echo=echo))
+            for peer, number, echo in self._answer("lost")
+        ]
+
+    def members(self) -> tuple[int, ...]:
+        """The ranks that were not declared dead."""
+        return tuple(self._answer("members"))
+
+    def live(self) -> tuple[int, ...]:
+        """The members that were heard of."""
+        return tuple(self._answer("live"))
+
+    def now(self) -> float:
+        """What the clock showed."""
+        now: float = self._answer("now")
+        return now
+
+    def decided(self, key: str) -> bytes | None:
+        """The value of `key`."""
+        value = self._answer("decided", key)
+        return None if value is None else bytes.fromhex(value)
+
+    def drawn(self, counter: str) -> list[tuple[int, int]]:
+        """The recorded draws."""
+        return [(first, amount) for first, amount in self._answer("drawn", counter)]
+
+    def notes(self) -> dict[int, bytes]:
+        """The recorded notes."""
+        return {int(rank): bytes.fromhex(note) for rank, note in self._answer("notes").items()}
+
+    def _act(self, *words: Any) -> None:
+        self._check_killed()
+        self._log.act(*words)
+
+    def _answer(self, *question: Any) -> Any:
+        self._check_killed()
+        return self._log.answer(*question)
+
+    def _check_killed(self) -> None:
+        if self._log.over and not self._log.finished:
+            raise Stop

@@ -1,0 +1,176 @@
+"""Rounds are what is honestly synchronous: numbered, over the members that live, with one outcome for everybody.
+
+    agree:     each member writes its word on the board; a dead member's word becomes ABSENT, whoever notices first.
+               First writer wins, so all read the same words, whatever they saw of the death.
+    exchange:  agree who is here -> slices to their owners -> owners' results to all -> agree that all have everything
+               (if not, the members that are left start again)
+
+    member 0  --slice 1-->  member 1        owners reduce in the order of ranks, so all get the same bits
+    member 0  <-result 1--  member 1
+
+Never through the default process group: two crossed all-reduces on one group return wrong sums without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_async.transport.mail import CONTRIBUTION, RESULT, Carrier, Letter, Message, Wait
+
+How = Literal["sum", "mean", "max", "gather"]
+OWNERS = 8  # slices; more would cost links, not gain time
+PRESENT, ABSENT = b"+", b"-"
+
+
+@dataclass
+class Rounds:
+    """One member's view of the numbered rounds of a run. All members must call the same methods in the same order."""
+
+    carrier: Carrier
+    name: str = "round"
+    _number: int = 0
+    _present: tuple[int, ...] | None = None
+    _early: list[Letter] = field(default_factory=list)
+
+    def barrier(self) -> Wait[tuple[int, ...]]:
+        """Return, with the members that are here, when all of them have called it."""
+        words = yield from self.agree(b"")
+        return tuple(words)
+
+    def agree(self, word: bytes) -> Wait[dict[int, bytes]]:
+        """Every living member's word by rank: the same dictionary on every member."""
+        self._number += 1
+        key = f"{self.name}/{self._number}"
+        carrier = self.carrier
+        expected = self._present if self._present is not None else carrier.members()
+        carrier.propose(f"{key}/{carrier.me}", PRESENT + word)
+        words: dict[int, bytes] = {}
+        for peer in expected:
+            words[peer] = yield from self._word(key, peer)
+        here = {peer: w[1:] for peer, w in words.items() if w[:1] == PRESENT}
+        self._present = tuple(here)
+        return here
+
+    def _word(self, key: str, peer: int) -> Wait[bytes]:
+        """A peer's word, or ABSENT once it is declared dead; the board decides which came first."""
+        while (word := self.carrier.decided(f"{key}/{peer}")) is None:
+            if peer not in self.carrier.members():
+                self.carrier.propose(f"{key}/{peer}", ABSENT)
+            yield f"rank {peer} at {key}"
+        return word
+
+    def exchange(self, tensor: Tensor, how: How = "sum", weight: int = 1) -> Wait[tuple[list[Tensor], tuple[int, ...]]]:
+        """Combine a flat tensor of every member; `weight` counts for `how="mean"`.
+
+        Returns ([result], members), or for "gather" (one tensor for each member, members).
+        """
+        tensor = tensor.detach().contiguous().view(-1)
+        while True:
+            words = yield from self.agree(f"{how} {tensor.dtype} {-1 if how == 'gather' else tensor.numel()}".encode())
+            if len(set(words.values())) > 1:
+                what = ", ".join(f"rank {r}: {w.decode()}" for r, w in words.items())
+                raise ValueError(f"the members brought different things to one exchange ({what})")
+            members = tuple(words)
+            result = yield from self._attempt(tensor, how, weight, members)
+            done = yield from self.agree(b"1" if result is not None else b"0")
+            if result is not None and all(w == b"1" for w in done.values()):
+                return result, members
+
+    def broadcast(self, tensor: Tensor, source: int) -> Wait[Tensor]:
+        """The source's tensor, on every member."""
+        result, members = yield from self.exchange(tensor, "mean", weight=int(self.carrier.me == source))
+        if source not in members:
+            raise RuntimeError(f"rank {source} is gone, its tensor cannot be broadcast")
+        return result[0]
+
+    # -- one attempt ------------------------------------------------------------------------------------------------
+
+    def _attempt(self, tensor: Tensor, how: How, weight: int, members: tuple[int, ...]) -> Wait[list[Tensor] | None]:
+        """All slices by way of their owners; None if a member was lost on the way."""
+        me = self.carrier.me
+        if how == "gather":
+            parts = {r: tensor for r in members if r != me}
+            mine = yield from self._swap(CONTRIBUTION, parts, members, weight)
+            return None if mine is None else [tensor.clone() if r == me else mine[r][0] for r in members]
+        owners = members[:OWNERS]
+        slices = dict(zip(owners, _cut(tensor, len(owners)), strict=True))
+        outgoing = {owner: part for owner, part in slices.items() if owner != me}
+        senders = members if me in owners else ()
+        came = yield from self._swap(CONTRIBUTION, outgoing, senders, weight)
+        if came is None:
+            return None
+        results: dict[int, Tensor] = {}
+        outgoing = {}
+        if me in owners:
+            came[me] = (slices[me], weight)
+            results[me] = _combine([came[r] for r in members], how)
+            outgoing = {r: results[me] for r in members if r != me}
+        finished = yield from self._swap(RESULT, outgoing, owners, weight)
+        if finished is None:
+            return None
+        results.update({owner: part for owner, (part, _) in finished.items()})
+        return [torch.cat([results[owner] for owner in owners])]
+
+    def _swap(
+        self, kind: int, outgoing: dict[int, Tensor], senders: Sequence[int], weight: int
+    ) -> Wait[dict[int, tuple[Tensor, int]] | None]:
+        """Post each peer its part, and collect one part from each sender; None if one of them died meanwhile."""
+        carrier, number = self.carrier, self._number
+        came: dict[int, tuple[Tensor, int]] = {}
+        waiting = {r for r in senders if r != carrier.me}
+        outgoing = dict(outgoing)
+        while outgoing or waiting - came.keys():
+            for peer in list(outgoing):
+                if carrier.post(peer, Message(kind, outgoing[peer], weight=weight, reference=number)):
+                    del outgoing[peer]
+            for letter in self._letters(kind, number):
+                body = letter.message.body
+                came[letter.peer] = (body.clone() if body is not None else torch.empty(0), letter.message.weight)
+                carrier.folded(letter)
+            missing = sorted(outgoing.keys() | (waiting - came.keys()))
+            if not set(missing) <= set(carrier.members()):
+                return None
+            if missing:
+                yield f"rank {missing[0]}'s part in {self.name} {number}"
+        return came
+
+    def _letters(self, kind: int, number: int) -> list[Letter]:
+        """This round's letters; those of a later round are kept, those of an abandoned one are given back unused."""
+        mine, later = [], []
+        for letter in self._early + self.carrier.take(kind):
+            if letter.message.kind != kind or letter.message.reference > number:
+                later.append(letter)
+            elif letter.message.reference == number:
+                mine.append(letter)
+            else:
+                self.carrier.folded(letter)
+        self._early = later
+        return mine
+
+
+def _cut(tensor: Tensor, parts: int) -> list[Tensor]:
+    size = -(-tensor.numel() // parts)
+    return [tensor[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def _combine(parts: list[tuple[Tensor, int]], how: How) -> Tensor:
+    """Reduce in the order given. Means are taken in double precision: the mean of equal weights is those weights."""
+    first = parts[0][0]
+    if how == "max":
+        return torch.stack([part for part, _ in parts]).amax(0) if first.numel() else first
+    if how == "sum":
+        total = first.clone()
+        for part, _ in parts[1:]:
+            total += part
+        return total
+    weights = sum(w for _, w in parts)
+    mean = torch.zeros(first.numel(), dtype=torch.float64)
+    for part, w in parts:
+        if w:
+            mean.add_(part.to(torch.float64), alpha=w / weights)
+    return mean.to(first.dtype)

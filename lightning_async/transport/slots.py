@@ -1,0 +1,277 @@
+"""What two members owe each other, whatever connection they have at the moment.
+
+    post --copy--> slot[kind] --queue--> (link) --> box[kind] --> inbox --take--> letter --folded--> acks --> (link)
+                      ^                                                                                 |
+                      +----------------------------------- released -----------------------------------+
+
+A connection may break and be made again; numbers, slots and boxes outlive it. At every greeting each end says the last
+number it has received whole and which of those it has not folded yet. From this the other end knows the fate of each
+message it has posted: folded (the slot is free), waiting there (the slot stays taken), or never arrived (sent again,
+under the same number). So a message is delivered exactly once however often the connection breaks.
+
+Whoever changes something here notifies `changed`; the link's sender thread waits on nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lightning_async.transport.checks import KINDS
+from lightning_async.transport.header import DATA, AnotherProtocolError, Header, dtype_code, dtype_of
+from lightning_async.transport.mail import Letter, Loss, Message
+
+HEADERS = 0
+"""The row of the traffic table that counts headers; no message has this kind."""
+
+
+def nothing() -> None:
+    """What is called where nobody wants to know."""
+
+
+@dataclass(slots=True)
+class Here:
+    """This member as its headers describe it."""
+
+    step: int = 0
+
+    def now(self) -> float:
+        """Seconds on this member's clock."""
+        return time.monotonic()
+
+    def nanoseconds(self) -> int:
+        """The same clock, as it travels."""
+        return int(self.now() * 1e9)
+
+
+@dataclass(slots=True)
+class Count:
+    """Traffic of one kind with one peer: payload bytes (for the row `HEADERS`: header bytes)."""
+
+    messages_out: int = 0
+    bytes_out: int = 0
+    messages_in: int = 0
+    bytes_in: int = 0
+
+
+@dataclass(slots=True)
+class Slot:
+    """One posted message: the sender's own copy and its header; without a header it is free."""
+
+    buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    header: Header | None = None
+    message: Message | None = None
+
+    def view(self, nbytes: int) -> Tensor:
+        """The first `nbytes` of the kept buffer, which grows when it must."""
+        if self.buffer.numel() < nbytes:
+            self.buffer = torch.empty(nbytes, dtype=torch.uint8)
+        return self.buffer[:nbytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    peer: int
+    message: Message
+    number: int
+    clock: int
+
+
+class Inbox:
+    """Letters of all peers, by kind, in the order of their arrival."""
+
+    def __init__(self, *, here: Here, news: Callable[[], None] = nothing) -> None:
+        self._here = here
+        self._news = news
+        self._kinds: dict[int, deque[_Arrived]] = {kind: deque() for kind in range(KINDS)}
+
+    def put(self, peer: int, number: int, message: Message, clock: int) -> None:
+        """Called by receiver threads; a deque's append is atomic, so no lock."""
+        self._kinds[message.kind].append(_Arrived(peer, message, number, clock))
+        self._news()
+
+    def take(self, kind: int) -> list[Letter]:
+        """All letters of this kind; their age is counted from the last sign of ours that the sender had then."""
+        waiting = self._kinds[kind]
+        now = self._here.now()
+        arrived = [waiting.popleft() for _ in range(len(waiting))]
+        return [Letter(one.peer, one.number, one.message, max(0.0, now - one.clock * 1e-9)) for one in arrived]
+
+
+class Slots:
+    """Both directions between this member and one peer."""
+
+    def __init__(
+        self, peer: int, *, inbox: Inbox, here: Here, max_bytes: int, news: Callable[[], None] = nothing
+    ) -> None:
+        self.peer = peer
+        self.changed = threading.Condition()
+        self.queue: deque[Slot] = deque()
+        self.acks: deque[tuple[int, int]] = deque()
+        self.traffic: dict[int, Count] = {HEADERS: Count()}
+        self.max_bytes = max_bytes
+        self._limit = max_bytes
+        self._inbox = inbox
+        self._here = here
+        self._news = news
+        self._slots: dict[int, Slot] = {}
+        self._posted = 0
+        self._boxes: dict[int, Slot] = {}
+        self._received = 0
+        self._unfolded: dict[int, int] = {}
+        self._heard_step = 0
+        self._heard_clock = 0
+        self._over = False
+
+    # the training thread
+
+    def check(self, message: Message) -> int:
+        """The body's length in bytes; a ValueError if one of the ends does not take so much, be the link up or not."""
+        body = message.body
+        nbytes = 0 if body is None else body.numel() * body.element_size()
+        if nbytes > self._limit:
+            raise ValueError(
+                f"a message of {nbytes} bytes is longer than member {self.peer} or this one takes ({self._limit} "
+                "bytes): send it in parts, or raise `max_bytes` on all members"
+            )
+        return nbytes
+
+    def free(self, kind: int) -> bool:
+        """Whether the slot of this kind is free."""
+        slot = self._slots.get(kind)
+        return not self._over and (slot is None or slot.header is None)
+
+    def post(self, message: Message) -> bool:
+        """Copy the message into its slot and queue it, if the slot is free."""
+        nbytes = self.check(message)
+        if not self.free(message.kind):
+            return False
+        slot = self._slots.setdefault(message.kind, Slot())
+        body = None if message.body is None else slot.view(nbytes).view(message.body.dtype)
+        header = self._header(message, nbytes)
+        if body is not None and message.body is not None:
+            body.copy_(message.body)  # outside the lock: the slot is free, so it is nobody else's
+        with self.changed:
+            if self._over:
+                return False
+            self._posted += 1
+            header.number = self._posted
+            slot.header, slot.message = header, replace(message, body=body, echo=header.echo)
+            self.queue.append(slot)
+            self.changed.notify_all()
+        return True
+
+    def _header(self, message: Message, nbytes: int) -> Header:
+        return Header(
+            DATA,
+            kind=message.kind,
+            step=message.step,
+            version=message.version,
+            echo=self._heard_step if message.echo == -1 else message.echo,
+            echo_clock=self._heard_clock,
+            samples=message.samples,
+            weight=message.weight,
+            reference=message.reference,
+            dtype=dtype_code(None if message.body is None else message.body.dtype),
+            nbytes=nbytes,
+        )
+
+    def folded(self, letter: Letter) -> None:
+        """The letter was used: its box is free, and the sender will be told."""
+        kind = letter.message.kind
+        with self.changed:
+            if self._unfolded.get(kind) != letter.number:
+                raise ValueError(f"letter {letter.number} of member {self.peer} was given back already")
+            del self._unfolded[kind]
+            self.acks.append((kind, letter.number))
+            self.changed.notify_all()
+
+    def idle(self) -> bool:
+        """Whether everything posted was folded, and every fold was told."""
+        with self.changed:
+            return not self.acks and all(slot.header is None for slot in self._slots.values())
+
+    # the link's threads
+
+    def heard(self, header: Header) -> None:
+        """Note the peer's step and clock, which every header carries."""
+        self._heard_step, self._heard_clock = header.own_step, header.own_clock
+
+    def hello(self) -> tuple[int, list[int]]:
+        """What to say at a greeting: (last number received, those not folded); it replaces all older answers."""
+        with self.changed:
+            self.acks.clear()
+            return self._received, sorted(self._unfolded.values())
+
+    def resume(self, *, received: int, unfolded: set[int], limit: int) -> None:
+        """The peer's greeting: free what it folded, queue again what it never got, in the old order."""
+        with self.changed:
+            self._limit = min(self.max_bytes, limit)
+            again = []
+            for slot in self._slots.values():
+                if slot.header is not None and slot.header.number > received:
+                    again.append((slot.header.number, slot))
+                elif slot.header is not None and slot.header.number not in unfolded:
+                    slot.header = slot.message = None
+            self.queue = deque(slot for _, slot in sorted(again, key=lambda one: one[0]))
+            self.changed.notify_all()
+
+    def released(self, header: Header) -> None:
+        """The peer folded a message: its slot is free."""
+        with self.changed:
+            slot = self._slots.get(header.kind)
+            if slot is None or slot.header is None or slot.header.number != header.number:
+                raise AnotherProtocolError(f"member {self.peer} folded message {header.number}, which was never posted")
+            slot.header = slot.message = None
+        self._news()
+
+    def box(self, header: Header) -> Tensor:
+        """Where the body of an announced message goes; the protocol says that it is free."""
+        if not 0 < header.kind < KINDS or not 0 <= header.nbytes <= self.max_bytes:
+            raise AnotherProtocolError(f"member {self.peer} announced kind {header.kind} with {header.nbytes} bytes")
+        if header.kind in self._unfolded or header.number != self._received + 1:
+            raise AnotherProtocolError(f"member {self.peer} sent message {header.number} out of turn")
+        return self._boxes.setdefault(header.kind, Slot()).view(header.nbytes)
+
+    def deliver(self, header: Header, body: Tensor) -> None:
+        """A message is here, whole."""
+        dtype = dtype_of(header.dtype)
+        message = Message(
+            kind=header.kind,
+            body=None if dtype is None else body.view(dtype),
+            step=header.step,
+            version=header.version,
+            echo=header.echo,
+            samples=header.samples,
+            weight=header.weight,
+            reference=header.reference,
+        )
+        with self.changed:
+            self._received = header.number
+            self._unfolded[header.kind] = header.number
+            count = self.count(header.kind)
+            count.messages_in += 1
+            count.bytes_in += header.nbytes
+        self._inbox.put(self.peer, header.number, message, header.echo_clock)
+
+    def count(self, kind: int) -> Count:
+        """The traffic of one kind."""
+        return self.traffic.setdefault(kind, Count())
+
+    # whoever learns that the peer is dead
+
+    def bury(self) -> list[Loss]:
+        """Nothing more will be sent: all that was posted and not folded, with the sender's own copies."""
+        with self.changed:
+            self._over = True
+            self.queue.clear()
+            self.acks.clear()
+            held = [slot for slot in self._slots.values() if slot.header is not None]
+            lost = [Loss(self.peer, s.header.number, s.message) for s in held if s.header and s.message]
+            return sorted(lost, key=lambda loss: loss.number)

@@ -1,0 +1,127 @@
+"""The emulated cluster: hosts reach each other, a cut is silence, a slow link is slow, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from benchmarks import hosts as hosts_module
+from benchmarks.hosts import Hosts, available
+from benchmarks.launch import Ranks
+
+PING = "import socket, sys; socket.create_connection((sys.argv[1], 7), timeout=1).close()"
+SINK = """
+import socket
+server = socket.create_server(("", 7))
+print("ready", flush=True)
+while True:
+    connection, _ = server.accept()
+    while connection.recv(1 << 16):
+        pass
+    connection.close()
+"""
+
+
+def namespaces() -> set[str]:
+    return set(subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout.split())
+
+
+def reaches(hosts: Hosts, here: int, there: int) -> bool:
+    return hosts.run(here, [sys.executable, "-c", PING, hosts.address(there)], output=_nowhere()).wait(30) == 0
+
+
+def _nowhere() -> Any:
+    return open(os.devnull, "wb")  # noqa: SIM115 - the program keeps it
+
+
+def listening(hosts: Hosts, i: int) -> None:
+    with open(f"sink{i}", "wb") as log:
+        hosts.run(i, [sys.executable, "-u", "-c", SINK], output=log)
+    end = time.monotonic() + 30
+    while "ready" not in open(f"sink{i}").read():  # noqa: SIM115
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.netns
+def test_cut_and_heal_and_nothing_left() -> None:
+    before = namespaces()
+    with Hosts(2) as hosts:
+        listening(hosts, 1)
+        assert reaches(hosts, 0, 1)
+        hosts.cut(1)
+        assert not reaches(hosts, 0, 1)
+        hosts.heal(1)
+        assert reaches(hosts, 0, 1)
+    assert namespaces() == before
+
+
+@pytest.mark.netns
+def test_two_clusters_do_not_meet_and_an_exception_cleans_up() -> None:
+    before = namespaces()
+    with pytest.raises(KeyError), Hosts(1) as one, Hosts(2) as other:
+        listening(one, 0)
+        assert not reaches(other, 1, 0)
+        raise KeyError
+    assert namespaces() == before
+
+
+@pytest.mark.netns
+def test_half_a_cluster_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(namespace: str, device: str, mbit: float) -> None:
+        raise RuntimeError("no shaping today")
+
+    before = namespaces()
+    monkeypatch.setattr(hosts_module, "_shape", broken)
+    with pytest.raises(RuntimeError, match="no shaping today"), Hosts(3, mbit=10):
+        pass
+    assert namespaces() == before
+
+
+@pytest.mark.netns
+def test_a_link_carries_what_it_is_given() -> None:
+    send = (
+        "import socket, sys; s = socket.create_connection((sys.argv[1], 7));"
+        "s.sendall(bytes(2_000_000)); s.shutdown(socket.SHUT_WR); s.recv(1)"
+    )
+    with Hosts(2, mbit=40) as hosts:
+        listening(hosts, 1)
+        start = time.monotonic()
+        assert hosts.run(0, [sys.executable, "-c", send, hosts.address(1)]).wait(60) == 0
+        assert 0.3 < time.monotonic() - start < 5  # 2 MB at 40 Mbit/s: 0.4 s, and the time to start a process
+
+
+def average() -> float:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    mine = torch.tensor([float(os.environ["GROUP_RANK"])])
+    dist.all_reduce(mine)
+    dist.destroy_process_group()
+    return mine.item() / 2
+
+
+@pytest.mark.netns
+def test_ranks_on_hosts() -> None:
+    with Hosts(2) as hosts, Ranks(average, 2, address=hosts.address(0), spawn=hosts.spawn) as ranks:
+        assert ranks.values(timeout=120) == [0.5, 0.5]
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="from 1 to 250"):
+        Hosts(0)
+    with pytest.raises(ValueError, match="above 0"):
+        Hosts(1, mbit=0)
+    with pytest.raises(ValueError, match="0 to 1, got 2"):
+        Hosts(2).address(2)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert available() == "network namespaces need root"
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("PATH", "")
+    assert "iproute2" in (available() or "")

@@ -1,0 +1,174 @@
+"""Faults come where they are asked for, as long as they are asked for, and the same with the same seed."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_async.callbacks import SpeedFaults
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class FakeTrainer:
+    """Just a place in a world."""
+
+    def __init__(self, rank: int, world: int = 4) -> None:
+        self.global_rank, self.world_size = rank, world
+
+
+def pauses(faults: SpeedFaults, rank: int, batches: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    slept: list[float] = []
+    monkeypatch.setattr("lightning_async.callbacks.speed_faults.time.sleep", slept.append)
+    trainer: Any = FakeTrainer(rank)
+    faults.on_train_start(trainer, BoringModel())
+    for number in range(batches):
+        faults.on_train_batch_start(trainer, BoringModel(), None, number)
+    monkeypatch.undo()
+    return slept
+
+
+def fit(*callbacks: SpeedFaults, epochs: int = 1) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        limit_train_batches=5,
+        limit_val_batches=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(BoringModel())
+    return trainer
+
+
+def test_slow_ranks_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = SpeedFaults(step_seconds=0.02, slow={3: 4.0})
+    assert pauses(faults, 0, 3, monkeypatch) == [0.02] * 3
+    assert pauses(faults, 3, 3, monkeypatch) == [0.08] * 3
+
+
+def test_spread_keeps_the_mean_and_follows_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(seed: int, rank: int) -> list[float]:
+        return pauses(SpeedFaults(step_seconds=1.0, sigma=0.5, seed=seed), rank, 4000, monkeypatch)
+
+    random.seed(1)
+    torch.manual_seed(1)
+    before = random.getstate(), torch.get_rng_state()
+    first = drawn(7, 0)
+    assert first == drawn(7, 0)
+    assert first != drawn(8, 0)
+    assert first != drawn(7, 1)
+    assert fmean(first) == pytest.approx(1.0, abs=0.05)
+    assert min(first) < 0.5 < 1.5 < max(first)
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_fails_where_asked_counting_over_epochs() -> None:
+    with pytest.raises(RuntimeError, match="rank 0 fails at batch 7, as asked"):
+        fit(SpeedFaults(fail={0: 7}), epochs=2)
+    assert fit(SpeedFaults(fail={0: 7})).global_step == 5
+
+
+def test_a_second_fit_counts_from_0() -> None:
+    faults = SpeedFaults(fail={0: 7})
+    fit(faults)
+    fit(faults)
+
+
+def test_holding_the_lock_costs_other_threads_and_sleeping_does_not() -> None:
+    def ticks_beside(faults: SpeedFaults) -> int:
+        ticks, over = 0, threading.Event()
+
+        def tick() -> None:
+            nonlocal ticks
+            while not over.is_set():
+                ticks += 1
+                time.sleep(0.0005)
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        try:
+            faults._pass(0.3)
+        finally:
+            over.set()
+            thread.join()
+        return ticks
+
+    assert ticks_beside(SpeedFaults(hold_gil=True)) < 0.5 * ticks_beside(SpeedFaults())
+
+
+FREEZE = """
+import threading, time
+from lightning_async.callbacks.speed_faults import freeze_process
+gaps, last, over = [], [time.monotonic()], threading.Event()
+def tick():
+    while not over.is_set():
+        now = time.monotonic(); gaps.append(now - last[0]); last[0] = now
+        time.sleep(0.005)
+thread = threading.Thread(target=tick); thread.start()
+freeze_process(0.5)
+over.set(); thread.join()
+print(max(gaps))
+"""
+
+
+def test_a_freeze_stops_the_whole_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FREEZE], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert 0.45 < float(done.stdout) < 5
+
+
+def test_a_freeze_comes_once_and_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[float] = []
+    monkeypatch.setattr("lightning_async.callbacks.speed_faults.freeze_process", frozen.append)
+    fit(SpeedFaults(freeze={0: (2, 0.5)}), epochs=2)
+    assert frozen == [0.5]
+
+
+def test_travels_to_other_processes() -> None:
+    faults = pickle.loads(pickle.dumps(SpeedFaults(step_seconds=0.02, slow={1: 4.0}, freeze={2: (1, 0.5)})))
+    assert (faults.slow, faults.freeze) == ({1: 4.0}, {2: (1, 0.5)})
+
+
+def test_a_rank_that_is_not_there() -> None:
+    with pytest.raises(MisconfigurationException, match="names rank 3, but the ranks of this run are 0 to 0"):
+        fit(SpeedFaults(step_seconds=0.001, slow={3: 4.0}))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"step_seconds": -1.0}, "`step_seconds` must be at least 0, got -1.0"),
+        ({"step_seconds": float("nan")}, "`step_seconds` must be at least 0, got nan"),
+        ({"sigma": -0.1, "step_seconds": 1.0}, "`sigma` must be at least 0, got -0.1"),
+        ({"slow": {0: 4.0}}, "`slow` and `sigma` act on `step_seconds`, which is 0"),
+        ({"sigma": 0.5}, "`slow` and `sigma` act on `step_seconds`, which is 0"),
+        ({"slow": {0: 0.0}, "step_seconds": 1.0}, "`slow` must hold positive factors, got 0.0 for rank 0"),
+        ({"slow": {-1: 2.0}, "step_seconds": 1.0}, "ranks count from 0, got -1"),
+        ({"freeze": {0: (-1, 1.0)}}, "`freeze` must hold"),
+        ({"freeze": {0: (1, 0.0)}}, "`freeze` must hold"),
+        ({"fail": {0: -1}}, "`fail` must hold batches, counted from 0, got -1"),
+    ],
+)
+def test_wrong_values(knobs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        SpeedFaults(**knobs)

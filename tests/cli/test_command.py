@@ -1,0 +1,51 @@
+"""The command prints what LightningCLI can read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_async.cli import main
+from lightning_async.cli.configs import names, read
+from lightning_async.version import __version__
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == names()
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+@pytest.mark.parametrize("name", ["strategies/gossip_ring", "strategies/gossip_ring.yaml", "callbacks/speed_faults"])
+def test_prints(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", name]) == 0
+    assert capsys.readouterr().out == (ROOT / f"{name.removesuffix('.yaml')}.yaml").read_text(encoding="utf-8")
+
+
+def test_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "strategies/nope"]) == 2
+    assert "there is no config 'strategies/nope'; there are: callbacks/speed_faults" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lightning-async {__version__}\n"
+
+
+def test_as_a_module() -> None:
+    argv = [sys.executable, "-m", "lightning_async.cli", "config", "callbacks/speed_faults"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == read("callbacks/speed_faults")
+
+
+def test_every_config_is_in_its_folder_s_table() -> None:
+    for name in names():
+        group, _, short = name.partition("/")
+        assert f"| `{short}` |" in (ROOT / group / "README.md").read_text(encoding="utf-8"), name

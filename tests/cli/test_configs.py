@@ -1,0 +1,81 @@
+"""Every config is read and run by LightningCLI, alone and together with others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+from lightning_async.callbacks import SpeedFaults
+from lightning_async.cli.configs import names, read
+
+SMALL = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "max_epochs": 1,
+    "limit_train_batches": 3,
+    "limit_val_batches": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def configs(*names: str) -> list[str]:
+    argv = []
+    for number, name in enumerate(names):
+        file = Path(f"{number}.yaml")
+        file.write_text(read(name), encoding="utf-8")
+        argv += ["--config", str(file)]
+    return argv
+
+
+def command(*argv: str) -> Trainer:
+    cli = LightningCLI(
+        BoringModel, BoringDataModule, args=list(argv), trainer_defaults=SMALL, save_config_callback=None, run=False
+    )
+    trainer: Trainer = cli.trainer
+    trainer.fit(cli.model, cli.datamodule)
+    return trainer
+
+
+@pytest.mark.parametrize("name", names())
+def test_runs(name: str) -> None:
+    trainer = command(*configs(name))
+    assert trainer.state.finished
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n.startswith("strategies/")])
+def test_a_strategy_config_sets_nothing_else(name: str) -> None:
+    assert _keys(yaml.safe_load(read(name))) == {"trainer": {"strategy"}}
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n.startswith("callbacks/")])
+def test_a_callback_config_appends(name: str) -> None:
+    assert _keys(yaml.safe_load(read(name))) == {"trainer": {"callbacks+"}}
+    faults = [c for c in command(*configs(name, name)).callbacks if type(c).__name__ == _class_name(name)]  # type: ignore[attr-defined]
+    assert len(faults) == 2
+
+
+def test_knobs_of_faults_are_typed() -> None:
+    argv = ["--trainer.callbacks+=lightning_async.callbacks.SpeedFaults", "--trainer.callbacks.step_seconds=0.001"]
+    argv += ["--trainer.callbacks.freeze={0: [100, 0.5]}", "--trainer.callbacks.slow={0: 2}"]
+    (faults,) = [c for c in command(*argv).callbacks if isinstance(c, SpeedFaults)]  # type: ignore[attr-defined]
+    assert faults.freeze == {0: (100, 0.5)}
+    assert faults.slow == {0: 2.0}
+    with pytest.raises(SystemExit):
+        command("--trainer.callbacks+=lightning_async.callbacks.SpeedFaults", "--trainer.callbacks.step_seconds=fast")
+
+
+def _keys(config: dict[str, dict[str, Any]]) -> dict[str, set[str]]:
+    return {key: set(value) for key, value in config.items()}
+
+
+def _class_name(name: str) -> str:
+    path: str = yaml.safe_load(read(name))["trainer"]["callbacks+"][0]["class_path"]
+    return path.rpartition(".")[2]

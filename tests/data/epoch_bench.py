@@ -1,0 +1,168 @@
+"""A small board and a virtual clock: members with speeds, look-ahead and deaths, all from one seed."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Generator
+
+from lightning_async.data.claim import ClaimedShare
+from lightning_async.data.ledger import Ledger
+
+Event = tuple[float, int, int]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 0.0
+
+
+class FakeBoard:
+    """What all desks share; an answer is known `latency` after the asking, a note `beat` after it."""
+
+    def __init__(self, clock: Clock, world: int, *, latency: float = 0.0, beat: float = 0.0) -> None:
+        self.clock, self.latency, self.beat = clock, latency, beat
+        self.keys: dict[str, tuple[float, bytes]] = {}
+        self.counters: dict[str, int] = {}
+        self.words: dict[int, list[tuple[float, bytes]]] = {}
+        self.alive = set(range(world))
+
+    def desks(self) -> list[FakeDesk]:
+        return [FakeDesk(self, rank) for rank in sorted(self.alive)]
+
+
+class FakeDesk:
+    def __init__(self, board: FakeBoard, me: int) -> None:
+        self.board, self.me = board, me
+        self.pending: dict[str, deque[tuple[float, int, int]]] = {}
+
+    def now(self) -> float:
+        return self.board.clock.time
+
+    def members(self) -> tuple[int, ...]:
+        return tuple(sorted(self.board.alive))
+
+    def live(self) -> tuple[int, ...]:
+        return self.members()
+
+    def propose(self, key: str, value: bytes) -> None:
+        self.board.keys.setdefault(key, (self.now() + self.board.latency, value))
+
+    def decided(self, key: str) -> bytes | None:
+        since, value = self.board.keys.get(key, (float("inf"), b""))
+        return value if since <= self.now() else None
+
+    def draw(self, counter: str, amount: int) -> None:
+        first = self.board.counters.get(counter, 0)
+        self.board.counters[counter] = first + amount
+        self.pending.setdefault(counter, deque()).append((self.now() + self.board.latency, first, amount))
+
+    def drawn(self, counter: str) -> list[tuple[int, int]]:
+        waiting, found = self.pending.get(counter, deque()), []
+        while waiting and waiting[0][0] <= self.now():
+            found.append(waiting.popleft()[1:])
+        return found
+
+    def publish(self, note: bytes) -> None:
+        assert len(note) <= 1024
+        known = self.now() + self.board.beat
+        self.board.words.setdefault(self.me, []).append((known, note))
+
+    def notes(self) -> dict[int, bytes]:
+        """The newest that is old enough to have travelled; older ones are forgotten."""
+        found = {}
+        for rank, words in self.board.words.items():
+            while len(words) > 1 and words[1][0] <= self.now():
+                words.pop(0)
+            if words[0][0] <= self.now():
+                found[rank] = words[0][1]
+        return found
+
+
+class Member:
+    """Trains at its own speed, with `ahead` batches fetched beyond the one it trains on."""
+
+    def __init__(self, share: ClaimedShare, *, batch: int, seconds: float, ahead: int) -> None:
+        self.share, self.batch, self.seconds, self.ahead = share, batch, seconds, ahead
+        self.queue: deque[list[int]] = deque()
+        self.ended = False
+        self.finished: float | None = None
+        self.trained: list[int] = []
+        self.waits = 0
+        self.late_waits = 0
+
+    def life(self) -> Generator[float, None, None]:
+        """Yields the seconds until it is to be resumed."""
+        while True:
+            yield from self._fetch()
+            if not self.queue:
+                self.finished = self.share._desk.now()
+                return
+            batch = self.queue.popleft()
+            yield self.seconds * len(batch) / self.batch
+            self.trained += batch
+            self.share.completed(len(batch))
+
+    def _fetch(self) -> Generator[float, None, None]:
+        while not self.ended and len(self.queue) < 1 + self.ahead:
+            work = self.share.next_batch(self.batch)
+            while True:
+                try:
+                    missing = next(work)
+                except StopIteration as end:
+                    batch = end.value
+                    break
+                self.waits += 1
+                self.late_waits += self.share.ledger.completed > 0 and "leave" not in missing
+                yield 1e-3
+            self.ended = batch is None
+            if batch is not None:
+                self.queue.append(batch)
+
+
+def run(board: FakeBoard, members: list[Member], deaths: dict[int, float] | None = None) -> list[Ledger]:
+    """Play one epoch to its end; a death is declared half a second after it happened."""
+    deaths, lives = deaths or {}, [member.life() for member in members]
+    heap: list[Event] = [(board.clock.time, rank, rank) for rank in range(len(lives))]
+    heap += [(time + 0.5, -1, rank) for rank, time in deaths.items()]
+    heapq.heapify(heap)
+    while heap:
+        board.clock.time, kind, rank = heapq.heappop(heap)
+        if kind < 0:
+            board.alive.discard(rank)
+        elif board.clock.time < deaths.get(rank, float("inf")):
+            pause = next(lives[rank], None)
+            if pause is not None:
+                heapq.heappush(heap, (board.clock.time + pause, rank, rank))
+    return [member.share.ledger for member in members]
+
+
+def crew(
+    seconds: list[float],
+    *,
+    ahead: int = 0,
+    batches: list[int] | None = None,
+    latency: float = 0.0,
+    beat: float = 0.0,
+    drop_last: bool = False,
+) -> tuple[FakeBoard, list[Member]]:
+    """Members by their seconds per batch."""
+    board = FakeBoard(Clock(), len(seconds), latency=latency, beat=beat)
+    sizes = batches or [8] * len(seconds)
+    shares = [ClaimedShare(d, batch=b, drop_last=drop_last) for d, b in zip(board.desks(), sizes, strict=True)]
+    members = [
+        Member(share, batch=b, seconds=s, ahead=ahead) for share, b, s in zip(shares, sizes, seconds, strict=True)
+    ]
+    return board, members
+
+
+def begin(members: list[Member], total: int, epoch: int = 0) -> None:
+    for member in members:
+        member.ended, member.finished, member.trained = False, None, []
+        member.share.begin_epoch(epoch, total=total, digest=7)
+
+
+def gap(members: list[Member]) -> float:
+    """Seconds between the first and the last to finish."""
+    ends = [m.finished for m in members if m.finished is not None]
+    return max(ends) - min(ends)

@@ -1,0 +1,366 @@
+"""One link: order, content and slots; strangers; and that it can be closed at any time, whatever the other end does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from lightning_async.transport import header as wire_header
+from lightning_async.transport.checks import DTYPES
+from lightning_async.transport.gloo import keys_of
+from lightning_async.transport.link import Link
+from lightning_async.transport.mail import Letter, Message
+from lightning_async.transport.slots import HEADERS, Here, Inbox, Slots
+
+FORK = multiprocessing.get_context("fork")
+
+
+def until(condition: Callable[[], object], limit: float = 10.0) -> None:
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.0005)
+
+
+@dataclass
+class End:
+    """One end of a link with all that outlives the link."""
+
+    port: int
+    me: int
+    peer: int
+    max_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        self.here = Here()
+        self.inbox = Inbox(here=self.here)
+        self.slots = Slots(self.peer, inbox=self.inbox, here=self.here, max_bytes=self.max_bytes)
+        self.store = TCPStore("127.0.0.1", self.port, is_master=False)
+
+    def open(self, *, run: str = "run", generation: int = 1, fragment_bytes: int = 1 << 20) -> Link:
+        self.link = Link(
+            keys_of(self.store, "test"),
+            me=self.me,
+            slots=self.slots,
+            here=self.here,
+            run=run,
+            generation=generation,
+            fragment_bytes=fragment_bytes,
+            connect_timeout=10.0,
+            interface="lo",
+        )
+        return self.link
+
+    def take(self, kind: int) -> Letter:
+        found: list[Letter] = []
+        until(lambda: found.extend(self.inbox.take(kind)) or found)
+        (letter,) = found
+        return letter
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield server.port
+
+
+@pytest.fixture
+def pair(port: int) -> Iterator[tuple[End, End]]:
+    a, b = End(port, 0, 1), End(port, 1, 0)
+    with ExitStack() as stack:
+        for end in (a, b):
+            stack.callback(end.open().close)
+        until(lambda: a.link.state == b.link.state == "up")
+        yield a, b
+
+
+def test_bodies_of_every_dtype_and_size_arrive_as_they_were(pair: tuple[End, End]) -> None:
+    a, b = pair
+    for dtype in DTYPES:
+        for n in (0, 1, 1000, 5000):
+            body = torch.randint(0, 100, (n,)).to(dtype)
+            assert a.slots.post(Message(20, body, step=n, version=2, samples=3, weight=-(2**62), reference=5))
+            letter = b.take(20)
+            got = letter.message
+            assert got.body is not None
+            assert got.body.dtype == dtype
+            assert torch.equal(got.body, body)
+            assert (got.step, got.version, got.samples, got.weight, got.reference) == (n, 2, 3, -(2**62), 5)
+            b.slots.folded(letter)
+            until(lambda: a.slots.free(20))
+    assert a.slots.post(Message(20))
+    assert b.take(20).message.body is None
+
+
+def test_the_slot_is_free_when_the_message_was_folded_and_not_before(pair: tuple[End, End]) -> None:
+    a, b = pair
+    body = torch.ones(10)
+    assert a.slots.post(Message(20, body))
+    body.zero_()
+    assert not a.slots.free(20)
+    assert not a.slots.post(Message(20))
+    assert a.slots.post(Message(21)), "another kind has a slot of its own"
+    letter = b.take(20)
+    b.take(21)
+    assert not a.slots.free(20)
+    assert torch.equal(letter.message.body, torch.ones(10)), "the carrier took a copy"  # type: ignore[arg-type]
+    b.slots.folded(letter)
+    until(lambda: a.slots.free(20))
+    with pytest.raises(ValueError, match="given back already"):
+        b.slots.folded(letter)
+
+
+def test_buffers_are_kept(pair: tuple[End, End]) -> None:
+    a, b = pair
+    places = set()
+    for _ in range(5):
+        assert a.slots.post(Message(20, torch.ones(10000)))
+        letter = b.take(20)
+        places.add(letter.message.body.data_ptr())  # type: ignore[union-attr]
+        b.slots.folded(letter)
+        until(lambda: a.slots.free(20))
+    assert len(places) == 1
+    assert len(a.link._pages) + len(a.link._flying) < 20
+
+
+def _chat(end: End, seed: int, count: int) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """Post `count` random messages and fold what comes in random order, until all is folded on both sides."""
+    chance, sent, got, held = random.Random(seed), [], [], []
+    kinds = [1, 2, 16, 17, 40, 63]
+    end_at = time.monotonic() + 20
+    while len(sent) < count or len(got) < count or not end.slots.idle():
+        assert time.monotonic() < end_at
+        kind, n = chance.choice(kinds), chance.choice([0, 1, 100, 1024, 1025, 3000, 30000, 70000])
+        if len(sent) < count and end.slots.post(Message(kind, torch.full((n,), float(len(sent))), reference=n)):
+            sent.append((len(sent) + 1, kind, n))
+        for other in kinds:
+            held += end.inbox.take(other)
+        chance.shuffle(held)
+        if held and chance.random() < 0.7:
+            letter = held.pop()
+            body = letter.message.body
+            assert body is not None
+            assert torch.equal(body, torch.full((letter.message.reference,), float(letter.number - 1)))
+            got.append((letter.number, letter.message.kind, body.numel()))
+            end.slots.folded(letter)
+        elif not held:
+            time.sleep(0.0001)
+    return sent, got
+
+
+def _chat_on_both(a: End, b: End, count: int) -> None:
+    results: dict[int, tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]] = {}
+    chats = [threading.Thread(target=lambda e=e: results.update({e.me: _chat(e, e.me, count)})) for e in (a, b)]
+    for chat in chats:
+        chat.start()
+    for chat in chats:
+        chat.join()
+    for end in (a, b):
+        assert results[end.me][0] == sorted(results[end.peer][1]), "all of it, once"
+
+
+def test_thousands_of_random_messages_both_ways(pair: tuple[End, End]) -> None:
+    a, b = pair
+    _chat_on_both(a, b, 1000)
+    for end, other in ((a, b), (b, a)):
+        sent = [(kind, count.messages_out, count.bytes_out) for kind, count in end.slots.traffic.items() if kind]
+        read = [(kind, count.messages_in, count.bytes_in) for kind, count in other.slots.traffic.items() if kind]
+        assert sorted(sent) == sorted(read)
+        assert sum(messages for _, messages, _ in sent) == 1000
+        assert end.slots.traffic[HEADERS].bytes_out >= 256 * 1000
+
+
+def test_letters_come_in_the_order_of_their_posts_also_behind_a_long_one(port: int) -> None:
+    a, b = End(port, 0, 1), End(port, 1, 0)
+    order: list[int] = []
+    b.inbox = Inbox(here=b.here)
+    b.slots = Slots(0, inbox=b.inbox, here=b.here, max_bytes=1 << 30)
+    put = b.inbox.put
+    b.inbox.put = lambda *args: (order.append(args[1]), put(*args))[1]  # type: ignore[method-assign, func-returns-value]
+    for kind, n in ((20, 2_000_000), (1, 0), (21, 10), (22, 50_000), (23, 0)):
+        assert a.slots.post(Message(kind, torch.ones(n)) if n else Message(kind))
+    with ExitStack() as stack:
+        for end in (a, b):
+            stack.callback(end.open().close)
+        until(lambda: len(order) == 5)
+    assert order == [1, 2, 3, 4, 5]
+
+
+def test_every_header_carries_step_and_clock(pair: tuple[End, End]) -> None:
+    a, b = pair
+    b.here.step = 41
+    assert a.slots.post(Message(20))
+    b.slots.folded(b.take(20))
+    until(lambda: a.slots.free(20))
+    b.here.step = 44
+    before = b.here.now()
+    assert a.slots.post(Message(20))
+    assert a.slots.post(Message(21, echo=3))
+    first, second = b.take(20), b.take(21)
+    assert first.message.echo == 41
+    assert second.message.echo == 3
+    assert b.here.now() - before <= first.seconds < b.here.now() - before + 1.0, "an upper bound, and a close one"
+
+
+def test_too_long_a_body_is_refused_by_the_sender(port: int) -> None:
+    a, b = End(port, 0, 1), End(port, 1, 0, max_bytes=8000)
+    with ExitStack() as stack:
+        for end in (a, b):
+            stack.callback(end.open().close)
+        until(lambda: a.link.state == b.link.state == "up")
+        with pytest.raises(ValueError, match="8004 bytes is longer"):
+            a.slots.post(Message(20, torch.ones(2001)))
+        assert a.slots.free(20)
+        assert a.slots.post(Message(20, torch.ones(2000)))
+        assert b.take(20).message.body.numel() == 2000  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stranger", ["run", "version"])
+def test_a_stranger_is_turned_away_in_words_on_both_sides(
+    port: int, stranger: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = End(port, 0, 1), End(port, 1, 0)
+    if stranger == "version":
+        versions = iter([1, 2])
+        pack = wire_header.pack_into
+
+        def pack_one_of_each(buffer: memoryview, header: wire_header.Header, *, run: int) -> None:
+            pack(buffer, header, run=run)
+            buffer[8:16] = next(versions).to_bytes(8, "little")
+
+        monkeypatch.setattr("lightning_async.transport.link.pack_into", pack_one_of_each)
+        monkeypatch.setattr("lightning_async.transport.header.PROTOCOL", 3)
+    with ExitStack() as stack:
+        stack.callback(a.open(run="one").close)
+        stack.callback(b.open(run="two" if stranger == "run" else "one").close)
+        until(lambda: a.link.state == b.link.state == "dead", limit=3)
+    for end in (a, b):
+        assert end.link.refused
+        assert end.link.error is not None
+        assert ("another run" if stranger == "run" else "of the protocol") in end.link.error
+
+
+def test_a_broken_connection_is_made_anew_and_nothing_is_lost_or_doubled(port: int) -> None:
+    a, b = End(port, 0, 1), End(port, 1, 0)
+    done = threading.Event()
+    chance = random.Random(1)
+
+    def break_and_mend() -> None:
+        generation = 0
+        while not done.is_set():
+            generation += 1
+            for end in (a, b):
+                end.open(generation=generation, fragment_bytes=16384)
+            until(lambda: a.link.state == b.link.state == "up")
+            done.wait(chance.uniform(0.01, 0.1))
+            if not done.is_set():
+                chance.choice([a, b]).link._wire.cancel()  # type: ignore[union-attr]
+                until(lambda: a.link.state == b.link.state == "dead")
+            for end in (a, b):
+                assert end.link.close()
+        results.append(generation)
+
+    results: list[int] = []
+    breaker = threading.Thread(target=break_and_mend)
+    breaker.start()
+    try:
+        _chat_on_both(a, b, 400)
+    finally:
+        done.set()
+        breaker.join()
+    assert results
+    assert results[0] > 2
+
+
+def test_nothing_is_left(port: int) -> None:
+    def resources() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+    a, b = End(port, 0, 1), End(port, 1, 0)
+    before = resources()
+    for generation in range(1, 4):
+        for end in (a, b):
+            end.open(generation=generation)
+        until(lambda: a.link.state == b.link.state == "up")
+        assert a.slots.post(Message(20 + generation, torch.ones(100_000)))
+        assert a.link.close()
+        assert b.link.close()
+        assert a.link.close(), "again is nothing"
+    until(lambda: resources() == before)
+
+
+def test_close_before_the_peer_came(port: int) -> None:
+    a = End(port, 0, 1)
+    link = a.open()
+    begin = time.monotonic()
+    link.close()
+    assert time.monotonic() - begin < 1
+    assert link.state == "closed"
+    End(port, 1, 0).open().close()  # the rendezvous ends when the other one comes, or after `connect_timeout`
+
+
+# the other end in a process of its own
+
+
+def _other_end(port: int, done: Connection) -> None:
+    end = End(port, 1, 0)
+    end.open()
+    until(lambda: end.link.state == "up")
+    end.slots.post(Message(20, torch.ones(16 << 20)))
+    done.recv()
+    os._exit(0)
+
+
+@pytest.fixture
+def far(port: int) -> Iterator[tuple[End, int]]:
+    """This end of a link, and the process id of the other one, which sends 64 MB and folds nothing."""
+    mine, theirs = FORK.Pipe()
+    process = FORK.Process(target=_other_end, args=(port, theirs))
+    process.start()
+    end = End(port, 0, 1)
+    link = end.open()
+    try:
+        until(lambda: link.state == "up")
+        assert process.pid is not None
+        yield end, process.pid
+    finally:
+        link.close()
+        process.kill()
+        process.join()
+        process.close()
+        mine.close()
+        theirs.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_peer_that_ends_or_stops_in_mid_transfer(far: tuple[End, int], how: signal.Signals) -> None:
+    end, pid = far
+    assert end.slots.post(Message(20, torch.ones(16 << 20)))
+    until(lambda: end.link._outgoing is not None and end.link._outgoing.sent > 1 and end.link._incoming is not None)
+    os.kill(pid, how)
+    if how == signal.SIGKILL:
+        until(lambda: end.link.state == "dead", limit=5)
+        assert end.link.error
+    else:
+        until(lambda: Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
+    begin = time.monotonic()
+    assert end.link.close()
+    assert time.monotonic() - begin < 1
+    (loss,) = end.slots.bury()
+    assert (loss.peer, loss.number) == (1, 1)
+    assert torch.equal(loss.message.body, torch.ones(16 << 20))  # type: ignore[arg-type]
+    assert not end.slots.free(20)
+    assert not end.slots.post(Message(21))
