@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import socket
 
-from torch.distributed.distributed_c10d import TCPStore
+import torch.distributed as dist
 
 
 class Store:
     """A store of this process, on a port of its own."""
 
     def __init__(self) -> None:
-        self._server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         self.port: int = self._server.port
 
 

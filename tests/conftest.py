@@ -10,12 +10,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is loaded: a process forked from one whose OpenMP threads have run hangs at its first matrix product, and
 # several processes with a thread for every core each only get into each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
+# What LightningCLI asks of jsonargparse is between the two of them.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 import pytest
 import torch
@@ -57,18 +59,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lightning writes its logs and checkpoints where it stands: here that is a folder that pytest removes."""
-    monkeypatch.chdir(tmp_path)
+def nothing_left_behind(tmp_path: Path) -> Iterator[None]:
+    """Compare the process before and after a test, which runs in a folder of its own.
 
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(in_a_folder_of_its_own: None) -> Iterator[None]:
-    """Compare the process before and after a test."""
+    Lightning writes logs and checkpoints where it stands. (This fixture must not ask for `monkeypatch`: it would then
+    look before that has put everything back.)
+    """
+    here = Path.cwd()
     threads, children = set(threading.enumerate()), _children()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     environment = dict(os.environ)
+    os.chdir(tmp_path)
     yield
+    os.chdir(here)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()  # Lightning itself leaves it for the end of the process
     faults = [
@@ -81,9 +84,9 @@ def nothing_left_behind(in_a_folder_of_its_own: None) -> Iterator[None]:
         pytest.fail("left behind: " + "; ".join(faults), pytrace=False)
 
 
-def _settled(look: object) -> list[str]:
+def _settled(look: Callable[[], list[str]]) -> list[str]:
     end = time.monotonic() + GRACE
-    while (found := look()) and time.monotonic() < end:  # type: ignore[operator]
+    while (found := look()) and time.monotonic() < end:
         time.sleep(0.01)
     return found
 

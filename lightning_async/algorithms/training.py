@@ -3,8 +3,8 @@
     begin -> ( compute: gradients -> before_step -> optimizer -> at(step) -> after_step )* -> meet
              `----------- yields seconds; an asynchronous method yields no words -----'     may wait
 
-A step has one number, from 1: `before_step` and `after_step` of one step get the same. Whoever drives the generator lets
-the seconds pass (or skips them), and resumes it after a word when something may have changed.
+A step has one number, from 1: `before_step` and `after_step` of one step get the same. Whoever drives the generator
+lets the seconds pass (or skips them), and resumes it after a word when something may have changed.
 """
 
 from __future__ import annotations

@@ -5,24 +5,23 @@
 
 Every member has its first batch for certain (Lightning skips the validation of a rank without batches, and then the
 others wait for it). A draw is under way before it is needed, so the training thread does not wait for the store, save
-once at the end of the epoch: who stops while there is work left must first draw a ticket of leave, and the last one is
+at the end of the epoch: who stops while there is work left must first draw a ticket of leave, and the last one is
 refused. Without it, members that each count on the other would leave the rest to nobody.
 
-What a dead member left (by its last note) is drawn through a counter of its own by those still in the epoch, before
-anything else. Two things are beyond this and are counted by `abandoned`: what it had drawn since that note, and what it
-left when all others had already ended the epoch.
+What a dead member left is taken over by those still in the epoch (`sources.py`); what nobody can take is `abandoned`.
 """
 
 from __future__ import annotations
 
 import math
 
-from lightning_async.data.crew import Crew, Desk, Estate
-from lightning_async.data.equal import refuse_other_order
+from lightning_async.data.crew import Crew, Desk
+from lightning_async.data.equal import refuse_other_order, refuse_second_order
 from lightning_async.data.handed import Handed
 from lightning_async.data.ledger import Ledger, Note
 from lightning_async.data.pace import Pace, Worker, appetite, outlasts
-from lightning_async.data.pool import Opening, Pool
+from lightning_async.data.pool import Opening
+from lightning_async.data.sources import Sources
 from lightning_async.transport.mail import Wait
 
 _FRAGMENTS = 32
@@ -63,6 +62,11 @@ class ClaimedShare:
         return self._handed.outstanding
 
     @property
+    def repeated(self) -> int:
+        """Samples this member took over from the dead, who may have trained on some of them."""
+        return 0 if self._sources is None else self._sources.repeated
+
+    @property
     def rate(self) -> float:
         """This member's own speed in samples per second, 0 while unknown."""
         return self._pace.rate
@@ -70,6 +74,7 @@ class ClaimedShare:
     def begin_epoch(self, epoch: int, *, total: int, digest: int = 0) -> None:
         """Open `epoch` over `total` positions of an order with this fingerprint; the one under way is left as it is."""
         if epoch == self.epoch:
+            refuse_second_order(epoch, (self._total, self._digest), (total, digest))
             return
         members = self._desk.members()
         if total < len(members):
@@ -106,7 +111,7 @@ class ClaimedShare:
 
     def expected_batches(self) -> int:
         """How many batches this member will probably have trained on at the end of the epoch."""
-        if self._crew is None or self._main is None:
+        if self._crew is None:
             return math.ceil(self._total / max(1, len(self._desk.members())) / self._batch)
         me, others = self._sight()
         rates = [w.rate for w in others]
@@ -116,30 +121,38 @@ class ClaimedShare:
         return math.ceil(max(mine, self.ledger.completed + self.outstanding) / self._batch)
 
     def abandoned(self) -> int:
-        """Samples of the epoch that nobody trained on by all notes; final once every member has ended the epoch."""
-        if self._crew is None:
+        """Samples of the epoch that nobody trained on, by all notes; too many as long as not `settled`.
+
+        Nothing is left over while nobody died: the last member may not leave before all is taken.
+        """
+        if self._crew is None or not self._crew.dead():
             return 0
         self._crew.listen()
         return max(0, self._opening.used - self._crew.completed() - self.dropped)
+
+    def settled(self) -> bool:
+        """Whether every living member is known to have ended the epoch."""
+        if self._crew is None:
+            return False
+        self._crew.listen()
+        return self._closed and not self.outstanding and self._crew.ended()
 
     # ---- one epoch
 
     def _forget(self, epoch: int) -> None:
         self.ledger = Ledger(epoch)
-        self.repeated = 0
         self.dropped = 0
         self._handed = Handed()
         self._closed = False
         self._crew: Crew | None = None
-        self._main: Pool | None = None
-        self._estates: dict[int, Estate] = {}
+        self._sources: Sources | None = None
 
     def _key(self, what: str) -> str:
         return f"data/{what}/{self.epoch}"
 
     def _open(self) -> Wait[None]:
         """Learn what was decided about this epoch and take the first batch."""
-        while self._main is None:
+        while self._sources is None:
             value = self._desk.decided(self._key("open"))
             if value is None:
                 yield f"the opening of epoch {self.epoch}"
@@ -147,8 +160,7 @@ class ClaimedShare:
             opening = self._opening = Opening.unpack(value)
             refuse_other_order(self.epoch, (self._total, self._digest), (opening.total, opening.digest))
             self._crew = Crew(self._desk, self.epoch, opening)
-            rest = (opening.reserved, opening.used - opening.reserved)
-            self._main = Pool(self._desk, self._key("draw"), [rest])
+            self._sources = Sources(self._desk, self.epoch, opening, self._crew)
             self.ledger.claim(*opening.first(self._desk.me))
             self._look()
 
@@ -160,8 +172,7 @@ class ClaimedShare:
         amount = min(size, self._held)
         if amount == 0 or (self._drop_last and amount < size):
             self.dropped += 0 if self._closed else amount
-            self._closed = True
-            self._look()
+            self._close()
             return None
         batch = self.ledger.positions(self.outstanding, amount)
         self._handed.give(amount)
@@ -169,18 +180,26 @@ class ClaimedShare:
         self._draw_ahead()
         return batch
 
+    def _close(self) -> None:
+        self._closed = True
+        if self._sources is not None:
+            self._sources.call()
+        self._look()
+
     # ---- claiming
 
     def _fetch(self, size: int) -> Wait[bool]:
         """Wait for more claims; False when there are none for this member."""
         self._look()
+        assert self._sources is not None
         if self._held >= size:
             return True
-        asked = self._asked()
+        asked = self._sources.asked()
         if asked is None:
-            asked = self._choose()
+            asked = self._sources.choose()
             if asked is None:
-                return (yield from self._settled())
+                exhausted = yield from self._sources.exhausted()
+                return not exhausted
             leaves = yield from self._leaves()
             if leaves:
                 return False
@@ -193,22 +212,23 @@ class ClaimedShare:
 
     def _draw_ahead(self) -> None:
         """Have a draw under way before it is needed, if more is wanted and not better left to others."""
-        if self._closed or self._main is None or self._asked() is not None:
+        if self._closed or self._sources is None or self._sources.asked() is not None:
             return
-        pool = self._choose()
+        pool = self._sources.choose()
         if pool is None or len(self.ledger.unfinished()) > _FRAGMENTS:
             return
         me, others = self._sight()
-        amount = appetite(me, self._held, self._left(), others, self._seconds)
-        if amount and not outlasts(me, min(amount, self._batch), self._left(), others):
+        amount = appetite(me, self._held, self._sources.left(), others, self._seconds)
+        if amount and not outlasts(me, min(amount, self._batch), self._sources.left(), others):
             pool.ask(amount)
 
     def _leaves(self) -> Wait[bool]:
         """Whether to end this epoch here although work is left: the others finish it sooner and one of them stays."""
-        me, others = self._sight()
-        if self._held or not outlasts(me, self._batch, self._left(), others):
-            return False
         assert self._crew is not None
+        assert self._sources is not None
+        me, others = self._sight()
+        if self._held or not outlasts(me, self._batch, self._sources.left(), others):
+            return False
         counter = self._key("leave")
         self._desk.draw(counter, 1)
         while not (answers := self._desk.drawn(counter)):
@@ -217,19 +237,17 @@ class ClaimedShare:
         ahead = answers[0][0]
         me, others = self._sight()
         stay = others[max(0, ahead - self._crew.gone()) :]
-        return ahead < len(others) + self._crew.gone() and outlasts(me, self._batch, self._left(), stay)
+        return ahead < len(others) + self._crew.gone() and outlasts(me, self._batch, self._sources.left(), stay)
 
     def _look(self) -> None:
         """Enter the answers that came, hear the others, and let them know."""
-        if self._crew is None:
+        if self._crew is None or self._sources is None:
             return
-        for pool in self._pools():
-            for first, amount in pool.answers():
-                self.ledger.claim(first, amount)
-                self.repeated += 0 if pool is self._main else amount
+        for first, amount in self._sources.answers():
+            self.ledger.claim(first, amount)
         open_ranges, rate = tuple(self.ledger.unfinished()), self._pace.rate
         done, claimed = self.ledger.completed, self.ledger.claimed
-        note = Note(self.epoch, self._batch, rate, self._closed, done, claimed, open_ranges)
+        note = Note(self.epoch, self._batch, rate, self._closed, done, claimed, self._sources.reach, open_ranges)
         self._desk.publish(note.pack())
         self._crew.listen()
 
@@ -239,40 +257,6 @@ class ClaimedShare:
         return me, self._crew.others(me)
 
     def _appetite(self) -> int:
+        assert self._sources is not None
         me, others = self._sight()
-        return appetite(me, self._held, self._left(), others, self._seconds)
-
-    # ---- where work comes from
-
-    def _pools(self) -> list[Pool]:
-        """What the dead left first, then the epoch's own pool."""
-        left = [estate.pool for _, estate in sorted(self._estates.items()) if estate.pool is not None]
-        return [*left, *([] if self._main is None else [self._main])]
-
-    def _asked(self) -> Pool | None:
-        return next((pool for pool in self._pools() if pool.asked), None)
-
-    def _choose(self) -> Pool | None:
-        self._inherit()
-        return next((pool for pool in self._pools() if not pool.spent), None)
-
-    def _inherit(self) -> None:
-        assert self._crew is not None
-        for rank in self._crew.dead():
-            estate = self._estates.setdefault(rank, Estate(self._desk, f"{self._key('redo')}/{rank}"))
-            estate.settle(self._crew.note(rank))
-
-    def _settled(self) -> Wait[bool]:
-        """Nothing is left to draw: wait for what was agreed on about the dead, if that is not known yet."""
-        if any(estate.pool is None for estate in self._estates.values()):
-            yield f"what the members that died in epoch {self.epoch} left"
-            return True
-        return False
-
-    def _left(self) -> float:
-        """Samples that nobody is known to have claimed."""
-        assert self._crew is not None
-        assert self._main is not None
-        drawn = max(self._main.frontier, self._crew.claimed() - self._opening.reserved - self.repeated)
-        rest = self._main.size - drawn - self._main.asked
-        return max(0, rest) + sum(pool.left for pool in self._pools() if pool is not self._main)
+        return appetite(me, self._held, self._sources.left(), others, self._seconds)

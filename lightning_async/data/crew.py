@@ -50,6 +50,7 @@ class Crew:
         self._epoch = epoch
         self._opening = opening
         self._heard: dict[int, tuple[bytes, float]] = {}
+        self._notes: dict[int, Note] = {}
         self.roster = tuple(rank for rank, _ in opening.seats)
 
     def listen(self) -> None:
@@ -57,29 +58,32 @@ class Crew:
         for rank, raw in self._desk.notes().items():
             if rank not in self._heard or self._heard[rank][0] != raw:
                 self._heard[rank] = (raw, self._desk.now())
+                self._notes[rank] = self._read(rank, Note.unpack(raw))
 
     def note(self, rank: int) -> Note:
         """The newest word of `rank` about this epoch; before its first one it has its first range and nothing else."""
-        raw, _ = self._heard.get(rank, (b"", 0.0))
-        first = self._opening.first(rank)
-        fresh = Note(self._epoch, max(1, first[1]), claimed=first[1], unfinished=(first,) if first[1] else ())
-        note = Note.unpack(raw) if raw else fresh
-        if note.epoch == self._epoch:
-            return note
-        return replace(fresh, batch=note.batch, rate=note.rate, closed=note.epoch > self._epoch)
+        if rank not in self._notes:
+            self._notes[rank] = self._unwritten(rank)
+        return self._notes[rank]
 
     def others(self, fallback: Worker) -> list[Worker]:
         """The others that can be counted on, fastest first; who never told its speed counts as fast as this one."""
-        live = [r for r in self._present() if r in self._desk.live() and not self.note(r).closed]
-        return sorted((self._worker(r, fallback) for r in live), key=lambda w: -w.rate)
+        live, now = set(self._desk.live()), self._desk.now()
+        counted = [r for r in self._present() if r in live and not self.note(r).closed]
+        return sorted((self._worker(r, fallback, now) for r in counted), key=lambda w: -w.rate)
 
     def gone(self) -> int:
         """How many of the others are known to take nothing more."""
         return sum(self.note(r).closed for r in self._present())
 
+    def ended(self) -> bool:
+        """Whether all others are known to have trained on all they will train on."""
+        notes = [self.note(r) for r in self._present()]
+        return all(n.epoch > self._epoch or (n.closed and n.completed == n.claimed) for n in notes)
+
     def dead(self) -> list[int]:
         """Members of this epoch that were declared dead."""
-        members = self._desk.members()
+        members = set(self._desk.members())
         return [r for r in self.roster if r not in members]
 
     def completed(self) -> int:
@@ -90,14 +94,25 @@ class Crew:
         """Samples claimed in this epoch as far as the notes tell."""
         return sum(self.note(r).claimed for r in self.roster)
 
-    def _present(self) -> list[int]:
-        members = self._desk.members()
-        return [r for r in self.roster if r in members and r != self._desk.me]
+    def _read(self, rank: int, note: Note) -> Note:
+        """The note as one of this epoch: of another epoch's only the speed is of use."""
+        if note.epoch == self._epoch:
+            return note
+        closed = note.epoch > self._epoch
+        return replace(self._unwritten(rank), batch=note.batch, rate=note.rate, closed=closed)
 
-    def _worker(self, rank: int, fallback: Worker) -> Worker:
+    def _unwritten(self, rank: int) -> Note:
+        first = self._opening.first(rank)
+        return Note(self._epoch, max(1, first[1]), claimed=first[1], unfinished=(first,) if first[1] else ())
+
+    def _present(self) -> list[int]:
+        members = set(self._desk.members()) - {self._desk.me}
+        return [r for r in self.roster if r in members]
+
+    def _worker(self, rank: int, fallback: Worker, now: float) -> Worker:
         note = self.note(rank)
         rate = note.rate or fallback.rate
-        age = self._desk.now() - self._heard[rank][1] if rank in self._heard else 0.0
+        age = now - self._heard[rank][1] if rank in self._heard else 0.0
         return Worker(rate, max(0.0, note.claimed - note.completed - rate * age), note.batch)
 
 
@@ -113,13 +128,15 @@ class Estate:
         self._board = board
         self._key = key
         self._proposed = False
+        self.reach = 0
         self.pool: Pool | None = None
 
     def settle(self, note: Note) -> Pool | None:
         """Propose the last note's unfinished ranges; the pool of what was decided, None while that is not known."""
         if not self._proposed:
-            self._board.propose(self._key, pack_ranges(note.unfinished))
+            self._board.propose(self._key, pack_ranges([(note.reach, 0), *note.unfinished]))
             self._proposed = True
         if self.pool is None and (value := self._board.decided(self._key)) is not None:
-            self.pool = Pool(self._board, f"{self._key}/draw", unpack_ranges(value))
+            (self.reach, _), *ranges = unpack_ranges(value)
+            self.pool = Pool(self._board, f"{self._key}/draw", ranges)
         return self.pool

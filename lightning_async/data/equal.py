@@ -52,6 +52,7 @@ class EqualShare:
     def begin_epoch(self, epoch: int, *, total: int, digest: int = 0) -> None:
         """Open `epoch`; the members are those of the construction: a death shifts nobody's positions."""
         if epoch == self.epoch:
+            refuse_second_order(epoch, self._opening, (total, digest))
             return
         if total < 1:
             raise ValueError("There are no samples to train on: `total` must be at least 1, got 0")
@@ -95,6 +96,12 @@ class EqualShare:
         own = len(self._positions)
         return sum(own - n.completed if n and n.epoch == self.epoch else own for n in dead)
 
+    def settled(self) -> bool:
+        """Whether every living member is known to have ended the epoch."""
+        notes = {rank: Note.unpack(raw) for rank, raw in self._desk.notes().items()}
+        living = set(self._members) & set(self._desk.members())
+        return all(r in notes and (notes[r].epoch, notes[r].closed) >= (self.epoch, True) for r in living)
+
     def _goal(self) -> int:
         whole = len(self._positions)
         return whole - whole % self._batch if self._drop_last else whole
@@ -119,4 +126,13 @@ def refuse_other_order(epoch: int, mine: tuple[int, ...], decided: tuple[int, ..
         raise ValueError(
             f"The members disagree on the order of epoch {epoch}: the sampler must give the same indices on every "
             "rank; seed it from the epoch alone, not from the rank or from a random state that training changes"
+        )
+
+
+def refuse_second_order(epoch: int, mine: tuple[int, ...], other: tuple[int, ...]) -> None:
+    """Raise if one share is asked to feed two unlike loaders."""
+    if mine != other:
+        raise ValueError(
+            f"Epoch {epoch} was begun with another order: a share feeds one loader, so train with a single DataLoader "
+            "(a data set that returns tuples can stand for several)"
         )

@@ -24,7 +24,7 @@ Range = tuple[int, int]
 NOTE_BYTES = 1024
 """What a board takes as a note."""
 
-_HEADER = struct.Struct("<IIfBQQH")
+_HEADER = struct.Struct("<IIfBQQQH")
 _RANGE = struct.Struct("<QI")
 _ROOM = (NOTE_BYTES - _HEADER.size) // _RANGE.size
 
@@ -107,6 +107,7 @@ class Note:
         closed: It takes no more work in this epoch.
         completed: Samples completed in this epoch.
         claimed: Samples claimed in this epoch.
+        reach: The end of its claims from the epoch's own pool.
         unfinished: Ranges claimed and not completed, oldest first.
     """
 
@@ -116,20 +117,21 @@ class Note:
     closed: bool = False
     completed: int = 0
     claimed: int = 0
+    reach: int = 0
     unfinished: tuple[Range, ...] = ()
 
     def pack(self) -> bytes:
         """The note in at most 1 kB. Ranges beyond that room are left out; the totals still tell that they exist."""
         ranges = self.unfinished[:_ROOM]
-        head = (self.epoch, self.batch, self.rate, self.closed, self.completed, self.claimed, len(ranges))
+        head = (self.epoch, self.batch, self.rate, self.closed, self.completed, self.claimed, self.reach, len(ranges))
         return _HEADER.pack(*head) + pack_ranges(ranges)
 
     @staticmethod
     def unpack(note: bytes) -> Note:
         """The reverse of `pack`."""
-        epoch, batch, rate, closed, completed, claimed, count = _HEADER.unpack_from(note)
+        epoch, batch, rate, closed, completed, claimed, reach, count = _HEADER.unpack_from(note)
         body = note[_HEADER.size : _HEADER.size + count * _RANGE.size]
-        return Note(epoch, batch, rate, bool(closed), completed, claimed, unpack_ranges(body))
+        return Note(epoch, batch, rate, bool(closed), completed, claimed, reach, unpack_ranges(body))
 
 
 def pack_ranges(ranges: Iterable[Range]) -> bytes:
@@ -140,6 +142,16 @@ def pack_ranges(ranges: Iterable[Range]) -> bytes:
 def unpack_ranges(body: bytes) -> tuple[Range, ...]:
     """The reverse of `pack_ranges`."""
     return tuple((first, amount) for first, amount in _RANGE.iter_unpack(body))
+
+
+def uncovered(ranges: Iterable[Range], begin: int, end: int) -> list[Range]:
+    """The parts of positions `begin` .. `end`-1 that no range covers."""
+    found = []
+    for first, amount in sorted(ranges):
+        if begin < min(first, end):
+            found.append((begin, min(first, end) - begin))
+        begin = max(begin, first + amount)
+    return [*found, (begin, end - begin)] if begin < end else found
 
 
 class Audit(NamedTuple):

@@ -51,7 +51,10 @@ class Share(Protocol):
         """How many batches this member will probably have trained on at the end of the epoch."""
 
     def abandoned(self) -> int:
-        """Samples of the epoch that nobody will train on, for a warning; known once all members have ended it."""
+        """Samples of the epoch that nobody will train on, for a warning; too many as long as not `settled`."""
+
+    def settled(self) -> bool:
+        """Whether every living member is known to have ended the epoch."""
 
 
 def make_share(balance: Balance, desk: Desk, *, batch: int, drop_last: bool = False, seconds: float = 10.0) -> Share:

@@ -17,13 +17,14 @@ from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -35,6 +36,7 @@ from lightning_async.strategies import compat, words
 from lightning_async.strategies.buffers import average_buffers
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.meetings import Meetings
+from lightning_async.strategies.metrics import lead_metrics
 from lightning_async.strategies.office import Office
 from lightning_async.strategies.refusals import refuse, refuse_module, refuse_optimizers
 from lightning_async.strategies.saved import agree_on_saved
@@ -110,20 +112,20 @@ class AsyncStrategy(DDPStrategy):
 
     @shrink.setter
     def shrink(self, law: Shrink) -> None:
-        self.algorithm.shrink = law  # type: ignore[method-assign]  # a law per run takes the place of the default
+        self.algorithm.shrink = law
 
     # -- set-up and teardown -------------------------------------------------------------------------------------------
 
     def connect(self, model: LightningModule) -> None:
         """Stand first among the callbacks, once."""
         super().connect(model)
-        callbacks = model.trainer.callbacks
+        callbacks = compat.callbacks(model.trainer)
         if not any(isinstance(c, Meetings) for c in callbacks):
             callbacks.insert(0, Meetings(self))
 
     def setup_environment(self) -> None:
         """Processes know each other; from here on `barrier` and its kind go through rounds."""
-        trainer = self.lightning_module.trainer
+        trainer = self.trainer
         refuse(trainer, self.name)
         super().setup_environment()
         self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.num_nodes, self.root_device)
@@ -132,13 +134,18 @@ class AsyncStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Without DDP's wrapper and its collectives."""
         super(DDPStrategy, self).setup(trainer)
+        lead_metrics(
+            trainer.lightning_module,
+            lambda state: self._together(words.gather_uneven(self.office.rounds, state)),
+            lambda: self._meeting and self.world_size > 1,
+        )
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_optimizers(self.optimizers, self.name)
             rank_zero_info(self._first_line())
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]  # no DDP wrapper
         """Flatten the weights and make all replicas equal to rank 0's."""
-        trainer = self.lightning_module.trainer
+        trainer = self.trainer
         if trainer.state.fn != TrainerFn.FITTING:
             return model
         refuse_module(model, self.name)
@@ -224,8 +231,8 @@ class AsyncStrategy(DDPStrategy):
         consensus = self._together(self.algorithm.meet(self.replica, self.office.carrier, self.office.rounds))
         self._arrivals += self.algorithm.arrived()
         apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu() - consensus.cpu()))
-        self._together(average_buffers(self.lightning_module, self.office.rounds))
-        self.feeding.epoch_ended()
+        self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
+        self.feeding.epoch_ended(deaths=len(self.office.carrier.members()) < self.world_size)
         self.replica.stand_in(consensus)
         if self.at_meeting == "adopt":
             self.replica.stay()
@@ -242,7 +249,7 @@ class AsyncStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         """Every rank takes the consensus home, and rank 0's names of the checkpoints."""
         self.replica.stay()
-        self._together(agree_on_saved(self.lightning_module.trainer, self.office.rounds))
+        self._together(agree_on_saved(self.trainer, self.office.rounds))
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all that live; between meetings, for nobody."""
@@ -278,12 +285,19 @@ class AsyncStrategy(DDPStrategy):
 
     def process_dataloader(self, dataloader: object) -> object:
         """The training data are shared out by the balance; evaluation keeps Lightning's sampler."""
-        trainer = self.lightning_module.trainer
+        trainer = self.trainer
         if not trainer.training or not compat.wants_our_sampler(trainer):
             return dataloader
         return self.feeding.share_out(dataloader, self.office, lambda: trainer.current_epoch)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer that this strategy serves."""
+        if self.lightning_module is None:
+            raise RuntimeError("there is no trainer before `connect`")
+        return self.lightning_module.trainer
 
     @property
     def replica(self) -> Replica:

@@ -24,5 +24,6 @@ def _combine(buffers: list[Tensor], rounds: Rounds, how: How, dtype: torch.dtype
         return
     flat = torch.cat([b.detach().reshape(-1).to("cpu", dtype) for b in buffers])
     result, _ = yield from rounds.exchange(flat, how, weight)
-    for buffer, part in zip(buffers, result[0].split([b.numel() for b in buffers]), strict=True):
+    parts = torch.split(result[0], [b.numel() for b in buffers])
+    for buffer, part in zip(buffers, parts, strict=True):
         buffer.copy_(part.view(buffer.shape))

@@ -13,9 +13,9 @@ from types import FrameType
 from typing import Any
 
 import lightning
-from lightning.pytorch import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 PRIVATE = {
     "fit_loop.epoch_loop._broadcast_sigterm_tensor": "the broadcast before every batch",
@@ -97,6 +97,17 @@ def wants_our_sampler(trainer: Trainer) -> bool:
 def mark_sigterm(trainer: Trainer) -> None:
     """Lightning's loops read this flag at their ends."""
     trainer._signal_connector.received_sigterm = True
+
+
+def callbacks(trainer: Trainer) -> list[Callback]:
+    """The Trainer's list of callbacks; the attribute is public, but declared nowhere."""
+    found: list[Callback] = vars(trainer)["callbacks"]
+    return found
+
+
+def fast_dev_run(trainer: Trainer) -> bool:
+    """Whether this is a trial run of a few batches; public, but declared nowhere."""
+    return bool(vars(trainer)["fast_dev_run"])
 
 
 def synchronises_batchnorm(trainer: Trainer) -> bool:

@@ -60,12 +60,10 @@ class Feeding:
         if self.share is not None:
             self.share.completed()
 
-    def epoch_ended(self) -> None:
-        """Say what nobody trained on, if anything."""
-        if self.share is not None and (lost := self.share.abandoned()):
-            rank_zero_warn(
-                f"{lost} samples of epoch {self.share.epoch} were not trained on: a rank died at its very end"
-            )
+    def epoch_ended(self, *, deaths: bool) -> None:
+        """Say what nobody trained on. Only a death can leave something, and then the notes are final by now."""
+        if deaths and self.share is not None and (left := self.share.abandoned()):
+            rank_zero_warn(f"{left} samples of epoch {self.share.epoch} were not trained on: their rank died at its end")
 
     def close(self) -> None:
         """The run is over."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import timedelta
 
 import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_async.algorithms.gossip import Mode, Wire, gossip

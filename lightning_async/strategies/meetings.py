@@ -22,7 +22,9 @@ class Meetings(Callback):
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.strategy = strategy
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """The batch is trained on; the last one of an epoch opens the meeting."""
         self.strategy.batch_ended()
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop:
@@ -32,7 +34,9 @@ class Meetings(Callback):
         """Validation sees the consensus."""
         self.strategy.meet()
 
-    def on_validation_batch_start(self, trainer: Trainer, module: LightningModule, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """A stop is heard during validation too."""
         self.strategy.listen()
 

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins import ClusterEnvironment
+from lightning.fabric.plugins import ClusterEnvironment
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, though not exported by name
 
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
 from lightning_async.transport.cluster import ClusterCarrier
@@ -67,7 +68,7 @@ class Office:
         if self._run is None:
             self._run = _run_id(device)
         self._count += 1
-        store = dist.TCPStore(
+        store = TCPStore(
             environment.main_address, environment.main_port, is_master=False, timeout=timedelta(seconds=60)
         )
         self._carrier = ClusterCarrier(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_async.strategies import compat
@@ -57,7 +57,7 @@ def _conflicts(trainer: Trainer) -> Iterator[str]:
             f"`precision={trainer.precision!r}` holds half-precision weights, in which small corrections vanish; use "
             "`precision='bf16-mixed'`"
         )
-    if trainer.fast_dev_run:
+    if compat.fast_dev_run(trainer):
         return
     if trainer.max_steps != -1 or trainer.min_steps is not None:
         yield f"`max_steps` and `min_steps` count the steps of one rank, {INSTEAD}; use `max_epochs`"
@@ -73,7 +73,7 @@ def _conflicts(trainer: Trainer) -> Iterator[str]:
             f"`limit_train_batches={trainer.limit_train_batches}` counts the batches of one rank, {INSTEAD}; give the "
             "loader a subset of the data (`torch.utils.data.Subset`)"
         )
-    for callback in trainer.callbacks:
+    for callback in compat.callbacks(trainer):
         yield from _callback_conflicts(callback)
 
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_async.strategies.compat import callbacks
 from lightning_async.strategies.words import broadcast
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
@@ -20,7 +21,7 @@ PATHS = ("best_model_path", "last_model_path", "kth_best_model_path")
 def agree_on_saved(trainer: Trainer, rounds: Rounds) -> Wait[None]:
     """Give every rank the paths of the first living rank."""
     source = rounds.carrier.members()[0]
-    for callback in trainer.callbacks:
+    for callback in callbacks(trainer):
         if isinstance(callback, ModelCheckpoint):
             mine = {name: str(getattr(callback, name)) for name in PATHS}
             mine["best_k"] = {path: float(score) for path, score in callback.best_k_models.items()}  # type: ignore[assignment]

@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import Store
 
 from lightning_async.transport.checks import check_kind, check_message, check_peer
 from lightning_async.transport.control import Control
-from lightning_async.transport.gloo import keys_of
+from lightning_async.transport.gloo import Clients, keys_of
 from lightning_async.transport.heartbeat import Silence
 from lightning_async.transport.link import Link
 from lightning_async.transport.mail import Letter, Loss, Message
@@ -86,6 +86,7 @@ class ClusterCarrier:
         if fragment_bytes < 1:
             raise ValueError(f"`fragment_bytes` must be at least 1, got {fragment_bytes}")
         self._keys = keys_of(store, f"lightning_async/{run}")
+        self._clients = Clients(self._keys)
         self._run, self._me, self._world = run, me, world
         self._fragment, self._timeout, self._interface = fragment_bytes, connect_timeout, interface
         self._news_count = self._noticed = 0
@@ -289,6 +290,7 @@ class ClusterCarrier:
         losses = self._slots[peer].bury()
         with self._changed:
             self._losses += losses
+
     def _tend(self, peer: int) -> None:
         """One pair's generation only grows: to what the peer wants, or past a link that broke."""
         link = self._links.get(peer)
@@ -326,7 +328,7 @@ class ClusterCarrier:
     def _open(self, peer: int, generation: int) -> None:
         self._eager = time.monotonic() + 1.0
         self._links[peer] = Link(
-            self._keys,
+            self._clients,
             me=self._me,
             slots=self._slots[peer],
             here=self._here,

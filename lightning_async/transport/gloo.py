@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Protocol, cast
 
@@ -50,6 +51,41 @@ def keys_of(store: Store, prefix: str) -> Keys:
     return cast(Keys, PrefixStore(prefix, store))
 
 
+class Clients:
+    """Store clients for those who meet in the background, each for one thread at a time, and kept for the next.
+
+    torch looks up the name of the address behind each new socket, which takes seconds where the name service is slow:
+    so clients are few, and the training thread never makes one.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._idle: deque[Keys] = deque()
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[Keys]:
+        """A client of one's own; one that met an error is not kept."""
+        try:
+            client = self._idle.pop()
+        except IndexError:
+            client = self._keys.clone()
+        yield client
+        self._idle.append(client)
+
+
+def agree(keys: Keys, where: str, *, rank: int, patient: Callable[[], bool]) -> bool:
+    """Whether both go to the rendezvous now: once one of two has said "go" there, both must, and neither waits in vain.
+
+    The rendezvous itself cannot be called off. So each says that it is here and looks for the other one while it is
+    `patient()`, a call that passes a little time; then it says "go", or "no", and the first word counts for both.
+    """
+    keys.set(f"{where}/here/{rank}", b"here")
+    other = [f"{where}/here/{1 - rank}"]
+    while not (there := keys.check(other)) and patient():
+        pass
+    return keys.compare_set(f"{where}/word", b"", b"go" if there else b"no") == b"go"
+
+
 class Wire:
     """A gloo group of two. The constructor is the rendezvous: it waits for the other one, at most `timeout` seconds."""
 
@@ -60,7 +96,7 @@ class Wire:
         options._devices = [_device(interface)]
         options._threads = 1  # of collectives, of which there are none
         self._other = 1 - rank
-        self._group = untyped(PrefixStore(prefix, cast(Store, keys.clone())), rank, 2, options)
+        self._group = untyped(PrefixStore(prefix, cast(Store, keys)), rank, 2, options)
         self._group.set_timeout(timedelta(days=365))  # a slow peer is not an error
 
     def send(self, tensor: Tensor, tag: int) -> Work:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import Work
 
-from lightning_async.transport.gloo import Keys, Wire
+from lightning_async.transport.gloo import Clients, Wire, agree
 from lightning_async.transport.header import (
     DATA,
     FOLDED,
@@ -58,6 +58,8 @@ AHEAD = 8
 WINDOW = 2
 """Fragments on the wire: one being written while the answer to the other travels; more would only delay answers."""
 
+LOOK = 0.003
+"""Seconds between looks for the other one before the rendezvous."""
 PING = 0.5
 """Seconds after which a header is sent for its own sake: the wire is whole, and this is our step and our clock."""
 
@@ -98,7 +100,7 @@ class Link:
 
     def __init__(
         self,
-        keys: Keys,
+        clients: Clients,
         *,
         me: int,
         slots: Slots,
@@ -116,9 +118,10 @@ class Link:
         self.state = "opening"
         self.error: str | None = None
         self.refused = False
-        self._keys, self._slots, self._here = keys, slots, here
+        self._clients, self._slots, self._here = clients, slots, here
         self._run, self._run_number = run, run_number(run)
         self._fragment, self._timeout, self._interface, self._news = fragment_bytes, connect_timeout, interface, news
+        self._until = here.now() + connect_timeout
         self._wire: Wire | None = None
         self._pages: list[_Page] = []
         self._ahead: list[tuple[_Page, Work]] = []
@@ -136,7 +139,11 @@ class Link:
     def _open(self) -> bool:
         low, high = min(self.me, self.peer), max(self.me, self.peer)
         where = f"link/{low}-{high}/{self.generation}"
-        wire = Wire(self._keys, where, rank=int(self.me == high), timeout=self._timeout, interface=self._interface)
+        rank = int(self.me == high)
+        with self._clients.borrow() as keys:
+            if not agree(keys, where, rank=rank, patient=self._is_patient):
+                raise ConnectionError("one of the two did not come to the rendezvous, or left it")
+            wire = Wire(keys, where, rank=rank, timeout=self._timeout, interface=self._interface)
         with self._slots.changed:
             if self.state != "opening":
                 return False
@@ -150,6 +157,11 @@ class Link:
             self._receiver.start()
         self._news()
         return True
+
+    def _is_patient(self) -> bool:
+        with self._slots.changed:
+            self._slots.changed.wait_for(lambda: self.state != "opening", LOOK)
+        return self.state == "opening" and self._here.now() < self._until
 
     def _greet(self, wire: Wire) -> None:
         """Both send HELLO and read the other's; it has a tag of its own, that no other header can be taken for it."""
@@ -182,7 +194,7 @@ class Link:
                     with self._slots.changed:
                         job = self._slots.changed.wait_for(self._next, PING)
                     (job or self._ping)()
-        except (RuntimeError, AnotherProtocolError) as error:
+        except (RuntimeError, ConnectionError, AnotherProtocolError) as error:
             self._fail(error)
 
     def _next(self) -> Callable[[], None] | None:
@@ -345,7 +357,7 @@ class Link:
             wire.cancel()
         for thread in (self._sender, self._receiver):
             if thread.ident is not None and thread is not threading.current_thread():
-                thread.join(0.1 if wire is None else 5.0)
+                thread.join(0.5 if wire is None else 5.0)
         gone = not self._sender.is_alive() and not self._receiver.is_alive()
         if gone:
             self._wire, self._incoming, self._outgoing = None, None, None

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from lightning_async.transport.record import SCHEMA, Guesses
+from lightning_async.transport.record import ACTS, SCHEMA, Guesses
 
 
 class Divergence(RuntimeError):  # noqa: N818
@@ -61,23 +61,23 @@ class Log:
     def act(self, *words: Any) -> None:
         """The program does something by itself: exactly that must be written here."""
         self._count += 1
-        self._match(words, 0)
+        self._match(words)
 
     def answer(self, *question: Any) -> Any:
         """The recorded answer to a question: the one written here, or the one that could be guessed."""
         self._count += 1
         if question[0] != "post" and (self.over or self._events[self._next][0] > self._count):
             return self._guesses.of(question)
-        answer = self._match(question, 1)
+        answer = self._match(question)
         self._guesses.learn(question, answer)
         return answer
 
-    def _match(self, words: tuple[Any, ...], answers: int) -> Any:
-        """Compare with the next event, which has `answers` values more than the words; the last value."""
+    def _match(self, words: tuple[Any, ...]) -> Any:
+        """Compare with the next event, without its answer; its last value."""
         if self.over:
             self.diverge("nothing more (the log ends)", _say(words))
         number, *expected = self._events[self._next]
-        asked = expected[: len(expected) - answers]
+        asked = expected if expected[0] in ACTS else expected[:-1]
         if number != self._count or asked != list(words):
             early = f" as question {number}" if number != self._count else ""
             self.diverge(_say(asked) + early, _say(words) + (f" as question {self._count}" if early else ""))

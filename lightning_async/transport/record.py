@@ -5,9 +5,9 @@
                                   v
                       [12, "take", 16, [[3, 7, 41, 0.25]]]     the 12th question, and its answer
 
-Training is a function of its seeds, its samples and these answers; the bodies are the other members' posts, which their own
-logs bring back (`replay`). A question whose answer can be guessed (nothing new since the last time) is counted but not
-written: the polls of a member that waits cost no lines. What can be guessed is said once, for both sides: `Guesses`.
+Training is a function of its seeds, its samples and these answers; the bodies are the other members' posts, which their
+own logs bring back (`replay`). A question whose answer can be guessed (nothing new since the last time) is counted but
+not written: the polls of a member that waits cost no lines. `Guesses` says for both sides what can be guessed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from lightning_async.transport.mail import Carrier, Letter, Loss, Message
 
 SCHEMA = 1
+ACTS = frozenset({"step", "finish", "folded", "at", "propose", "draw", "publish"})
+"""Events that have no answer."""
 
 
 class Sink(Protocol):

@@ -3,9 +3,9 @@
     member 0   post -----------> body kept as message 7 of 0 to 1      as far as it comes
     member 1   take -> [(0, 7)]  not there yet: paused, member 0 runs first
 
-What a message contained is not in any log: the sender's replay makes it again. Words of a waiting program are passed over:
-the log knows what it was told. Programs must bring their own random generators, as on a virtual cluster. The log of
-a member that was killed just ends, and so does its replay, without a result.
+What a message contained is not in any log: the sender's replay makes it again. Words of a waiting program are passed
+over: the log knows what it was told. Programs must bring their own random generators, as on a virtual cluster. The log
+of a member that was killed just ends, and so does its replay, without a result.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def replay(
 def _life(log: Log, carrier: ReplayCarrier, program: Callable[[ReplayCarrier], Program]) -> Program:
     """The program, and then a check that its log is at its end too."""
     result = yield from program(carrier)
-    if log.finished:
-        log.act("finish")
-    log.end()
+    if not log.finished:  # it was killed while it slept or computed
+        log.end()
+        raise Stop
+    log.act("finish")
     return result
 
 

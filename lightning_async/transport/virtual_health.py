@@ -167,8 +167,12 @@ class Health:
             self._changed()
 
     def _give_up(self, subject: Subject, epoch: int) -> None:
-        if subject in self._mute and self._mute[subject][0] == epoch:
-            self._declare(subject if isinstance(subject, int) else subject[1])
+        if subject not in self._mute or self._mute[subject][0] != epoch:
+            return
+        if isinstance(subject, int):
+            self._declare(subject)
+        elif self.dead.isdisjoint(subject):  # the link of a dead member is no longer anybody's fault
+            self._declare(subject[1])
 
     def _declare(self, member: int) -> None:
         if member in self.dead:

@@ -34,9 +34,10 @@ def pauses(faults: SpeedFaults, rank: int, batches: int, monkeypatch: pytest.Mon
     slept: list[float] = []
     monkeypatch.setattr("lightning_async.callbacks.speed_faults.time.sleep", slept.append)
     trainer: Any = FakeTrainer(rank)
-    faults.on_train_start(trainer, BoringModel())
+    module: Any = None
+    faults.on_train_start(trainer, module)
     for number in range(batches):
-        faults.on_train_batch_start(trainer, BoringModel(), None, number)
+        faults.on_train_batch_start(trainer, module, None, number)
     monkeypatch.undo()
     return slept
 
@@ -121,8 +122,8 @@ from lightning_async.callbacks.speed_faults import freeze_process
 gaps, last, over = [], [time.monotonic()], threading.Event()
 def tick():
     while not over.is_set():
-        now = time.monotonic(); gaps.append(now - last[0]); last[0] = now
         time.sleep(0.005)
+        now = time.monotonic(); gaps.append(now - last[0]); last[0] = now
 thread = threading.Thread(target=tick); thread.start()
 freeze_process(0.5)
 over.set(); thread.join()

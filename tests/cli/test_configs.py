@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel, RandomDataset
+from torch.utils.data import DataLoader
 
 from lightning_async.callbacks import SpeedFaults
 from lightning_async.cli.configs import names, read
@@ -18,12 +21,18 @@ SMALL = {
     "accelerator": "cpu",
     "devices": 1,
     "max_epochs": 1,
-    "limit_train_batches": 3,
     "limit_val_batches": 1,
     "logger": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+class FewBatches(BoringDataModule):
+    """Three batches to train on."""
+
+    def train_dataloader(self) -> DataLoader[torch.Tensor]:
+        return DataLoader(RandomDataset(32, 3))
 
 
 def configs(*names: str) -> list[str]:
@@ -35,18 +44,35 @@ def configs(*names: str) -> list[str]:
     return argv
 
 
-def command(*argv: str) -> Trainer:
-    cli = LightningCLI(
-        BoringModel, BoringDataModule, args=list(argv), trainer_defaults=SMALL, save_config_callback=None, run=False
-    )
-    trainer: Trainer = cli.trainer
-    trainer.fit(cli.model, cli.datamodule)
-    return trainer
+@pytest.fixture
+def fit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trainer]:
+    """A training script with LightningCLI, and its command line."""
+
+    def script(*argv: str) -> Trainer:
+        monkeypatch.setattr("sys.argv", ["train.py", *argv])
+        cli = LightningCLI(
+            BoringModel,
+            FewBatches,
+            trainer_defaults=SMALL,
+            seed_everything_default=1,
+            save_config_callback=None,
+            run=False,
+        )
+        trainer: Trainer = cli.trainer
+        trainer.fit(cli.model, cli.datamodule)
+        return trainer
+
+    return script
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 @pytest.mark.parametrize("name", names())
-def test_runs(name: str) -> None:
-    trainer = command(*configs(name))
+def test_runs(name: str, fit: Callable[..., Trainer]) -> None:
+    trainer = fit(*configs(name))
     assert trainer.state.finished
 
 
@@ -56,20 +82,20 @@ def test_a_strategy_config_sets_nothing_else(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in names() if n.startswith("callbacks/")])
-def test_a_callback_config_appends(name: str) -> None:
+def test_a_callback_config_appends(name: str, fit: Callable[..., Trainer]) -> None:
     assert _keys(yaml.safe_load(read(name))) == {"trainer": {"callbacks+"}}
-    faults = [c for c in command(*configs(name, name)).callbacks if type(c).__name__ == _class_name(name)]  # type: ignore[attr-defined]
-    assert len(faults) == 2
+    twice = [c for c in callbacks_of(fit(*configs(name, name))) if type(c).__name__ == _class_name(name)]
+    assert len(twice) == 2
 
 
-def test_knobs_of_faults_are_typed() -> None:
+def test_knobs_of_faults_are_typed(fit: Callable[..., Trainer]) -> None:
     argv = ["--trainer.callbacks+=lightning_async.callbacks.SpeedFaults", "--trainer.callbacks.step_seconds=0.001"]
     argv += ["--trainer.callbacks.freeze={0: [100, 0.5]}", "--trainer.callbacks.slow={0: 2}"]
-    (faults,) = [c for c in command(*argv).callbacks if isinstance(c, SpeedFaults)]  # type: ignore[attr-defined]
+    (faults,) = [c for c in callbacks_of(fit(*argv)) if isinstance(c, SpeedFaults)]
     assert faults.freeze == {0: (100, 0.5)}
     assert faults.slow == {0: 2.0}
     with pytest.raises(SystemExit):
-        command("--trainer.callbacks+=lightning_async.callbacks.SpeedFaults", "--trainer.callbacks.step_seconds=fast")
+        fit("--trainer.callbacks+=lightning_async.callbacks.SpeedFaults", "--trainer.callbacks.step_seconds=fast")
 
 
 def _keys(config: dict[str, dict[str, Any]]) -> dict[str, set[str]]:

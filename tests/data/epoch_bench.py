@@ -88,8 +88,7 @@ class Member:
         self.ended = False
         self.finished: float | None = None
         self.trained: list[int] = []
-        self.waits = 0
-        self.late_waits = 0
+        self.waited: list[float] = []
 
     def life(self) -> Generator[float, None, None]:
         """Yields the seconds until it is to be resumed."""
@@ -108,13 +107,12 @@ class Member:
             work = self.share.next_batch(self.batch)
             while True:
                 try:
-                    missing = next(work)
+                    next(work)
                 except StopIteration as end:
                     batch = end.value
                     break
-                self.waits += 1
-                self.late_waits += self.share.ledger.completed > 0 and "leave" not in missing
-                yield 1e-3
+                self.waited.append(self.share._desk.now())
+                yield max(1e-3, self.share._desk.board.latency / 10)
             self.ended = batch is None
             if batch is not None:
                 self.queue.append(batch)

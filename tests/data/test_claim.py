@@ -6,11 +6,11 @@ import math
 import random
 
 import pytest
-from tests.data.epoch_bench import Clock, FakeBoard, Member, begin, crew, gap, run
 
 from lightning_async.data.claim import ClaimedShare
 from lightning_async.data.ledger import audit
 from lightning_async.data.share import Balance, drive, make_share
+from tests.data.epoch_bench import Clock, FakeBoard, Member, begin, crew, gap, run
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 8])
@@ -33,7 +33,9 @@ def test_slow_store_and_late_notes_cost_no_waiting_in_mid_epoch(slowness: int) -
     begin(members, 8000)
     assert audit(run(board, members), 8000).holds
     assert gap(members) <= (1 + 2) * 0.2 * slowness
-    assert sum(m.late_waits for m in members) == 0
+    opened, nearly = 0.5, max(m.finished or 0.0 for m in members) - (2 + 2) * 0.2 * slowness
+    assert not [time for m in members for time in m.waited if opened < time < nearly]
+    assert all(len(m.waited) * 1e-3 <= 0.1 for m in members)
 
 
 def test_last_one_may_not_leave_what_others_left_to_it() -> None:
@@ -57,9 +59,9 @@ def chaos(seed: int) -> tuple[FakeBoard, list[Member], int, random.Random]:
     return board, members, total, rng
 
 
-@pytest.mark.parametrize("first", range(0, 120, 20))
+@pytest.mark.parametrize("first", range(0, 45, 15))
 def test_law_holds_for_any_speeds_and_batch_sizes(first: int) -> None:
-    for seed in range(first, first + 20):
+    for seed in range(first, first + 15):
         board, members, total, _ = chaos(seed)
         for epoch in range(2):
             begin(members, total, epoch)
@@ -68,9 +70,9 @@ def test_law_holds_for_any_speeds_and_batch_sizes(first: int) -> None:
             assert all(m.trained for m in members), f"seed {seed}: a member had no batch"
 
 
-@pytest.mark.parametrize("first", range(0, 120, 20))
+@pytest.mark.parametrize("first", range(0, 45, 15))
 def test_what_the_dead_left_is_repeated_or_reported(first: int) -> None:
-    for seed in range(first, first + 20):
+    for seed in range(first, first + 15):
         board, members, total, rng = chaos(seed)
         board.beat = 0.0  # each death is known with its last word; what was drawn after it is the remaining loss
         begin(members, total)
@@ -153,8 +155,8 @@ def test_expected_batches_follow_the_speed() -> None:
     assert members[3].share.expected_batches() == 250
     run(board, members)
     begin(members, 8000, 1)
-    for member in members:
-        one(member.share)
+    assert one(members[3].share)
+    members[3].share.rewind()
     assert members[3].share.expected_batches() == pytest.approx(77, abs=2)
     run(board, members)
     assert members[3].share.expected_batches() == math.ceil(len(members[3].trained) / 8)
@@ -200,7 +202,34 @@ def test_knobs_are_checked_where_they_belong() -> None:
         ClaimedShare(desk, batch=1).begin_epoch(0, total=2)
 
 
-@pytest.mark.parametrize(("balance", "words"), [("incremental", "async_global"), ("fair", "must be one of equal, claim")])
+@pytest.mark.parametrize(
+    ("balance", "words"), [("incremental", "async_global"), ("fair", "must be one of equal, claim")]
+)
 def test_unknown_balance_is_refused(balance: Balance, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make_share(balance, FakeBoard(Clock(), 1).desks()[0], batch=1)
+
+
+def test_settled_when_all_have_ended() -> None:
+    board, members = crew([1.0, 1.0], beat=0.5)
+    begin(members, 80)
+    assert not members[0].share.settled()
+    run(board, members)
+    assert not members[0].share.settled()  # the last word of the other one is still on its way
+    board.clock.time += 0.5
+    assert members[0].share.settled()
+
+
+def test_one_share_feeds_one_loader() -> None:
+    _, members = crew([1.0])
+    begin(members, 80)
+    with pytest.raises(ValueError, match="a share feeds one loader"):
+        members[0].share.begin_epoch(0, total=81)
+
+
+def test_what_was_drawn_after_the_last_word_is_found_again() -> None:
+    for death in [20.0 + k / 4 for k in range(12)]:
+        board, members = crew([0.2, 0.5, 1.0, 0.5], ahead=2, latency=0.3)
+        begin(members, 3000)
+        result = audit(run(board, members, {1: death}), 3000)
+        assert result.holds, f"death at {death}: {result}"

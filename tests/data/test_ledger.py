@@ -70,7 +70,7 @@ def test_more_than_is_claimed_cannot_be_completed() -> None:
 
 
 def test_note_survives_the_board() -> None:
-    note = Note(7, 32, 0.5, True, 10**10, 10**10 + 9, ((5, 4), (2**40, 5)))
+    note = Note(7, 32, 0.5, True, 10**10, 10**10 + 9, 2**41, ((5, 4), (2**40, 5)))
     assert Note.unpack(note.pack()) == note
     assert unpack_ranges(pack_ranges(note.unfinished)) == note.unfinished
 

@@ -7,30 +7,21 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from worlds import KIND, VirtualWorld, World, body, fold, post, take
 
 from lightning_async.transport.checks import DTYPES
 from lightning_async.transport.mail import FIRST_FREE_KIND, MARKER, Letter, Message
-
-try:
-    from cluster_world import ClusterWorld  # type: ignore[import-not-found]
-except ModuleNotFoundError as missing:
-    if missing.name != "cluster_world":
-        raise
-    ClusterWorld = None
+from tests.transport.cluster_world import ClusterWorld
+from tests.transport.worlds import KIND, VirtualWorld, World, body, fold, post, take
 
 MakeWorld = Callable[[int], World]
 
 
-@pytest.fixture(params=["virtual", "cluster"])
+@pytest.fixture(params=[VirtualWorld, ClusterWorld])
 def make_world(request: pytest.FixtureRequest) -> Iterator[MakeWorld]:
-    kind = VirtualWorld if request.param == "virtual" else ClusterWorld
-    if kind is None:
-        pytest.skip("there is no tests/transport/cluster_world.py yet")
     worlds: list[World] = []
 
     def make(n: int) -> World:
-        world: World = kind(n)
+        world: World = request.param(n)
         worlds.append(world)
         return world
 

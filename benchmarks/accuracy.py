@@ -1,0 +1,386 @@
+"""Loss and accuracy at equal samples: 4 ranks, one of them 4x slow, DDP's learning rate, real gradients, paired seeds.
+
+    ddp         its synchronous twin, computed exactly: one model, the mean gradient of four batches
+    pairwise, push_sum, sync    the algorithm objects that users run, on the virtual cluster
+    none        the control: replicas never talk and are averaged once, at the end
+
+Every variant uses the same samples in the same order; a batch goes to whoever asks next, so fast ranks take more steps.
+There is one meeting, at the end: replicas keep their own weights until then. Label skew (fixed shards by label) is
+published as it is. The limit is `ddp`: asynchronous is to be within 1 % of its loss and 0.5 points of its accuracy.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.table import Cell, Claim, Role, Row, Table
+from benchmarks.tasks import Score, Task, characters, digits
+from lightning_async.algorithms.gossip import UNIT, Gossip, gossip
+from lightning_async.algorithms.training import Trained, train
+from lightning_async.arrival import Fate
+from lightning_async.replica import Replica
+from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.virtual import VirtualCluster
+
+STEP = 0.02  # seconds of a fast rank's step
+JITTER = 0.1  # a step takes e^N(0, JITTER) times as long
+LATENCY, TRAVEL = 0.001, 0.2  # seconds; a replica's weights take TRAVEL of a step to leave their rank
+LOSS_MARGIN, POINTS_MARGIN = 1.0, 0.5
+RESAMPLES = 10_000
+DIRICHLET = 0.1
+
+VARIANTS: Mapping[str, Mapping[str, object]] = {
+    "pairwise": {"mode": "pairwise"},
+    "push_sum": {"mode": "push_sum"},
+    "sync": {"mode": "sync"},
+    "none": {"mode": "none"},
+}
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """The consensus at some time of a run: what a meeting at that time would have given."""
+
+    seconds: float
+    samples: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of one variant with one seed. `spread`: rms distance of the replicas from their mean, in per cent of it."""
+
+    score: Score
+    spread: float = 0.0
+    folded: int = 0
+    curve: Sequence[Point] = ()
+
+
+@dataclass
+class Plan:
+    """Who trains on which batches, and how long each step takes: the k-th batch goes to the k-th rank that asks."""
+
+    batches: list[list[Tensor]]
+    seconds: list[list[float]] = field(default_factory=list)
+
+
+def claim(batches: Sequence[Tensor], factors: Sequence[float], seed: int) -> Plan:
+    """Hand the batches out one by one, in virtual time; a step of rank r takes `factors[r]` times `STEP`."""
+    jitter = random.Random(seed)
+    plan = Plan([[] for _ in factors], [[] for _ in factors])
+    asking = [(0.0, r) for r in range(len(factors))]
+    for batch in batches:
+        now, r = heapq.heappop(asking)
+        seconds = factors[r] * STEP * math.exp(jitter.gauss(0.0, JITTER))
+        plan.batches[r].append(batch)
+        plan.seconds[r].append(seconds)
+        heapq.heappush(asking, (now + seconds, r))
+    return plan
+
+
+def deal(batches: Sequence[Tensor], factors: Sequence[float], seed: int) -> Plan:
+    """Hand the batches out in turns: equal numbers, for those who step together."""
+    jitter, n = random.Random(seed), len(factors)
+    plan = Plan([list(batches[r::n]) for r in range(n)])
+    for r, factor in enumerate(factors):
+        plan.seconds.append([factor * STEP * math.exp(jitter.gauss(0.0, JITTER)) for _ in plan.batches[r]])
+    return plan
+
+
+def factors(n: int, slow: float) -> list[float]:
+    """All ranks alike, but for the last one."""
+    return [1.0] * (n - 1) + [slow]
+
+
+def ddp(task: Task, seed: int, n: int = 4, *, points: int = 0, shards: Sequence[Tensor] | None = None) -> Run:
+    """One model; every step takes the mean gradient of `n` batches. Seconds in its curve are numbers of steps."""
+    model = task.model(seed)
+    optimizer = task.optimize(model.parameters(), task.lr)
+    plan = deal(task.batches(seed, n), [1.0] * n, seed)
+    if shards is not None:
+        plan = _from_shards(plan, shards, seed)
+    curve, steps = [], len(plan.batches[0])
+    for k, batches in enumerate(zip(*plan.batches, strict=True), 1):
+        optimizer.zero_grad()
+        task.loss(model, torch.cat(batches)).backward()
+        optimizer.step()
+        if points and k * points // steps > (k - 1) * points // steps:
+            curve.append(Point(float(k), k * n * task.batch, task.score(model).loss))
+    return Run(task.score(model), curve=curve)
+
+
+@dataclass
+class Member:
+    """One rank of a run: its model, optimizer and algorithm."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    replica: Replica
+    algorithm: Gossip
+
+
+def asynchronous(
+    task: Task,
+    seed: int,
+    knobs: Mapping[str, object],
+    speeds: Sequence[float],
+    *,
+    points: int = 0,
+    shards: Sequence[Tensor] | None = None,
+) -> Run:
+    """One replica a rank on the virtual cluster, one meeting at the end."""
+    n = len(speeds)
+    hand_out = deal if knobs["mode"] == "sync" else claim
+    plan = hand_out(task.batches(seed, n), speeds, seed)
+    if shards is not None:
+        plan = _from_shards(plan, shards, seed)
+    members = [_member(task, seed, knobs) for _ in range(n)]
+    size = members[0].replica.flat.numel() * members[0].replica.flat.element_size()
+    cluster = VirtualCluster(n, seed=seed, latency=LATENCY, bandwidth=size / (TRAVEL * STEP))
+    watch = _Watch(task, members, cluster, sum(map(len, plan.batches)), points)
+    programs = {r: _program(task, members[r], cluster, plan, r, watch) for r in range(n)}
+    trained: dict[int, Trained] = cluster.run(programs)
+    return _outcome(task, members, trained, watch.curve)
+
+
+def _member(task: Task, seed: int, knobs: Mapping[str, object]) -> Member:
+    model = task.model(seed)
+    replica = Replica(model.parameters())
+    return Member(model, task.optimize(model.parameters(), task.lr), replica, gossip(**knobs))  # type: ignore[arg-type]
+
+
+def _program(task: Task, member: Member, cluster: VirtualCluster, plan: Plan, r: int, watch: _Watch):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def take_step(step: int) -> None:
+        member.optimizer.zero_grad()
+        task.loss(member.model, plan.batches[r][step - 1]).backward()
+
+    def optimizer_step() -> None:
+        member.optimizer.step()
+        watch.stepped()
+
+    carrier = cluster.carriers[r]
+    return train(
+        member.algorithm,
+        member.replica,
+        carrier,
+        steps=len(plan.batches[r]),
+        take_step=take_step,
+        optimizer_step=optimizer_step,
+        seconds=lambda me, step: plan.seconds[me][step - 1],
+        mass=UNIT,
+        rounds=Rounds(carrier),
+    )
+
+
+class _Watch:
+    """Scores the mass-weighted mean of the replicas at `points` equal distances in samples; nobody notices."""
+
+    def __init__(self, task: Task, members: list[Member], cluster: VirtualCluster, total: int, points: int) -> None:
+        self._task, self._members, self._cluster = task, members, cluster
+        self._total, self._points, self._done = total, points, 0
+        self._model = task.model(0)
+        self._shown = Replica(self._model.parameters())
+        self.curve: list[Point] = []
+
+    def stepped(self) -> None:
+        """One more batch is done."""
+        self._done += 1
+        if self._points * self._done // self._total > self._points * (self._done - 1) // self._total:
+            self._shown.stand_in(_mean(self._members))
+            loss = self._task.score(self._model).loss
+            self.curve.append(Point(self._cluster.time, self._done * self._task.batch, loss))
+
+
+def _mean(members: Sequence[Member]) -> Tensor:
+    masses = torch.tensor([float(member.algorithm.mass) for member in members])
+    return torch.einsum("r,rw->w", masses / masses.sum(), torch.stack([member.replica.flat for member in members]))
+
+
+def _outcome(task: Task, members: list[Member], trained: Mapping[int, Trained], curve: Sequence[Point]) -> Run:
+    consensus = trained[0].consensus
+    assert consensus is not None
+    apart = torch.stack([member.replica.flat - consensus for member in members]).square().sum(1).mean().sqrt()
+    members[0].replica.stand_in(consensus)
+    folded = sum(arrival.fate is Fate.FOLDED for one in trained.values() for arrival in one.arrivals)
+    return Run(task.score(members[0].model), 100 * (apart / consensus.norm()).item(), folded, curve)
+
+
+# -- label skew -------------------------------------------------------------------------------------------------------
+
+
+def skewed(task: Task, n: int, seed: int) -> list[Tensor]:
+    """Fixed shards: each label's samples are shared out by Dirichlet(0.1), so that most ranks lack most labels."""
+    generator, labels = torch.Generator().manual_seed(seed), task.train[1]
+    shards: list[list[Tensor]] = [[] for _ in range(n)]
+    draw = random.Random(seed)
+    for label in labels.unique():
+        mine = torch.nonzero(labels == label).flatten()
+        mine = mine[torch.randperm(len(mine), generator=generator)]
+        shares = [draw.gammavariate(DIRICHLET, 1.0) for _ in range(n)]
+        edges = [round(len(mine) * sum(shares[: r + 1]) / sum(shares)) for r in range(n)]
+        for shard, part in zip(shards, mine.tensor_split(edges[:-1]), strict=True):
+            shard.append(part)
+    whole = [torch.cat(shard) for shard in shards]
+    return whole if min(map(len, whole)) >= task.batch else skewed(task, n, seed + 1000)
+
+
+def _from_shards(plan: Plan, shards: Sequence[Tensor], seed: int) -> Plan:
+    """The same numbers of batches, but every rank goes round its own shard."""
+    generator, own = torch.Generator().manual_seed(seed), []
+    for batches, shard in zip(plan.batches, shards, strict=True):
+        wanted, order = sum(map(len, batches)), torch.empty(0, dtype=torch.long)
+        while len(order) < wanted:
+            order = torch.cat([order, shard[torch.randperm(len(shard), generator=generator)]])
+        own.append(list(order[:wanted].split([len(batch) for batch in batches])))
+    return Plan(own, plan.seconds)
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One task as it is run: with how many seeds, and whether shards are fixed and skewed."""
+
+    name: str
+    task: Task
+    seeds: range
+    skew: bool = False
+
+
+def settings(quick: bool) -> list[Setting]:
+    """What the table is made of."""
+    if quick:
+        few = replace(digits(), passes=3)
+        return [
+            Setting("digits", few, range(4)),
+            Setting("characters", characters(1200), range(2)),
+            Setting("digits, label skew", few, range(2), skew=True),
+        ]
+    return [
+        Setting("digits", digits(), range(20)),
+        Setting("characters", characters(), range(10)),
+        Setting("digits, label skew", digits(), range(10), skew=True),
+    ]
+
+
+def run(quick: bool) -> Table:
+    """Run all variants on all tasks, seed by seed."""
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    claims: list[Claim] = []
+    for setting in settings(quick):
+        runs = measure(setting)
+        compared = {name: Compared.of(runs[name], runs["ddp"]) for name in runs}
+        rows += [_row(setting, name, runs[name], compared[name]) for name in runs]
+        if not setting.skew:
+            claims += _claims(setting, runs, compared["pairwise"])
+    notes = [f"{s.name}: {len(s.seeds)} seeds, lr {s.task.lr:g} (DDP's best of {s.task.grid})" for s in settings(quick)]
+    return Table("Equal samples, 4 ranks, one 4x slow, one meeting at the end", rows, claims, [*NOTES, *notes])
+
+
+NOTES = [
+    "loss %, points: paired difference to ddp (loss above it, accuracy above it), with bootstrap 95 % intervals.",
+    "<= 1 %, <= 0.5 pt: whether the whole interval is inside the margin: yes, no (wholly outside), or open.",
+    "spread: rms distance of the replicas from their mean before the meeting, in per cent of the mean's norm.",
+]
+
+
+def measure(setting: Setting) -> dict[str, list[Run]]:
+    """All variants with all seeds, one seed after the other."""
+    runs: dict[str, list[Run]] = {"ddp": [], **{name: [] for name in VARIANTS}}
+    for seed in setting.seeds:
+        print(f"  {setting.name}: seed {seed}", file=sys.stderr, flush=True)
+        shards = skewed(setting.task, 4, seed) if setting.skew else None
+        runs["ddp"].append(ddp(setting.task, seed, shards=shards))
+        for name, knobs in VARIANTS.items():
+            runs[name].append(asynchronous(setting.task, seed, knobs, factors(4, 4.0), shards=shards))
+    return runs
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its bootstrap 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Resample the seeds."""
+        sample, generator = torch.tensor(values, dtype=torch.float64), torch.Generator().manual_seed(0)
+        picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+        low, high = sample[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return cls(fmean(values), low, high)
+
+    def below(self, margin: float) -> str:
+        """Whether all of it is at most `margin`."""
+        return "yes" if self.high <= margin else "no" if self.low > margin else "open"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A variant against another with the same seeds: loss in per cent of the other's, accuracy in points."""
+
+    loss: Interval
+    points: Interval
+
+    @classmethod
+    def of(cls, mine: Sequence[Run], theirs: Sequence[Run]) -> Compared:
+        """Pair the runs by seed."""
+        scale = 100 / fmean(run.score.loss for run in theirs)
+        pairs = [(a.score, b.score) for a, b in zip(mine, theirs, strict=True)]
+        return cls(
+            Interval.of([scale * (a.loss - b.loss) for a, b in pairs]),
+            Interval.of([100 * (a.accuracy - b.accuracy) for a, b in pairs]),
+        )
+
+    @property
+    def verdicts(self) -> tuple[str, str]:
+        """Whether loss, and accuracy, are inside their margins."""
+        behind = Interval(-self.points.mean, -self.points.high, -self.points.low)
+        return self.loss.below(LOSS_MARGIN), behind.below(POINTS_MARGIN)
+
+
+ROLES = {"ddp": Role.LIMIT, "none": Role.CONTROL, "sync": Role.OTHER}
+
+
+def _row(setting: Setting, name: str, runs: Sequence[Run], compared: Compared) -> Row:
+    cells: dict[str, Cell] = {
+        "loss": fmean(run.score.loss for run in runs),
+        "accuracy %": round(100 * fmean(run.score.accuracy for run in runs), 2),
+    }
+    if name != "ddp":
+        cells |= {"loss %": str(compared.loss), "<= 1 %": compared.verdicts[0]}
+        cells |= {"points": str(compared.points), "<= 0.5 pt": compared.verdicts[1]}
+        cells |= {"spread %": round(fmean(run.spread for run in runs), 2), "folded": int(fmean(r.folded for r in runs))}
+    return Row(f"{setting.name}: {name}", ROLES.get(name, Role.RESULT), cells)
+
+
+def _claims(setting: Setting, runs: Mapping[str, list[Run]], pairwise: Compared) -> list[Claim]:
+    """Against `ddp`, what the task can resolve: accuracy where the loss is close to nothing, the loss elsewhere."""
+    control = Compared.of(runs["pairwise"], runs["none"])
+    better = Claim(f"{setting.name}: pairwise has a lower loss than the control: {control.loss} %", control.loss.high < 0)
+    if setting.task.name == "digits":
+        within = Claim(f"{setting.name}: pairwise within 0.5 points of ddp", pairwise.verdicts[1] == "yes")
+    else:
+        within = Claim(f"{setting.name}: pairwise within 1 % of ddp's loss", pairwise.verdicts[0] == "yes")
+    return [within, better]

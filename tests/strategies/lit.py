@@ -1,0 +1,69 @@
+"""A small LightningModule, its data and a quiet Trainer, for tests on several ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+
+from lightning_async import GossipRingStrategy
+
+INPUTS = torch.randn(240, 8, generator=torch.Generator().manual_seed(0))
+TARGETS = INPUTS @ torch.arange(1.0, 9.0).reshape(8, 1)
+
+
+class Lit(L.LightningModule):
+    """Linear regression that logs in every way users do, and remembers which samples it saw."""
+
+    def __init__(self, lr: float = 0.02, metrics: bool = True) -> None:
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+        self.lr = lr
+        self.seen: list[int] = []
+        self.metric = MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        index, x, y = batch
+        self.seen += index.tolist()
+        loss = (self.layer(x) - y).square().mean()
+        self.log("train", loss, on_step=True, on_epoch=True, sync_dist=True, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        _, x, y = batch
+        loss = (self.layer(x) - y).square().mean()
+        self.metric.update(loss, weight=len(x))
+        self.log("metric", self.metric)
+        self.log("val", loss, sync_dist=True)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        _, x, y = batch
+        self.log("test", (self.layer(x) - y).square().mean(), sync_dist=True)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.layer(batch[1])  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+
+def loader(batch_size: int = 4, *, shuffle: bool = True, n: int = 240, **options: Any) -> DataLoader[Any]:
+    data = TensorDataset(torch.arange(n), INPUTS[:n], TARGETS[:n])
+    return DataLoader(data, batch_size=batch_size, shuffle=shuffle, **options)
+
+
+def trainer(devices: int, **options: Any) -> L.Trainer:
+    strategy = options.pop("strategy", None) or GossipRingStrategy(**options.pop("knobs", {}))
+    quiet = {
+        "enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False,
+        "max_epochs": 2, "accelerator": "cpu",
+    }
+    return L.Trainer(devices=devices, strategy=strategy, **{**quiet, **options})
+
+
+def weights(module: L.LightningModule) -> list[float]:
+    return [float(x) for p in [*module.parameters(), *module.buffers()] for x in p.detach().flatten()]

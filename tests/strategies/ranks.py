@@ -1,0 +1,112 @@
+"""Ranks as forked processes, as torchrun would start them: each runs one function, its result comes back, none stays.
+
+Forking takes milliseconds where importing torch takes seconds. It is safe as long as torch computes on one thread
+(conftest sees to that).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from benchmarks.store import Store, free_port
+
+FORK = multiprocessing.get_context("fork")
+
+
+@dataclass
+class Result:
+    """What a rank's function returned, or the exception that ended it."""
+
+    value: Any = None
+    kind: str | None = None
+    error: str = ""
+    trace: str = ""
+
+
+class Forked:
+    """`n` processes that run `function(*arguments)`, each with the environment of its rank."""
+
+    def __init__(self, n: int, function: Callable[..., Any], *arguments: Any, store: bool = False) -> None:
+        self._store = Store() if store else None
+        port = self._store.port if self._store else free_port()
+        self._pipes, self.processes = [], []
+        for rank in range(n):
+            mine, theirs = FORK.Pipe(duplex=False)
+            environment = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
+                "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+                "TORCHELASTIC_USE_AGENT_STORE": str(store),
+            }
+            process = FORK.Process(target=_life, args=(theirs, environment, function, arguments))
+            process.start()
+            theirs.close()
+            self._pipes.append(mine)
+            self.processes.append(process)
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._store = None
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to one rank."""
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def results(self, timeout: float = 60.0) -> list[Result]:
+        """Each rank's result; a rank that said nothing in time has kind "silent"."""
+        end = time.monotonic() + timeout
+        results = []
+        for pipe, process in zip(self._pipes, self.processes, strict=True):
+            said = pipe.poll(max(0.0, end - time.monotonic()))
+            try:
+                results.append(pipe.recv() if said else Result(kind="silent", error=f"nothing within {timeout} s"))
+            except EOFError:
+                process.join()
+                results.append(Result(kind="gone", error=f"exit code {process.exitcode}"))
+        for process in self.processes:
+            process.join(max(0.1, end - time.monotonic()))
+        return results
+
+    def values(self, timeout: float = 60.0) -> list[Any]:
+        """What all ranks returned."""
+        results = self.results(timeout)
+        failed = [f"rank {r}: {x.kind}: {x.error}\n{x.trace}" for r, x in enumerate(results) if x.kind is not None]
+        assert not failed, "\n".join(failed)
+        return [result.value for result in results]
+
+
+def run(n: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> list[Any]:
+    """What `function(*arguments)` returns on each of `n` ranks."""
+    with Forked(n, function, *arguments) as forked:
+        return forked.values(timeout)
+
+
+def _life(pipe: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    try:
+        result = Result(function(*arguments))
+    except BaseException as exception:
+        result = Result(None, type(exception).__name__, str(exception), traceback.format_exc())
+    pipe.send(result)
+    pipe.close()
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os._exit(0)

@@ -1,0 +1,208 @@
+"""Lightning's features under a strategy whose ranks run free: each is used once, on two ranks of unequal speed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, WeightedRandomSampler
+
+from lightning_async import SpeedFaults
+from tests.strategies.lit import Lit, loader, trainer, weights
+from tests.strategies.ranks import run
+
+
+def _fit(lit: L.LightningModule, data: Any = None, **options: Any) -> L.Trainer:
+    faults = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
+    t = trainer(2, callbacks=[faults], **options)
+    t.fit(lit, data or loader(), loader(10, shuffle=False))
+    return t
+
+
+def _accumulate() -> Any:
+    lit = Lit()
+    t = _fit(lit, accumulate_grad_batches=3, gradient_clip_val=0.5)
+    return weights(lit), t.strategy.steps, len(lit.seen) // 4  # type: ignore[attr-defined]
+
+
+def test_accumulation_and_clipping() -> None:
+    (first, steps, batches), (second, _, _) = run(2, _accumulate)
+    assert first == second
+    assert batches / 3 <= steps <= batches / 3 + 2
+
+
+def _bf16() -> Any:
+    lit = Lit()
+    _fit(lit, precision="bf16-mixed")
+    return weights(lit), str(next(lit.parameters()).dtype)
+
+
+def test_bf16_mixed_keeps_float32_weights() -> None:
+    (first, dtype), (second, _) = run(2, _bf16)
+    assert first == second
+    assert dtype == "torch.float32"
+
+
+def _double() -> Any:
+    lit = Lit()
+    _fit(lit, precision="64-true", gradient_clip_val=1.0)
+    return weights(lit), str(next(lit.parameters()).dtype)
+
+
+def test_64_true() -> None:
+    (first, dtype), (second, _) = run(2, _double)
+    assert first == second
+    assert dtype == "torch.float64"
+
+
+class Manual(Lit):
+    """Two optimizers by hand, as a GAN does: one batch is one step all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.batches = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.batches += 1
+        for optimizer in self.optimizers():
+            loss = (self.layer(batch[1]) - batch[2]).square().mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        one, two = self.layer[0].parameters(), self.layer[2].parameters()
+        return torch.optim.SGD(one, 0.01), torch.optim.Adam(two, 0.01)
+
+
+def _manual() -> Any:
+    lit = Manual()
+    t = _fit(lit)
+    return weights(lit), t.strategy.steps == lit.batches  # type: ignore[attr-defined]
+
+
+def test_manual_optimisation_with_two_optimizers() -> None:
+    (first, one_step_a_batch), (second, _) = run(2, _manual)
+    assert first == second
+    assert one_step_a_batch
+
+
+class Groups(Lit):
+    """Parameter groups, a frozen layer and tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.tied = nn.Linear(8, 8)
+        self.tied.weight = self.layer[0].weight
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": [self.layer[0].weight], "lr": 0.01, "weight_decay": 0.1}, {"params": self.layer[2].parameters()}]
+        return torch.optim.AdamW(groups, lr=0.02)
+
+
+def _groups() -> Any:
+    torch.manual_seed(3)
+    lit = Groups()
+    before = weights(lit.frozen)  # type: ignore[arg-type]
+    _fit(lit)
+    return weights(lit), weights(lit.frozen) == before, lit.tied.weight is lit.layer[0].weight  # type: ignore[arg-type]
+
+
+def test_parameter_groups_frozen_and_tied_weights() -> None:
+    (first, frozen_stays, still_tied), (second, _, _) = run(2, _groups)
+    assert first == second
+    assert frozen_stays
+    assert still_tied
+
+
+def _workers(number: int) -> Any:
+    lit = Lit()
+    _fit(lit, loader(num_workers=number, persistent_workers=number > 0))
+    return weights(lit), lit.seen
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_data_workers(number: int) -> None:
+    (first, seen), (second, also_seen) = run(2, _workers, number)
+    assert first == second
+    assert set(Counter(seen + also_seen).values()) == {2}
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 1000)
+        for i in range(30):
+            x = torch.randn(8, generator=generator)
+            yield torch.tensor(i), x, x.sum().reshape(1)
+
+
+def _stream() -> Any:
+    lit = Lit()
+    _fit(lit, torch.utils.data.DataLoader(Stream(), batch_size=4))
+    return weights(lit)
+
+
+def test_an_iterable_dataset_is_each_ranks_own() -> None:
+    first, second = run(2, _stream)
+    assert first == second
+
+
+def _weighted() -> Any:
+    sampler = WeightedRandomSampler([0.0] * 120 + [1.0] * 120, 240, generator=torch.Generator().manual_seed(1))
+    lit = Lit()
+    _fit(lit, loader(shuffle=False, sampler=sampler))
+    return lit.seen
+
+
+def test_a_users_sampler_decides() -> None:
+    seen = [index for ranks in run(2, _weighted) for index in ranks]
+    assert len(seen) == 480
+    assert min(seen) >= 120
+
+
+def _unequal_batches() -> Any:
+    import os
+
+    lit = Lit()
+    _fit(lit, loader(batch_size=4 if os.environ["RANK"] == "0" else 12))
+    return weights(lit), lit.seen
+
+
+def test_unequal_batch_sizes() -> None:
+    (first, seen), (second, also_seen) = run(2, _unequal_batches)
+    assert first == second
+    assert set(Counter(seen + also_seen).values()) == {2}
+
+
+def _compiled() -> Any:
+    lit = Lit()
+    _fit(torch.compile(lit, backend="eager"))  # type: ignore[arg-type]
+    return weights(lit)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torch_compile() -> None:
+    first, second = run(2, _compiled, timeout=90)
+    assert first == second
+
+
+def _reset_weights_at_an_epoch() -> Any:
+    class Assigns(Lit):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:  # breaks the views of the flat vector
+                self.load_state_dict({k: v.clone() for k, v in self.state_dict().items()}, assign=True)
+
+    lit = Assigns()
+    _fit(lit)
+    return weights(lit)
+
+
+def test_broken_views_are_mended() -> None:
+    first, second = run(2, _reset_weights_at_an_epoch)
+    assert first == second

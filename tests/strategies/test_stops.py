@@ -1,0 +1,146 @@
+"""However a run is stopped, every rank stops within seconds, and each says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from lightning_async import SpeedFaults
+from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.ranks import Forked, Result
+
+SECONDS = 20.0  # on a machine that is busy with other things; a hang would take for ever
+
+
+class Say(Callback):
+    """Touch a file once this rank trains."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        (Path(self.folder) / str(trainer.global_rank)).touch()
+
+
+def _train(folder: str, faults: dict[str, Any], options: dict[str, Any]) -> int:
+    lit = Lit()
+    t = trainer(3, callbacks=[Say(folder), SpeedFaults(**faults)], max_epochs=1000, **options)
+    t.fit(lit, loader(), loader(10, shuffle=False))
+    return t.current_epoch
+
+
+def until_training(folder: Path, n: int = 3) -> None:
+    end = time.monotonic() + SECONDS
+    while len(list(folder.iterdir())) < n:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def ended(forked: Forked) -> list[Result]:
+    start = time.monotonic()
+    results = forked.results(SECONDS)
+    assert all(r.kind not in (None, "silent", "gone") for r in results), results
+    assert time.monotonic() - start < SECONDS
+    return results
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_sigterm_to_any_rank_stops_all_cleanly(rank: int, tmp_path: Path) -> None:
+    with Forked(3, _train, str(tmp_path), {"step_seconds": 0.01, "slow": {2: 4.0}}, {}) as forked:
+        until_training(tmp_path)
+        forked.signal(rank, signal.SIGTERM)
+        results = ended(forked)
+    assert [r.kind for r in results] == ["SIGTERMException"] * 3
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_an_exception_on_any_rank_stops_all_and_is_named(rank: int, tmp_path: Path) -> None:
+    with Forked(3, _train, str(tmp_path), {"step_seconds": 0.01, "fail": {rank: 7}}, {}) as forked:
+        results = ended(forked)
+    own = results[rank]
+    for r, result in enumerate(results):
+        if r != rank:
+            assert result.kind == "PeerFailedError"
+            assert f"rank {rank} stopped: {own.kind}: {own.error}" in result.error
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_on_one_rank_stops_all(rank: int, tmp_path: Path) -> None:
+    with Forked(3, _train, str(tmp_path), {"step_seconds": 0.01}, {}) as forked:
+        until_training(tmp_path)
+        forked.signal(rank, signal.SIGINT)
+        results = ended(forked)
+    assert results[rank].kind == "SystemExit"
+    assert all("KeyboardInterrupt" in r.error for i, r in enumerate(results) if i != rank)
+
+
+class FullDisk(TorchCheckpointIO):
+    """A disk that is full once half of the file is written."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+
+def _full_disk(folder: str) -> None:
+    lit = Lit()
+    t = trainer(
+        2, enable_checkpointing=True, plugins=[FullDisk()], callbacks=[ModelCheckpoint(folder, monitor="val")]
+    )
+    t.fit(lit, loader(), loader(10, shuffle=False))
+
+
+def test_a_full_disk_stops_all_ranks_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    with Forked(2, _full_disk, str(tmp_path)) as forked:
+        first, second = ended(forked)
+    assert first.kind == "OSError"
+    assert second.kind == "PeerFailedError"
+    assert "No space left on device" in second.error
+    assert list(tmp_path.iterdir()) == []
+
+
+def _batch_fails_on_one(folder: str) -> None:
+    class Bad(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 240
+
+        def __getitem__(self, index: int) -> Any:
+            if index == 101:
+                raise ValueError("sample 101 is broken")
+            return torch.tensor(index), torch.zeros(8), torch.zeros(1)
+
+    data = torch.utils.data.DataLoader(Bad(), batch_size=4)
+    trainer(2, max_epochs=5).fit(Lit(), data, loader(10, shuffle=False))
+
+
+def test_a_broken_sample_stops_all_ranks_and_is_named(tmp_path: Path) -> None:
+    with Forked(2, _batch_fails_on_one, str(tmp_path)) as forked:
+        results = ended(forked)
+    assert any(r.kind == "ValueError" and "sample 101 is broken" in r.error for r in results)
+    assert all("sample 101 is broken" in r.error for r in results)
+
+
+def _gathers(folder: str) -> None:
+    class Gathers(Lit):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.all_gather(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    trainer(2).fit(Gathers(), loader(), loader(10, shuffle=False))
+
+
+def test_all_gather_between_meetings_is_refused(tmp_path: Path) -> None:
+    with Forked(2, _gathers, str(tmp_path)) as forked:
+        results = ended(forked)
+    assert all("`all_gather` between meetings" in r.error for r in results)
+    assert MisconfigurationException.__name__ in {r.kind for r in results}
+    assert os.getpid()

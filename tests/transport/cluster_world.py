@@ -1,0 +1,45 @@
+"""The contract's world over torch.distributed: carriers of one process, real links and real control threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from torch.distributed import HashStore
+
+from lightning_async.transport.cluster import ClusterCarrier
+
+
+class ClusterWorld:
+    """Members over one store in this process; their time is the real one."""
+
+    def __init__(self, n: int) -> None:
+        store = HashStore()
+        self.carriers = [
+            ClusterCarrier(
+                store=store,
+                me=me,
+                world=n,
+                run="contract",
+                peers=[peer for peer in range(n) if peer != me],
+                tick=0.02,
+                interface="lo",
+            )
+            for me in range(n)
+        ]
+        for carrier in self.carriers:
+            carrier.start()
+
+    def until(self, condition: Callable[[], object], limit: float = 10.0) -> None:
+        """Let time pass until `condition()` holds; fail after `limit` seconds."""
+        end = time.monotonic() + limit
+        while not condition():
+            if time.monotonic() > end:
+                pytest.fail(f"nothing came of it within {limit} seconds")
+            self.carriers[0].wait(0.001)
+
+    def close(self) -> None:
+        """Take the world down."""
+        for carrier in self.carriers:
+            carrier.close()

@@ -1,0 +1,338 @@
+"""The carrier of real runs: several members over one store, and processes that are killed and stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore, TCPStore
+from torch.distributed.distributed_c10d import Store
+
+from lightning_async.transport.cluster import ClusterCarrier, refuse_loopback
+from lightning_async.transport.mail import Carrier, Letter, Message
+
+FORK = multiprocessing.get_context("fork")
+KIND = 20
+
+
+def until(carriers: list[ClusterCarrier], condition: Callable[[], object], limit: float = 10.0) -> None:
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        carriers[0].wait(0.001)
+
+
+def take(carriers: list[ClusterCarrier], carrier: ClusterCarrier, kind: int = KIND) -> Letter:
+    found: list[Letter] = []
+    until(carriers, lambda: found.extend(carrier.take(kind)) or found)
+    return found[0]
+
+
+def linked(carriers: list[ClusterCarrier]) -> bool:
+    return all(a.free(b.me, 63) for a in carriers for b in carriers if a is not b)
+
+
+def make(store: Store, me: int, world: int, **knobs: Any) -> ClusterCarrier:
+    knobs = {"silence": 0.5, "patience": 20.0, "tick": 0.02, "interface": "lo", **knobs}
+    return ClusterCarrier(store=store, me=me, world=world, run="test", **knobs)
+
+
+@pytest.fixture
+def store() -> Store:
+    """For members in one process; a TCP store looks up names, which takes seconds where the name service is slow."""
+    return HashStore()
+
+
+@pytest.fixture
+def cluster(store: Store) -> Iterator[Callable[..., list[ClusterCarrier]]]:
+    with ExitStack() as stack:
+
+        def start(n: int, **knobs: Any) -> list[ClusterCarrier]:
+            carriers = [make(store, me, n, **knobs) for me in range(n)]
+            for carrier in carriers:
+                stack.callback(carrier.close)
+                carrier.start()
+            until(carriers, lambda: linked(carriers))
+            return carriers
+
+        yield start
+
+
+Cluster = Callable[..., list[ClusterCarrier]]
+
+
+def test_it_is_a_carrier(store: Store) -> None:
+    carrier: Carrier = make(store, 1, 3)
+    assert (carrier.me, carrier.world, carrier.members(), carrier.live()) == (1, 3, (0, 1, 2), (1,))
+
+
+def test_a_post_without_a_link_is_refused_and_asks_for_one(store: Store) -> None:
+    carriers = [make(store, me, 3, tick=10.0) for me in range(3)]
+    with carriers[0], carriers[1], carriers[2]:
+        assert not carriers[0].post(1, Message(KIND))
+        begin = time.monotonic()
+        until(carriers, lambda: carriers[0].post(1, Message(KIND, torch.ones(3))))
+        assert time.monotonic() - begin < 2
+        letter = take([carriers[1]], carriers[1])
+        assert (letter.peer, letter.number) == (0, 1)
+        assert set(carriers[0]._links) == {1}
+        assert set(carriers[2]._links) == set()
+
+
+def test_mail_of_all_to_all(cluster: Cluster) -> None:
+    carriers = cluster(4)
+    for round_ in range(20):
+        for a in carriers:
+            a.at(round_)
+            for b in carriers:
+                if a is not b:
+                    until(carriers, lambda a=a, b=b: a.free(b.me, KIND))
+                    assert a.post(b.me, Message(KIND, torch.full((2000,), float(a.me)), step=round_))
+        for a in carriers:
+            letters: list[Letter] = []
+            until(carriers, lambda a=a, letters=letters: letters.extend(a.take(KIND)) or len(letters) == 3)
+            for letter in letters:
+                assert letter.message.step == round_
+                assert torch.equal(letter.message.body, torch.full((2000,), float(letter.peer)))  # type: ignore[arg-type]
+                a.folded(letter)
+    for a in carriers:
+        assert all(row[KIND].messages_in == 20 and row[KIND].bytes_out == 160_000 for row in a.traffic().values())
+
+
+def test_wait_returns_at_news_and_not_before(cluster: Cluster) -> None:
+    a, b = cluster(2, silence=10.0)
+    until([b], lambda: b.free(0, KIND))
+    b.wait(0.0)
+    later = threading.Timer(0.2, lambda: a.post(1, Message(KIND)))
+    later.start()
+    begin = time.monotonic()
+    while not b.take(KIND):
+        b.wait(5.0)
+    assert time.monotonic() - begin < 2
+    later.join()
+
+
+def test_decisions_and_tickets(cluster: Cluster) -> None:
+    carriers = cluster(3)
+    for carrier in carriers:
+        carrier.propose("winner", bytes([carrier.me]))
+        carrier.draw("tickets", 2)
+        carrier.publish(b"I am %d" % carrier.me)
+    until(carriers, lambda: all(carrier.decided("winner") for carrier in carriers))
+    assert len({carrier.decided("winner") for carrier in carriers}) == 1
+    drawn: list[tuple[int, int]] = []
+    until(carriers, lambda: drawn.extend(d for c in carriers for d in c.drawn("tickets")) or len(drawn) == 3)
+    assert sorted(drawn) == [(0, 2), (2, 2), (4, 2)]
+    until(carriers, lambda: carriers[0].notes() == {k: b"I am %d" % k for k in range(3)})
+
+
+def test_one_that_leaves_is_dead_at_once_and_its_unfolded_mail_is_lost(cluster: Cluster) -> None:
+    a, b, c = cluster(3)
+    assert b.post(0, Message(KIND, torch.arange(5)))
+    assert a.post(1, Message(KIND, torch.arange(3), weight=7))
+    until([b], lambda: KIND in b.traffic()[0] and b.traffic()[0][KIND].messages_in)
+    until([a], lambda: a.traffic()[1][KIND].messages_in)
+    begin = time.monotonic()
+    b.close()
+    until([a], lambda: a.members() == (0, 2))
+    assert time.monotonic() - begin < 2
+    (loss,) = a.lost()
+    assert (loss.peer, loss.number, loss.message.weight) == (1, 1, 7)
+    assert torch.equal(loss.message.body, torch.arange(3))  # type: ignore[arg-type]
+    assert a.lost() == []
+    assert not a.free(1, KIND)
+    assert not a.post(1, Message(KIND))
+    letter = take([a], a)
+    assert torch.equal(letter.message.body, torch.arange(5)), "what it sent stays"  # type: ignore[arg-type]
+    a.folded(letter)
+    assert c.lost() == []
+    assert a.post(2, Message(KIND)), "others are not concerned"
+
+
+def test_a_link_that_breaks_is_mended_and_loses_nothing(cluster: Cluster) -> None:
+    a, b = cluster(2)
+    assert a.post(1, Message(KIND, torch.ones(1000)))
+    letter = take([b], b)
+    assert a.post(1, Message(KIND + 1, torch.ones(2000)))
+    a._links[1]._wire.cancel()  # type: ignore[union-attr]
+    b.folded(letter)
+    until([a], lambda: a._links.get(1) is not None and a._links[1].generation > 1 and a.free(1, KIND))
+    assert take([b], b, KIND + 1).message.body.numel() == 2000  # type: ignore[union-attr]
+    assert not a.free(1, KIND + 1)
+    assert a.lost() == b.lost() == []
+    assert a.members() == (0, 1)
+
+
+def test_two_that_beat_but_cannot_talk_do_not_go_on_for_ever(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    carriers = cluster(3, silence=0.4, patience=0.6)
+    for me, peer in ((0, 2), (2, 0)):  # as if the network between them swallowed everything
+        carriers[me]._links[peer]._wire.cancel()  # type: ignore[union-attr]
+    monkeypatch.setattr("lightning_async.transport.cluster.Link", lambda *args, **knobs: _Deaf())
+    until(carriers, lambda: carriers[2].failed is not None)
+    assert "no connection with member 0" in (carriers[2].failed or "")
+    until(carriers, lambda: carriers[0].members() == carriers[1].members() == (0, 1))
+
+
+class _Deaf:
+    """A link that never comes up."""
+
+    state, generation = "opening", 1
+
+    def close(self) -> bool:
+        return True
+
+
+def test_lingering_lets_the_last_words_arrive(cluster: Cluster) -> None:
+    a, b = cluster(2)
+    got: list[Letter] = []
+
+    def fold() -> None:
+        got.append(take([b], b))
+        b.folded(got[0])
+
+    assert a.post(1, Message(KIND, torch.ones(1 << 20)))
+    folder = threading.Thread(target=fold)
+    folder.start()
+    begin = time.monotonic()
+    a.close(linger=5.0)
+    assert time.monotonic() - begin < 3
+    folder.join()
+    assert got[0].message.body.sum() == 1 << 20  # type: ignore[union-attr]
+
+
+def test_starting_and_closing_twice_and_never(store: Store) -> None:
+    before = len(os.listdir("/proc/self/task"))
+    never = make(store, 0, 2)
+    never.close()
+    a, b = make(store, 0, 2, peers=[1]), make(store, 1, 2)
+    for _ in range(2):
+        a.start()
+        b.start()
+    until([a], lambda: a.free(1, KIND))
+    for _ in range(2):
+        a.close()
+        b.close()
+    a.start()
+    assert not a.post(1, Message(KIND))
+    until([never], lambda: len(os.listdir("/proc/self/task")) == before)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"max_bytes": -1}, "max_bytes"),
+        ({"fragment_bytes": 0}, "fragment_bytes"),
+        ({"connect_timeout": 0}, "connect_timeout"),
+        ({"tick": 0}, "tick"),
+        ({"silence": 3.0, "patience": 1.0}, "silence"),
+        ({"peers": [0]}, "member 0"),
+        ({"peers": [2]}, "peer"),
+        ({"members": [1]}, "members"),
+    ],
+)
+def test_impossible_knobs_are_refused(store: Store, knobs: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make(store, 0, 2, **knobs)
+
+
+def test_what_cannot_travel_is_refused_also_without_a_link(store: Store) -> None:
+    a = make(store, 0, 2, max_bytes=100)
+    for peer, message in (
+        (0, Message(KIND)),
+        (2, Message(KIND)),
+        (1, Message(64)),
+        (1, Message(0)),
+        (1, Message(KIND, torch.ones(26))),
+        (1, Message(KIND, torch.ones(2, 2))),
+        (1, Message(KIND, torch.ones(2, dtype=torch.complex64))),
+        (1, Message(KIND, weight=2**63)),
+    ):
+        with pytest.raises(ValueError):
+            a.post(peer, message)
+
+
+def test_an_address_that_leads_home_is_refused() -> None:
+    refuse_loopback(["127.0.0.1"], nodes=1)
+    refuse_loopback(["10.0.0.1", "fe80::1"], nodes=4)
+    for address in ("127.0.1.1", "::1"):
+        with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME"):
+            refuse_loopback(["10.0.0.1", address], nodes=2)
+
+
+# a member in a process of its own
+
+
+def _member(port: int, me: int, world: int, out: Connection) -> None:
+    with make(TCPStore("127.0.0.1", port, is_master=False), me, world) as carrier:
+        until([carrier], lambda: carrier.post(0, Message(KIND, torch.ones(16 << 20))))
+        out.send("posted")
+        signal.pause()
+
+
+@pytest.fixture
+def mixed() -> Iterator[tuple[list[ClusterCarrier], int]]:
+    """Members 0 and 1 here, and the process id of member 2, which sends 64 MB to member 0 and folds nothing."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ExitStack() as stack:
+        mine, theirs = (stack.enter_context(end) for end in FORK.Pipe())
+        process = FORK.Process(target=_member, args=(server.port, 2, 3, theirs))
+        process.start()
+        stack.callback(process.close)
+        stack.callback(process.join)
+        stack.callback(process.kill)
+        carriers = [make(server, me, 3) for me in range(2)]
+        for carrier in carriers:
+            stack.callback(carrier.close)
+            carrier.start()
+        until(carriers, lambda: linked(carriers) and carriers[0].free(2, KIND))
+        assert mine.recv() == "posted"
+        assert process.pid is not None
+        yield carriers, process.pid
+
+
+def test_a_killed_member_is_buried(mixed: tuple[list[ClusterCarrier], int]) -> None:
+    (a, b), pid = mixed
+    assert a.post(2, Message(KIND, torch.full((16 << 20,), 3.0)))
+    until([a], lambda: a._links[2]._outgoing is not None)
+    os.kill(pid, signal.SIGKILL)
+    begin = time.monotonic()
+    until([a], lambda: a.members() == b.members() == (0, 1))
+    assert time.monotonic() - begin < 3, "a closed connection and silence are enough"
+    (loss,) = a.lost()
+    assert loss.message.body.numel() == 16 << 20  # type: ignore[union-attr]
+    assert b.lost() == []
+    assert a.post(1, Message(KIND)), "the others go on"
+    begin = time.monotonic()
+    a.close()
+    assert time.monotonic() - begin < 1
+
+
+def test_a_stopped_member_costs_nobody_anything(mixed: tuple[list[ClusterCarrier], int]) -> None:
+    (a, b), pid = mixed
+    assert a.post(2, Message(KIND, torch.full((16 << 20,), 3.0)))
+    os.kill(pid, signal.SIGSTOP)
+    until([a], lambda: a.live() == (0, 1))
+    assert a.members() == (0, 1, 2)
+    assert not a.post(2, Message(KIND + 1))
+    begin = time.monotonic()
+    for _ in range(20):
+        until([a], lambda: a.post(1, Message(KIND, torch.ones(5000))))
+        b.folded(take([b], b))
+    assert time.monotonic() - begin < 2, "the other link does not notice"
+    os.kill(pid, signal.SIGCONT)
+    until([a], lambda: a.live() == (0, 1, 2))
+    letter = take([a], a)
+    assert letter.message.body.numel() == 16 << 20  # type: ignore[union-attr]
+    os.kill(pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    a.close()
+    assert time.monotonic() - begin < 1
