@@ -24,16 +24,19 @@ SPLIT_SEED = 20
 DIGITS_VALIDATION = 600
 
 CONTEXT = 64
-CHARACTERS = 96  # printable ASCII but for `~`, which stands for everything else, and the line's end
-MODULES = (
-    "_pydecimal argparse ast asyncio/base_events asyncio/streams asyncio/tasks bdb calendar codecs "
-    "collections/__init__ configparser contextlib copy csv dataclasses datetime difflib dis doctest enum fractions "
-    "ftplib functools gettext heapq http/client http/server imaplib inspect ipaddress json/encoder locale "
-    "logging/__init__ logging/handlers mailbox optparse os pathlib pdb pickle pickletools platform plistlib "
-    "random shutil smtplib socket statistics string subprocess tarfile tempfile threading traceback turtle typing "
-    "unittest/case unittest/mock urllib/parse urllib/request uuid weakref xml/dom/minidom zipfile"
-).split()
-HELD_OUT = "bisect cmd fileinput fnmatch getopt glob netrc sched shelve shlex textwrap timeit zipapp".split()
+VALIDATION_PIECES = 256
+CHARACTERS = 96  # printable ASCII, and one for all the rest: the line's end
+MODULES = """
+    _pydecimal argparse ast asyncio/base_events asyncio/streams asyncio/tasks bdb calendar codecs
+    collections/__init__ configparser contextlib copy csv dataclasses datetime difflib dis doctest enum
+    fractions ftplib functools gettext heapq http/client http/server imaplib inspect ipaddress json/encoder
+    locale logging/__init__ logging/handlers mailbox optparse os pathlib pdb pickle pickletools platform
+    plistlib random shutil smtplib socket statistics string subprocess tarfile tempfile threading traceback
+    turtle typing unittest/case unittest/mock urllib/parse urllib/request uuid weakref xml/dom/minidom zipfile
+"""
+HELD_OUT = """
+    bisect cmd fileinput fnmatch getopt glob netrc sched shelve shlex textwrap timeit zipapp
+"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Task:
         size = len(self.train[0])
         order = torch.cat([torch.randperm(size, generator=random) for _ in range(self.passes)])
         count = len(order) // (self.batch * ranks) * ranks
-        return list(order[: count * self.batch].split(self.batch))
+        return list(torch.split(order[: count * self.batch], self.batch))
 
     def loss(self, model: nn.Module, samples: Tensor) -> Tensor:
         """The mean loss of these training samples."""
@@ -117,7 +120,7 @@ def digits() -> Task:
         build=lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)),
         optimize=lambda parameters, lr: SGD(parameters, lr=lr, momentum=0.9),
         lr=0.1,
-        grid=(0.01, 0.03, 0.1, 0.3),
+        grid=(0.02, 0.05, 0.1, 0.2),
         batch=8,
         passes=10,
     )
@@ -131,15 +134,16 @@ def characters(samples: int = 6400) -> Task:
     """The next character of Python's own sources; `samples` pieces of `CONTEXT` characters are trained on, once."""
     pieces = _pieces(MODULES)
     chosen = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(SPLIT_SEED))[:samples]
-    train, validation = pieces[chosen], _pieces(HELD_OUT)[:256]
+    train, held_out = pieces[chosen], _pieces(HELD_OUT)
+    validation = held_out[:: len(held_out) // VALIDATION_PIECES][:VALIDATION_PIECES]
     return Task(
         "characters",
         train=(train[:, :-1], train[:, 1:]),
         validation=(validation[:, :-1], validation[:, 1:]),
         build=Transformer,
         optimize=lambda parameters, lr: AdamW(parameters, lr=lr),
-        lr=3e-3,
-        grid=(1e-3, 3e-3, 1e-2),
+        lr=2e-3,
+        grid=(1e-3, 2e-3, 5e-3, 1e-2),
         batch=4,
     )
 
@@ -181,7 +185,7 @@ class Block(nn.Module):
         return thought
 
 
-def _pieces(modules: Iterable[str]) -> Tensor:
+def _pieces(modules: str) -> Tensor:
     """The text of the modules, cut into rows of `CONTEXT + 1` characters (the last one is only guessed)."""
     codes = torch.frombuffer(bytearray(_text(modules).encode("ascii", "replace")), dtype=torch.uint8).long() - 31
     codes = torch.where((codes >= 1) & (codes < CHARACTERS), codes, 0)
@@ -189,7 +193,7 @@ def _pieces(modules: Iterable[str]) -> Tensor:
     return codes[: rows * (CONTEXT + 1)].view(rows, CONTEXT + 1)
 
 
-def _text(modules: Iterable[str]) -> str:
+def _text(modules: str) -> str:
     folder = Path(sysconfig.get_paths()["stdlib"])
-    files = [folder / f"{module}.py" for module in modules]
+    files = [folder / f"{module}.py" for module in modules.split()]
     return "\n".join(file.read_text(encoding="utf-8") for file in files if file.exists())

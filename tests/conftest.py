@@ -76,11 +76,13 @@ def nothing_left_behind(tmp_path: Path) -> Iterator[None]:
         dist.destroy_process_group()  # Lightning itself leaves it for the end of the process
     faults = [
         *(f"thread {name}" for name in _settled(lambda: _threads_beside(threads))),
-        *(f"process {name}" for name in _settled(lambda: _children_beside(children))),
+        *(f"process {name}" for name in _settled(lambda: list(_children_beside(children).values()))),
         *_restore_handlers(handlers),
         *_restore_environment(environment),
     ]
     if faults:
+        for pid in _children_beside(children):
+            os.kill(pid, signal.SIGKILL)
         pytest.fail("left behind: " + "; ".join(faults), pytrace=False)
 
 
@@ -109,9 +111,9 @@ def _children() -> dict[int, str]:
     return found
 
 
-def _children_beside(before: dict[int, str]) -> list[str]:
+def _children_beside(before: dict[int, str]) -> dict[int, str]:
     new = {pid: command for pid, command in _children().items() if pid not in before}
-    return [f"{pid} ({command[:80]})" for pid, command in new.items() if not any(h in command for h in HOUSEKEEPING)]
+    return {pid: f"{pid} ({c[:80]})" for pid, c in new.items() if not any(known in c for known in HOUSEKEEPING)}
 
 
 def _restore_handlers(before: dict[signal.Signals, object]) -> list[str]:

@@ -21,8 +21,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class SpeedFaults(Callback):

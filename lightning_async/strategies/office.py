@@ -26,8 +26,10 @@ from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 
 T = TypeVar("T")
+CONNECT = 10.0  # seconds to reach a store that is known to be there
 FAREWELL = 15.0  # seconds that leaving may take
 FAREWELL_FAILED = 5.0
+BYE, DIED = b"bye", b"died"
 
 
 class Office:
@@ -69,7 +71,7 @@ class Office:
             self._run = _run_id(device)
         self._count += 1
         store = TCPStore(
-            environment.main_address, environment.main_port, is_master=False, timeout=timedelta(seconds=60)
+            environment.main_address, environment.main_port, is_master=False, timeout=timedelta(seconds=CONNECT)
         )
         self._carrier = ClusterCarrier(
             store=store,
@@ -120,23 +122,30 @@ class Office:
         if carrier is None:
             return
         try:
-            self._farewell(carrier)
+            self._members = self._farewell(carrier)
         finally:
-            self._members = carrier.members()
             carrier.close()
 
-    def _farewell(self, carrier: ClusterCarrier) -> None:
-        """Rank 0 waits for everybody's bye, a failed rank for rank 0's."""
+    def _farewell(self, carrier: ClusterCarrier) -> tuple[int, ...]:
+        """Rank 0 waits for everybody's bye, a failed rank for rank 0's. Returns who did not die in this run.
+
+        Who left is not among the carrier's members any more, like the dead: what tells them apart is who wrote first.
+        """
+        everybody = self._members or tuple(range(carrier.world))
         first = carrier.members()[0]
-        carrier.propose(f"bye/{carrier.me}", b"bye")
+        carrier.propose(f"bye/{carrier.me}", BYE)
         stopped = self.flags.failed is not None or carrier.decided("abort") is not None
-        awaited = [r for r in carrier.members() if r != first] if carrier.me == first else [first] if stopped else []
         end = carrier.now() + (FAREWELL_FAILED if stopped else FAREWELL)
         while carrier.now() < end and carrier.failed is None:
-            awaited = [r for r in awaited if r in carrier.live() and carrier.decided(f"bye/{r}") is None]
-            if not awaited and carrier.decided(f"bye/{carrier.me}") is not None:
-                return
+            gone = [r for r in everybody if r not in carrier.members()]
+            for rank in gone:
+                carrier.propose(f"bye/{rank}", DIED)
+            awaited = set(gone) | {carrier.me} | ({first} if stopped else set())
+            awaited |= set(carrier.live()) & set(everybody) if carrier.me == first else set()
+            if all(carrier.decided(f"bye/{r}") is not None for r in awaited):
+                break
             carrier.wait(0.1)
+        return tuple(r for r in everybody if carrier.decided(f"bye/{r}") != DIED)
 
 
 def _run_id(device: torch.device) -> str:

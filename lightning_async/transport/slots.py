@@ -99,6 +99,8 @@ class Inbox:
     def take(self, kind: int) -> list[Letter]:
         """All letters of this kind; their age is counted from the last sign of ours that the sender had then."""
         waiting = self._kinds[kind]
+        if not waiting:
+            return []
         now = self._here.now()
         arrived = [waiting.popleft() for _ in range(len(waiting))]
         return [Letter(one.peer, one.number, one.message, max(0.0, now - one.clock * 1e-9)) for one in arrived]

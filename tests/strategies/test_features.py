@@ -19,7 +19,7 @@ from tests.strategies.ranks import run
 def _fit(lit: L.LightningModule, data: Any = None, **options: Any) -> L.Trainer:
     faults = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
     t = trainer(2, callbacks=[faults], **options)
-    t.fit(lit, data or loader(), loader(10, shuffle=False))
+    t.fit(lit, loader() if data is None else data, loader(10, shuffle=False))
     return t
 
 
@@ -182,7 +182,8 @@ def test_unequal_batch_sizes() -> None:
 
 def _compiled() -> Any:
     lit = Lit()
-    _fit(torch.compile(lit, backend="eager"))  # type: ignore[arg-type]
+    lit.layer.compile(backend="aot_eager")
+    _fit(lit)
     return weights(lit)
 
 

@@ -58,8 +58,10 @@ def test_all_ranks_end_equal_and_every_sample_is_seen_once(mode: str, devices: i
 def _all_stages(folder: str) -> dict[str, Any]:
     lit = Lit()
     saved = ModelCheckpoint(folder, monitor="val", save_top_k=1, save_last=True, filename="{epoch}-{step}")
+    newest = ModelCheckpoint(Path(folder) / "newest")
     faults = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
-    t = trainer(2, enable_checkpointing=True, callbacks=[saved, EarlyStopping("val", patience=5), faults], max_epochs=3)
+    callbacks = [saved, newest, EarlyStopping("val", patience=5), faults]
+    t = trainer(2, enable_checkpointing=True, callbacks=callbacks, max_epochs=3)
     held_out = loader(10, shuffle=False)
     t.fit(lit, loader(), held_out)
     fitted = weights(lit)
@@ -72,18 +74,20 @@ def _all_stages(folder: str) -> dict[str, Any]:
         "fitted": fitted,
         "refitted": weights(lit),
         "best": saved.best_model_path,
-        "last": saved.last_model_path,
+        "newest": newest.best_model_path,
         "test": float(t.callback_metrics.get("test", torch.tensor(0.0))),
         "predicted": len(predicted or []),
     }
 
 
-@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders", "ignore:Checkpoint directory")
+@pytest.mark.filterwarnings(
+    "ignore:Using `DistributedSampler` with the dataloaders", "ignore:Checkpoint directory", "ignore:.*multiple `Model"
+)
 def test_fit_validate_test_predict_and_fit_again_on_one_trainer(tmp_path: Path) -> None:
     first, second = run(2, _all_stages, str(tmp_path))
-    for key in ("fitted", "refitted", "best", "last", "test"):
+    for key in ("fitted", "refitted", "best", "newest", "test"):
         assert first[key] == second[key]
     assert Path(first["best"]).exists()
     loaded = Lit()
-    loaded.load_state_dict(torch.load(first["last"], weights_only=True)["state_dict"])
+    loaded.load_state_dict(torch.load(first["newest"], weights_only=True)["state_dict"])
     assert weights(loaded) == first["refitted"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -231,6 +232,7 @@ def _host(out: Connection) -> None:
 def host() -> Iterator[tuple[int, int]]:
     """The process id and the port of a store in a process of its own."""
     with ExitStack() as stack:
+        gc.collect()  # a store's server that is garbage in the child makes it wait for a thread that was not forked
         mine, theirs = (stack.enter_context(end) for end in FORK.Pipe())
         process = FORK.Process(target=_host, args=(theirs,))
         process.start()

@@ -1,0 +1,52 @@
+"""The check that no test leaves anything behind does catch what is left behind, and puts it right for the next test."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+LEAKS = """
+import os, signal, subprocess, threading
+
+def test_thread():
+    threading.Thread(target=threading.Event().wait, name="forgotten", daemon=True).start()
+
+def test_process():
+    subprocess.Popen(["sleep", "30"])
+
+def test_environment():
+    os.environ["FORGOTTEN"] = "1"
+
+def test_handler():
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+def test_put_right():
+    assert "FORGOTTEN" not in os.environ
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert not os.listdir()
+
+def test_files_stay_in_a_folder_of_their_own(monkeypatch):
+    monkeypatch.setenv("FINE", "1")
+    open("here", "w").close()
+"""
+
+
+def test_leaks_are_caught(tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path / "conftest.py")
+    source = (tmp_path / "conftest.py").read_text().replace("GRACE = 5.0", "GRACE = 0.1")
+    (tmp_path / "conftest.py").write_text(source)
+    (tmp_path / "test_leaks.py").write_text(LEAKS)
+    argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", ".", "-rfE", "."]
+    output = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False).stdout
+    for name, sentence in {
+        "test_thread": "thread forgotten",
+        "test_process": "process ",
+        "test_environment": "environment variable FORGOTTEN",
+        "test_handler": "a handler of SIGTERM",
+    }.items():
+        assert f"ERROR test_leaks.py::{name}" in output, output
+        assert f"left behind: {sentence}" in output, output
+    assert "6 passed, 4 errors" in output
+    assert not (tmp_path / "here").exists()
