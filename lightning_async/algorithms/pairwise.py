@@ -82,7 +82,7 @@ class Pairwise(Gossip):
         return asked is not None and (self.max_delay is None or self._step - asked <= self.max_delay)
 
     def _answer(self, replica: Replica, mail: Mail, letter: Letter) -> None:
-        """Move towards the asker and send back what it must move; if that cannot be sent, keep the question for later."""
+        """Move towards the asker and send back its own move; if that cannot be sent, keep the question for later."""
         asked, arrival = letter.message, self.arrival(letter, self._step)
         if letter.peer not in mail.members():
             mail.folded(letter)

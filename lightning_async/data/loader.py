@@ -28,6 +28,7 @@ from lightning_async.data.order import Order
 from lightning_async.data.share import Share, drive
 
 Puller = Callable[[], "list[int] | None"]
+Teller = Callable[[Any], object]
 
 
 class SharedBatches:
@@ -38,20 +39,27 @@ class SharedBatches:
         order: What they stand for; named `sampler` so that Lightning finds its `set_epoch`.
         pull: Gets the next positions from the share, waiting if it must.
         whole: One position is one batch of the user's own batch sampler.
+        tell: Is told what each batch consists of.
     """
 
-    def __init__(self, share: Share, order: Order, pull: Puller, *, whole: bool = False) -> None:
+    def __init__(
+        self, share: Share, order: Order, pull: Puller, *, whole: bool = False, tell: Teller | None = None
+    ) -> None:
         self.share = share
         self.sampler = order
         self._pull = pull
         self._whole = whole
+        self._tell = tell
 
     def __iter__(self) -> Iterator[Any]:
         order = self.sampler
         self.share.begin_epoch(order.epoch, total=len(order), digest=order.digest)
         self.share.rewind()
         while (positions := self._pull()) is not None:
-            yield order[positions[0]] if self._whole else [order[p] for p in positions]
+            batch = order[positions[0]] if self._whole else [order[p] for p in positions]
+            if self._tell is not None:
+                self._tell(batch)
+            yield batch
 
 
 def samples_per_batch(loader: object) -> int:
@@ -80,6 +88,7 @@ def shared_loader(
     seed: int = 0,
     epoch: int = 0,
     patience: float = 600.0,
+    tell: Teller | None = None,
 ) -> object:
     """A loader like `loader` whose batches come from `share`.
 
@@ -91,6 +100,7 @@ def shared_loader(
         seed: The seed of the shuffling, the same on every rank.
         epoch: The epoch the first iterator belongs to; later ones are told by `set_epoch`.
         patience: Seconds after which waiting for the store ends with a `TimeoutError`.
+        tell: Is told what each batch consists of, as it goes to the loader.
     """
     if not patience > 0:
         raise ValueError(f"`patience` must be above 0, got {patience}")
@@ -111,7 +121,7 @@ def shared_loader(
     def pull() -> list[int] | None:
         return drive(share.next_batch(size), wait=wait, now=now, patience=patience)
 
-    return _remade(loader, SharedBatches(share, order, pull, whole=whole))
+    return _remade(loader, SharedBatches(share, order, pull, whole=whole, tell=tell))
 
 
 def _parts(loader: DataLoader[Any]) -> tuple[Any, int, bool]:

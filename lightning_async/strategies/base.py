@@ -62,6 +62,7 @@ class AsyncStrategy(DDPStrategy):
         silence: float = 2.0,
         patience: float = 30.0,
         meeting_timeout: float = 1800.0,
+        record: str | None = None,
         start_method: StartMethod = "popen",
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
@@ -85,7 +86,9 @@ class AsyncStrategy(DDPStrategy):
             raise ValueError(f"`at_meeting` must be 'adopt' or 'keep', got {at_meeting!r}")
         self.algorithm = algorithm
         self.at_meeting = at_meeting
-        self.office = Office(interface=interface, silence=silence, patience=patience, limit=meeting_timeout)
+        self.office = Office(
+            interface=interface, silence=silence, patience=patience, limit=meeting_timeout, record=record
+        )
         self.feeding = Feeding(balance)
         self.steps = 0
         self.last_meeting: dict[str, float] = {}
@@ -189,7 +192,7 @@ class AsyncStrategy(DDPStrategy):
 
     def on_train_start(self) -> None:
         """The loader is known, the checkpoint is restored: the algorithm begins."""
-        self.algorithm.begin(self.replica, self.office.carrier, self.feeding.mass)
+        self.algorithm.begin(self.replica, self.office.mail, self.feeding.mass)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Free from here to the next meeting."""
@@ -202,9 +205,7 @@ class AsyncStrategy(DDPStrategy):
 
         def closure_then_exchange() -> Any:
             result = closure()
-            self._arrivals += self._together(
-                self.algorithm.before_step(self.replica, self.office.carrier, self.steps + 1)
-            )
+            self._arrivals += self._together(self.algorithm.before_step(self.replica, self.office.mail, self.steps + 1))
             return result
 
         self._stepped = True
@@ -217,9 +218,10 @@ class AsyncStrategy(DDPStrategy):
             return
         self._stepped = False
         self.steps += 1
-        carrier = self.office.carrier
-        carrier.at(self.steps)
-        self._arrivals += self._together(self.algorithm.after_step(self.replica, carrier, self.steps))
+        mail = self.office.mail
+        mail.at(self.steps)
+        self.office.recording.step(self.steps, self.feeding.trained_on())
+        self._arrivals += self._together(self.algorithm.after_step(self.replica, mail, self.steps))
 
     # -- meetings ------------------------------------------------------------------------------------------------------
 
@@ -228,7 +230,8 @@ class AsyncStrategy(DDPStrategy):
         if not self._free or self._replica is None:
             return
         waited = self.office.carrier.now()
-        consensus = self._together(self.algorithm.meet(self.replica, self.office.carrier, self.office.rounds))
+        self.office.recording.meeting()
+        consensus = self._together(self.algorithm.meet(self.replica, self.office.mail, self.office.algorithms_rounds))
         self._arrivals += self.algorithm.arrived()
         apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu() - consensus.cpu()))
         self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
@@ -249,6 +252,7 @@ class AsyncStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         """Every rank takes the consensus home, and rank 0's names of the checkpoints."""
         self.replica.stay()
+        self.office.recording.finish()
         self._together(agree_on_saved(self.trainer, self.office.rounds))
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -26,6 +27,8 @@ class Feeding:
         self.balance = balance
         self.share: Share | None = None
         self._batch = 1
+        self._handed: deque[Any] = deque()
+        self._trained: list[int] = []
 
     @property
     def mass(self) -> int:
@@ -53,17 +56,28 @@ class Feeding:
             seed=seed,
             epoch=epoch(),
             patience=office.limit,
+            tell=self._handed.append if office.recording.on else None,
         )
 
     def completed(self) -> None:
         """A batch was trained on."""
         if self.share is not None:
             self.share.completed()
+        if self._handed:
+            batch = self._handed.popleft()
+            self._trained += batch if isinstance(batch, list) else [batch]
+
+    def trained_on(self) -> list[int]:
+        """The samples since the last call, where they have numbers and somebody wants to record them."""
+        trained, self._trained = self._trained, []
+        return trained
 
     def epoch_ended(self, *, deaths: bool) -> None:
         """Say what nobody trained on. Only a death can leave something, and then the notes are final by now."""
         if deaths and self.share is not None and (left := self.share.abandoned()):
-            rank_zero_warn(f"{left} samples of epoch {self.share.epoch} were not trained on: their rank died at its end")
+            rank_zero_warn(
+                f"{left} samples of epoch {self.share.epoch} were not trained on: their rank died at its end"
+            )
 
     def close(self) -> None:
         """The run is over."""

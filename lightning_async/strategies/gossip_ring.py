@@ -33,6 +33,7 @@ class GossipRingStrategy(AsyncStrategy):
         silence: Seconds without a heartbeat after which a rank is no longer written to.
         patience: Seconds without a heartbeat after which a rank is declared dead for good.
         meeting_timeout: The longest a meeting may wait for a living rank, in seconds.
+        record: Folder for each rank's event log, from which the run can be replayed to the bit; None: no log.
         start_method: How local processes start: "popen", "spawn", "fork" or "forkserver".
         timeout: For the default process group, which is used at start-up only.
         process_group_backend: Backend of the default process group.
@@ -60,6 +61,7 @@ class GossipRingStrategy(AsyncStrategy):
         silence: float = 2.0,
         patience: float = 30.0,
         meeting_timeout: float = 1800.0,
+        record: str | None = None,
         start_method: StartMethod = "popen",
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
@@ -79,6 +81,7 @@ class GossipRingStrategy(AsyncStrategy):
             silence=silence,
             patience=patience,
             meeting_timeout=meeting_timeout,
+            record=record,
             start_method=start_method,
             timeout=timeout,
             process_group_backend=process_group_backend,

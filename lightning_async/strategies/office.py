@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, though not exported by name
 
+from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
 from lightning_async.transport.cluster import ClusterCarrier
 from lightning_async.transport.mail import Wait
@@ -35,7 +36,9 @@ BYE, DIED = b"bye", b"died"
 class Office:
     """Opens and closes with every `fit`, `validate`, `test` or `predict`; who survives one is a member of the next."""
 
-    def __init__(self, *, interface: str | None, silence: float, patience: float, limit: float) -> None:
+    def __init__(
+        self, *, interface: str | None, silence: float, patience: float, limit: float, record: str | None
+    ) -> None:
         for name, value in (("silence", silence), ("patience", patience), ("meeting_timeout", limit)):
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
                 raise ValueError(f"`{name}` must be a number of seconds above 0, got {value!r}")
@@ -44,6 +47,7 @@ class Office:
         if interface is not None and not isinstance(interface, str):
             raise ValueError(f"`interface` must be the name of a network interface, got {interface!r}")
         self.interface, self.silence, self.patience, self.limit = interface, silence, patience, limit
+        self.recording = Recording(record)
         self._run: str | None = None
         self._count = 0
         self._members: tuple[int, ...] | None = None
@@ -87,6 +91,8 @@ class Office:
         self._carrier.start()
         self.flags = Flags(self._carrier)
         self.rounds = Rounds(self._carrier)
+        self.mail = self.recording.of(self._carrier)
+        self.algorithms_rounds = Rounds(self.mail, channel=1)
 
     def drive(self, waiting: Wait[T]) -> T:
         """Run a `Wait` to its end."""
@@ -124,6 +130,7 @@ class Office:
         try:
             self._members = self._farewell(carrier)
         finally:
+            self.recording.close()
             carrier.close()
 
     def _farewell(self, carrier: ClusterCarrier) -> tuple[int, ...]:

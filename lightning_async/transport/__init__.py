@@ -1,1 +1,1 @@
-"""Messages: the contract (`mail`), agreement (`rounds`), a virtual cluster (`virtual`) and torch.distributed (`cluster`)."""
+"""Messages: the contract (`mail`), agreement (`rounds`), a `virtual` cluster and torch.distributed (`cluster`)."""

@@ -49,6 +49,16 @@ class Log:
         """The sample ids of each recorded step."""
         return {event[2]: event[3] for event in self._events if event[1] == "step"}
 
+    def epochs(self) -> list[list[int]]:
+        """The recorded steps, parted by the meetings."""
+        parts: list[list[int]] = [[]]
+        for event in self._events:
+            if event[1] == "step":
+                parts[-1].append(event[2])
+            elif event[1] == "meet":
+                parts.append([])
+        return [part for part in parts if part]
+
     def lost(self) -> list[tuple[int, int, int]]:
         """Sender, receiver and number of all messages that were lost to this member."""
         return [(self.me, peer, number) for e in self._events if e[1] == "lost" for peer, number, _ in e[2]]

@@ -23,14 +23,14 @@ from torch import Tensor
 
 T = TypeVar("T")
 Wait = Generator[str, None, T]
-"""A computation that may have to wait: it yields a few words naming what is missing, and is resumed when something changed."""
+"""A computation that may have to wait: it yields words naming what is missing, and is resumed when something changed."""
 
 MARKER = 1
 """Reserved kind: no body; tells the receiver that all that was posted before it on this link has been delivered."""
 CONTRIBUTION = 2
-"""Reserved kind: a member's slice on its way to the slice's owner (rounds)."""
+"""Reserved kind, with 4 for the second channel: a member's slice on its way to the slice's owner (rounds)."""
 RESULT = 3
-"""Reserved kind: an owner's finished slice on its way to everybody (rounds)."""
+"""Reserved kind, with 5 for the second channel: an owner's finished slice on its way to everybody (rounds)."""
 FIRST_FREE_KIND = 16
 """Algorithms number their own kinds from here; a kind is below 64."""
 

@@ -21,7 +21,7 @@ import torch
 from lightning_async.transport.mail import Carrier, Letter, Loss, Message
 
 SCHEMA = 1
-ACTS = frozenset({"step", "finish", "folded", "at", "propose", "draw", "publish"})
+ACTS = frozenset({"step", "meet", "finish", "folded", "at", "propose", "draw", "publish"})
 """Events that have no answer."""
 
 
@@ -77,6 +77,10 @@ class RecordingCarrier:
     def note_step(self, step: int, sample_ids: Iterable[int]) -> None:
         """Record which samples a step is taken on."""
         self._write("step", step, [int(i) for i in sample_ids])
+
+    def note_meeting(self) -> None:
+        """Record that the members meet here."""
+        self._write("meet")
 
     def finish(self) -> None:
         """Record that the program ended, after it did; a log without it is replayed as that of a killed member."""

@@ -100,6 +100,14 @@ class ReplayCarrier:
         """Check that a step is taken on the recorded samples."""
         self._act("step", step, [int(i) for i in sample_ids])
 
+    def epochs(self) -> list[list[int]]:
+        """The recorded steps, parted by the meetings."""
+        return self._log.epochs()
+
+    def note_meeting(self) -> None:
+        """Check that the members meet here."""
+        self._act("meet")
+
     def finish(self) -> None:
         """Nothing to do: that the log is at its end is checked when the program has ended."""
 

@@ -29,13 +29,24 @@ PRESENT, ABSENT = b"+", b"-"
 
 @dataclass
 class Rounds:
-    """One member's view of the numbered rounds of a run. All members must call the same methods in the same order."""
+    """One member's view of the numbered rounds of a run. All members must call the same methods in the same order.
+
+    Attributes:
+        carrier: This member's mail and board.
+        channel: Each channel counts its own rounds and has its own kinds of messages: 0 for the strategy, 1 for its
+            algorithm (whose messages alone are recorded).
+    """
 
     carrier: Carrier
-    name: str = "round"
+    channel: int = 0
     _number: int = 0
     _present: tuple[int, ...] | None = None
     _early: list[Letter] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What the rounds of this channel are called on the board."""
+        return f"round{self.channel}"
 
     def barrier(self) -> Wait[tuple[int, ...]]:
         """Return, with the members that are here, when all of them have called it."""
@@ -95,13 +106,13 @@ class Rounds:
         me = self.carrier.me
         if how == "gather":
             parts = {r: tensor for r in members if r != me}
-            mine = yield from self._swap(CONTRIBUTION, parts, members, weight)
+            mine = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, members, weight)
             return None if mine is None else [tensor.clone() if r == me else mine[r][0] for r in members]
         owners = members[:OWNERS]
         slices = dict(zip(owners, _cut(tensor, len(owners)), strict=True))
         outgoing = {owner: part for owner, part in slices.items() if owner != me}
         senders = members if me in owners else ()
-        came = yield from self._swap(CONTRIBUTION, outgoing, senders, weight)
+        came = yield from self._swap(CONTRIBUTION + 2 * self.channel, outgoing, senders, weight)
         if came is None:
             return None
         results: dict[int, Tensor] = {}
@@ -110,7 +121,7 @@ class Rounds:
             came[me] = (slices[me], weight)
             results[me] = _combine([came[r] for r in members], how)
             outgoing = {r: results[me] for r in members if r != me}
-        finished = yield from self._swap(RESULT, outgoing, owners, weight)
+        finished = yield from self._swap(RESULT + 2 * self.channel, outgoing, owners, weight)
         if finished is None:
             return None
         results.update({owner: part for owner, (part, _) in finished.items()})

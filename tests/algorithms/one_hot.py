@@ -72,7 +72,14 @@ def run(
                 parameters[r].add_(lr)
 
         programs[r] = train(
-            algorithms[r], replicas[r], carrier, steps=steps[r], take_step=lambda k: None, optimizer_step=move,
-            seconds=lambda me, k: step * speeds[me], mass=masses[r] if masses else UNIT, rounds=Rounds(carrier),
+            algorithms[r],
+            replicas[r],
+            carrier,
+            steps=steps[r],
+            take_step=lambda k: None,
+            optimizer_step=move,
+            seconds=lambda me, k: step * speeds[me],
+            mass=masses[r] if masses else UNIT,
+            rounds=Rounds(carrier),
         )
     return Outcome(virtual, algorithms, replicas, virtual.run(programs), steps)

@@ -41,7 +41,13 @@ def expected_sum(n: int) -> Tensor:
 def test_with_lr_0_the_weighted_mean_is_constant(mode: str, wire: str, n: int) -> None:
     speeds = [1.0] * n if mode == "sync" else [1.0] * (n - 1) + [4.0]
     outcome = run(
-        speeds, seconds=3, lr=0.0, start=start, mode=mode, wire=wire, cluster={"latency": 0.03, "jitter": 1.0, "seed": n}
+        speeds,
+        seconds=3,
+        lr=0.0,
+        start=start,
+        mode=mode,
+        wire=wire,
+        cluster={"latency": 0.03, "jitter": 1.0, "seed": n},
     )
     torch.testing.assert_close(sum_and_ledger(outcome), expected_sum(n), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(outcome.consensus.double(), expected_sum(n) / n, rtol=1e-5, atol=1e-5)

@@ -59,8 +59,12 @@ def loader(batch_size: int = 4, *, shuffle: bool = True, n: int = 240, **options
 def trainer(devices: int, **options: Any) -> L.Trainer:
     strategy = options.pop("strategy", None) or GossipRingStrategy(**options.pop("knobs", {}))
     quiet = {
-        "enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False,
-        "max_epochs": 2, "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "enable_checkpointing": False,
+        "max_epochs": 2,
+        "accelerator": "cpu",
     }
     return L.Trainer(devices=devices, strategy=strategy, **{**quiet, **options})
 

@@ -41,8 +41,14 @@ class Forked:
         for rank in range(n):
             mine, theirs = FORK.Pipe(duplex=False)
             environment = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
-                "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(n),
+                "LOCAL_WORLD_SIZE": str(n),
+                "GROUP_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "test",
                 "TORCHELASTIC_USE_AGENT_STORE": str(store),
             }
             process = FORK.Process(target=_life, args=(theirs, environment, function, arguments))
@@ -97,7 +103,9 @@ def run(n: int, function: Callable[..., Any], *arguments: Any, timeout: float = 
         return forked.values(timeout)
 
 
-def _life(pipe: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _life(
+    pipe: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     os.environ.update(environment)
     try:
         result = Result(function(*arguments))

@@ -102,7 +102,10 @@ class Groups(Lit):
         self.tied.weight = self.layer[0].weight
 
     def configure_optimizers(self) -> Any:
-        groups = [{"params": [self.layer[0].weight], "lr": 0.01, "weight_decay": 0.1}, {"params": self.layer[2].parameters()}]
+        groups = [
+            {"params": [self.layer[0].weight], "lr": 0.01, "weight_decay": 0.1},
+            {"params": self.layer[2].parameters()},
+        ]
         return torch.optim.AdamW(groups, lr=0.02)
 
 

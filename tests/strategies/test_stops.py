@@ -93,9 +93,7 @@ class FullDisk(TorchCheckpointIO):
 
 def _full_disk(folder: str) -> None:
     lit = Lit()
-    t = trainer(
-        2, enable_checkpointing=True, plugins=[FullDisk()], callbacks=[ModelCheckpoint(folder, monitor="val")]
-    )
+    t = trainer(2, enable_checkpointing=True, plugins=[FullDisk()], callbacks=[ModelCheckpoint(folder, monitor="val")])
     t.fit(lit, loader(), loader(10, shuffle=False))
 
 
