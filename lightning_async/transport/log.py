@@ -59,10 +59,6 @@ class Log:
                 parts.append([])
         return [part for part in parts if part]
 
-    def lost(self) -> list[tuple[int, int, int]]:
-        """Sender, receiver and number of all messages that were lost to this member."""
-        return [(self.me, peer, number) for e in self._events if e[1] == "lost" for peer, number, _ in e[2]]
-
     def end(self) -> None:
         """The program ended: nothing more may be written."""
         if not self.over:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 Wait = Generator[str, None, T]
-"""A computation that may have to wait: it yields words naming what is missing, and is resumed when something changed."""
+"""A computation that may have to wait: it yields words naming what is missing, and is resumed on any change."""
 
 MARKER = 1
 """Reserved kind: no body; tells the receiver that all that was posted before it on this link has been delivered."""

@@ -138,7 +138,7 @@ class RecordingCarrier:
     def lost(self) -> list[Loss]:
         """The losses that became known since the last call."""
         losses = self._carrier.lost()
-        self._answer(("lost",), [[x.peer, x.number, x.message.echo] for x in losses])
+        self._answer(("lost",), [[x.peer, x.message.kind, x.number, x.message.echo] for x in losses])
         return losses
 
     def members(self) -> tuple[int, ...]:

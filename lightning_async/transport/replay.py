@@ -21,7 +21,7 @@ from lightning_async.transport import checks
 from lightning_async.transport.log import Divergence, Log
 from lightning_async.transport.mail import Letter, Loss, Message
 from lightning_async.transport.record import length
-from lightning_async.transport.stage import Name, Program, Stage, Stop
+from lightning_async.transport.stage import Program, Stage, Stop
 
 __all__ = ["Divergence", "ReplayCarrier", "replay"]
 
@@ -43,11 +43,8 @@ def replay(
     read = {rank: Log(lines) for rank, lines in sorted(logs.items())}
     for rank, log in read.items():
         _check_log(rank, log)
-    lost = frozenset(name for log in read.values() for name in log.lost())
     stage = Stage()
-    actors = stage.run(
-        {rank: _life(log, ReplayCarrier(log, stage, lost), programs[rank]) for rank, log in read.items()}
-    )
+    actors = stage.run({rank: _life(log, ReplayCarrier(log, stage), programs[rank]) for rank, log in read.items()})
     return {actor.member: actor.result for actor in actors if actor.complete}
 
 
@@ -76,11 +73,12 @@ def _check_log(rank: int, log: Log) -> None:
 class ReplayCarrier:
     """Answers as recorded; raises `Divergence` where the program does something else than the recorded one did."""
 
-    def __init__(self, log: Log, stage: Stage, lost: frozenset[Name]) -> None:
+    def __init__(self, log: Log, stage: Stage) -> None:
         self._log = log
         self._stage = stage
-        self._lost = lost
-        self._numbers: dict[int, int] = {}
+        self._posted: dict[tuple[int, int], int] = {}
+        self._taken: dict[tuple[int, int], int] = {}
+        self._newest: dict[tuple[int, int], Message] = {}  # by peer and kind: only that one can be lost
 
     @property
     def me(self) -> int:
@@ -141,9 +139,10 @@ class ReplayCarrier:
         checks.check_message(self.me, self.world, peer, message)
         accepted: bool = self._answer("post", peer, message.kind, length(message))
         if accepted:
-            number = self._numbers[peer] = self._numbers.get(peer, 0) + 1
+            slot = (peer, message.kind)
+            place = self._posted[slot] = self._posted.get(slot, 0) + 1
             body = None if message.body is None else message.body.detach().clone()
-            self._stage.posts[self.me, peer, number] = replace(message, body=body)
+            self._newest[slot] = self._stage.posts[self.me, peer, message.kind, place] = replace(message, body=body)
         return accepted
 
     def free(self, peer: int, kind: int) -> bool:
@@ -155,18 +154,18 @@ class ReplayCarrier:
         """The recorded letters, with the bodies that their senders' replays posted."""
         letters = []
         for peer, number, echo, seconds in self._answer("take", kind):
-            name = (peer, self.me, number)
+            place = self._taken[peer, kind] = self._taken.get((peer, kind), 0) + 1
+            name = (peer, self.me, kind, place)
             message = self._stage.wait_for(name)
             letters.append(Letter(peer, number, replace(message, echo=echo), seconds))
-            if name not in self._lost:  # folded by one whose answer was cut off, a message may be a loss to its sender
-                del self._stage.posts[name]
+            del self._stage.posts[name]
         return letters
 
     def lost(self) -> list[Loss]:
         """The recorded losses, with this member's own posts."""
         return [
-            Loss(peer, number, replace(self._stage.wait_for((self.me, peer, number)), echo=echo))
-            for peer, number, echo in self._answer("lost")
+            Loss(peer, number, replace(self._newest[peer, kind], echo=echo))
+            for peer, kind, number, echo in self._answer("lost")
         ]
 
     def members(self) -> tuple[int, ...]:

@@ -18,8 +18,8 @@ from lightning_async.transport.log import Divergence
 from lightning_async.transport.mail import Message
 
 Program = Generator[float | str, None, Any]
-Name = tuple[int, int, int]
-"""Sender, receiver and number of a message."""
+Name = tuple[int, int, int, int]
+"""Sender, receiver, kind and place of a message among those of its kind on that link, from 1."""
 
 
 class Stop(BaseException):
@@ -97,7 +97,7 @@ class Stage:
         """The message of this name; the program that asks is paused until it is posted."""
         if name not in self.posts:
             if self._on is None:
-                raise Divergence(f"message {name[2]} of member {name[0]} to member {name[1]} was not posted")
+                raise Divergence(f"{_say(name)} to member {name[1]} was not posted")
             self._on.pause(name)
         return self.posts[name]
 
@@ -122,7 +122,9 @@ class Stage:
         for actor in waiting:
             if actor.missing is None or actor.missing in self.posts:
                 return actor
-        wants = "; ".join(
-            f"member {a.member} took message {a.missing[2]} of member {a.missing[0]}" for a in waiting if a.missing
-        )
+        wants = "; ".join(f"member {a.member} took {_say(a.missing)}" for a in waiting if a.missing)
         raise Divergence(f"the logs do not fit together: {wants}, which no replay has posted")
+
+
+def _say(name: Name) -> str:
+    return f"message {name[3]} of kind {name[2]} of member {name[0]}"
