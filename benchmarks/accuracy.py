@@ -3,6 +3,8 @@
     ddp         its synchronous twin, computed exactly: one model, the mean gradient of four batches
     pairwise, push_sum, sync    the algorithm objects that users run, on the virtual cluster
     none        the control: replicas never talk and are averaged once, at the end
+    averaged    what averaging weights could reach at best: in lock-step, all replicas are averaged after every step; it
+                is not quite `ddp`, since every rank keeps its own optimizer state (for SGD with momentum it is)
 
 Every variant uses the same samples in the same order; a batch goes to whoever asks next, so fast ranks take more steps.
 There is one meeting, at the end: replicas keep their own weights until then. Label skew (fixed shards by label) is
@@ -119,6 +121,24 @@ def ddp(task: Task, seed: int, n: int = 4, *, points: int = 0, shards: Sequence[
         if points and k * points // steps > (k - 1) * points // steps:
             curve.append(Point(float(k), k * n * task.batch, task.score(model).loss))
     return Run(task.score(model), curve=curve)
+
+
+def averaged(task: Task, seed: int, n: int = 4, *, shards: Sequence[Tensor] | None = None) -> Run:
+    """Every rank's optimizer steps on its own batch, then all weights are averaged, at once and at no cost."""
+    members = [_member(task, seed, {"mode": "none"}) for _ in range(n)]
+    plan = deal(task.batches(seed, n), [1.0] * n, seed)
+    if shards is not None:
+        plan = _from_shards(plan, shards, seed)
+    for batches in zip(*plan.batches, strict=True):
+        for member, batch in zip(members, batches, strict=True):
+            member.optimizer.zero_grad()
+            torch.autograd.backward(task.loss(member.model, batch))
+            member.optimizer.step()
+        mean = _mean(members)
+        for member in members:
+            member.replica.stand_in(mean)
+            member.replica.stay()
+    return Run(task.score(members[0].model))
 
 
 @dataclass
@@ -307,11 +327,12 @@ def grid(task: Task, seeds: range) -> dict[float, float]:
 
 def measure(setting: Setting) -> dict[str, list[Run]]:
     """All variants with all seeds, one seed after the other."""
-    runs: dict[str, list[Run]] = {"ddp": [], **{name: [] for name in VARIANTS}}
+    runs: dict[str, list[Run]] = {"ddp": [], "averaged": [], **{name: [] for name in VARIANTS}}
     for seed in setting.seeds:
         print(f"  {setting.name}: seed {seed}", file=sys.stderr, flush=True)
         shards = skewed(setting.task, 4, seed) if setting.skew else None
         runs["ddp"].append(ddp(setting.task, seed, shards=shards))
+        runs["averaged"].append(averaged(setting.task, seed, shards=shards))
         for name, knobs in VARIANTS.items():
             runs[name].append(asynchronous(setting.task, seed, knobs, factors(4, 4.0), shards=shards))
     return runs
@@ -365,7 +386,7 @@ class Compared:
         return self.loss.below(LOSS_MARGIN), behind.below(POINTS_MARGIN)
 
 
-ROLES = {"ddp": Role.LIMIT, "none": Role.CONTROL, "sync": Role.OTHER}
+ROLES = {"ddp": Role.LIMIT, "averaged": Role.OTHER, "none": Role.CONTROL, "sync": Role.OTHER}
 
 
 def _row(setting: Setting, name: str, runs: Sequence[Run], compared: Compared) -> Row:
@@ -376,6 +397,7 @@ def _row(setting: Setting, name: str, runs: Sequence[Run], compared: Compared) -
     if name != "ddp":
         cells |= {"loss %": str(compared.loss), "<= 1 %": compared.verdicts[0]}
         cells |= {"points": str(compared.points), "<= 0.5 pt": compared.verdicts[1]}
+    if name in VARIANTS:
         cells |= {"spread %": round(fmean(run.spread for run in runs), 2), "folded": int(fmean(r.folded for r in runs))}
     return Row(f"{setting.name}: {name}", ROLES.get(name, Role.RESULT), cells)
 

@@ -42,7 +42,8 @@ OURS_TO_RESTORE = (
 )
 # They serve a whole process on purpose: the bookkeeper and the nursery of `multiprocessing`, the compile pool of torch.
 HOUSEKEEPING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch._inductor.compile_worker")
-KNOWN_THREADS = ("TMonitor", "InductorSubproc", "pydevd")
+# Lightning's observer of popen children looks every 5 s whether it may end.
+KNOWN_THREADS = ("TMonitor", "InductorSubproc", "pydevd", "_ChildProcessObserver")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

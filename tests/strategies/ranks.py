@@ -6,6 +6,7 @@ Forking takes milliseconds where importing torch takes seconds. It is safe as lo
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -35,6 +36,7 @@ class Forked:
     """`n` processes that run `function(*arguments)`, each with the environment of its rank."""
 
     def __init__(self, n: int, function: Callable[..., Any], *arguments: Any, store: bool = False) -> None:
+        gc.collect()  # a store server that a child would collect hangs the child: its threads were not forked
         self._store = Store() if store else None
         port = self._store.port if self._store else free_port()
         self._pipes, self.processes = [], []

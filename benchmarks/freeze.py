@@ -1,0 +1,115 @@
+"""Each rank in turn is stopped for 5 s (SIGSTOP), the host of the store included: nobody else's longest step grows.
+
+    rank 0   |-|-|-|-|-====== stopped ======-|-|-|-|-|-|-|-|-|      the store is there: no heartbeats, no claims
+    rank 1   |-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|
+             < as long before >< from the stop to 2 s after >       longest step of any other rank, in both windows
+
+    limit     0: a rank that needs nobody takes its steps
+    control   mode="none" under the same faults: what the store and a busy machine alone do to the steps
+    ddp       everybody stands still for 5 s
+
+A model of 1.3 million weights (5 MB) is exchanged after every step, so that a transfer is nearly always under way.
+The run must end by itself, with all ranks equal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.launch import Ranks
+from benchmarks.table import Cell, Claim, Role, Row, Table
+from benchmarks.work import Knobs, Record, Work, fit
+
+N = 4
+SECONDS, AFTER = 5.0, 2.0
+WINDOW = SECONDS + AFTER
+GROWTH = 0.1
+LIMIT = 300.0
+STEP = 0.04
+RATE = 18.0  # batches a second of one rank, a cautious guess: some of the step is real compute
+VARIANTS: Mapping[str, Knobs | None] = {"gossip_ring": {}, "none": {"mode": "none"}, "ddp": None}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What the stop of one rank did to the others: their longest steps, in seconds."""
+
+    rank: int
+    before: float
+    after: float
+
+    @property
+    def growth(self) -> float:
+        """By how much the longest step grew."""
+        return self.after - self.before
+
+
+def work(seconds: float) -> Work:
+    """About so many seconds of training, on four ranks."""
+    return Work(N * round(RATE * seconds), width=512, layers=6, step=STEP)
+
+
+def run(quick: bool) -> Table:
+    """Stop each rank in turn, within one run of each variant."""
+    rows = [Row("a rank that needs nobody", Role.LIMIT, {"growth ms": 0.0})]
+    claims: list[Claim] = []
+    for name, knobs in VARIANTS.items():
+        faults, records = _stopped(knobs, [1] if knobs is None else [0, 2] if quick else list(range(N)))
+        rows += [_row(name, fault) for fault in faults]
+        if name == "gossip_ring":
+            claims = [_claim(fault) for fault in faults]
+            claims.append(Claim("the run ended by itself, all ranks equal", len({r.digest for r in records}) == 1))
+    title = f"{N} ranks, each in turn stopped for {SECONDS:.0f} s: the longest step of any other rank"
+    return Table(title, rows, claims)
+
+
+def _stopped(knobs: Knobs | None, victims: Sequence[int]) -> tuple[list[Fault], list[Record]]:
+    job = work(WINDOW * (len(victims) + 1) + (0 if knobs is None else 12))
+    stops: list[tuple[int, float]] = []
+    with Ranks(fit, N, arguments=job.arguments(knobs)) as ranks:
+        wait_for_training(ranks)
+        time.sleep(WINDOW)  # the time before the first fault is measured
+        for victim in victims:
+            stops.append((victim, time.monotonic()))
+            ranks.stop(victim)
+            time.sleep(SECONDS)
+            ranks.resume(victim)
+            time.sleep(AFTER)
+        records = [Record(**value) for value in ranks.values(timeout=LIMIT)]
+    first = stops[0][1]
+    return [fault_of(dict(enumerate(records)), victim, first, stop, WINDOW) for victim, stop in stops], records
+
+
+def wait_for_training(ranks: Ranks) -> None:
+    """All ranks train, their links are up."""
+    for rank in range(N):
+        ranks.wait_for(rank, "training", timeout=120.0)
+
+
+def fault_of(records: Mapping[int, Record], victim: int, first: float, stop: float, window: float) -> Fault:
+    """The longest steps of the others: in as long a time before the first fault of the run, and from this one on."""
+    others = [record for rank, record in records.items() if rank != victim]
+    before = max(record.longest(first - window, first - 1e-3) for record in others)
+    return Fault(victim, before, max(record.longest(stop, stop + window) for record in others))
+
+
+def _row(name: str, fault: Fault) -> Row:
+    role = {"none": Role.CONTROL, "ddp": Role.OTHER}.get(name, Role.RESULT)
+    return Row(f"{name}, rank {fault.rank} stopped", role, cells(fault))
+
+
+def cells(fault: Fault) -> dict[str, Cell]:
+    """The figures of a fault, in milliseconds."""
+    return {
+        "longest before ms": round(1000 * fault.before, 1),
+        "longest after ms": round(1000 * fault.after, 1),
+        "growth ms": round(1000 * fault.growth, 1),
+    }
+
+
+def _claim(fault: Fault) -> Claim:
+    where = " (the store's host)" if fault.rank == 0 else ""
+    sentence = f"rank {fault.rank}{where} stopped: growth at most {GROWTH * 1000:.0f} ms: {fault.growth * 1000:.0f} ms"
+    return Claim(sentence, fault.growth <= GROWTH)

@@ -1,0 +1,276 @@
+"""One rank is 4x (10x) slower: samples per second, and time to a target loss, against the sum of all ranks' own rates.
+
+    limit     every rank at its own rate, all the time, and every sample worth as much as one of `ddp`'s
+    control   mode="none": replicas that never talk, averaged at meetings; all ranks' own rates are measured on it,
+              between the meetings
+    ddp       everybody at the pace of the slowest: (4 * 1/80) / (3 * 1/20 + 1/80) = 31 % of the sum at 4x
+
+Samples per second are those of whole epochs with their ends: the wait for the last batches, the meeting, the
+validation. Time to target is in multiples of (samples that `ddp` needs / sum of rates). The loss is that of the
+replicas' mean on held-out samples, computed afterwards from copies that each rank put aside: what a meeting at that
+time would have given. In one pass (a single meeting at the end) a method that does not talk has no meetings to live on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from benchmarks.launch import Ranks
+from benchmarks.repeat import Measures, Turns, repeat
+from benchmarks.table import Cell, Claim, Role, Row, Table
+from benchmarks.tasks import digits
+from benchmarks.work import Knobs, Record, Work, fit
+from lightning_async.algorithms.gossip import UNIT, gossip
+from lightning_async.algorithms.training import Trained, train
+from lightning_async.replica import Replica
+from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.virtual import VirtualCluster
+
+N = 4
+STEP = 0.02
+EVERY = 0.1
+TARGET, QUICK_TARGET = 0.3, 0.5  # fixed beforehand: `ddp` gets there in mid-run
+SHARE, TIME, FAIR = 0.95, 1.1, 1.1
+NONE: Knobs = {"mode": "none"}
+ONE_PASS: Knobs = {"at_meeting": "keep"}
+LIMIT = 600.0  # seconds that a run may take
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One speed of the slow rank."""
+
+    slow: float
+    work: Work
+    ddp: Work
+    target: float
+
+    def variants(self) -> Mapping[str, tuple[Knobs | None, Work]]:
+        """Knobs (None: `ddp`) and work by name."""
+        whole = replace(self.work, batches=self.work.batches * self.work.epochs, epochs=1)
+        return {
+            "gossip_ring": ({}, self.work),
+            "none": (NONE, self.work),
+            "ddp": (None, self.ddp),
+            "sync": ({"mode": "sync"}, self.ddp),
+            "gossip_ring, one pass": (ONE_PASS, whole),
+            "none, one pass": ({**NONE, **ONE_PASS}, whole),
+        }
+
+
+def settings(quick: bool) -> list[Setting]:
+    """An epoch is so long that the slow rank takes 50 batches in it (25 in a quick run)."""
+    if quick:
+        work = _work(4.0, slowest=25, epochs=4)
+        return [Setting(4.0, work, work, QUICK_TARGET)]
+    fourfold = _work(4.0, slowest=50, epochs=4)
+    tenfold = _work(10.0, slowest=50, epochs=4)
+    short = replace(tenfold, batches=400, epochs=1)  # `ddp`'s rate; how many samples it needs is known from 4x
+    return [Setting(4.0, fourfold, fourfold, TARGET), Setting(10.0, tenfold, short, TARGET)]
+
+
+def _work(slow: float, *, slowest: int, epochs: int) -> Work:
+    batches = round(slowest * (1 + (N - 1) * slow))
+    return Work(batches - batches % N, epochs, step=STEP, slow={N - 1: slow}, every=EVERY)
+
+
+def run(quick: bool) -> Table:
+    """All variants at all speeds."""
+    rows: list[Row] = []
+    claims: list[Claim] = []
+    samples: list[float] = []
+    for setting in settings(quick):
+        turns = repeat(
+            {name: partial(_measure, *v, setting.target) for name, v in setting.variants().items()}, 1 if quick else 2
+        )
+        samples = samples or [turn["samples to target"] for turn in turns.measures["ddp"]]
+        more_rows, more_claims = _report(setting, turns, samples)
+        rows, claims = rows + more_rows, claims + more_claims
+    notes = [f"target: loss {settings(quick)[0].target}; time to target in multiples of (ddp's samples / own rates)"]
+    return Table(
+        f"{N} ranks, a step is {STEP * 1000:.0f} ms of sleep, one rank slower",
+        rows,
+        claims,
+        [*notes, *NOTES, _gil(quick)],
+    )
+
+
+NOTES = [
+    "own rates: between the meetings of `none`, all ranks at once; of limit: against the emulated time alone.",
+    "spread: distance of the replicas from their mean in % of its norm, over the second half of the run.",
+    "ddp and sync at 10x run for one short epoch: their rate only.",
+]
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+def _measure(knobs: Knobs | None, work: Work, target: float, n: int = N) -> Measures:
+    """Train on `n` ranks; the figures by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        with Ranks(fit, n, arguments=work.arguments(knobs, Path(folder))) as ranks:
+            records = [Record(**value) for value in ranks.values(timeout=LIMIT)]
+        copies = [Copies.load(Path(folder, f"{rank}.copies")) for rank in range(n)] if work.every else []
+    if len({record.digest for record in records}) > 1:
+        raise RuntimeError(f"the ranks ended unequal: {[record.digest for record in records]}")
+    start, end = min(r.start for r in records), max(r.end for r in records)
+    handled = sum(r.folded + r.refused for r in records)
+    figures = {
+        "samples/s": work.batch * sum(len(r.marks) for r in records) / (end - start),
+        "own rates": work.batch * sum(r.rate() for r in records),
+        "limit": work.batch * sum(work.rate(rank) for rank in range(n)),
+        "folded": fmean(r.folded for r in records),
+        "refused": sum(r.refused for r in records) / max(1, handled),
+        "idle": max(r.idle() for r in records),
+        "loss": records[0].loss,
+        "slowest": float(min(len(r.marks) for r in records)),
+    }
+    return {**figures, **_learning(copies, work, start, target)} if copies else figures
+
+
+@dataclass(frozen=True)
+class Copies:
+    """One rank's weights at some times."""
+
+    times: Sequence[float]
+    batches: Sequence[int]
+    weights: Tensor
+
+    @classmethod
+    def load(cls, file: Path) -> Copies:
+        """What the rank put aside."""
+        return cls(**torch.load(file, weights_only=True))
+
+    def at(self, now: float) -> int:
+        """Which copy is the newest at this time."""
+        return max(0, sum(time <= now for time in self.times) - 1)
+
+
+def _learning(copies: Sequence[Copies], work: Work, start: float, target: float) -> Measures:
+    """When the mean of the replicas reached the target, after how many samples; how far apart replicas were."""
+    model, begin, end = work.model(), max(c.times[0] for c in copies), min(c.times[-1] for c in copies)
+    before: tuple[float, float, float] | None = None
+    found, spreads = (float("inf"), float("inf")), []
+    for k in range(int((end - begin) / EVERY) + 1):
+        now = begin + k * EVERY
+        picks = [(c, c.at(now)) for c in copies]
+        weights = torch.stack([c.weights[i] for c, i in picks])
+        point = (_loss(model, weights.mean(0)), now - start, float(work.batch * sum(c.batches[i] for c, i in picks)))
+        if point[0] <= target < (before or point)[0] and before and found[0] == float("inf"):
+            part = (before[0] - target) / (before[0] - point[0])
+            found = (before[1] + part * (point[1] - before[1]), before[2] + part * (point[2] - before[2]))
+        before = point
+        spreads.append(100 * ((weights - weights.mean(0)).norm(dim=1).mean() / weights.mean(0).norm()).item())
+    return {"seconds to target": found[0], "samples to target": found[1], "spread": fmean(spreads[len(spreads) // 2 :])}
+
+
+@torch.no_grad()
+def _loss(model: nn.Sequential, weights: Tensor) -> float:
+    torch.nn.utils.vector_to_parameters(weights, model.parameters())
+    x, y = digits().validation
+    return F.cross_entropy(model(x), y).item()
+
+
+# -- fairness, exactly ------------------------------------------------------------------------------------------------
+
+
+def sample_weights(slow: float, steps: int = 200) -> list[float]:
+    """What one sample of each member moves the consensus by, on the virtual cluster; 1 is fair.
+
+    Every step of member r adds 1 to coordinate r of its own replica, so the consensus counts whose steps arrived.
+    """
+    cluster = VirtualCluster(N)
+    factors = [1.0] * (N - 1) + [slow]
+    counts = [int(steps * slow / factor) for factor in factors]
+    trained: Mapping[int, Trained] = cluster.run({r: _counting(cluster, r, counts[r], factors) for r in range(N)})
+    consensus = trained[0].consensus
+    assert consensus is not None  # there was a meeting
+    return [consensus[r].item() * N / counts[r] for r in range(N)]
+
+
+def _counting(
+    cluster: VirtualCluster, r: int, steps: int, factors: Sequence[float]
+) -> Generator[float | str, None, Trained]:
+    weights = nn.Parameter(torch.zeros(N))
+    carrier = cluster.carriers[r]
+
+    def count() -> None:
+        weights.data[r] += 1
+
+    return train(
+        gossip(), Replica([weights]), carrier, steps=steps, take_step=lambda step: None, optimizer_step=count,
+        seconds=lambda me, step: STEP * factors[me], mass=UNIT, rounds=Rounds(carrier),
+    )  # fmt: skip
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def _report(setting: Setting, turns: Turns, samples: Sequence[float]) -> tuple[list[Row], list[Claim]]:
+    at = f"{setting.slow:g}x: "
+    own = median(turn["own rates"] for turn in turns.measures["none"])
+    limits: dict[str, Cell] = {"samples/s": own, "share": 1.0, "of limit": own / turns.of("none", "limit").median}
+    rows = [Row(f"{at}sum of own rates", Role.LIMIT, {**limits, "time to target": 1.0})]
+    for name in setting.variants():
+        rows.append(Row(at + name, ROLES.get(name, Role.RESULT), _cells(turns, name, samples)))
+    share, time = _shares(turns, "gossip_ring"), _times(turns, "gossip_ring", samples)
+    weights = sample_weights(setting.slow)
+    unfair = max(weights) / min(weights)
+    claims = [
+        Claim(f"{at}samples/s are at least {SHARE:.0%} of the sum of own rates: {share:.1%}", share >= SHARE),
+        Claim(f"{at}time to target is at most {TIME}x of the limit: {time:.2f}x", time <= TIME),
+        Claim(f"{at}one sample weighs the same, slowest or fastest, within {FAIR}: {unfair:.3f}", unfair <= FAIR),
+    ]
+    return rows, claims
+
+
+ROLES = {"none": Role.CONTROL, "none, one pass": Role.CONTROL, "ddp": Role.OTHER, "sync": Role.OTHER}
+
+
+def _cells(turns: Turns, name: str, samples: Sequence[float]) -> dict[str, Cell]:
+    of: Callable[[str], float] = lambda key: turns.of(name, key).median  # noqa: E731
+    time = _times(turns, name, samples)
+    return {
+        "samples/s": of("samples/s"),
+        "share": _shares(turns, name),
+        "of limit": of("samples/s") / of("limit"),
+        "time to target": time if time < float("inf") else "never",
+        "folded/rank": round(of("folded")),
+        "refused %": round(100 * of("refused"), 2),
+        "spread %": round(of("spread"), 2),
+        "idle ms": round(1000 * of("idle")),
+        "loss": of("loss"),
+        "batches of slowest": round(of("slowest")),
+    }
+
+
+def _shares(turns: Turns, name: str) -> float:
+    """Samples per second over the own rates that `none` measured in the same turn."""
+    pairs = zip(turns.measures[name], turns.measures["none"], strict=True)
+    return median(mine["samples/s"] / none["own rates"] for mine, none in pairs)
+
+
+def _times(turns: Turns, name: str, samples: Sequence[float]) -> float:
+    """Time to target over the limit of the same turn."""
+    triples = zip(turns.measures[name], turns.measures["none"], samples, strict=True)
+    return median(mine["seconds to target"] / (needed / none["own rates"]) for mine, none, needed in triples)
+
+
+def _gil(quick: bool) -> str:
+    """The share with a step that is pure Python, in a sentence."""
+    work = Work(250 if quick else 1250, 1 if quick else 2, step=STEP, slow={1: 4.0}, hold_gil=True)
+    variants = {name: partial(_measure, knobs, work, 0.0, 2) for name, knobs in (("gossip_ring", {}), ("none", NONE))}
+    turns = repeat(variants, 1)
+    return (
+        f"with the step holding Python's lock (2 ranks, one 4x slower): {_shares(turns, 'gossip_ring'):.1%} of the sum "
+        f"of own rates, control {_shares(turns, 'none'):.1%}"
+    )

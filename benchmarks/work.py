@@ -1,0 +1,256 @@
+"""What the ranks of these benchmarks do: a real task on emulated compute, and a record of when each step ended.
+
+    |#.......|#.......|#.......|#...            # the task's own compute, about 1 ms; . the emulated rest of the step
+             ^        ^        ^  marks: the end of each batch, on the clock that all processes of a machine share
+
+The task is handwritten digits, seen again and again, so small that many ranks fit on few cores; a wider model makes
+longer messages. With `every` a rank also copies its weights aside now and then: what the consensus would have been at
+any time can be computed from the copies of all ranks afterwards, and nobody had to meet for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.rank import say
+from benchmarks.tasks import digits
+from lightning_async import GossipRingStrategy, SpeedFaults
+from lightning_async.arrival import Arrival, Fate
+
+SEED = 20
+MOMENTUM = 0.9
+TRAINING = 25  # batches after which a rank says "training": links are up by then
+
+Knobs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained, for how long, and how slowly.
+
+    Attributes:
+        batches: Batches of one epoch, of all ranks together.
+        epochs: How many epochs.
+        batch: Samples of a batch.
+        width: Neurons of a layer.
+        layers: Hidden layers.
+        lr: Learning rate.
+        step: Emulated seconds of a step.
+        slow: How many times as long a rank takes, for ranks that are slow.
+        hold_gil: Whether the emulated compute holds Python's lock.
+        every: Seconds between copies of the weights; 0: none.
+    """
+
+    batches: int
+    epochs: int = 1
+    batch: int = 8
+    width: int = 64
+    layers: int = 2
+    lr: float = 0.01
+    step: float = 0.02
+    slow: Mapping[int, float] = field(default_factory=dict)
+    hold_gil: bool = False
+    every: float = 0.0
+
+    def arguments(self, knobs: Knobs | None, folder: Path | None = None) -> dict[str, Any]:
+        """The arguments of `fit`, as JSON takes them. `knobs` None: `ddp`."""
+        return {"work": asdict(self), "knobs": knobs, "folder": str(folder) if folder else None}
+
+    @classmethod
+    def read(cls, plain: dict[str, Any]) -> Work:
+        """What `arguments` wrote: JSON has no integer keys."""
+        return cls(**{**plain, "slow": {int(rank): factor for rank, factor in plain["slow"].items()}})
+
+    def rate(self, rank: int) -> float:
+        """Batches per second of a rank whose step is the emulated time alone: the physical limit."""
+        return 1 / (self.step * self.slow.get(rank, 1.0))
+
+    def model(self) -> nn.Sequential:
+        """The model; its weights are always the same."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            sizes = [64, *[self.width] * self.layers]
+            hidden = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
+            return nn.Sequential(*hidden, nn.Linear(sizes[-1], 10))
+
+
+def fit(work: dict[str, Any], knobs: Knobs | None, folder: str | None) -> dict[str, Any]:
+    """Train on this rank; returns `Record` as a dictionary."""
+    job = Work.read(work)
+    strategy = "ddp" if knobs is None else GossipRingStrategy(**knobs)
+    recorder = Recorder(job.every, Path(folder) if folder else None)
+    faults = SpeedFaults(step_seconds=job.step, slow=dict(job.slow), hold_gil=job.hold_gil)
+    trainer = Trainer(
+        accelerator="cpu", devices=int(os.environ["LOCAL_WORLD_SIZE"]), strategy=strategy, max_epochs=job.epochs, callbacks=[recorder, faults],
+        num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        logger=False,
+    )  # fmt: skip
+    module = Digits(job)
+    trainer.fit(module, *_loaders(job))
+    recorder.record.digest = digest(module)
+    recorder.record.loss = float(trainer.callback_metrics.get("loss", float("nan")))
+    return asdict(recorder.record)
+
+
+def _loaders(job: Work) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    x, y = digits().train
+    picks = torch.arange(job.batches * job.batch)
+    train = TensorDataset(picks, x[picks % len(x)], y[picks % len(x)])
+    held_out = TensorDataset(*digits().validation)
+    return DataLoader(train, job.batch, shuffle=True), DataLoader(held_out, len(held_out))
+
+
+def digest(module: nn.Module) -> str:
+    """A fingerprint of all weights, to the bit."""
+    flat = torch.cat([p.detach().flatten() for p in module.parameters()])
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
+
+
+class Digits(LightningModule):
+    """Handwritten digits."""
+
+    def __init__(self, job: Work) -> None:
+        super().__init__()
+        self.model, self.lr = job.model(), job.lr
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        _, x, y = batch
+        return F.cross_entropy(self.model(x), y)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Loss of the consensus; every rank sees the same share of the held-out samples, as with `ddp`."""
+        x, y = batch
+        self.log("loss", F.cross_entropy(self.model(x), y), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum."""
+        return torch.optim.SGD(self.parameters(), self.lr, momentum=MOMENTUM)
+
+
+# -- the record -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """What one rank saw; all times are on the machine's monotonic clock.
+
+    Attributes:
+        start: When its training began.
+        end: When it ended, the last meeting and validation included.
+        marks: When each batch ended. The last one of an epoch includes the wait of the meeting.
+        epochs: How many batches it had trained on at the end of each epoch.
+        first: When the first batch of each epoch began.
+        meetings: Seconds of each meeting, from its opening on this rank.
+        folded: Messages folded.
+        refused: Messages refused.
+        taken: Samples taken over from the dead.
+        loss: Validation loss at the end.
+        digest: Fingerprint of its weights at the end.
+    """
+
+    start: float = 0.0
+    end: float = 0.0
+    marks: list[float] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    meetings: list[float] = field(default_factory=list)
+    folded: int = 0
+    refused: int = 0
+    taken: int = 0
+    loss: float = float("nan")
+    digest: str = ""
+
+    def gaps(self) -> list[tuple[float, float]]:
+        """(when, seconds) of each step, but for the first and the last of an epoch: those border on meetings."""
+        found, begin = [], 0
+        for end in self.epochs or [len(self.marks)]:
+            marks = self.marks[begin : max(begin, end - 1)]
+            found += [(b, b - a) for a, b in pairwise(marks)]
+            begin = end
+        return found
+
+    def longest(self, begin: float, end: float) -> float:
+        """The longest step of which some part was in this time."""
+        return max((seconds for when, seconds in self.gaps() if when > begin and when - seconds < end), default=0.0)
+
+    def rate(self) -> float:
+        """Batches per second between the meetings."""
+        seconds = [seconds for _, seconds in self.gaps()]
+        return len(seconds) / sum(seconds)
+
+    def idle(self) -> float:
+        """The longest that the end of an epoch took beyond a step: waiting, meeting, for the next epoch's first."""
+        usual = 1 / self.rate()
+        lasts = [self.marks[end - 1] - self.marks[end - 2] for end in self.epochs if end > 1]
+        return max((last - usual for last in lasts), default=0.0)
+
+
+class Recorder(Callback):
+    """Keeps the record. With a folder it also writes there which samples were trained on, surviving a SIGKILL."""
+
+    def __init__(self, every: float, folder: Path | None) -> None:
+        self.record = Record()
+        self._every, self._folder = every, folder
+        self._copies: list[tuple[float, int, Tensor]] = []
+        self._due = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The clock starts."""
+        self.record.start = time.monotonic()
+        if self._folder and not self._every:
+            self._seen = (self._folder / f"{trainer.global_rank}.seen").open("w", buffering=1, encoding="ascii")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """An epoch begins."""
+        if batch_idx == 0:
+            self.record.first.append(time.monotonic())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A step is over."""
+        now = time.monotonic()
+        self.record.marks.append(now)
+        if len(self.record.marks) == TRAINING:
+            say("training")
+        if self._folder and not self._every:
+            self._seen.write(" ".join(map(str, [trainer.current_epoch, *batch[0].tolist()])) + "\n")
+        if self._every and now >= self._due:
+            self._due = now + self._every
+            flat = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
+            self._copies.append((now, len(self.record.marks), flat))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An epoch is over, its meeting and validation too."""
+        self.record.epochs.append(len(self.record.marks))
+        if isinstance(trainer.strategy, GossipRingStrategy):
+            self.record.meetings.append(trainer.strategy.last_meeting["seconds"])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The clock stops."""
+        self.record.end = time.monotonic()
+        if isinstance(trainer.strategy, GossipRingStrategy):
+            self._count(trainer.strategy.arrivals())
+            self.record.taken = getattr(trainer.strategy.feeding.share, "repeated", 0)
+        if self._copies and self._folder:
+            times, batches, weights = zip(*self._copies, strict=True)
+            copies = {"times": list(times), "batches": list(batches), "weights": torch.stack(weights)}
+            torch.save(copies, self._folder / f"{trainer.global_rank}.copies")
+
+    def _count(self, arrivals: Sequence[Arrival]) -> None:
+        self.record.folded = sum(a.fate in (Fate.FOLDED, Fate.SHRUNK) for a in arrivals)
+        self.record.refused = sum(a.fate is Fate.REFUSED for a in arrivals)

@@ -1,0 +1,50 @@
+"""A user's script, run as a process of its own: `python -m tests.strategies.script NAME MODE FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import lightning as L
+import torch
+
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+
+import lightning_async  # noqa: F401  # registers the names
+from lightning_async import SpeedFaults
+from tests.strategies.lit import Lit, loader, weights
+
+
+class Failing(Lit):
+    """Fails on the last rank in its 5th batch."""
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        if self.global_rank == 1 and len(self.seen) >= 16:
+            raise ValueError("the fifth batch is too much")
+
+
+def main(name: str, mode: str, folder: str) -> None:
+    lit = Failing() if mode == "fails" else Lit()
+    faults = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
+    t = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=name,
+        max_epochs=2,
+        callbacks=[faults],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    t.fit(lit, loader(), loader(10, shuffle=False))
+    (Path(folder) / f"rank{t.global_rank}.txt").write_text(repr(weights(lit)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,82 @@
+"""Private names of Lightning: each exists, each is put back, and one that vanished is refused, not passed over."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from lightning_async.strategies import compat
+from tests.strategies.lit import trainer
+
+
+@pytest.fixture
+def t() -> L.Trainer:
+    return trainer(1)
+
+
+@pytest.mark.parametrize("path", compat.PRIVATE)
+def test_each_private_name_exists(t: L.Trainer, path: str) -> None:
+    owner: Any = t
+    for part in path.split("."):
+        owner = getattr(owner, part)
+    assert callable(owner)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (_TrainingEpochLoop, "_broadcast_sigterm_tensor"),
+        (_SignalConnector, "_sigterm_notifier_fn"),
+        (_DataConnector, "_requires_distributed_sampler"),
+        (L.Trainer, "_run_stage"),
+    ],
+)
+def test_a_name_that_vanished_is_refused(t: L.Trainer, owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(MisconfigurationException, match=f"does not know Lightning {L.__version__}.*{name}"):
+        compat.check(t)
+
+
+def test_everything_is_put_back(t: L.Trainer) -> None:
+    before = {path: _get(t, path) for path in compat.PRIVATE}
+    leash = compat.take_off(t, poll=lambda: None, sigterm=lambda: None, failed=lambda e: None)
+    assert all(_get(t, path) != before[path] for path in compat.PRIVATE)
+    leash.restore()
+    leash.restore()
+    assert {path: _get(t, path) for path in compat.PRIVATE} == before
+
+
+def test_the_signal_handler_only_sets_a_flag(t: L.Trainer) -> None:
+    calls: list[str] = []
+    leash = compat.take_off(t, poll=lambda: None, sigterm=lambda: calls.append("term"), failed=lambda e: None)
+    _get(t, "_signal_connector._sigterm_notifier_fn")(signal.SIGTERM, None)
+    leash.restore()
+    assert calls == ["term"]
+
+
+def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint = ModelCheckpoint(every_n_train_steps=3)
+    assert compat.saves_by_steps(checkpoint)
+    assert not compat.saves_by_time(checkpoint)
+    assert compat.wants_our_sampler(t)
+    assert not compat.synchronises_batchnorm(t)
+    assert not compat.fast_dev_run(t)
+    assert compat.callbacks(t) is t.callbacks
+
+
+def _get(t: L.Trainer, path: str) -> Any:
+    owner: Any = t
+    for part in path.split("."):
+        owner = getattr(owner, part)
+    return owner

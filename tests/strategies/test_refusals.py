@@ -1,0 +1,127 @@
+"""What cannot be supported is refused early, by a sentence with the value and the remedy."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_async import GossipRingStrategy
+from lightning_async.strategies.base import AsyncStrategy
+from lightning_async.strategies.refusals import refuse_module, refuse_optimizers
+from tests.strategies.lit import Lit, loader, trainer
+
+TRAINERS: list[tuple[dict[str, Any], str]] = [
+    ({"max_steps": 10}, "`max_steps` and `min_steps` count the steps of one rank.*use `max_epochs`"),
+    ({"min_steps": 10}, "`max_steps` and `min_steps` count the steps of one rank.*use `max_epochs`"),
+    ({"val_check_interval": 0.5}, "`val_check_interval=0.5`.*end of an epoch"),
+    ({"val_check_interval": 10}, "`val_check_interval=10`.*end of an epoch"),
+    ({"check_val_every_n_epoch": None, "val_check_interval": 10}, "`val_check_interval=10`"),
+    ({"limit_train_batches": 10}, "`limit_train_batches=10`.*Subset"),
+    ({"limit_train_batches": 0.5}, "`limit_train_batches=0.5`.*Subset"),
+    ({"max_time": "00:00:10:00"}, "`max_time` and `Timer`.*use `max_epochs`"),
+    ({"sync_batchnorm": True}, "`sync_batchnorm=True`.*leave it out"),
+    ({"precision": "bf16-true"}, "`precision='bf16-true'`.*use `precision='bf16-mixed'`"),
+    ({"callbacks": [ModelCheckpoint(every_n_train_steps=3)], "enable_checkpointing": True}, "every_n_train_steps"),
+    (
+        {"callbacks": [ModelCheckpoint(train_time_interval=timedelta(1))], "enable_checkpointing": True},
+        "train_time_interval",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), TRAINERS)
+def test_conflicts_with_the_trainer(options: dict[str, Any], sentence: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        t = trainer(1, **options)
+        with pytest.raises(MisconfigurationException, match=f"strategy='gossip_ring': .*{sentence}"):
+            t.fit(Lit(), loader(), loader(10, shuffle=False))
+
+
+def test_sync_batchnorm_layers() -> None:
+    with pytest.raises(MisconfigurationException, match="`1` is a SyncBatchNorm.*use BatchNorm"):
+        refuse_module(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), "gossip_ring")
+
+
+def test_optimizers() -> None:
+    with pytest.raises(MisconfigurationException, match="LBFGS evaluates the closure several times"):
+        refuse_optimizers([torch.optim.LBFGS([nn.Parameter(torch.zeros(1))])], "gossip_ring")
+
+
+class Nothing(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class Half(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer[0].half()
+
+
+@pytest.mark.parametrize(
+    ("lit", "sentence"), [(Nothing, "no trainable parameters"), (Half, "one dtype|must be float32 or float64")]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_parameters(lit: type[Lit], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        trainer(1).fit(lit(), loader(), loader(10, shuffle=False))
+
+
+KNOBS = [
+    ({"mode": "ring"}, "`mode` must be one of"),
+    ({"at_meeting": "leave"}, "`at_meeting` must be 'adopt' or 'keep', got 'leave'"),
+    ({"balance": "fair"}, "`balance` must be 'claim' or 'equal', got 'fair'"),
+    ({"mode": "sync", "balance": "claim"}, "`balance` must be 'equal' with mode='sync'"),
+    ({"silence": 0}, "`silence` must be a number of seconds above 0, got 0"),
+    ({"patience": "long"}, "`patience` must be a number of seconds above 0, got 'long'"),
+    ({"silence": 5.0, "patience": 1.0}, "`patience` must be at least `silence`"),
+    ({"meeting_timeout": -1}, "`meeting_timeout` must be a number of seconds above 0, got -1"),
+    ({"interface": 3}, "`interface` must be the name of a network interface, got 3"),
+    ({"record": 3}, "`record` must be the path of a folder, or None, got 3"),
+]
+
+
+@pytest.mark.parametrize(("knobs", "sentence"), KNOBS)
+def test_wrong_knobs(knobs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        GossipRingStrategy(**knobs)
+
+
+def test_no_keyword_is_swallowed() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'find_unused_parameters'"):
+        GossipRingStrategy(find_unused_parameters=True)  # type: ignore[call-arg]
+    kinds = {p.kind for p in inspect.signature(GossipRingStrategy).parameters.values()}
+    assert kinds == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_every_knob_is_documented() -> None:
+    knobs = inspect.signature(GossipRingStrategy).parameters
+    assert [k for k in knobs if f"        {k}: " not in (GossipRingStrategy.__doc__ or "")] == []
+
+
+def test_a_strategy_can_be_pickled_before_it_runs() -> None:
+    copy = pickle.loads(pickle.dumps(GossipRingStrategy(period=3)))
+    assert isinstance(copy, AsyncStrategy)
+    assert copy.algorithm.period == 3
+
+
+def test_names_are_registered_once() -> None:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    from lightning_async.strategies import register
+
+    register()
+    assert {"gossip_ring", "gossip_ring_spawn", "gossip_ring_fork"} <= set(StrategyRegistry)
+    assert L.Trainer(strategy="gossip_ring", devices=1, accelerator="cpu", logger=False).strategy.name == "gossip_ring"  # type: ignore[attr-defined]
