@@ -94,10 +94,17 @@ def fit(work: dict[str, Any], knobs: Knobs | None, folder: str | None) -> dict[s
     recorder = Recorder(job.every, Path(folder) if folder else None)
     faults = SpeedFaults(step_seconds=job.step, slow=dict(job.slow), hold_gil=job.hold_gil)
     trainer = Trainer(
-        accelerator="cpu", devices=int(os.environ["LOCAL_WORLD_SIZE"]), strategy=strategy, max_epochs=job.epochs, callbacks=[recorder, faults],
-        num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        accelerator="cpu",
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+        strategy=strategy,
+        max_epochs=job.epochs,
+        callbacks=[recorder, faults],
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
         logger=False,
-    )  # fmt: skip
+    )
     module = Digits(job)
     trainer.fit(module, *_loaders(job))
     recorder.record.digest = digest(module)

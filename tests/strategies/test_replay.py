@@ -1,4 +1,4 @@
-"""A real run of several processes equals its replay in one process, to the bit: from events, seeds and samples alone."""
+"""A real run of several processes equals its replay in one process, to the bit."""
 
 from __future__ import annotations
 

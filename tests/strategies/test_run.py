@@ -1,4 +1,4 @@
-"""A run from a user's view: all ranks end equal, every sample is seen once an epoch, every stage works, any launcher."""
+"""A run from a user's view: all ranks end equal, every sample is seen once an epoch, every stage works."""
 
 from __future__ import annotations
 

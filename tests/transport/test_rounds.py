@@ -1,0 +1,134 @@
+"""Rounds on every carrier: all members get the same, to the bit, in spite of deaths in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_async.transport.mail import Wait
+from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.virtual import VirtualCluster
+from tests.transport.cluster_world import ClusterWorld
+from tests.transport.worlds import VirtualWorld, World
+
+MakeWorld = Callable[[int], World]
+SIZES = [1, 5, 1000]
+
+
+@pytest.fixture(params=[VirtualWorld, ClusterWorld])
+def make_world(request: pytest.FixtureRequest) -> Iterator[MakeWorld]:
+    worlds: list[World] = []
+
+    def make(n: int) -> World:
+        worlds.append(request.param(n))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+def together(world: World, waits: list[Wait[Any]], limit: float = 20.0) -> list[Any]:
+    """Drive one `Wait` of each member to its end, or to its exception."""
+    results: dict[int, Any] = {}
+
+    def step() -> bool:
+        for i, wait in enumerate(waits):
+            if i not in results:
+                try:
+                    next(wait)
+                except StopIteration as end:
+                    results[i] = end.value
+                except (ValueError, RuntimeError) as error:
+                    results[i] = error
+        return len(results) == len(waits)
+
+    world.until(step, limit)
+    return [results[i] for i in range(len(waits))]
+
+
+def parts(n: int, size: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(n * size)
+    return [torch.randn(size, generator=generator) for _ in range(n)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("how", ["sum", "mean", "max"])
+def test_reductions(make_world: MakeWorld, how: Any, size: int) -> None:
+    world, brought = make_world(3), parts(3, size)
+    waits = [Rounds(c).exchange(brought[r], how) for r, c in enumerate(world.carriers)]
+    results = [result for (result,), members in together(world, waits) if members == (0, 1, 2)]
+    stacked = torch.stack(brought).double()
+    expected = {"sum": stacked.sum(0), "mean": stacked.mean(0), "max": stacked.amax(0)}[how]
+    torch.testing.assert_close(results[0].double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_weighted_mean_and_gather_of_unequal_sizes(make_world: MakeWorld) -> None:
+    world = make_world(3)
+    rounds = [Rounds(c) for c in world.carriers]
+    brought = [torch.full((2,), float(r)) for r in range(3)]
+    means = together(world, [rounds[r].exchange(brought[r], "mean", weight=r) for r in range(3)])
+    assert all(torch.equal(result[0], torch.full((2,), 5 / 3)) for result, _ in means)
+    gathered = together(world, [rounds[r].exchange(torch.arange(r + 1), "gather") for r in range(3)])
+    assert [[part.tolist() for part in result] for result, _ in gathered] == [[[0], [0, 1], [0, 1, 2]]] * 3
+
+
+def test_the_mean_of_equals_is_that_to_the_bit(make_world: MakeWorld) -> None:
+    world, (weights, *_) = make_world(3), parts(1, 1000)
+    for (result,), _ in together(world, [Rounds(c).exchange(weights, "mean") for c in world.carriers]):
+        assert torch.equal(result, weights)
+
+
+def test_broadcast_takes_nothing_from_the_others(make_world: MakeWorld) -> None:
+    world = make_world(3)
+    brought = [torch.full((7,), float("nan")), torch.arange(7.0), torch.full((7,), float("inf"))]
+    for result in together(world, [Rounds(c).broadcast(brought[r], 1) for r, c in enumerate(world.carriers)]):
+        assert torch.equal(result, torch.arange(7.0))
+
+
+def test_different_things_are_an_error_for_everybody(make_world: MakeWorld) -> None:
+    world = make_world(3)
+    for error in together(world, [Rounds(c).exchange(torch.zeros(3 + c.me)) for c in world.carriers]):
+        assert isinstance(error, ValueError)
+        assert "rank 0: sum torch.float32 3, rank 1: sum torch.float32 4" in str(error)
+
+
+def test_many_rounds_on_two_channels(make_world: MakeWorld) -> None:
+    world = make_world(3)
+
+    def life(r: int) -> Wait[list[float]]:
+        one, two, got = Rounds(world.carriers[r]), Rounds(world.carriers[r], channel=1), []
+        for k in range(10):
+            for rounds in (one, two):
+                (result,), _ = yield from rounds.exchange(torch.full((3,), float(r + k)))
+                got.append(float(result[0]))
+            yield from one.barrier()
+        return got
+
+    assert together(world, [life(r) for r in range(3)]) == [[float(3 + 3 * k) for k in range(10) for _ in "12"]] * 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int) -> None:
+    """Whenever it comes: either all have the dead member's part, or none."""
+    cluster = VirtualCluster(4, bandwidth=1e6, latency=0.003, seed=seed, silence=0.1)
+    cluster.kill(seed % 4, at=0.001 * seed)
+
+    def life(r: int) -> Any:
+        rounds, got = Rounds(cluster.carriers[r]), []
+        for _ in range(3):
+            (result,), members = yield from rounds.exchange(torch.full((1000,), float(2**r)))
+            got.append((float(result[0]), members))
+        return got
+
+    results = list(cluster.run({r: life(r) for r in range(4)}).values())
+    assert len(results) >= 3
+    for result in results:
+        assert result == results[0]
+        for total, members in result:
+            assert total == sum(2**r for r in members)
