@@ -91,7 +91,7 @@ def wait_for_training(ranks: Ranks) -> None:
 def fault_of(records: Mapping[int, Record], victim: int, first: float, stop: float, window: float) -> Fault:
     """The longest steps of the others: in as long a time before the first fault of the run, and from this one on."""
     others = [record for rank, record in records.items() if rank != victim]
-    before = max(record.longest(first - window, first - 1e-3) for record in others)
+    before = max(record.longest(first - window, first) for record in others)
     return Fault(victim, before, max(record.longest(stop, stop + window) for record in others))
 
 

@@ -191,8 +191,8 @@ class Record:
         return found
 
     def longest(self, begin: float, end: float) -> float:
-        """The longest step of which some part was in this time."""
-        return max((seconds for when, seconds in self.gaps() if when > begin and when - seconds < end), default=0.0)
+        """The longest step that began and ended in this time, or was under way when it began."""
+        return max((seconds for when, seconds in self.gaps() if begin < when <= end), default=0.0)
 
     def rate(self) -> float:
         """Batches per second between the meetings."""

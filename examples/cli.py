@@ -5,14 +5,14 @@
     python examples/cli.py fit --config strategies/gossip_ring.yaml --trainer.strategy.init_args.mode=push_sum
     python examples/cli.py fit --trainer.strategy=gossip_ring --print_config
 
-By default it trains two processes on this machine's CPU for five epochs; every number can be changed on the command line
+By default two processes on this machine's CPU train for five epochs; the command line can change that
 (`--trainer.devices=4 --trainer.max_epochs=20 --model.lr=0.1`).
 """
 
 from __future__ import annotations
 
-import lightning as L
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,7 +22,7 @@ import lightning_async  # noqa: F401  # registers the names of the strategies
 DEFAULTS = {"accelerator": "cpu", "devices": 2, "max_epochs": 5, "logger": False, "enable_checkpointing": False}
 
 
-class Spirals(L.LightningModule):
+class Spirals(LightningModule):
     """Tells two spirals apart.
 
     Args:
@@ -33,7 +33,9 @@ class Spirals(L.LightningModule):
     def __init__(self, lr: float = 0.01, width: int = 32) -> None:
         super().__init__()
         self.lr = lr
-        self.net = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
+        self.net = nn.Sequential(
+            nn.Linear(2, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
+        )
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch."""
@@ -51,7 +53,7 @@ class Spirals(L.LightningModule):
         return torch.optim.Adam(self.parameters(), self.lr)
 
 
-class Points(L.LightningDataModule):
+class Points(LightningDataModule):
     """Points on two spirals, drawn from a seed.
 
     Args:

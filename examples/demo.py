@@ -28,13 +28,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import matplotlib
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, random_split
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset, random_split
 
 from lightning_async import Fate, GossipRingStrategy, SpeedFaults
 
@@ -49,7 +49,7 @@ TARGET = 0.25  # validation loss, for the column "time to target"
 # -- the task: nothing in it knows of strategies --------------------------------------------------------------------
 
 
-class Digits(L.LightningModule):
+class Digits(LightningModule):
     """A small network for images of 8x8 pixels."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.from_numpy(images).float() / 16 - 0.5, torch.from_numpy(labels).long())
     train, held_out = random_split(data, [1197, 600], torch.Generator().manual_seed(0))
-    repeated = torch.utils.data.ConcatDataset([train] * PASSES)
+    repeated: ConcatDataset[Any] = ConcatDataset([train] * PASSES)
     return DataLoader(repeated, BATCH, shuffle=True), DataLoader(held_out, 150)
 
 
@@ -95,7 +95,7 @@ def variants() -> dict[str, Strategy]:
     }
 
 
-class Watch(L.Callback):
+class Watch(Callback):
     """Counts steps and seconds of training (without validation) on every rank, and writes them into a folder."""
 
     def __init__(self, name: str, folder: Path, epochs: int) -> None:
@@ -104,16 +104,16 @@ class Watch(L.Callback):
         self.trained = self.stepping = 0.0
         self.curve: list[dict[str, float]] = []
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The clock of this epoch starts."""
         self._began, self._starts = time.monotonic(), list[float]()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A step begins: how far these lie apart is the pace of this rank."""
         self._starts.append(time.monotonic())
         self.samples += len(batch[0])
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All ranks have ended their epoch and met: the clock stands still."""
         if not trainer.sanity_checking:
             self.trained += time.monotonic() - self._began
@@ -122,7 +122,7 @@ class Watch(L.Callback):
             arrivals = trainer.strategy.arrivals() if isinstance(trainer.strategy, GossipRingStrategy) else []
             self.folded += sum(arrival.fate is Fate.FOLDED for arrival in arrivals)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One more point of the curve."""
         if trainer.sanity_checking:
             return
@@ -135,27 +135,27 @@ class Watch(L.Callback):
                 flush=True,
             )
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave this rank's record."""
         keys = ("samples", "steps", "folded", "trained", "stepping", "curve")
         record = json.dumps({key: getattr(self, key) for key in keys})
         (self.folder / f"{trainer.global_rank}.json").write_text(record, encoding="utf-8")
 
 
-def _spread(trainer: L.Trainer) -> float:
+def _spread(trainer: Trainer) -> float:
     """How far the replicas were apart when they met (rms), in percent of the weights (rms)."""
     if not isinstance(trainer.strategy, GossipRingStrategy):
         return 0.0
     weights = trainer.strategy.replica.flat
-    return 100 * trainer.strategy.last_meeting["spread"] * weights.numel() ** 0.5 / float(weights.norm())
+    return float(100 * trainer.strategy.last_meeting["spread"] / weights.square().mean().sqrt())
 
 
 def train(name: str, strategy: Strategy, epochs: int, step: float) -> list[dict[str, Any]]:
     """Train one variant; returns the record of every rank."""
-    L.seed_everything(0, verbose=False)
+    seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         slowness = SpeedFaults(step_seconds=step, slow=SLOW)
-        trainer = L.Trainer(
+        trainer = Trainer(
             strategy=strategy,
             accelerator="cpu",
             devices=RANKS,
@@ -185,12 +185,24 @@ def summary(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dic
             "share_of_limit": 100 * rate / limit,
             "folded": sum(rank["folded"] for rank in ranks),
             "spread": curve[-1]["spread"],
-            "seconds_to_target": next((point["seconds"] for point in curve if point["loss"] <= TARGET), None),
+            "seconds_to_target": crossing(curve),
             "loss": curve[-1]["loss"],
             "accuracy": 100 * curve[-1]["accuracy"],
             "curve": curve,
         }
     return rows
+
+
+def crossing(curve: Sequence[Mapping[str, float]]) -> float | None:
+    """When the line between the validations first comes down to the target; None: it never does."""
+    before = curve[0]
+    for point in curve:
+        if point["loss"] <= TARGET:
+            drop = before["loss"] - point["loss"]
+            part = (before["loss"] - TARGET) / drop if drop else 1.0
+            return before["seconds"] + part * (point["seconds"] - before["seconds"])
+        before = point
+    return None
 
 
 COLUMNS = {
@@ -213,19 +225,27 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+STYLES = [("#1b1b1b", "--", "s"), ("#d55e00", "-.", "^"), ("#999999", ":", "x"), ("#0072b2", "-", "o")]
+
+
 def plot(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     """Validation loss against seconds of training; lines differ in style too, for printing in grey."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-    styles = zip(["#1b1b1b", "#d55e00", "#999999", "#0072b2"], ["--", "-.", ":", "-"], ["s", "^", "x", "o"], strict=True)
     figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
-    for (name, row), (colour, line, mark) in zip(rows.items(), styles, strict=True):
+    for (name, row), (colour, line, mark) in zip(rows.items(), STYLES, strict=True):
         x, y = ([point[key] for point in row["curve"]] for key in ("seconds", "loss"))
         axes.plot(x, y, color=colour, linestyle=line, marker=mark, linewidth=2, markersize=5, label=name)
     axes.axhline(TARGET, color="#bbbbbb", linewidth=1)
-    axes.text(axes.get_xlim()[1], TARGET, f"target {TARGET} ", ha="right", va="bottom", color="#666666")
     axes.set(yscale="log", xlabel="seconds of training", ylabel="validation loss (cross-entropy, log scale)")
+    axes.set_xlim(left=0)
+    axes.text(axes.get_xlim()[1], TARGET, f"target {TARGET} ", ha="right", va="bottom", color="#666666")
+    axes.yaxis.set_major_locator(FixedLocator([0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0]))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y", color="#eeeeee")
     axes.set_title(f"Digits on {RANKS} processes, one of them 4x slow: same samples, same learning rate")
     axes.legend(frameon=False)
     figure.tight_layout()

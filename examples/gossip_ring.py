@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 
-import lightning as L
 import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 import lightning_async  # noqa: F401  # registers the names of the strategies
 
 
-class Digits(L.LightningModule):
+class Digits(LightningModule):
     """A small network. Nothing in it knows how it is trained."""
 
     def __init__(self) -> None:
@@ -52,12 +52,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="passes over the data (default: %(default)s)")
     arguments = parser.parse_args()
 
-    L.seed_everything(0)
+    seed_everything(0)
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.from_numpy(images).float() / 16 - 0.5, torch.from_numpy(labels).long())
     train, validation = random_split(data, [1397, 400])
 
-    trainer = L.Trainer(
+    trainer = Trainer(
         strategy=arguments.strategy,  # the one argument
         accelerator="cpu",
         devices=arguments.devices,

@@ -1,9 +1,9 @@
 """Pairwise: the two ends of an edge move by opposite corrections, so the mean of all replicas never changes.
 
     rank i (asks)                                        rank j (answers between two of its own steps)
-      x_i  ---------------- ASK: x_i as it was --------->  d = rate * (x_i - x_j)
-      goes on training                                     x_j += m_i / (m_i + m_j) * d
-      x_i -= m_j / (m_i + m_j) * d  <------ ANSWER: d ---  (to the bit the d it applied itself)
+      x_i  ---------------- ASK: x_i as it was ---------->  d = x_i - x_j
+      goes on training                                      x_j += rate * m_i / (m_i + m_j) * d
+      x_i -= rate * m_j / (m_i + m_j) * d  <- ANSWER: d --  (to the bit the d and the rate it used itself)
 
 Whatever steps i takes while the answer travels stay: the answer is added. A fast member meets a slow one as often as
 the slow one steps, and one sample moves the mean equally whoever saw it. Each edge has one initiator and one question
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lightning_async.algorithms.gossip import UNIT, Gossip
@@ -24,6 +25,7 @@ from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Mail, Message, Wait
 
+MILLION = 1_000_000  # the rate travels as an integer, so that both ends multiply by the same number
 ASK, ANSWER, BOUNCE = FIRST_FREE_KIND, FIRST_FREE_KIND + 1, FIRST_FREE_KIND + 2
 
 
@@ -92,59 +94,59 @@ class Pairwise(Gossip):
             return
         difference, factor = None, 1.0
         if not self.late(arrival):
-            difference = self._difference(replica, letter, len(mail.members()))
+            difference = self._difference(replica, asked)
             factor = self.shrink(arrival, difference, None)
-            difference.mul_(factor)
-        answer = Message(ANSWER, difference, self._step, asked.weight, asked.step, weight=self.mass)
+        rate = round(self.rate(len(mail.members())) * factor * MILLION)
+        answer = Message(ANSWER, difference, self._step, asked.weight, asked.step, weight=self.mass, reference=rate)
         if not mail.post(letter.peer, answer):
             self._held.append(letter)
             return
         if difference is None:
             self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
         else:
-            replica.shift(difference, asked.weight / (asked.weight + self.mass))
+            replica.shift(difference, rate / MILLION * asked.weight / (asked.weight + self.mass))
             self.record(replace(arrival, fate=Fate.SHRUNK if factor < 1 else Fate.FOLDED, factor=factor))
             self.wrote_to.add(letter.peer)
         mail.folded(letter)
 
-    def _difference(self, replica: Replica, letter: Letter, n: int) -> Tensor:
-        """What the two replicas are apart, times the rate, as precisely as it can travel: both ends apply this."""
-        theirs = letter.message.body
-        assert theirs is not None  # a question always has a body
-        difference = self._scratch.copy_(theirs).sub_(replica.flat).mul_(self.rate(n))
-        return self.on_wire(difference)
+    def _difference(self, replica: Replica, asked: Message) -> Tensor:
+        """What the two replicas are apart, as precisely as it can travel: both ends use the same bits."""
+        assert asked.body is not None  # a question always has a body
+        theirs = asked.body.to(replica.flat.device)
+        return self.on_wire(torch.sub(theirs, replica.flat, out=self._scratch))
 
     def _fold(self, replica: Replica, mail: Mail, letter: Letter) -> None:
         """The answer to my question: move by the opposite of what the answerer moved by."""
-        difference, theirs = letter.message.body, letter.message.weight
+        answer, arrival = letter.message, self.arrival(letter, self._step)
         self._asked.pop(letter.peer, None)
-        if difference is not None:
-            arrival = self.arrival(letter, self._step)
-            if self.late(arrival):
-                self._send_back(mail, letter)
-                self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
-            else:
-                factor = self.shrink(arrival, difference, None)
-                share = theirs / (theirs + self.mass)
-                replica.shift(difference.to(replica.flat.device), -factor * share)
-                if factor < 1:
-                    self.ledger.enter(Fate.SHRUNK, difference, (factor - 1) * share * self.mass / UNIT)
-                self.record(replace(arrival, fate=Fate.SHRUNK if factor < 1 else Fate.FOLDED, factor=factor))
+        if answer.body is not None and self.late(arrival):
+            self._send_back(mail, letter)
+            self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
+        elif answer.body is not None:
+            difference = answer.body.to(replica.flat.device)
+            factor = self.shrink(arrival, difference, None)
+            move = answer.reference / MILLION * answer.weight / (answer.weight + self.mass)
+            replica.shift(difference, -factor * move)
+            if factor < 1:
+                self.ledger.enter(Fate.SHRUNK, difference, (factor - 1) * move * self.mass / UNIT)
+            self.record(replace(arrival, fate=Fate.SHRUNK if factor < 1 else Fate.FOLDED, factor=factor))
         mail.folded(letter)
 
     def _send_back(self, mail: Mail, letter: Letter) -> None:
         """Have the answerer undo its move. Behind a marker nothing may be posted: then the ledger takes it."""
-        difference, theirs = letter.message.body, letter.message.weight
-        assert difference is not None  # only answers that moved somebody are sent back
-        back = Message(BOUNCE, difference, self._step, echo=letter.message.step, weight=self.mass)
+        answer = letter.message
+        assert answer.body is not None  # only answers that moved somebody are sent back
+        back = replace(answer, kind=BOUNCE, step=self._step, echo=answer.step, weight=self.mass)
         if self.settling or not mail.post(letter.peer, back):
-            self.ledger.enter(Fate.REFUSED, difference, -self.mass * theirs / (self.mass + theirs) / UNIT)
+            move = answer.reference / MILLION * answer.weight / (answer.weight + self.mass)
+            self.ledger.enter(Fate.REFUSED, answer.body, -move * self.mass / UNIT)
 
     def _take_back(self, replica: Replica, mail: Mail, letter: Letter) -> None:
         """My answer came too late: undo my side of it, however late that is."""
-        difference, theirs = letter.message.body, letter.message.weight
-        assert difference is not None  # a bounce returns the body of an answer
-        replica.shift(difference.to(replica.flat.device), -theirs / (theirs + self.mass))
+        back = letter.message
+        assert back.body is not None  # a bounce returns the body of an answer
+        move = back.reference / MILLION * back.weight / (back.weight + self.mass)
+        replica.shift(back.body.to(replica.flat.device), -move)
         mail.folded(letter)
 
     def _lose(self, peer: int, message: Message) -> None:
@@ -152,5 +154,5 @@ class Pairwise(Gossip):
         if message.kind == ASK:
             self._asked.pop(peer, None)
         if message.kind == ANSWER and message.body is not None:
-            share = message.weight / (message.weight + message.version)
-            self.ledger.enter(Fate.LOST, message.body, -share * message.version / UNIT)
+            move = message.reference / MILLION * message.version / (message.weight + message.version)
+            self.ledger.enter(Fate.LOST, message.body, -move * message.weight / UNIT)

@@ -130,6 +130,7 @@ class AsyncStrategy(DDPStrategy):
         """Processes know each other; from here on `barrier` and its kind go through rounds."""
         trainer = self.trainer
         refuse(trainer, self.name)
+        self.office.check_network(self.num_nodes)
         super().setup_environment()
         self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.num_nodes, self.root_device)
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_async.strategies.progress import EVERY, show_total
+
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
 
@@ -21,6 +23,11 @@ class Meetings(Callback):
 
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.strategy = strategy
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Foresee the end of the epoch now and then."""
+        if batch_idx % EVERY == 0 and (share := self.strategy.feeding.share) is not None:
+            show_total(trainer, batch_idx, share.expected_batches())
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int

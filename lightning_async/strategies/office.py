@@ -10,7 +10,9 @@ rank 0 could say what happened.
 
 from __future__ import annotations
 
+import os
 import secrets
+import socket
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,7 +24,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 
 from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
-from lightning_async.transport.cluster import ClusterCarrier
+from lightning_async.transport.cluster import ClusterCarrier, refuse_loopback
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 
@@ -97,6 +99,11 @@ class Office:
     def drive(self, waiting: Wait[T]) -> T:
         """Run a `Wait` to its end."""
         return drive(waiting, self.flags, limit=self.limit)
+
+    def check_network(self, nodes: int) -> None:
+        """Refuse a host whose name leads to itself, before anybody waits for it."""
+        if nodes > 1 and self.interface is None and "GLOO_SOCKET_IFNAME" not in os.environ:
+            refuse_loopback([socket.gethostbyname(socket.gethostname())], nodes=nodes)
 
     def glance(self, timeout: float) -> None:
         """Wait a moment for something new, and stop here if somebody stopped the run."""

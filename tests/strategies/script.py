@@ -1,4 +1,4 @@
-"""A user's script, run as a process of its own: `python -m tests.strategies.script NAME MODE FOLDER`."""
+"""A user's script, run as a process of its own: `python -m tests.strategies.script NAME MODE FOLDER [NODES DEVICES]`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ class Failing(Lit):
             raise ValueError("the fifth batch is too much")
 
 
-def main(name: str, mode: str, folder: str) -> None:
+def main(name: str, mode: str, folder: str, nodes: str = "1", devices: str = "2") -> None:
     lit = Failing() if mode == "fails" else Lit()
     faults = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
     t = L.Trainer(
         accelerator="cpu",
-        devices=2,
+        num_nodes=int(nodes),
+        devices=int(devices),
         strategy=name,
         max_epochs=2,
         callbacks=[faults],
