@@ -54,7 +54,7 @@ class Replica:
         self.flat.add_(correction, alpha=factor)
 
     def check(self) -> None:
-        """Make the parameters views of the flat vector again if something (`load_state_dict(assign=True)`) broke it."""
+        """Make the parameters views of the flat vector again if something (`p.data = ...`) broke that."""
         size, base = self._flat.element_size(), self._flat.data_ptr()
         pairs = zip(self._parameters, self._offsets, strict=True)
         if any(p.data_ptr() != base + offset * size for p, offset in pairs):

@@ -38,7 +38,7 @@ from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.metrics import lead_metrics
 from lightning_async.strategies.office import Office
-from lightning_async.strategies.refusals import refuse, refuse_module, refuse_optimizers
+from lightning_async.strategies.refusals import refuse, refuse_module, refuse_optimizers, refuse_schedulers
 from lightning_async.strategies.saved import agree_on_saved
 from lightning_async.transport.mail import Wait
 
@@ -145,6 +145,8 @@ class AsyncStrategy(DDPStrategy):
         )
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_optimizers(self.optimizers, self.name)
+            if trainer.lightning_module.automatic_optimization:
+                refuse_schedulers(self.lr_scheduler_configs, self.name)
             rank_zero_info(self._first_line())
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]  # no DDP wrapper

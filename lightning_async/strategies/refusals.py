@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
 from lightning_async.strategies import compat
@@ -43,6 +44,16 @@ def refuse_optimizers(optimizers: list[Optimizer], name: str) -> None:
         if kind in ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer"):
             raise MisconfigurationException(
                 f"strategy={name!r}: {kind} exchanges state between ranks at every step; pass the optimizer it wraps"
+            )
+
+
+def refuse_schedulers(configs: list[LRSchedulerConfig], name: str) -> None:
+    """Raise for learning rates that would differ between ranks."""
+    for config in configs:
+        if config.interval == "step":
+            raise MisconfigurationException(
+                f"strategy={name!r}: {type(config.scheduler).__name__} with interval='step' would follow each rank's own "
+                "steps, and the ranks' learning rates would differ; use interval='epoch'"
             )
 
 

@@ -6,6 +6,7 @@ import inspect
 import pickle
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -58,6 +59,25 @@ def test_optimizers() -> None:
         refuse_optimizers([torch.optim.LBFGS([nn.Parameter(torch.zeros(1))])], "gossip_ring")
 
 
+class ByStep(Lit):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def test_schedulers_by_step() -> None:
+    with pytest.raises(MisconfigurationException, match="StepLR with interval='step'.*use interval='epoch'"):
+        trainer(1).fit(ByStep(), loader(), loader(10, shuffle=False))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_foreign_checkpoint(tmp_path: Path) -> None:
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.ckpt")
+    with pytest.raises((KeyError, RuntimeError), match="pytorch-lightning_version|state_dict"):
+        trainer(1).fit(Lit(), loader(), loader(10, shuffle=False), ckpt_path=tmp_path / "foreign.ckpt")
+
+
 class Nothing(Lit):
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +91,7 @@ class Half(Lit):
 
 
 @pytest.mark.parametrize(
-    ("lit", "sentence"), [(Nothing, "no trainable parameters"), (Half, "one dtype|must be float32 or float64")]
+    ("lit", "sentence"), [(Nothing, "no trainable parameters"), (Half, r"one dtype|must be float32 or float64")]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_parameters(lit: type[Lit], sentence: str) -> None:

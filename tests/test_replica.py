@@ -1,0 +1,99 @@
+"""A replica: reads copy, writes add, parameters are views, own weights come back to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_async.replica import Replica
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1, bias=False))
+
+
+def flat(module: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_flattening_changes_no_weight_and_parameters_are_views() -> None:
+    module, before = net(), flat(net())
+    replica = Replica(module.parameters())
+    assert torch.equal(flat(module), before)
+    replica.shift(torch.ones(replica.numel), 0.5)
+    assert torch.equal(flat(module), before + 0.5)
+    assert all(p.data_ptr() % 64 == replica.flat.data_ptr() % 64 for p in module.parameters())
+
+
+def test_reads_copy() -> None:
+    replica = Replica(net().parameters())
+    copy = replica.weights()
+    replica.shift(torch.ones(replica.numel))
+    assert torch.equal(copy + 1, replica.flat)
+
+
+def test_steps_of_an_optimizer_are_seen_and_padding_stays_zero() -> None:
+    module = net()
+    replica = Replica(module.parameters())
+    before = replica.weights()
+    module(torch.randn(4, 3)).sum().backward()
+    torch.optim.SGD(module.parameters(), 0.1).step()
+    assert not torch.equal(before, replica.flat)
+    assert replica.flat.count_nonzero() <= sum(p.numel() for p in module.parameters())
+
+
+def test_frozen_and_tied_parameters() -> None:
+    module = net()
+    module[1].requires_grad_(False)
+    module.tied = module[0]
+    assert Replica(module.parameters()).flat.count_nonzero() == 20
+
+
+def test_views_that_were_broken_are_mended_with_the_new_weights() -> None:
+    module = net()
+    replica = Replica(module.parameters())
+    for p in module.parameters():
+        p.data = p.data.clone() + 1
+    wanted = flat(module)
+    replica.shift(torch.ones(replica.numel))
+    assert torch.equal(flat(module), wanted + 1)
+
+
+def test_own_weights_come_back_to_the_bit() -> None:
+    module = net()
+    replica = Replica(module.parameters())
+    own = flat(module)
+    replica.stand_in(torch.zeros(replica.numel))
+    replica.stand_in(torch.ones(replica.numel))
+    assert replica.away
+    assert torch.equal(flat(module), torch.ones_like(own))
+    replica.come_back()
+    assert not replica.away
+    assert torch.equal(flat(module), own)
+
+
+def test_those_that_stay_are_the_own_ones() -> None:
+    replica = Replica(net().parameters())
+    replica.stand_in(torch.zeros(replica.numel))
+    replica.stay()
+    replica.come_back()
+    assert not replica.flat.any()
+
+
+BAD = [
+    ([], "no trainable parameters"),
+    ([nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, device="meta"))], "one device, found cpu and meta"),
+    (
+        [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1).double())],
+        "one dtype, found torch.float32 and torch.f",
+    ),
+    ([nn.Parameter(torch.zeros(1).bfloat16())], "must be float32 or float64, found torch.bfloat16.*bf16-mixed"),
+]
+
+
+@pytest.mark.parametrize(("parameters", "sentence"), BAD)
+def test_refusals(parameters: list[nn.Parameter], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Replica(parameters)
