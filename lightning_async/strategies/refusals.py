@@ -52,8 +52,8 @@ def refuse_schedulers(configs: list[LRSchedulerConfig], name: str) -> None:
     for config in configs:
         if config.interval == "step":
             raise MisconfigurationException(
-                f"strategy={name!r}: {type(config.scheduler).__name__} with interval='step' would follow each rank's own "
-                "steps, and the ranks' learning rates would differ; use interval='epoch'"
+                f"strategy={name!r}: {type(config.scheduler).__name__} with interval='step' goes by one rank's steps, "
+                "and the ranks' learning rates would differ; use interval='epoch'"
             )
 
 

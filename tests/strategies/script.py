@@ -1,4 +1,4 @@
-"""A user's script, run as a process of its own: `python -m tests.strategies.script NAME MODE FOLDER [NODES DEVICES]`."""
+"""A user's script, run as a process of its own: `-m tests.strategies.script NAME MODE FOLDER [NODES DEVICES]`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 
-import lightning_async  # noqa: F401  # registers the names
-from lightning_async import SpeedFaults
-from tests.strategies.lit import Lit, loader, weights
+import lightning_async  # noqa: E402, F401  # registers the names
+from lightning_async import SpeedFaults  # noqa: E402
+from tests.strategies.lit import Lit, loader, weights  # noqa: E402
 
 
 class Failing(Lit):

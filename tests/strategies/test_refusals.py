@@ -50,7 +50,7 @@ def test_conflicts_with_the_trainer(options: dict[str, Any], sentence: str) -> N
 
 
 def test_sync_batchnorm_layers() -> None:
-    with pytest.raises(MisconfigurationException, match="`1` is a SyncBatchNorm.*use BatchNorm"):
+    with pytest.raises(MisconfigurationException, match=r"`1` is a SyncBatchNorm.*use BatchNorm"):
         refuse_module(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)), "gossip_ring")
 
 
@@ -67,14 +67,14 @@ class ByStep(Lit):
 
 
 def test_schedulers_by_step() -> None:
-    with pytest.raises(MisconfigurationException, match="StepLR with interval='step'.*use interval='epoch'"):
+    with pytest.raises(MisconfigurationException, match=r"StepLR with interval='step'.*use interval='epoch'"):
         trainer(1).fit(ByStep(), loader(), loader(10, shuffle=False))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_foreign_checkpoint(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.ckpt")
-    with pytest.raises((KeyError, RuntimeError), match="pytorch-lightning_version|state_dict"):
+    with pytest.raises((KeyError, RuntimeError), match=r"pytorch-lightning_version|state_dict"):
         trainer(1).fit(Lit(), loader(), loader(10, shuffle=False), ckpt_path=tmp_path / "foreign.ckpt")
 
 

@@ -37,7 +37,7 @@ def test_broadcast_of_a_path_is_its_text() -> None:
 
 
 def test_broadcast_of_anything_else_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="carries text, numbers, .* got object; send tensors"):
+    with pytest.raises(MisconfigurationException, match=r"carries text, numbers, .* got object; send tensors"):
         everywhere(lambda rounds, r: words.broadcast(rounds, object(), 0))
 
 
