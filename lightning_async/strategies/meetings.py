@@ -25,7 +25,9 @@ class Meetings(Callback):
         self.strategy = strategy
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Foresee the end of the epoch now and then."""
+        """Free again; foresee the end of the epoch now and then."""
+        self.strategy.set_off()
+        self.strategy.listen()
         if batch_idx % EVERY == 0 and (share := self.strategy.feeding.share) is not None:
             show_total(trainer, batch_idx, share.expected_batches())
 

@@ -19,7 +19,7 @@ TARGETS = INPUTS @ torch.arange(1.0, 9.0).reshape(8, 1)
 class Lit(L.LightningModule):
     """Linear regression that logs in every way users do, and remembers which samples it saw."""
 
-    def __init__(self, lr: float = 0.02, metrics: bool = True) -> None:
+    def __init__(self, lr: float = 0.01) -> None:
         super().__init__()
         self.layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
         self.lr = lr

@@ -210,3 +210,16 @@ def _breaks_views() -> Any:
 def test_broken_views_are_mended() -> None:
     first, second = run(2, _breaks_views)
     assert first == second
+
+
+def _fast_dev_run() -> Any:
+    lit = Lit()
+    _fit(lit, fast_dev_run=2)
+    return weights(lit), len(lit.seen)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fast_dev_run() -> None:
+    (first, seen), (second, also_seen) = run(2, _fast_dev_run)
+    assert first == second
+    assert seen == also_seen == 8

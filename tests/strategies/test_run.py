@@ -67,6 +67,7 @@ def _all_stages(folder: str) -> dict[str, Any]:
     fitted = weights(lit)
     t.validate(lit, held_out)
     t.test(lit, held_out, ckpt_path="best")
+    tested = float(t.callback_metrics["test"])
     predicted = t.predict(lit, held_out)
     t.fit_loop.max_epochs = 4
     t.fit(lit, loader(), held_out)
@@ -75,7 +76,7 @@ def _all_stages(folder: str) -> dict[str, Any]:
         "refitted": weights(lit),
         "best": saved.best_model_path,
         "newest": newest.best_model_path,
-        "test": float(t.callback_metrics.get("test", torch.tensor(0.0))),
+        "test": tested,
         "predicted": len(predicted or []),
     }
 
