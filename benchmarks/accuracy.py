@@ -1,4 +1,4 @@
-"""Loss and accuracy at equal samples: 4 ranks, one of them 4x slow, DDP's learning rate, real gradients, paired seeds.
+"""Loss and accuracy at equal samples: 4 ranks, one 4x slow, DDP's learning rate, real gradients, paired seeds.
 
     ddp         its synchronous twin, computed exactly: one model, the mean gradient of four batches
     pairwise, push_sum, sync    the algorithm objects that users run, on the virtual cluster
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.tasks import Score, Task, characters, digits
+from lightning_async.algorithms.adam import SecondMoment
 from lightning_async.algorithms.gossip import UNIT, Gossip, gossip
 from lightning_async.algorithms.training import Trained, Training, train
 from lightning_async.arrival import Fate
@@ -149,6 +150,7 @@ class Member:
     optimizer: torch.optim.Optimizer
     replica: Replica
     algorithm: Gossip
+    moment: SecondMoment
 
 
 def asynchronous(
@@ -178,7 +180,9 @@ def asynchronous(
 def _member(task: Task, seed: int, knobs: Mapping[str, object]) -> Member:
     model = task.model(seed)
     replica = Replica(model.parameters())
-    return Member(model, task.optimize(model.parameters(), task.lr), replica, gossip(**knobs))  # type: ignore[arg-type]
+    optimizer = task.optimize(model.parameters(), task.lr)
+    algorithm = gossip(**knobs)  # type: ignore[arg-type]
+    return Member(model, optimizer, replica, algorithm, SecondMoment(optimizer))
 
 
 def _program(task: Task, member: Member, cluster: VirtualCluster, plan: Plan, r: int, watch: _Watch) -> Training:
@@ -186,11 +190,14 @@ def _program(task: Task, member: Member, cluster: VirtualCluster, plan: Plan, r:
         member.optimizer.zero_grad()
         torch.autograd.backward(task.loss(member.model, plan.batches[r][step - 1]))
 
+    carrier = cluster.carriers[r]
+
     def optimizer_step() -> None:
         member.optimizer.step()
+        if SecondMoment.concerns(member.optimizer):
+            member.moment.stretch(member.algorithm.averaged_over(len(carrier.members())))
         watch.stepped()
 
-    carrier = cluster.carriers[r]
     return train(
         member.algorithm,
         member.replica,

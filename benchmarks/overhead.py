@@ -25,7 +25,7 @@ from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.work import Knobs, Record, Work, fit
 
 N = 2
-WARM = 10  # steps that do not count
+WARM = 5  # steps that do not count
 LIMIT = 600.0
 VARIANTS: Mapping[str, Knobs | None] = {"ddp": None, "gossip_ring": {}, "none": {"mode": "none"}}
 ROLES = {"ddp": Role.OTHER, "none": Role.CONTROL}
@@ -44,7 +44,7 @@ class Setting:
 def settings(quick: bool) -> list[Setting]:
     """Much compute and few weights; many weights and no compute but their own."""
     small = Work(N * (80 if quick else 250), step=0.02)
-    large = Work(N * (25 if quick else 50), width=2048, layers=7, step=0.0)
+    large = Work(N * (30 if quick else 50), width=2048, layers=7, step=0.0)
     turns = 1 if quick else 5
     return [Setting("20 ms of compute", small, 1.03, turns), Setting("25 M weights", large, 1.0, min(turns, 3))]
 

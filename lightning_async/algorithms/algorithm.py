@@ -47,6 +47,10 @@ class Algorithm(ABC):
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """The optimizer has run `step` times on this rank: fold what came, send what is due. May shift weights."""
 
+    def averaged_over(self, n: int) -> int:
+        """Over how many of `n` members a step of one is averaged in the end (see `adam`)."""
+        return 1
+
     def arrived(self) -> list[Arrival]:
         """What was folded or refused outside of `after_step` (while settling a meeting) since the last call."""
         return []

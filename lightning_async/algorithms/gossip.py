@@ -77,6 +77,10 @@ class Gossip(Algorithm):
         """The peers that still owe this member an answer."""
         return ()
 
+    def averaged_over(self, n: int) -> int:
+        """Over how many members a step is averaged, of `n`."""
+        return n
+
     # -- for the modes ------------------------------------------------------------------------------------------------
 
     def rate(self, n: int) -> float:
@@ -112,6 +116,10 @@ class Gossip(Algorithm):
 
 class Alone(Gossip):
     """The control: members train alone and are averaged at meetings only."""
+
+    def averaged_over(self, n: int) -> int:
+        """Nobody shares a step."""
+        return 1
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Nothing to do."""

@@ -28,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_async.algorithms.adam import SecondMoment
 from lightning_async.algorithms.algorithm import Algorithm, Shrink
 from lightning_async.arrival import Arrival
 from lightning_async.data.share import Balance
@@ -94,6 +95,7 @@ class AsyncStrategy(DDPStrategy):
         self.last_meeting: dict[str, float] = {}
         self._leash: compat.Leash | None = None
         self._replica: Replica | None = None
+        self._moments: dict[int, SecondMoment] = {}
         self._free = False
         self._stepped = False
         self._arrivals: list[Arrival] = []
@@ -149,6 +151,7 @@ class AsyncStrategy(DDPStrategy):
             refuse_optimizers(self.optimizers, self.name)
             if trainer.lightning_module.automatic_optimization:
                 refuse_schedulers(self.lr_scheduler_configs, self.name)
+            self._moments = {id(o): SecondMoment(o) for o in self.optimizers if SecondMoment.concerns(o)}
             rank_zero_info(self._first_line())
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]  # no DDP wrapper
@@ -208,7 +211,10 @@ class AsyncStrategy(DDPStrategy):
             return result
 
         self._stepped = True
-        return super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
+        output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
+        if (moment := self._moments.get(id(optimizer))) is not None:
+            moment.stretch(self.algorithm.averaged_over(len(self.office.mail.members())))
+        return output
 
     def batch_ended(self) -> None:
         """One step is one batch, however many optimizers stepped in it."""

@@ -1,0 +1,61 @@
+"""Adam on one rank of n takes the steps it would take on the mean of n gradients, so that ddp's learning rate holds.
+
+Adam divides by the root of its second moment v. What v sees on one rank is signal^2 + noise; ddp's v sees the mean of
+n gradients: signal^2 + noise / n. A rank that trains alone therefore takes steps that are too short, by up to sqrt(n).
+The first moment m tells the two apart without any further state: it averages over 1 / rho gradients,
+
+    E m^2 = signal^2 + rho * noise,  rho = (1 - beta1) / (1 + beta1)         E v = signal^2 + noise
+
+so       v' = signal^2 + noise / n,  kept between v / n and v                x -= lr * m * (1 / sqrt(v') - 1 / sqrt(v))
+
+with both moments corrected for their start and eps added to the roots. It is applied after the optimizer's own step, to
+Adam and AdamW (not to `amsgrad`); steps that are linear in the gradient need nothing of the kind.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+
+class SecondMoment:
+    """Stretches the steps of one optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._seen: dict[Tensor, float] = {}
+
+    @staticmethod
+    def concerns(optimizer: Optimizer) -> bool:
+        """Whether this optimizer divides by a second moment that we know how to correct."""
+        return isinstance(optimizer, Adam)
+
+    @torch.no_grad()
+    def stretch(self, n: int) -> None:
+        """After a step of the optimizer on one rank: add what it would have moved further on the mean of `n` ranks.
+
+        A step that the optimizer skipped (an overflow under fp16) is not stretched a second time.
+        """
+        for group in self._optimizer.param_groups:
+            if n < 2 or group.get("amsgrad"):
+                continue
+            for parameter in group["params"]:
+                state = self._optimizer.state.get(parameter)
+                if state and self._seen.get(parameter) != (step := float(state["step"])):
+                    self._seen[parameter] = step
+                    beta1, beta2 = (float(beta) for beta in group["betas"])
+                    m = state["exp_avg"] / (1 - beta1**step)
+                    v = state["exp_avg_sq"] / (1 - beta2**step)
+                    lr = float(group["lr"]) * (-1 if group["maximize"] else 1)
+                    parameter.sub_(further(m, v, n, beta1, float(group["eps"])), alpha=lr)
+
+
+def further(m: Tensor, v: Tensor, n: int, beta1: float, eps: float) -> Tensor:
+    """How much longer than m / (sqrt(v) + eps) the step is on the mean of `n` gradients."""
+    rho = (1 - beta1) / (1 + beta1)
+    # signal^2 + noise / n = a * m^2 + b * v, with a and b from the two expectations above
+    a, b = (1 - 1 / n) / (1 - rho), (1 / n - rho) / (1 - rho)
+    mean = (m * m).mul_(a).add_(v, alpha=b)
+    mean = torch.minimum(torch.maximum(mean, v / n), v)
+    return mean.sqrt_().add_(eps).reciprocal_().sub_(v.sqrt().add_(eps).reciprocal_()).mul_(m)

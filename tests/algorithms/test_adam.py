@@ -1,0 +1,71 @@
+"""Adam on one of n ranks moves as on the mean of n gradients; one rank, no noise: nothing changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_async.algorithms.adam import SecondMoment, further
+
+
+def moved(optimizer: type[torch.optim.Adam], n: int, members: int, noise: float, steps: int = 4000) -> float:
+    """How far one parameter moves under gradients of 1 plus noise, averaged over `members`."""
+    generator = torch.Generator().manual_seed(1)
+    p = nn.Parameter(torch.zeros(64))
+    opt = optimizer([p], lr=1e-3, weight_decay=0.0)
+    stretch = SecondMoment(opt)
+    for _ in range(steps):
+        p.grad = 1 + noise * torch.randn(members, 64, generator=generator).mean(0)
+        opt.step()
+        stretch.stretch(n)
+    return -float(p.detach().mean())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("noise", [0.5, 2.0])
+def test_one_of_n_ranks_moves_like_the_mean_of_n(optimizer: Any, noise: float) -> None:
+    ddp = moved(optimizer, 1, 4, noise)
+    alone = moved(optimizer, 1, 1, noise)
+    stretched = moved(optimizer, 4, 1, noise)
+    assert alone < 0.95 * ddp if noise < 1 else alone < 0.7 * ddp
+    assert stretched == pytest.approx(ddp, rel=0.06)
+
+
+def test_against_numpy() -> None:
+    m, v, n, eps = np.array([0.5, -2.0, 0.0, 1.0]), np.array([1.0, 4.0, 1e-4, 1.0]), 4, 1e-8
+    rho = (1 - 0.9) / (1 + 0.9)
+    noise = (v - m**2) / (1 - rho)
+    signal = v - noise
+    mean = np.clip(signal + noise / n, v / n, v)
+    expected = m / (np.sqrt(mean) + eps) - m / (np.sqrt(v) + eps)
+    got = further(torch.from_numpy(m), torch.from_numpy(v), n, 0.9, eps)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6, atol=1e-12)
+
+
+def test_one_rank_and_gradients_without_noise_change_nothing() -> None:
+    assert moved(torch.optim.Adam, 1, 1, 2.0, 10) == moved(torch.optim.Adam, 1, 1, 2.0, 10)
+    assert moved(torch.optim.Adam, 8, 1, 0.0, 100) == pytest.approx(moved(torch.optim.Adam, 1, 1, 0.0, 100), rel=1e-5)
+
+
+def test_a_step_is_stretched_once() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    opt = torch.optim.Adam([p])
+    for gradient in (1.0, -0.5):
+        p.grad = torch.full((3,), gradient)
+        opt.step()
+    stretch, before = SecondMoment(opt), p.detach().clone()
+    stretch.stretch(4)
+    once = p.detach().clone()
+    stretch.stretch(4)
+    assert torch.equal(p, once)
+    assert not torch.equal(before, once)
+
+
+def test_whom_it_concerns() -> None:
+    p = [nn.Parameter(torch.zeros(1))]
+    assert SecondMoment.concerns(torch.optim.AdamW(p))
+    assert not SecondMoment.concerns(torch.optim.SGD(p, 0.1))
