@@ -107,5 +107,5 @@ class SyncRing(Gossip):
             if letter.peer in missing:
                 raise RuntimeError(
                     f"rank {letter.peer} has no more batches in this epoch while rank {mail.me} goes on: mode='sync' "
-                    "needs equal numbers of batches, use balance='equal' or limit_train_batches"
+                    "needs equal numbers of batches: use balance='equal' and streams of equal length"
                 )

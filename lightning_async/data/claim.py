@@ -218,7 +218,7 @@ class ClaimedShare:
         if pool is None or len(self.ledger.unfinished()) > _FRAGMENTS:
             return
         me, others = self._sight()
-        amount = appetite(me, self._held, self._sources.left(), others, self._seconds)
+        amount = self._modest(appetite(me, self._held, self._sources.left(), others, self._seconds))
         if amount and not outlasts(me, min(amount, self._batch), self._sources.left(), others):
             pool.ask(amount)
 
@@ -259,4 +259,9 @@ class ClaimedShare:
     def _appetite(self) -> int:
         assert self._sources is not None
         me, others = self._sight()
-        return appetite(me, self._held, self._sources.left(), others, self._seconds)
+        return self._modest(appetite(me, self._held, self._sources.left(), others, self._seconds))
+
+    def _modest(self, amount: int) -> int:
+        """While a speed is unknown the fair part is too: a slow member that took half of it would hold up all."""
+        assert self._crew is not None
+        return amount if self._crew.paced() else min(amount, self._batch)

@@ -72,6 +72,10 @@ class Crew:
         counted = [r for r in self._present() if r in live and not self.note(r).closed]
         return sorted((self._worker(r, fallback, now) for r in counted), key=lambda w: -w.rate)
 
+    def paced(self) -> bool:
+        """Whether all of the others that can be counted on have told their speeds."""
+        return all(self.note(r).rate > 0 for r in self._present() if r in self._desk.live())
+
     def gone(self) -> int:
         """How many of the others are known to take nothing more."""
         return sum(self.note(r).closed for r in self._present())

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -85,6 +85,8 @@ class AsyncStrategy(DDPStrategy):
         )
         if at_meeting not in ("adopt", "keep"):
             raise ValueError(f"`at_meeting` must be 'adopt' or 'keep', got {at_meeting!r}")
+        if start_method not in get_args(StartMethod):
+            raise ValueError(f"`start_method` must be one of {', '.join(get_args(StartMethod))}, got {start_method!r}")
         self.algorithm = algorithm
         self.at_meeting = at_meeting
         self.office = Office(
@@ -325,8 +327,8 @@ class AsyncStrategy(DDPStrategy):
         return self.office.drive(waiting)
 
     def _first_line(self) -> str:
-        size = self.replica.numel * self.replica.flat.element_size() / 1e6
+        size = self.replica.numel * self.replica.flat.element_size()
         return (
-            f"{self.name}: {self.world_size} members, {size:.1f} MB of weights each, data by {self.feeding.balance!r}, "
-            f"at meetings they {self.at_meeting}"
-        )
+            f"{self.name}: {self.world_size} members, {size / 1e6:.3g} MB of weights each, data by "
+            f"{self.feeding.balance!r}, at meetings they {self.at_meeting} the consensus"
+        ).replace("keep the consensus", "keep their own weights")

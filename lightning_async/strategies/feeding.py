@@ -22,6 +22,10 @@ class Feeding:
     """The share of this rank and what the algorithm needs to know of it."""
 
     def __init__(self, balance: Balance) -> None:
+        if balance == "incremental":
+            raise ValueError(
+                "`balance='incremental'` comes with the async_global strategy; use 'claim' or 'equal' here"
+            )
         if balance not in get_args(Balance):
             raise ValueError(f"`balance` must be 'claim' or 'equal', got {balance!r}")
         self.balance = balance

@@ -36,7 +36,10 @@ class Meetings(Callback):
     ) -> None:
         """The batch is trained on; the last one of an epoch opens the meeting."""
         self.strategy.batch_ended()
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop:
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if last and self.strategy.feeding.share is not None:
+            show_total(trainer, batch_idx, batch_idx + 1)
+        if last or trainer.should_stop:
             self.strategy.meet()
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:

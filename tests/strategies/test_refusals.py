@@ -104,6 +104,8 @@ KNOBS = [
     ({"at_meeting": "leave"}, "`at_meeting` must be 'adopt' or 'keep', got 'leave'"),
     ({"balance": "fair"}, "`balance` must be 'claim' or 'equal', got 'fair'"),
     ({"mode": "sync", "balance": "claim"}, "`balance` must be 'equal' with mode='sync'"),
+    ({"balance": "incremental"}, "comes with the async_global strategy"),
+    ({"start_method": "thread"}, "`start_method` must be one of popen, spawn, fork, forkserver, got 'thread'"),
     ({"silence": 0}, "`silence` must be a number of seconds above 0, got 0"),
     ({"patience": "long"}, "`patience` must be a number of seconds above 0, got 'long'"),
     ({"silence": 5.0, "patience": 1.0}, "`patience` must be at least `silence`"),
