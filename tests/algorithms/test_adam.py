@@ -32,17 +32,18 @@ def test_one_of_n_ranks_moves_like_the_mean_of_n(optimizer: Any, noise: float) -
     alone = moved(optimizer, 1, 1, noise)
     stretched = moved(optimizer, 4, 1, noise)
     assert alone < 0.95 * ddp if noise < 1 else alone < 0.7 * ddp
-    assert stretched == pytest.approx(ddp, rel=0.06)
+    assert stretched == pytest.approx(ddp, rel=0.03)
 
 
 def test_against_numpy() -> None:
-    m, v, n, eps = np.array([0.5, -2.0, 0.0, 1.0]), np.array([1.0, 4.0, 1e-4, 1.0]), 4, 1e-8
+    n, eps = 4, 1e-8
+    m, v, q = np.array([0.5, -2.0, 0.0, 1.0]), np.array([1.0, 4.0, 1e-4, 1.0]), np.array([0.2, 1.0, 1e-5, 1.0])
     rho = (1 - 0.9) / (1 + 0.9)
-    noise = (v - m**2) / (1 - rho)
+    noise = (v - q) / (1 - rho)
     signal = v - noise
     mean = np.clip(signal + noise / n, v / n, v)
     expected = m / (np.sqrt(mean) + eps) - m / (np.sqrt(v) + eps)
-    got = further(torch.from_numpy(m), torch.from_numpy(v), n, 0.9, eps)
+    got = further(torch.from_numpy(m), torch.from_numpy(v), torch.from_numpy(q), n, 0.9, eps)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6, atol=1e-12)
 
 
