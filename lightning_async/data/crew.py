@@ -73,8 +73,8 @@ class Crew:
         return sorted((self._worker(r, fallback, now) for r in counted), key=lambda w: -w.rate)
 
     def paced(self) -> bool:
-        """Whether all of the others that can be counted on have told their speeds."""
-        return all(self.note(r).rate > 0 for r in self._present() if r in self._desk.live())
+        """Whether all of the others have told their speeds, or that they are through."""
+        return all(self.note(r).rate > 0 or self.note(r).closed for r in self._present())
 
     def gone(self) -> int:
         """How many of the others are known to take nothing more."""

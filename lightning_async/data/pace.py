@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+LEAST = 1 / 8  # of what is wanted: smaller claims wait until they are worth one
+
 
 class Pace:
     """This member's own speed: the median over its last batches, so that a validation in between does not count."""
@@ -73,7 +75,10 @@ def appetite(me: Worker, held: int, remaining: float, others: Sequence[Worker], 
     """How many samples to claim next: whole batches, 0 if what is held is enough for now."""
     everybody = me.rate + sum(w.rate for w in others)
     fair = remaining * me.rate / everybody / 2 if me.rate > 0 else 0.0
-    amount = _whole(min(me.rate * seconds, fair) - held, me.batch)
+    wanted = min(me.rate * seconds, fair)
+    amount = _whole(wanted - held, me.batch)
+    if amount < wanted * LEAST:  # topping up batch by batch would cut the order into more pieces than a note can hold
+        amount = 0
     if amount == 0 and held < me.batch:
         amount = me.batch
     while amount > me.batch and outlasts(me, amount, remaining, others):

@@ -240,7 +240,7 @@ class AsyncStrategy(DDPStrategy):
         self.office.recording.meeting()
         consensus = self._together(self.algorithm.meet(self.replica, self.office.mail, self.office.algorithms_rounds))
         self._arrivals += self.algorithm.arrived()
-        apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu() - consensus.cpu()))
+        apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu(), consensus.cpu()))
         self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
         self.feeding.epoch_ended(deaths=len(self.office.carrier.members()) < self.world_size)
         self.replica.stand_in(consensus)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 
+CHUNK = 65536  # elements; a large temporary costs its page faults
 SMALL = 16384  # bytes; up to here a tensor is a word, beyond it travels by mail
 
 
@@ -77,10 +78,11 @@ def gather_uneven(rounds: Rounds, tensor: Tensor) -> Wait[list[Tensor]]:
     return [part.to(tensor.device) for part in parts]
 
 
-def mean_square(rounds: Rounds, difference: Tensor) -> Wait[float]:
-    """The mean over members and coordinates of the squared difference."""
-    square = difference.double().square().mean().reshape(1)
-    mean = yield from reduce(rounds, square, "mean")
+def mean_square(rounds: Rounds, one: Tensor, other: Tensor) -> Wait[float]:
+    """The mean over members and coordinates of the squared difference of two flat tensors."""
+    pairs = zip(torch.split(one, CHUNK), torch.split(other, CHUNK), strict=True)
+    square = sum(float((a - b).double().square().sum()) for a, b in pairs)
+    mean = yield from reduce(rounds, torch.tensor([square / one.numel()], dtype=torch.float64), "mean")
     return float(mean)
 
 
