@@ -3,6 +3,7 @@
     python examples/gossip_ring.py                      two processes on this machine, half a minute
     python examples/gossip_ring.py --strategy ddp       the same script, synchronous
     python examples/gossip_ring.py --devices 4 --epochs 20
+    torchrun --nnodes=2 --nproc-per-node=2 ... examples/gossip_ring.py --nodes 2 --devices 2        two nodes
 
 The task is scikit-learn's handwritten digits: 1,797 images of 8x8 pixels, which come with the package.
 """
@@ -49,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Digits on several processes.")
     parser.add_argument("--strategy", default="gossip_ring", help="gossip_ring, ddp, ... (default: %(default)s)")
     parser.add_argument("--devices", type=int, default=2, help="processes on this machine (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=1, help="machines, under torchrun (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the data (default: %(default)s)")
     arguments = parser.parse_args()
 
@@ -61,6 +63,7 @@ def main() -> None:
         strategy=arguments.strategy,  # the one argument
         accelerator="cpu",
         devices=arguments.devices,
+        num_nodes=arguments.nodes,
         max_epochs=arguments.epochs,
         logger=False,
         enable_checkpointing=False,
