@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -43,3 +45,24 @@ class Arrival:
     def delay(self) -> int:
         """Steps of the receiver between launch and fold; an upper bound that needs no common clock."""
         return self.folded - self.launched
+
+
+class ArrivalLog:
+    """The newest arrivals, for several readers: each gets all since its own last call, up to `limit`."""
+
+    def __init__(self, limit: int = 65536) -> None:
+        self._newest: deque[Arrival] = deque(maxlen=limit)
+        self._count = 0
+        self._read: dict[int, int] = {}
+
+    def add(self, arrivals: Iterable[Arrival]) -> None:
+        """Enter what arrived."""
+        for arrival in arrivals:
+            self._newest.append(arrival)
+            self._count += 1
+
+    def read(self, reader: object = None) -> list[Arrival]:
+        """What this reader has not seen."""
+        new = min(self._count - self._read.get(id(reader), 0), len(self._newest))
+        self._read[id(reader)] = self._count
+        return list(self._newest)[len(self._newest) - new :]

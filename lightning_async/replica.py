@@ -61,6 +61,14 @@ class Replica:
             _check(self._parameters, like=self._flat)
             self._adopt_views()
 
+    def check_complete(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Refuse a set of trainable parameters that is not the one this replica was made of."""
+        if {id(p) for p in parameters if p.requires_grad} != {id(p) for p in self._parameters}:
+            raise RuntimeError(
+                "the set of trainable parameters has changed during the run (freezing or unfreezing), and what is "
+                "exchanged would no longer be what is trained: freeze before `fit`, and call `fit` once for each phase"
+            )
+
     # -- for evaluation: other weights stand in for a while, then the own ones come back to the bit --------------------
 
     @property

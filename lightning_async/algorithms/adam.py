@@ -44,7 +44,7 @@ class SecondMoment:
             if n < 2 or group.get("amsgrad"):
                 continue
             beta1, beta2 = (float(beta) for beta in group["betas"])
-            lr = float(group["lr"]) * (-1 if group["maximize"] else 1)
+            lr = float(group["lr"])  # with `maximize` torch turns the gradient round, and so m
             for parameter in group["params"]:
                 state = self._optimizer.state.get(parameter)
                 if state and self._seen.get(parameter) != (step := float(state["step"])):

@@ -55,6 +55,7 @@ class Gossip(Algorithm):
     def begin(self, replica: Replica, mail: Mail, mass: int = UNIT) -> None:
         """Start with `mass` (UNIT for each sample of a step), nothing in flight, an empty ledger."""
         self.ledger, self.mass, self._born_with, self.wrote_to = Ledger(), mass, mass, set()
+        self.settling, self._arrivals = False, []
         self._scratch = torch.empty_like(replica.flat)
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:

@@ -6,9 +6,9 @@
       x_i -= rate * m_j / (m_i + m_j) * d  <- ANSWER: d --  (to the bit the d and the rate it used itself)
 
 Whatever steps i takes while the answer travels stay: the answer is added. A fast member meets a slow one as often as
-the slow one steps, and one sample moves the mean equally whoever saw it. Each edge has one initiator and one question
-open at a time; a question is one kind of message and an answer another, so no circle of members can block, odd or even.
-A question over the bound is declined (nobody moves); a late answer is bounced, and the answerer moves back.
+the slow one steps, and one sample moves the mean equally whoever saw it. Each edge has one initiator, and each member
+one question open at a time; questions and answers are different kinds of messages, so no circle of members can block,
+odd or even. A question over the bound is declined (nobody moves); a late answer is bounced: the answerer moves back.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Pairwise(Gossip):
     def begin(self, replica: Replica, mail: Mail, mass: int = UNIT) -> None:
         """Nothing is asked, nothing is held."""
         super().begin(replica, mail, mass)
-        self._asked: dict[int, int] = {}  # peer -> my step when I asked
+        self._asked: set[int] = set()  # at most one: two answers to one snapshot would overshoot
         self._held: list[Letter] = []  # questions whose answer could not be posted yet
         self._turn = 0
         self._step = 0
@@ -70,18 +70,13 @@ class Pairwise(Gossip):
         if not edges:
             return
         peer = edges[self._turn % len(edges)]
-        self._turn += 1
-        if self._waits_for(peer) or not mail.free(peer, ASK):
+        if self._asked or not mail.free(peer, ASK):
             return
         question = Message(ASK, self.on_wire(replica.flat), step=self._step, weight=self.mass)
+        self._turn += 1
         if mail.post(peer, question):
-            self._asked[peer] = self._step
+            self._asked.add(peer)
             self.wrote_to.add(peer)
-
-    def _waits_for(self, peer: int) -> bool:
-        """An answer that is overdue is not waited for: should it come, it is bounced."""
-        asked = self._asked.get(peer)
-        return asked is not None and (self.max_delay is None or self._step - asked <= self.max_delay)
 
     def _answer(self, replica: Replica, mail: Mail, letter: Letter) -> None:
         """Move towards the asker and send back its own move; if that cannot be sent, keep the question for later."""
@@ -118,7 +113,7 @@ class Pairwise(Gossip):
     def _fold(self, replica: Replica, mail: Mail, letter: Letter) -> None:
         """The answer to my question: move by the opposite of what the answerer moved by."""
         answer, arrival = letter.message, self.arrival(letter, self._step)
-        self._asked.pop(letter.peer, None)
+        self._asked.discard(letter.peer)
         if answer.body is not None and self.late(arrival):
             self._send_back(mail, letter)
             self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
@@ -152,7 +147,7 @@ class Pairwise(Gossip):
     def _lose(self, peer: int, message: Message) -> None:
         """A peer died with my mail unfolded. Of an answer, only my own side was applied."""
         if message.kind == ASK:
-            self._asked.pop(peer, None)
+            self._asked.discard(peer)
         if message.kind == ANSWER and message.body is not None:
             move = message.reference / MILLION * message.version / (message.weight + message.version)
             self.ledger.enter(Fate.LOST, message.body, -move * message.weight / UNIT)

@@ -1,10 +1,10 @@
-"""Sync: D-PSGD, the honest lock-step baseline: x_i <- sum_j W_ij x_j - lr * g_i(x_i), weight 1/3 to each neighbour.
+"""Sync: D-PSGD, the honest lock-step baseline: x_i <- sum_j W_ij x_j - lr * g_i(x_i), weight 1 / (neighbours + 1) each.
 
     snapshot x_i(k) --> both neighbours  |  forward, backward, optimizer (while it travels)  |  wait for theirs, mix
 
 Gradients are taken at the weights before the mixing, so the exchange hides behind the step. Both ends of an edge mix
-the same two snapshots, so the mean is kept; that needs equal numbers of steps, and a member that ends early stops the
-others with a sentence instead of leaving them waiting.
+the same two snapshots, so the mean is kept; that needs equal numbers of steps, and a member that ends early or dies
+stops the others with a sentence instead of leaving them waiting.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class SyncRing(Gossip):
         self._round = 1
         self._unsent: set[int] | None = None
         self._early: list[Letter] = []
+        self._members = mail.members()
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Wait for the neighbours' weights of this round, mix, and send those of the next one ahead."""
@@ -78,13 +79,14 @@ class SyncRing(Gossip):
             self._send(mail)
             for letter in self._letters(mail):
                 came[letter.peer] = letter
+            self._check_death(mail)
             around = neighbours(self.topology, mail.members(), mail.me)
             missing = [r for r in around if r not in came or r in (self._unsent or ())]
             if not missing:
                 break
             self._check_end(mail, missing)
             yield f"rank {missing[0]}'s weights of round {self._round}"
-        rate = self.rate(len(mail.members()))
+        rate = 2 / (len(came) + 1) if self.mixing is None else 2 * self.mixing  # as many neighbours as everybody has
         mine = self.on_wire(self._snapshot)
         for peer in sorted(came):
             letter = came[peer]
@@ -109,3 +111,11 @@ class SyncRing(Gossip):
                     f"rank {letter.peer} has no more batches in this epoch while rank {mail.me} goes on: mode='sync' "
                     "needs equal numbers of batches: use balance='equal' and streams of equal length"
                 )
+
+    def _check_death(self, mail: Mail) -> None:
+        dead = sorted(set(self._members) - set(mail.members()))
+        if dead:
+            raise RuntimeError(
+                f"rank {dead[0]} is gone, and mode='sync' cannot go on without it: start again with those that live, "
+                "or use mode='pairwise', which goes on"
+            )

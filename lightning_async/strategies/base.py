@@ -24,20 +24,20 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.algorithms.adam import SecondMoment
 from lightning_async.algorithms.algorithm import Algorithm, Shrink
-from lightning_async.arrival import Arrival
+from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.data.share import Balance
 from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
-from lightning_async.strategies.buffers import average_buffers
+from lightning_async.strategies.buffers import average_buffers, broadcast_frozen
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.meetings import Meetings
-from lightning_async.strategies.metrics import lead_metrics
+from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
 from lightning_async.strategies.refusals import refuse, refuse_module, refuse_optimizers, refuse_schedulers
 from lightning_async.strategies.saved import agree_on_saved
@@ -96,18 +96,18 @@ class AsyncStrategy(DDPStrategy):
         self.steps = 0
         self.last_meeting: dict[str, float] = {}
         self._leash: compat.Leash | None = None
+        self._metrics: LedMetrics | None = None
         self._replica: Replica | None = None
         self._moments: dict[int, SecondMoment] = {}
         self._free = False
         self._stepped = False
-        self._arrivals: list[Arrival] = []
+        self._arrivals = ArrivalLog()
 
     # -- what callbacks may use, the same for every strategy -----------------------------------------------------------
 
-    def arrivals(self) -> list[Arrival]:
-        """What reached this rank since the last call."""
-        arrivals, self._arrivals = self._arrivals, []
-        return arrivals
+    def arrivals(self, reader: object = None) -> list[Arrival]:
+        """What reached this rank since this reader's last call. A callback passes itself, so that each sees all."""
+        return self._arrivals.read(reader)
 
     def traffic(self) -> Mapping[Any, Any]:
         """Bytes and messages by peer and kind, counted by the carrier."""
@@ -136,15 +136,16 @@ class AsyncStrategy(DDPStrategy):
         trainer = self.trainer
         refuse(trainer, self.name)
         self.office.check_network(self.num_nodes)
+        self.office.check_complete(self.world_size)
         super().setup_environment()
-        self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.num_nodes, self.root_device)
+        self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.root_device)
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
         self._free = False
 
     def setup(self, trainer: Trainer) -> None:
         """Without DDP's wrapper and its collectives."""
         super(DDPStrategy, self).setup(trainer)
-        lead_metrics(
+        self._metrics = LedMetrics(
             trainer.lightning_module,
             lambda state: self._together(words.gather_uneven(self.office.rounds, state)),
             lambda: self._meeting and self.world_size > 1,
@@ -174,14 +175,16 @@ class AsyncStrategy(DDPStrategy):
         weights = yield from self.office.rounds.broadcast(replica.flat.cpu(), source)
         replica.stand_in(weights)
         replica.stay()
+        yield from broadcast_frozen(model, self.office.rounds, source)
         yield from average_buffers(model, self.office.rounds, weight=int(self.global_rank == source))
 
     def teardown(self) -> None:
         """Say farewell, stop all threads, put Lightning back as it was. Idempotent."""
         self._free = True  # whatever is still called after this is local
         self.office.close()
-        if self._leash is not None:
-            self._leash.restore()
+        for replaced in (self._leash, self._metrics):
+            if replaced is not None:
+                replaced.restore()
         self.feeding.close()
         super().teardown()
 
@@ -209,7 +212,9 @@ class AsyncStrategy(DDPStrategy):
 
         def closure_then_exchange() -> Any:
             result = closure()
-            self._arrivals += self._together(self.algorithm.before_step(self.replica, self.office.mail, self.steps + 1))
+            self._arrivals.add(
+                self._together(self.algorithm.before_step(self.replica, self.office.mail, self.steps + 1))
+            )
             return result
 
         self._stepped = True
@@ -228,7 +233,7 @@ class AsyncStrategy(DDPStrategy):
         mail = self.office.mail
         mail.at(self.steps)
         self.office.recording.step(self.steps, self.feeding.trained_on())
-        self._arrivals += self._together(self.algorithm.after_step(self.replica, mail, self.steps))
+        self._arrivals.add(self._together(self.algorithm.after_step(self.replica, mail, self.steps)))
 
     # -- meetings ------------------------------------------------------------------------------------------------------
 
@@ -239,7 +244,7 @@ class AsyncStrategy(DDPStrategy):
         waited = self.office.carrier.now()
         self.office.recording.meeting()
         consensus = self._together(self.algorithm.meet(self.replica, self.office.mail, self.office.algorithms_rounds))
-        self._arrivals += self.algorithm.arrived()
+        self._arrivals.add(self.algorithm.arrived())
         apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu(), consensus.cpu()))
         self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
         self.feeding.epoch_ended(deaths=len(self.office.carrier.members()) < self.world_size)
@@ -253,6 +258,7 @@ class AsyncStrategy(DDPStrategy):
         """Leave a meeting: own weights again, unless they are the consensus. Free from here to the next one."""
         if self._free:
             return
+        self.replica.check_complete(self.trainer.lightning_module.parameters())
         adopted = not self.replica.away
         self.replica.come_back()
         self.algorithm.resume(self.replica, adopted=adopted)
@@ -263,6 +269,20 @@ class AsyncStrategy(DDPStrategy):
         self.replica.stay()
         self.office.recording.finish()
         self._together(agree_on_saved(self.trainer, self.office.rounds))
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this rank writes what one rank writes: the first that lives."""
+        return self.global_rank == self.office.first
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Between meetings there is no consensus to save: say so."""
+        if not self._meeting and self.office.is_open:
+            rank_zero_warn(
+                f"{self.name}: a checkpoint between meetings holds the weights of one rank, not the consensus; save at "
+                "the end of an epoch"
+            )
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all that live; between meetings, for nobody."""

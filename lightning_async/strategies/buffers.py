@@ -1,12 +1,19 @@
-"""Buffers at a meeting: the float ones (BatchNorm's statistics) are averaged, the integer ones take the maximum."""
+"""What is not trained: frozen parameters are made equal at the start, buffers at every meeting.
+
+Float buffers (BatchNorm's statistics) are averaged, integer ones take the maximum.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import How, Rounds
+
+PORTION = 1 << 24  # elements
 
 
 @torch.no_grad()
@@ -17,6 +24,29 @@ def average_buffers(module: nn.Module, rounds: Rounds, weight: int = 1) -> Wait[
     others = [b for b in buffers.values() if not b.is_floating_point() and not b.is_complex()]
     yield from _combine(floats, rounds, "mean", torch.float64, weight)
     yield from _combine(others, rounds, "max", torch.int64, weight)
+
+
+@torch.no_grad()
+def broadcast_frozen(module: nn.Module, rounds: Rounds, source: int) -> Wait[None]:
+    """Give every member the source's frozen parameters. They never travel again."""
+    frozen = [p for p in module.parameters() if not p.requires_grad and p.numel()]
+    for dtype in dict.fromkeys(p.dtype for p in frozen):
+        for part in _portions([p for p in frozen if p.dtype == dtype]):
+            result = yield from rounds.broadcast(torch.cat([p.detach().reshape(-1).cpu() for p in part]), source)
+            for p, values in zip(part, torch.split(result, [p.numel() for p in part]), strict=True):
+                p.copy_(values.view(p.shape))
+
+
+def _portions(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Lists of about `PORTION` elements: a large frozen model is not copied in one piece."""
+    portion: list[nn.Parameter] = []
+    for p in parameters:
+        portion.append(p)
+        if sum(q.numel() for q in portion) >= PORTION:
+            yield portion
+            portion = []
+    if portion:
+        yield portion
 
 
 def _combine(buffers: list[Tensor], rounds: Rounds, how: How, dtype: torch.dtype, weight: int) -> Wait[None]:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
@@ -31,6 +32,8 @@ class Feeding:
         self.balance = balance
         self.share: Share | None = None
         self._batch = 1
+        self._epoch: int | None = None
+        self._made_for: tuple[int, bool] | None = None
         self._handed: deque[Any] = deque()
         self._trained: list[int] = []
 
@@ -49,7 +52,15 @@ class Feeding:
                     f"`{type(loader).__name__}` is not a DataLoader: every rank trains on all that it yields"
                 )
             return loader
-        if self.share is None:
+        if self._epoch == epoch():
+            raise MisconfigurationException(
+                "several training loaders cannot be shared out by one share: put the data sets into one DataLoader, or "
+                "set `use_distributed_sampler=False` and give each rank its part of each"
+            )
+        self._epoch = epoch()
+        made_for = (self._batch, drops_last(loader))
+        if self.share is None or self._made_for != made_for:
+            self._made_for = made_for
             self.share = make_share(self.balance, office.carrier, batch=self._batch, drop_last=drops_last(loader))
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # as Lightning's own DistributedSampler does
         return shared_loader(
@@ -85,4 +96,4 @@ class Feeding:
 
     def close(self) -> None:
         """The run is over."""
-        self.share = None
+        self.share = self._epoch = None

@@ -39,7 +39,7 @@ class Meetings(Callback):
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if last and self.strategy.feeding.share is not None:
             show_total(trainer, batch_idx, batch_idx + 1)
-        if last or trainer.should_stop:
+        if last:
             self.strategy.meet()
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:

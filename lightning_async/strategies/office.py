@@ -36,7 +36,7 @@ BYE, DIED = b"bye", b"died"
 
 
 class Office:
-    """Opens and closes with every `fit`, `validate`, `test` or `predict`; who survives one is a member of the next."""
+    """Opens and closes with every `fit`, `validate`, `test` or `predict`."""
 
     def __init__(
         self, *, interface: str | None, silence: float, patience: float, limit: float, record: str | None
@@ -67,9 +67,7 @@ class Office:
             raise RuntimeError("the office is closed: there is no run")
         return self._carrier
 
-    def open(
-        self, environment: ClusterEnvironment | None, me: int, world: int, nodes: int, device: torch.device
-    ) -> None:
+    def open(self, environment: ClusterEnvironment | None, me: int, world: int, device: torch.device) -> None:
         """Take this rank's place. Called on every rank, in every stage."""
         if self.is_open or environment is None:
             return
@@ -100,10 +98,31 @@ class Office:
         """Run a `Wait` to its end."""
         return drive(waiting, self.flags, limit=self.limit)
 
+    def check_complete(self, world: int) -> None:
+        """Refuse a further stage after a death: Lightning's own set-up would wait for the dead."""
+        if self._members is not None and len(self._members) < world:
+            dead = ", ".join(str(r) for r in range(world) if r not in self._members)
+            raise RuntimeError(
+                f"rank {dead} died in an earlier stage of this Trainer, and Lightning sets up a new one with them all: "
+                "start a new run from the checkpoint"
+            )
+
+    @property
+    def first(self) -> int:
+        """The first rank that lives: it writes what one rank writes."""
+        return self._carrier.members()[0] if self._carrier is not None else 0
+
     def check_network(self, nodes: int) -> None:
         """Refuse a host whose name leads to itself, before anybody waits for it."""
         if nodes > 1 and self.interface is None and "GLOO_SOCKET_IFNAME" not in os.environ:
-            refuse_loopback([socket.gethostbyname(socket.gethostname())], nodes=nodes)
+            name = socket.gethostname()
+            try:
+                refuse_loopback([socket.gethostbyname(name)], nodes=nodes)
+            except socket.gaierror as error:
+                raise ValueError(
+                    f"this host's name, {name!r}, leads to no address ({error}): name the network interface by "
+                    "GLOO_SOCKET_IFNAME (or `interface`), or correct /etc/hosts"
+                ) from None
 
     def glance(self, timeout: float) -> None:
         """Wait a moment for something new, and stop here if somebody stopped the run."""

@@ -68,6 +68,9 @@ def _conflicts(trainer: Trainer) -> Iterator[str]:
             f"`precision={trainer.precision!r}` holds half-precision weights, in which small corrections vanish; use "
             "`precision='bf16-mixed'`"
         )
+    plugin = type(trainer.precision_plugin).__name__
+    if plugin.startswith(("FSDP", "DeepSpeed", "XLA")):
+        yield f"`{plugin}` belongs to another strategy, which cuts the weights into shards; use `precision=...` instead"
     if compat.fast_dev_run(trainer):
         return
     if trainer.max_steps != -1 or trainer.min_steps is not None:
@@ -89,10 +92,10 @@ def _conflicts(trainer: Trainer) -> Iterator[str]:
 
 
 def _callback_conflicts(callback: object) -> Iterator[str]:
-    kind = type(callback).__name__
-    if kind == "SpikeDetection":
+    kinds = {kind.__name__ for kind in type(callback).__mro__}
+    if "SpikeDetection" in kinds:
         yield "`SpikeDetection` compares losses of all ranks at every step; leave it out, or use it with `ddp`"
-    if kind == "Timer" or kind.endswith("_ThroughputTimer"):
+    if "Timer" in kinds:
         yield "`max_time` and `Timer` stop each rank on its own clock, but all must meet; use `max_epochs`"
     if isinstance(callback, ModelCheckpoint):
         if compat.saves_by_steps(callback):

@@ -81,7 +81,7 @@ class Rounds:
 
         Returns ([result], members), or for "gather" (one tensor for each member, members).
         """
-        tensor = tensor.detach().contiguous().view(-1)
+        device, tensor = tensor.device, tensor.detach().contiguous().view(-1).cpu()
         while True:
             words = yield from self.agree(f"{how} {tensor.dtype} {-1 if how == 'gather' else tensor.numel()}".encode())
             if len(set(words.values())) > 1:
@@ -91,7 +91,7 @@ class Rounds:
             result = yield from self._attempt(tensor, how, weight, members)
             done = yield from self.agree(b"1" if result is not None else b"0")
             if result is not None and all(w == b"1" for w in done.values()):
-                return result, members
+                return [part.to(device) for part in result], members
 
     def broadcast(self, tensor: Tensor, source: int) -> Wait[Tensor]:
         """The source's tensor, on every member."""

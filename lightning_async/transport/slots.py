@@ -154,7 +154,8 @@ class Slots:
         nbytes = self.check(message)
         if not self.free(message.kind):
             return False
-        slot = self._slots.setdefault(message.kind, Slot())
+        with self.changed:  # the link's thread looks through them after a reconnection
+            slot = self._slots.setdefault(message.kind, Slot())
         body = None if message.body is None else slot.view(nbytes).view(message.body.dtype)
         header = self._header(message, nbytes)
         if body is not None and message.body is not None:

@@ -48,7 +48,13 @@ def test_against_numpy() -> None:
 
 
 def test_one_rank_and_gradients_without_noise_change_nothing() -> None:
-    assert moved(torch.optim.Adam, 1, 1, 2.0, 10) == moved(torch.optim.Adam, 1, 1, 2.0, 10)
+    p = nn.Parameter(torch.zeros(8))
+    opt = torch.optim.Adam([p])
+    p.grad = torch.randn(8)
+    opt.step()
+    before = p.detach().clone()
+    SecondMoment(opt).stretch(1)
+    assert torch.equal(p, before)
     assert moved(torch.optim.Adam, 8, 1, 0.0, 100) == pytest.approx(moved(torch.optim.Adam, 1, 1, 0.0, 100), rel=1e-5)
 
 
@@ -64,6 +70,20 @@ def test_a_step_is_stretched_once() -> None:
     stretch.stretch(4)
     assert torch.equal(p, once)
     assert not torch.equal(before, once)
+
+
+def test_maximize_mirrors() -> None:
+    ends = []
+    for maximize in (False, True):
+        p = nn.Parameter(torch.zeros(8))
+        opt = torch.optim.Adam([p], maximize=maximize)
+        stretch, generator = SecondMoment(opt), torch.Generator().manual_seed(0)
+        for _ in range(50):
+            p.grad = (1 + torch.randn(8, generator=generator)) * (-1 if maximize else 1)
+            opt.step()
+            stretch.stretch(4)
+        ends.append(p.detach().clone())
+    assert torch.equal(*ends)
 
 
 def test_whom_it_concerns() -> None:

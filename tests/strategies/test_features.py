@@ -8,12 +8,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import IterableDataset, WeightedRandomSampler
 
 from lightning_async import SpeedFaults
 from tests.strategies.lit import Lit, loader, trainer, weights
-from tests.strategies.ranks import run
+from tests.strategies.ranks import Forked, run
 
 
 def _fit(lit: L.LightningModule, data: Any = None, **options: Any) -> L.Trainer:
@@ -130,7 +131,8 @@ def _workers(number: int) -> Any:
     return weights(lit), lit.seen
 
 
-@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("number", [0, 4])
 def test_data_workers(number: int) -> None:
     (first, seen), (second, also_seen) = run(2, _workers, number)
     assert first == second
@@ -223,3 +225,71 @@ def test_fast_dev_run() -> None:
     (first, seen), (second, also_seen) = run(2, _fast_dev_run)
     assert first == second
     assert seen == also_seen == 8
+
+
+class TwoSets(Lit):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+
+
+def _several_validation_loaders() -> Any:
+    lit = TwoSets()
+    _fit_with(lit, [loader(10, shuffle=False), loader(20, shuffle=False)])
+    return weights(lit), lit.seen
+
+
+def _fit_with(lit: L.LightningModule, validation: Any, **options: Any) -> None:
+    t = trainer(2, callbacks=[SpeedFaults(step_seconds=0.002, slow={1: 3.0})], **options)
+    t.fit(lit, loader(), validation)
+
+
+def _no_validation(options: dict[str, Any]) -> Any:
+    lit = Lit()
+    _fit_with(lit, None if not options else loader(10, shuffle=False), **options)
+    return weights(lit), lit.seen
+
+
+@pytest.mark.parametrize("options", [{}, {"limit_val_batches": 0}, {"reload_dataloaders_every_n_epochs": 1}])
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_without_validation_and_with_reloaded_loaders(options: dict[str, Any]) -> None:
+    (first, seen), (second, also_seen) = run(2, _no_validation, options)
+    assert first == second
+    assert set(Counter(seen + also_seen).values()) == {2}
+
+
+def test_several_validation_loaders() -> None:
+    (first, seen), (second, also_seen) = run(2, _several_validation_loaders)
+    assert first == second
+    assert set(Counter(seen + also_seen).values()) == {2}
+
+
+class Pair(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch["a"], batch_idx)
+
+
+def _two_training_loaders() -> None:
+    _fit(Pair(), CombinedLoader({"a": loader(), "b": loader()}, "min_size"))
+
+
+def test_two_training_loaders_are_refused() -> None:
+    with Forked(2, _two_training_loaders) as forked:
+        results = forked.results(30)
+    assert all("several training loaders cannot be shared out" in r.error for r in results)
+
+
+def _unfreezes() -> None:
+    class Unfreezes(Lit):
+        def on_train_epoch_start(self) -> None:
+            self.layer[0].requires_grad_(self.current_epoch > 0)
+
+        def configure_model(self) -> None:
+            self.layer[0].requires_grad_(False)
+
+    _fit(Unfreezes())
+
+
+def test_unfreezing_in_mid_run_is_refused() -> None:
+    with Forked(2, _unfreezes) as forked:
+        results = forked.results(30)
+    assert all("the set of trainable parameters has changed during the run" in r.error for r in results)

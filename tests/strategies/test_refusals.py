@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import Precision
 from torch import nn
 
 from lightning_async import GossipRingStrategy
@@ -57,6 +58,32 @@ def test_sync_batchnorm_layers() -> None:
 def test_optimizers() -> None:
     with pytest.raises(MisconfigurationException, match="LBFGS evaluates the closure several times"):
         refuse_optimizers([torch.optim.LBFGS([nn.Parameter(torch.zeros(1))])], "gossip_ring")
+
+
+@pytest.mark.parametrize("name", ["ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer"])
+def test_sharded_optimizers(name: str) -> None:
+    optimizer = type(name, (torch.optim.SGD,), {})([nn.Parameter(torch.zeros(1))], 0.1)
+    with pytest.raises(MisconfigurationException, match=f"{name} exchanges state between ranks at every step"):
+        refuse_optimizers([optimizer], "gossip_ring")
+
+
+class SpikeDetection(L.Callback):
+    """Lightning's own is abstract; what counts is the name in its line of ancestors."""
+
+
+class MySpikes(SpikeDetection):
+    pass
+
+
+def test_spike_detection() -> None:
+    with pytest.raises(MisconfigurationException, match="`SpikeDetection` compares losses of all ranks at every step"):
+        trainer(1, callbacks=[MySpikes()]).fit(Lit(), loader(), loader(10, shuffle=False))
+
+
+def test_precision_plugins_of_other_strategies() -> None:
+    plugin = type("FSDPPrecision", (Precision,), {})()
+    with pytest.raises(MisconfigurationException, match="`FSDPPrecision` belongs to another strategy"):
+        trainer(1, plugins=[plugin]).fit(Lit(), loader(), loader(10, shuffle=False))
 
 
 class ByStep(Lit):

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_async import GossipRingStrategy, SpeedFaults
 from tests.strategies.lit import Lit, loader, trainer, weights
-from tests.strategies.ranks import run
+from tests.strategies.ranks import Forked, run
 
 
 def _fit(devices: int, knobs: dict[str, Any], slow: float) -> dict[str, Any]:
-    torch.manual_seed(100 + devices)  # ranks begin unequal unless the strategy makes them equal
+    torch.manual_seed(int(os.environ["RANK"]))  # ranks begin unequal, and the strategy makes them equal
     lit = Lit()
+    lit.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
     faults = SpeedFaults(step_seconds=0.002, slow={devices - 1: slow})
     t = trainer(devices, knobs=knobs, callbacks=[faults])
     t.fit(lit, loader(), loader(10, shuffle=False))
+    pickle.dumps(lit.metric)  # as the user made it
     strategy = t.strategy
     assert isinstance(strategy, GossipRingStrategy)
     return {
@@ -92,3 +98,52 @@ def test_fit_validate_test_predict_and_fit_again_on_one_trainer(tmp_path: Path) 
     loaded = Lit()
     loaded.load_state_dict(torch.load(first["newest"], weights_only=True)["state_dict"])
     assert weights(loaded) == first["refitted"]
+
+
+def _stops_early() -> int:
+    lit = Lit()
+    early = EarlyStopping("val", patience=1, min_delta=1e9)
+    t = trainer(2, callbacks=[early, SpeedFaults(step_seconds=0.002, slow={1: 4.0})], max_epochs=6, min_epochs=4)
+    t.fit(lit, loader(), loader(10, shuffle=False))
+    return t.current_epoch
+
+
+def test_early_stopping_before_min_epochs() -> None:
+    assert run(2, _stops_early) == [4, 4]
+
+
+def _dies(folder: str, dead: int) -> dict[str, Any]:
+    lit = Lit()
+    rank = int(os.environ["RANK"])
+
+    class Dies(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if rank == dead and trainer.current_epoch == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    saved = ModelCheckpoint(folder, filename="{epoch}")
+    faults = SpeedFaults(step_seconds=0.004)
+    t = trainer(3, enable_checkpointing=True, callbacks=[saved, faults, Dies()], max_epochs=3, knobs={"silence": 0.5})
+    held_out = loader(10, shuffle=False)
+    t.fit(lit, loader(), held_out)
+    try:
+        t.validate(lit, held_out)
+        sentence = ""
+    except RuntimeError as error:
+        sentence = str(error)
+    return {"weights": weights(lit), "best": saved.best_model_path, "sentence": sentence}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dead", [0, 2])
+def test_the_others_go_on_after_a_death_and_the_first_that_lives_saves(dead: int, tmp_path: Path) -> None:
+    with Forked(3, _dies, str(tmp_path), dead, store=True) as forked:
+        results = forked.results(60)
+    assert results[dead].kind == "gone"
+    living = [r.value for r in results if r.kind is None]
+    assert len(living) == 2, results
+    assert living[0]["weights"] == living[1]["weights"]
+    loaded = Lit()
+    loaded.load_state_dict(torch.load(living[0]["best"], weights_only=True)["state_dict"])
+    assert weights(loaded) == living[0]["weights"]
+    assert all(f"rank {dead} died in an earlier stage" in end["sentence"] for end in living)
