@@ -90,7 +90,7 @@ def run(quick: bool) -> Table:
     samples: list[float] = []
     for setting in settings(quick):
         turns = repeat(
-            {name: partial(_measure, *v, setting.target) for name, v in setting.variants().items()}, 1 if quick else 2
+            {name: partial(measure, *v, setting.target) for name, v in setting.variants().items()}, 1 if quick else 2
         )
         samples = samples or [turn["samples to target"] for turn in turns.measures["ddp"]]
         more_rows, more_claims = _report(setting, turns, samples)
@@ -114,7 +114,7 @@ NOTES = [
 # -- one run ----------------------------------------------------------------------------------------------------------
 
 
-def _measure(knobs: Knobs | None, work: Work, target: float, n: int = N) -> Measures:
+def measure(knobs: Knobs | None, work: Work, target: float, n: int = N) -> Measures:
     """Train on `n` ranks; the figures by name."""
     with tempfile.TemporaryDirectory() as folder:
         with Ranks(fit, n, arguments=work.arguments(knobs, Path(folder))) as ranks:
@@ -268,7 +268,7 @@ def _times(turns: Turns, name: str, samples: Sequence[float]) -> float:
 def _gil(quick: bool) -> str:
     """The share with a step that is pure Python, in a sentence."""
     work = Work(250 if quick else 1250, 1 if quick else 2, step=STEP, slow={1: 4.0}, hold_gil=True)
-    variants = {name: partial(_measure, knobs, work, 0.0, 2) for name, knobs in (("gossip_ring", {}), ("none", NONE))}
+    variants = {name: partial(measure, knobs, work, 0.0, 2) for name, knobs in (("gossip_ring", {}), ("none", NONE))}
     turns = repeat(variants, 1)
     return (
         f"with the step holding Python's lock (2 ranks, one 4x slower): {_shares(turns, 'gossip_ring'):.1%} of the sum "
