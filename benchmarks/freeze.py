@@ -75,9 +75,9 @@ def _stopped(knobs: Knobs | None, victims: Sequence[int]) -> tuple[list[Fault], 
         for victim in victims:
             stops.append((victim, time.monotonic()))
             ranks.stop(victim)
-            time.sleep(SECONDS)
+            time.sleep(SECONDS)  # the fault itself
             ranks.resume(victim)
-            time.sleep(AFTER)
+            time.sleep(AFTER)  # the others' steps after it belong to the figure
         records = [Record(**value) for value in ranks.values(timeout=LIMIT)]
     first = stops[0][1]
     return [fault_of(dict(enumerate(records)), victim, first, stop, WINDOW) for victim, stop in stops], records

@@ -138,7 +138,8 @@ class AsyncStrategy(DDPStrategy):
         self.office.check_network(self.num_nodes)
         self.office.check_complete(self.world_size)
         super().setup_environment()
-        self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.root_device)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=fitting)
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
         self._free = False
 

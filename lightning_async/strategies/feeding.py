@@ -89,11 +89,12 @@ class Feeding:
 
     def epoch_ended(self, *, deaths: bool) -> None:
         """Say what nobody trained on. Only a death can leave something, and then the notes are final by now."""
-        if deaths and self.share is not None and (left := self.share.abandoned()):
-            rank_zero_warn(
-                f"{left} samples of epoch {self.share.epoch} were not trained on: their rank died at its end"
-            )
+        share = self.share
+        if deaths and share is not None and share.settled() and (left := share.abandoned()):
+            rank_zero_warn(f"{left} samples of epoch {share.epoch} were not trained on: their rank died at its end")
 
     def close(self) -> None:
         """The run is over."""
         self.share = self._epoch = None
+        self._handed.clear()
+        self._trained.clear()

@@ -67,7 +67,9 @@ class Office:
             raise RuntimeError("the office is closed: there is no run")
         return self._carrier
 
-    def open(self, environment: ClusterEnvironment | None, me: int, world: int, device: torch.device) -> None:
+    def open(
+        self, environment: ClusterEnvironment | None, me: int, world: int, device: torch.device, *, fitting: bool
+    ) -> None:
         """Take this rank's place. Called on every rank, in every stage."""
         if self.is_open or environment is None:
             return
@@ -91,7 +93,7 @@ class Office:
         self._carrier.start()
         self.flags = Flags(self._carrier)
         self.rounds = Rounds(self._carrier)
-        self.mail = self.recording.of(self._carrier)
+        self.mail = self.recording.of(self._carrier, fitting=fitting)
         self.algorithms_rounds = Rounds(self.mail, channel=1)
 
     def drive(self, waiting: Wait[T]) -> T:

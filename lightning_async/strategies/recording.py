@@ -21,6 +21,7 @@ class Recording:
         if folder is not None and not isinstance(folder, str):
             raise ValueError(f"`record` must be the path of a folder, or None, got {folder!r}")
         self._folder = folder
+        self._fits = 0
         self._file: TextIO | None = None
         self._recorder: RecordingCarrier | None = None
 
@@ -29,12 +30,17 @@ class Recording:
         """Whether events are written."""
         return self._folder is not None
 
-    def of(self, carrier: Carrier) -> Carrier:
-        """The carrier that the algorithm gets: one that writes down its answers, or the carrier itself."""
-        if self._folder is None:
+    def of(self, carrier: Carrier, *, fitting: bool) -> Carrier:
+        """The carrier that the algorithm gets: one that writes down its answers, or the carrier itself.
+
+        Only a fit is recorded, and a later one on the same Trainer has a file of its own: nothing is overwritten.
+        """
+        if self._folder is None or not fitting:
             return carrier
+        self._fits += 1
+        name = f"rank{carrier.me}.jsonl" if self._fits == 1 else f"fit{self._fits}.rank{carrier.me}.jsonl"
         Path(self._folder).mkdir(parents=True, exist_ok=True)
-        self._file = (Path(self._folder) / f"rank{carrier.me}.jsonl").open("w", encoding="utf-8")
+        self._file = (Path(self._folder) / name).open("w", encoding="utf-8")
         self._recorder = RecordingCarrier(carrier, self._file)
         return self._recorder
 

@@ -20,6 +20,8 @@ from typing import Final
 
 import torch
 
+from lightning_async.transport.checks import DTYPES
+
 MAGIC: Final = 0x4C41_4D41_494C_0001
 PROTOCOL: Final = 1
 WORDS: Final = 32
@@ -39,17 +41,7 @@ FOLDED: Final = 5
 """Message `number` of kind `kind` was used: its slot is free."""
 
 NO_BODY: Final = 0
-_DTYPES: Final = (
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-    torch.uint8,
-    torch.int8,
-    torch.int32,
-    torch.int64,
-)
-_CODES: Final = {dtype: code for code, dtype in enumerate(_DTYPES, start=1)}
+_CODES: Final = {dtype: code for code, dtype in enumerate(DTYPES, start=1)}
 _FIELDS: Final = (
     "what",
     "kind",
@@ -154,7 +146,7 @@ def dtype_code(dtype: torch.dtype | None) -> int:
         return NO_BODY
     code = _CODES.get(dtype)
     if code is None:
-        known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ValueError(f"a message's body must have one of the dtypes {known}, got {dtype}")
     return code
 
@@ -163,6 +155,6 @@ def dtype_of(code: int) -> torch.dtype | None:
     """The dtype of a code; AnotherProtocolError if there is no such code."""
     if code == NO_BODY:
         return None
-    if not 1 <= code <= len(_DTYPES):
+    if not 1 <= code <= len(DTYPES):
         raise AnotherProtocolError(f"the peer sent a body of dtype code {code}, which is not known here")
-    return _DTYPES[code - 1]
+    return DTYPES[code - 1]

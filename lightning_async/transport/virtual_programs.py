@@ -146,7 +146,7 @@ class Programs:
         except StopIteration as end:
             self._results[life.member] = end.value
             del self._lives[life.member]
-        except Exception as error:
+        except Exception as error:  # whatever it is: it is raised on, with the member's name
             _say_whose(error, life.member)
             raise
         else:
