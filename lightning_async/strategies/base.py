@@ -36,6 +36,7 @@ from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
 from lightning_async.strategies.buffers import average_buffers, broadcast_frozen
 from lightning_async.strategies.feeding import Feeding
+from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
@@ -93,6 +94,7 @@ class AsyncStrategy(DDPStrategy):
             interface=interface, silence=silence, patience=patience, limit=meeting_timeout, record=record
         )
         self.feeding = Feeding(balance)
+        self._garbage = Garbage()
         self.steps = 0
         self.last_meeting: dict[str, float] = {}
         self._leash: compat.Leash | None = None
@@ -182,6 +184,7 @@ class AsyncStrategy(DDPStrategy):
     def teardown(self) -> None:
         """Say farewell, stop all threads, put Lightning back as it was. Idempotent."""
         self._free = True  # whatever is still called after this is local
+        self._garbage.put_back()
         self.office.close()
         for replaced in (self._leash, self._metrics):
             if replaced is not None:
@@ -207,6 +210,7 @@ class AsyncStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """The loader is known, the checkpoint is restored: the algorithm begins."""
         self.algorithm.begin(self.replica, self.office.mail, self.feeding.mass)
+        self._garbage.set_aside()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Let the algorithm see the gradients between backward and Lightning's hooks, clipping and update."""

@@ -1,11 +1,12 @@
-"""The header of everything that goes over a link: 32 integers of 64 bits, then at most 4096 bytes of body.
+"""The header of everything that goes over a link: 32 integers of 64 bits, then at most 64 KiB of body.
 
-    byte 0                                     256                        4352
+    byte 0                                     256                        65792
          | magic protocol run what kind ... seen | inline body, as long as needed |
 
 The layout is fixed and no pickle is ever read, so two hosts understand each other or say at once that they do not. Each
-header, whatever it says, also carries how many headers its sender has received (`seen`), its step and its clock: that
-is how sends are known to be done, and how mail is dated, without a message of its own.
+header, whatever it says, also carries how many headers its sender has received (`seen`), the numbers of messages that
+its sender has folded, its step and its clock: that is how sends are known to be done, slots to be free and mail is
+dated, mostly without a header of its own.
 
 Magic, protocol version and run are the first three words for ever: a header of another version is read far enough to
 turn its sender away in words.
@@ -23,10 +24,11 @@ import torch
 from lightning_async.transport.checks import DTYPES
 
 MAGIC: Final = 0x4C41_4D41_494C_0001
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 WORDS: Final = 32
 HEADER_BYTES: Final = 8 * WORDS
-INLINE_BYTES: Final = 4096
+INLINE_BYTES: Final = 65536
+"""Longer bodies travel in fragments: five headers a message in place of two, but no copy through a page."""
 WIRE_BYTES: Final = HEADER_BYTES + INLINE_BYTES
 
 HELLO: Final = 1
@@ -36,9 +38,7 @@ DATA: Final = 2
 FRAGMENT: Final = 3
 """The fragment before this header is complete."""
 GOT: Final = 4
-"""Nothing but `seen`: the announced body may come, the window may move on."""
-FOLDED: Final = 5
-"""Message `number` of kind `kind` was used: its slot is free."""
+"""Nothing but what every header says: the announced body may come, the window may move on, a slot is free."""
 
 NO_BODY: Final = 0
 _CODES: Final = {dtype: code for code, dtype in enumerate(DTYPES, start=1)}
@@ -60,7 +60,9 @@ _FIELDS: Final = (
     "own_step",
     "own_clock",
 )
-_LAYOUT: Final = struct.Struct(f"<{3 + len(_FIELDS)}q")
+FOLDS: Final = WORDS - 3 - len(_FIELDS)
+"""So many numbers of folded messages fit into a header."""
+_LAYOUT: Final = struct.Struct(f"<{WORDS}q")
 
 
 @dataclass(slots=True)
@@ -84,6 +86,7 @@ class Header:
         seen: How many headers the sender of this one has received on this connection.
         own_step: The sender's step now.
         own_clock: The sender's clock now.
+        folded: Numbers of messages that were used here: their slots are free.
     """
 
     what: int
@@ -102,6 +105,7 @@ class Header:
     seen: int = 0
     own_step: int = 0
     own_clock: int = 0
+    folded: tuple[int, ...] = ()
 
 
 class AnotherProtocolError(ValueError):
@@ -116,8 +120,9 @@ def run_number(run: str) -> int:
 def pack_into(buffer: memoryview, header: Header, *, run: int) -> None:
     """Write `header` to the first bytes of `buffer`. A number that needs more than 64 bits is a ValueError."""
     values = (getattr(header, name) for name in _FIELDS)
+    blank = (0,) * (FOLDS - len(header.folded))
     try:
-        _LAYOUT.pack_into(buffer, 0, MAGIC, PROTOCOL, run, *values)
+        _LAYOUT.pack_into(buffer, 0, MAGIC, PROTOCOL, run, *values, *header.folded, *blank)
     except struct.error as error:
         raise ValueError(f"every number of a message must fit in 64 bits, got {header}") from error
 
@@ -137,7 +142,9 @@ def unpack(buffer: memoryview, *, run: int) -> Header:
             f"the peer belongs to another run (run number {other:#x}, ours is {run:#x}): "
             "give each run its own rendezvous, or all members of one run the same run id"
         )
-    return Header(*values)
+    header = Header(*values[: len(_FIELDS)])
+    header.folded = tuple(number for number in values[len(_FIELDS) :] if number)
+    return header
 
 
 def dtype_code(dtype: torch.dtype | None) -> int:

@@ -8,7 +8,7 @@
       4 MiB of body, FRAGMENT 1 ------------------------>
             <------------------------------------- GOT    (at most 2 fragments are not answered)
       ...                                                 the last FRAGMENT: delivered
-            <------------------------------------- FOLDED  when the training thread of B has used it
+            <------------------------------------- folded, in the next header of any kind: B has used it
 
 Gloo tells neither a death nor a cancel to a transfer that is half on the wire: whoever waits on one waits for ever. So
 the receiver thread waits only for headers, which are queued receives and fail within milliseconds, and the sender
@@ -37,7 +37,7 @@ from torch.distributed.distributed_c10d import Work
 from lightning_async.transport.gloo import Clients, Wire, agree
 from lightning_async.transport.header import (
     DATA,
-    FOLDED,
+    FOLDS,
     FRAGMENT,
     GOT,
     HEADER_BYTES,
@@ -198,18 +198,15 @@ class Link:
             self._fail(error)
 
     def _next(self) -> Callable[[], None] | None:
-        """What to send next; called with the lock held. Answers first: somebody's slot is waiting for them."""
+        """What to send next; called with the lock held. Whatever it is, it says what was folded and received too."""
         if self.state != "up":
             return nothing
-        if self._slots.acks:
-            kind, number = self._slots.acks.popleft()
-            return partial(self._send_header, Header(FOLDED, kind=kind, number=number))
         if self._outgoing is not None:
             if self._window_is_open(self._outgoing):
                 return partial(self._send_fragment, self._outgoing)
         elif self._slots.queue:
             return partial(self._send_message, self._slots.queue.popleft())
-        return partial(self._send_header, Header(GOT)) if self._owe else None
+        return partial(self._send_header, Header(GOT)) if self._owe or self._slots.acks else None
 
     def _ping(self) -> None:
         if len(self._flying) < AHEAD:  # else the peer does not even read: do not pile up more
@@ -248,6 +245,7 @@ class Link:
         page = self._pages.pop() if self._pages else _Page()
         with self._slots.changed:
             header.seen, self._owe = self._seen, False
+            header.folded = self._slots.told(FOLDS)
         self._date(header)
         pack_into(page.view, header, run=self._run_number)
         message = page.short
@@ -287,13 +285,16 @@ class Link:
                     self._seen += 1  # after the receives of an announced body are posted: that is what GOT says
                     self._peer_seen = header.seen
                     self._owe |= header.what in (DATA, FRAGMENT) and self._incoming is not None
-                    self._slots.changed.notify_all()
+                    if self._owe or self._outgoing is not None:
+                        self._slots.changed.notify_all()
                 self._ahead[turn] = self._expect(page)
         except (RuntimeError, AnotherProtocolError) as error:
             self._fail(error)
 
     def _handle(self, header: Header, page: _Page) -> None:
         self._slots.heard(header)
+        if header.folded:
+            self._slots.released(header.folded)
         count = self._slots.traffic[HEADERS]
         count.messages_in += 1
         count.bytes_in += HEADER_BYTES
@@ -301,8 +302,6 @@ class Link:
             self._receive_message(header, page)
         elif header.what == FRAGMENT:
             self._receive_fragment(header)
-        elif header.what == FOLDED:
-            self._slots.released(header)
 
     def _receive_message(self, header: Header, page: _Page) -> None:
         box = self._slots.box(header)

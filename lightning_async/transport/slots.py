@@ -115,7 +115,7 @@ class Slots:
         self.peer = peer
         self.changed = threading.Condition()
         self.queue: deque[Slot] = deque()
-        self.acks: deque[tuple[int, int]] = deque()
+        self.acks: deque[int] = deque()
         self.traffic: dict[int, Count] = {HEADERS: Count()}
         self.max_bytes = max_bytes
         self._limit = max_bytes
@@ -192,7 +192,7 @@ class Slots:
             if self._unfolded.get(kind) != letter.number:
                 raise ValueError(f"letter {letter.number} of member {self.peer} was given back already")
             del self._unfolded[kind]
-            self.acks.append((kind, letter.number))
+            self.acks.append(letter.number)
             self.changed.notify_all()
 
     def idle(self) -> bool:
@@ -225,13 +225,18 @@ class Slots:
             self.queue = deque(slot for _, slot in sorted(again, key=lambda one: one[0]))
             self.changed.notify_all()
 
-    def released(self, header: Header) -> None:
-        """The peer folded a message: its slot is free."""
+    def told(self, most: int) -> tuple[int, ...]:
+        """The oldest folds not told to the peer yet, for the next header; called with the lock held."""
+        return tuple(self.acks.popleft() for _ in range(min(most, len(self.acks))))
+
+    def released(self, numbers: tuple[int, ...]) -> None:
+        """The peer folded these messages: their slots are free."""
         with self.changed:
-            slot = self._slots.get(header.kind)
-            if slot is None or slot.header is None or slot.header.number != header.number:
-                raise AnotherProtocolError(f"member {self.peer} folded message {header.number}, which was never posted")
-            slot.header = slot.message = None
+            held = {slot.header.number: slot for slot in self._slots.values() if slot.header is not None}
+            for number in numbers:
+                if number not in held:
+                    raise AnotherProtocolError(f"member {self.peer} folded message {number}, which it does not hold")
+                held[number].header = held[number].message = None
         self._news()
 
     def box(self, header: Header) -> Tensor:

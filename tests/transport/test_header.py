@@ -11,7 +11,7 @@ import torch
 from lightning_async.transport.checks import DTYPES
 from lightning_async.transport.header import (
     DATA,
-    FOLDED,
+    FOLDS,
     GOT,
     HEADER_BYTES,
     HELLO,
@@ -29,7 +29,7 @@ from lightning_async.transport.header import (
 )
 
 LAST = 2**63 - 1
-EVERY_FIELD_ANOTHER = Header(*range(101, 101 + len(dataclasses.fields(Header))))
+EVERY_FIELD_ANOTHER = Header(*range(101, 100 + len(dataclasses.fields(Header))), tuple(range(1, 1 + FOLDS)))
 
 
 def packed(header: Header, run: int = 7) -> bytearray:
@@ -43,7 +43,7 @@ def packed(header: Header, run: int = 7) -> bytearray:
     [
         Header(HELLO, number=5, nbytes=1 << 40, reference=3),
         Header(DATA, kind=63, number=LAST, step=-LAST - 1, weight=LAST, dtype=1, nbytes=4096),
-        Header(FOLDED, kind=1, number=1, seen=9, own_step=12, own_clock=123456789),
+        Header(GOT, seen=9, own_step=12, own_clock=123456789, folded=(3, 1, 2)),
         Header(GOT),
         EVERY_FIELD_ANOTHER,
     ],
@@ -56,8 +56,8 @@ def test_the_layout_is_fixed() -> None:
     words = struct.unpack("<32q", packed(EVERY_FIELD_ANOTHER, run=7))
     assert words[:3] == (MAGIC, PROTOCOL, 7)
     assert words[3:19] == tuple(range(101, 117))
-    assert set(words[19:]) == {0}
-    assert (HEADER_BYTES, WIRE_BYTES) == (256, 4352)
+    assert words[19:] == tuple(range(1, 14))
+    assert (HEADER_BYTES, WIRE_BYTES) == (256, 65792)
 
 
 @pytest.mark.parametrize(
