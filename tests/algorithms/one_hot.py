@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_async.algorithms.algorithm import Shrink
-from lightning_async.algorithms.gossip import UNIT, Gossip, gossip
+from lightning_async.algorithms.algorithm import UNIT, Shrink
+from lightning_async.algorithms.gossip import Gossip, gossip
 from lightning_async.algorithms.training import Trained, train
 from lightning_async.replica import Replica
 from lightning_async.transport.rounds import Rounds

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_async.algorithms.gossip import UNIT, gossip
+from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.algorithms.gossip import gossip
 from lightning_async.arrival import Fate
 from tests.algorithms.one_hot import Outcome, run
 
