@@ -78,7 +78,8 @@ class Pairwise(Gossip):
         self._turn = state["turn"]
 
     def _ask(self, replica: Replica, mail: Mail) -> None:
-        edges = onward(self.topology, mail.members(), mail.me)
+        live = mail.live()
+        edges = [peer for peer in onward(self.topology, mail.members(), mail.me) if peer in live]
         if not edges:
             return
         peer = edges[self._turn % len(edges)]

@@ -51,6 +51,7 @@ def run(
     faults: Callable[[VirtualCluster], None] = lambda cluster: None,
     cluster: dict[str, float] | None = None,
     shrink: Shrink | None = None,
+    meets: bool = True,
     **knobs: object,
 ) -> Outcome:
     """Train `len(speeds)` members for about `seconds`; member r takes `speeds[r]` times `step` a step."""
@@ -81,5 +82,6 @@ def run(
             seconds=lambda me, k: step * speeds[me],
             mass=masses[r] if masses else UNIT,
             rounds=Rounds(carrier),
+            meets=meets,
         )
     return Outcome(virtual, algorithms, replicas, virtual.run(programs), steps)

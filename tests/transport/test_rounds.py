@@ -115,9 +115,11 @@ def test_many_rounds_on_two_channels(make_world: MakeWorld) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int) -> None:
-    """Whenever it comes: either all have the dead member's part, or none."""
+    """Whenever it comes: either all have the dead member's part, or none. Who comes late is waited for."""
     cluster = VirtualCluster(4, bandwidth=1e6, latency=0.003, seed=seed, silence=0.1)
     cluster.kill(seed % 4, at=0.001 * seed)
+    if seed % 3:
+        cluster.join((seed + seed % 3) % 4, at=0.002 * seed)
 
     def life(r: int) -> Any:
         rounds, got = Rounds(cluster.carriers[r]), []
@@ -131,4 +133,5 @@ def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int) -> N
     for result in results:
         assert result == results[0]
         for total, members in result:
+            assert set(members) >= set(range(4)) - {seed % 4}
             assert total == sum(2**r for r in members)
