@@ -209,7 +209,7 @@ class AsyncStrategy(DDPStrategy):
 
     def on_train_start(self) -> None:
         """The loader is known, the checkpoint is restored: the algorithm begins."""
-        self.algorithm.begin(self.replica, self.office.mail, self.feeding.mass)
+        self.algorithm.begin(self.replica, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
         self._garbage.set_aside()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -248,7 +248,7 @@ class AsyncStrategy(DDPStrategy):
             return
         waited = self.office.carrier.now()
         self.office.recording.meeting()
-        consensus = self._together(self.algorithm.meet(self.replica, self.office.mail, self.office.algorithms_rounds))
+        consensus = self._together(self.algorithm.meet(self.replica, self.office.mail))
         self._arrivals.add(self.algorithm.arrived())
         apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu(), consensus.cpu()))
         self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))

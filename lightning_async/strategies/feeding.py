@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_async.algorithms.gossip import UNIT
+from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.data.loader import drops_last, is_shareable, samples_per_batch, shared_loader
 from lightning_async.data.share import Balance, Share, make_share
 
