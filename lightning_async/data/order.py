@@ -111,9 +111,14 @@ def fingerprint(items: Items) -> int:
         return zlib.crc32(repr(list(items)).encode())
     digest = 0
     for begin in range(0, len(items), CHUNK):
-        part = torch.as_tensor(items[begin : begin + CHUNK], dtype=torch.int64)
-        digest = zlib.crc32(part.numpy().tobytes(), digest)
+        digest = zlib.crc32(_numbers(items[begin : begin + CHUNK]).numpy().tobytes(), digest)
     return digest
+
+
+def _numbers(items: Items) -> torch.Tensor:
+    if isinstance(items, range):
+        return torch.arange(items.start, items.stop, items.step)
+    return torch.as_tensor(items, dtype=torch.int64)
 
 
 @contextmanager

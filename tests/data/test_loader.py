@@ -13,13 +13,15 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     IterableDataset,
+    RandomSampler,
     Sampler,
+    SequentialSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
 from lightning_async.data.loader import drops_last, is_shareable, samples_per_batch, shared_loader
-from lightning_async.data.order import Order, pick
+from lightning_async.data.order import Order, fingerprint, pick
 from lightning_async.data.share import Share, make_share
 from tests.data.epoch_bench import Clock, FakeBoard, at_once
 
@@ -196,6 +198,24 @@ def test_shuffle_is_that_of_distributed_sampler() -> None:
     theirs.set_epoch(2)
     order = Order(DataLoader(Numbers(), shuffle=True).sampler, seed=3, epoch=2)
     assert pick(order.items, list(range(N))) == list(theirs)
+
+
+@pytest.mark.parametrize("sampler", [SequentialSampler(range(N)), RandomSampler(range(N)), Reversed()])
+def test_orders_are_picked_from_and_have_a_fingerprint_of_their_items(sampler: Any) -> None:
+    order = Order(sampler, seed=4)
+    items = pick(order.items, list(range(N)))
+    assert {type(item) for item in items} == {int}
+    assert order.digest == fingerprint(items)
+    assert pick(order.items, [7, 3]) == [items[7], items[3]]
+
+
+def test_no_list_is_made_of_a_large_order() -> None:
+    for sampler in (
+        SequentialSampler(range(10**6)),
+        RandomSampler(range(10**6)),
+        DistributedSampler(range(10**6), 2, 0),
+    ):  # type: ignore[arg-type]
+        assert isinstance(Order(sampler).items, (range, torch.Tensor))
 
 
 def test_equal_balance_pads() -> None:
