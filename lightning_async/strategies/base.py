@@ -42,6 +42,7 @@ from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
 from lightning_async.strategies.refusals import refuse, refuse_module, refuse_optimizers, refuse_schedulers
 from lightning_async.strategies.saved import agree_on_saved
+from lightning_async.strategies.trainable import check_unchanged, renewed
 from lightning_async.transport.mail import Wait
 
 T = TypeVar("T")
@@ -246,6 +247,7 @@ class AsyncStrategy(DDPStrategy):
         """All that live stop here and see the consensus; nothing is in flight."""
         if not self._free or self._replica is None:
             return
+        check_unchanged(self.trainer.lightning_module, self.replica)
         waited = self.office.carrier.now()
         self.office.recording.meeting()
         consensus = self._together(self.algorithm.meet(self.replica, self.office.mail, self.office.algorithms_rounds))
@@ -263,7 +265,10 @@ class AsyncStrategy(DDPStrategy):
         """Leave a meeting: own weights again, unless they are the consensus. Free from here to the next one."""
         if self._free:
             return
-        self.replica.check_complete(self.trainer.lightning_module.parameters())
+        new = self._together(renewed(self.trainer.lightning_module, self.replica, self.office.rounds))
+        if new is not None:
+            self._replica = new
+            self.algorithm.begin(new, self.office.mail, self.feeding.mass)
         adopted = not self.replica.away
         self.replica.come_back()
         self.algorithm.resume(self.replica, adopted=adopted)

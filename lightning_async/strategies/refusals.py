@@ -63,10 +63,10 @@ def _conflicts(trainer: Trainer) -> Iterator[str]:
             "`sync_batchnorm=True` waits for all ranks in every forward pass; leave it out: BatchNorm's statistics are "
             "averaged at every meeting"
         )
-    if str(trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
+    if str(trainer.precision).startswith("transformer-engine"):
         yield (
-            f"`precision={trainer.precision!r}` holds half-precision weights, in which small corrections vanish; use "
-            "`precision='bf16-mixed'`"
+            f"`precision={trainer.precision!r}` combines its scales over all ranks at every step; use "
+            "`precision='bf16-true'`, or 'bf16-mixed'"
         )
     plugin = type(trainer.precision_plugin).__name__
     if plugin.startswith(("FSDP", "DeepSpeed", "XLA")):
