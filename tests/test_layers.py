@@ -33,6 +33,7 @@ LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning", "lightning_ut
 # What the Trainer, the loops and the strategies of Lightning keep to themselves: a release may break who touches it.
 PRIVATE = {
     "_accelerator_connector",
+    "_average_model",
     "_callback_connector",
     "_checkpoint_connector",
     "_data_connector",

@@ -34,14 +34,22 @@ from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.data.share import Balance
 from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
-from lightning_async.strategies.buffers import average_buffers, broadcast_frozen
+from lightning_async.strategies.averages import Averages
+from lightning_async.strategies.buffers import Buffers, average_buffers, broadcast_frozen
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
-from lightning_async.strategies.refusals import refuse, refuse_module, refuse_optimizers, refuse_schedulers
+from lightning_async.strategies.refusals import (
+    refuse,
+    refuse_manual,
+    refuse_module,
+    refuse_optimizers,
+    refuse_schedulers,
+)
 from lightning_async.strategies.saved import agree_on_saved
+from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.trainable import check_unchanged, renewed
 from lightning_async.transport.mail import Wait
 
@@ -61,6 +69,7 @@ class AsyncStrategy(DDPStrategy):
         *,
         at_meeting: AtMeeting = "adopt",
         balance: Balance = "claim",
+        buffers: Buffers = "average",
         interface: str | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
@@ -87,10 +96,13 @@ class AsyncStrategy(DDPStrategy):
         )
         if at_meeting not in ("adopt", "keep"):
             raise ValueError(f"`at_meeting` must be 'adopt' or 'keep', got {at_meeting!r}")
+        if buffers not in get_args(Buffers):
+            raise ValueError(f"`buffers` must be 'average', 'reestimate' or 'local', got {buffers!r}")
         if start_method not in get_args(StartMethod):
             raise ValueError(f"`start_method` must be one of {', '.join(get_args(StartMethod))}, got {start_method!r}")
         self.algorithm = algorithm
         self.at_meeting = at_meeting
+        self.buffers = buffers
         self.office = Office(
             interface=interface, silence=silence, patience=patience, limit=meeting_timeout, record=record
         )
@@ -102,6 +114,7 @@ class AsyncStrategy(DDPStrategy):
         self._metrics: LedMetrics | None = None
         self._replica: Replica | None = None
         self._moments: dict[int, SecondMoment] = {}
+        self.statistics = Statistics()
         self._free = False
         self._stepped = False
         self._arrivals = ArrivalLog()
@@ -132,7 +145,7 @@ class AsyncStrategy(DDPStrategy):
         super().connect(model)
         callbacks = compat.callbacks(model.trainer)
         if not any(isinstance(c, Meetings) for c in callbacks):
-            callbacks.insert(0, Meetings(self))
+            callbacks[:0] = [Meetings(self), Averages(self)]
 
     def setup_environment(self) -> None:
         """Processes know each other; from here on `barrier` and its kind go through rounds."""
@@ -158,6 +171,8 @@ class AsyncStrategy(DDPStrategy):
             refuse_optimizers(self.optimizers, self.name)
             if trainer.lightning_module.automatic_optimization:
                 refuse_schedulers(self.lr_scheduler_configs, self.name)
+            if self.buffers == "reestimate":
+                refuse_manual(trainer.lightning_module, self.name)
             self._moments = {id(o): SecondMoment(o) for o in self.optimizers if SecondMoment.concerns(o)}
             rank_zero_info(self._first_line())
 
@@ -191,6 +206,7 @@ class AsyncStrategy(DDPStrategy):
             if replaced is not None:
                 replaced.restore()
         self.feeding.close()
+        self.statistics.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
@@ -253,7 +269,8 @@ class AsyncStrategy(DDPStrategy):
         consensus = self._together(self.algorithm.meet(self.replica, self.office.mail, self.office.algorithms_rounds))
         self._arrivals.add(self.algorithm.arrived())
         apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu(), consensus.cpu()))
-        self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
+        if self.buffers != "local":
+            self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
         self.feeding.epoch_ended(deaths=len(self.office.carrier.members()) < self.world_size)
         self.replica.stand_in(consensus)
         if self.at_meeting == "adopt":
@@ -278,6 +295,9 @@ class AsyncStrategy(DDPStrategy):
         """Every rank takes the consensus home, and rank 0's names of the checkpoints."""
         self.replica.stay()
         self.office.recording.finish()
+        if self.buffers == "reestimate":
+            module = self.trainer.lightning_module
+            self._together(self.statistics.take_anew(module, self.training_step, self.office.rounds))
         self._together(agree_on_saved(self.trainer, self.office.rounds))
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
@@ -45,6 +45,15 @@ def refuse_optimizers(optimizers: list[Optimizer], name: str) -> None:
             raise MisconfigurationException(
                 f"strategy={name!r}: {kind} exchanges state between ranks at every step; pass the optimizer it wraps"
             )
+
+
+def refuse_manual(module: LightningModule, name: str) -> None:
+    """Raise for a training step that cannot be run for its forward pass alone."""
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"strategy={name!r}: `buffers='reestimate'` runs `training_step` once more without training, but with "
+            "manual optimisation it takes steps itself; use buffers='average'"
+        )
 
 
 def refuse_schedulers(configs: list[LRSchedulerConfig], name: str) -> None:

@@ -92,6 +92,18 @@ def test_precision_that_exchanges_scales(monkeypatch: pytest.MonkeyPatch) -> Non
         t.fit(Lit(), loader(), loader(10, shuffle=False))
 
 
+class Manual(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+def test_reestimation_with_manual_optimisation() -> None:
+    t = trainer(1, knobs={"buffers": "reestimate"})
+    with pytest.raises(MisconfigurationException, match="`buffers='reestimate'` runs `training_step` once more"):
+        t.fit(Manual(), loader(), loader(10, shuffle=False))
+
+
 class ByStep(Lit):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), 0.1)
@@ -136,6 +148,7 @@ def test_parameters(lit: type[Lit], sentence: str) -> None:
 KNOBS = [
     ({"mode": "ring"}, "`mode` must be one of"),
     ({"at_meeting": "leave"}, "`at_meeting` must be 'adopt' or 'keep', got 'leave'"),
+    ({"buffers": "mean"}, "`buffers` must be 'average', 'reestimate' or 'local', got 'mean'"),
     ({"balance": "fair"}, "`balance` must be 'claim' or 'equal', got 'fair'"),
     ({"mode": "sync", "balance": "claim"}, "`balance` must be 'equal' with mode='sync'"),
     ({"balance": "incremental"}, "comes with the async_global strategy"),
