@@ -39,7 +39,10 @@ class Algorithm(ABC):
         """A run starts: all replicas are equal, nothing is in flight. `mass`: what one sample of this rank weighs."""
 
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
-        """Gradients are there, the optimizer has not run: may change gradients."""
+        """Gradients are there, the optimizer has not run: may change gradients.
+
+        They are not clipped yet, and under fp16's gradient scaler they are still scaled, each rank's by its own factor.
+        """
         yield from ()  # never waits
         return []
 

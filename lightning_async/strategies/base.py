@@ -49,6 +49,7 @@ from lightning_async.strategies.refusals import (
     refuse_schedulers,
 )
 from lightning_async.strategies.saved import agree_on_saved
+from lightning_async.strategies.scaling import SkippedSteps
 from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.trainable import check_unchanged, renewed
 from lightning_async.transport.mail import Wait
@@ -114,6 +115,7 @@ class AsyncStrategy(DDPStrategy):
         self._metrics: LedMetrics | None = None
         self._replica: Replica | None = None
         self._moments: dict[int, SecondMoment] = {}
+        self._skipped = SkippedSteps()
         self.statistics = Statistics()
         self._free = False
         self._stepped = False
@@ -128,6 +130,11 @@ class AsyncStrategy(DDPStrategy):
     def traffic(self) -> Mapping[Any, Any]:
         """Bytes and messages by peer and kind, counted by the carrier."""
         return self.office.traffic()
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many of this rank's steps moved nothing, because fp16's gradient scaler found them not finite."""
+        return self._skipped.count
 
     @property
     def shrink(self) -> Shrink:
@@ -184,7 +191,7 @@ class AsyncStrategy(DDPStrategy):
         refuse_module(model, self.name)
         self._replica = Replica(model.parameters())
         self._together(self._equalise(model))
-        self.steps = 0
+        self.steps = self._skipped.count = 0
         return model
 
     def _equalise(self, model: torch.nn.Module) -> Wait[None]:
@@ -230,7 +237,10 @@ class AsyncStrategy(DDPStrategy):
         self._garbage.set_aside()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Let the algorithm see the gradients between backward and Lightning's hooks, clipping and update."""
+        """Let the algorithm see the gradients between backward and Lightning's hooks, clipping and update.
+
+        They are this rank's own, not clipped yet; under fp16's gradient scaler they are still scaled.
+        """
 
         def closure_then_exchange() -> Any:
             result = closure()
@@ -240,7 +250,8 @@ class AsyncStrategy(DDPStrategy):
             return result
 
         self._stepped = True
-        output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
+        with self._skipped.watch(self.precision_plugin, optimizer):
+            output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
         if (moment := self._moments.get(id(optimizer))) is not None:
             moment.stretch(self.algorithm.averaged_over(len(self.office.mail.members())))
         return output
