@@ -49,8 +49,8 @@ class SecondMoment:
                 state = self._optimizer.state.get(parameter)
                 if state and self._seen.get(parameter) != (step := float(state["step"])):
                     self._seen[parameter] = step
-                    m = state["exp_avg"] / (1 - beta1**step)
-                    v = state["exp_avg_sq"] / (1 - beta2**step)
+                    m = _wide(state["exp_avg"]) / (1 - beta1**step)
+                    v = _wide(state["exp_avg_sq"]) / (1 - beta2**step)
                     q = self._mean_square(parameter, m, beta2)
                     parameter.sub_(further(m, v, q, n, beta1, float(group["eps"])), alpha=lr)
 
@@ -60,6 +60,11 @@ class SecondMoment:
         count = self._count[parameter] = self._count.get(parameter, 0) + 1
         q.mul_(beta2).addcmul_(m, m, value=1 - beta2)
         return q / (1 - beta2**count)
+
+
+def _wide(moment: Tensor) -> Tensor:
+    """In half precision a mean over a thousand steps stands still: each new part of it is below the last place."""
+    return moment.to(torch.promote_types(moment.dtype, torch.float32))
 
 
 def further(m: Tensor, v: Tensor, q: Tensor, n: int, beta1: float, eps: float) -> Tensor:

@@ -120,7 +120,7 @@ class Pairwise(Gossip):
     def _difference(self, replica: Replica, asked: Message) -> Tensor:
         """What the two replicas are apart, as precisely as it can travel: both ends use the same bits."""
         assert asked.body is not None  # a question always has a body
-        theirs = asked.body.to(replica.flat.device)
+        theirs = asked.body.to(replica.device)
         return self.on_wire(torch.sub(theirs, replica.flat, out=self._scratch))
 
     def _fold(self, replica: Replica, mail: Mail, letter: Letter) -> None:
@@ -131,7 +131,7 @@ class Pairwise(Gossip):
             self._send_back(mail, letter)
             self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
         elif answer.body is not None:
-            difference = answer.body.to(replica.flat.device)
+            difference = answer.body.to(replica.device)
             factor = self.shrink(arrival, difference, None)
             move = answer.reference / MILLION * answer.weight / (answer.weight + self.mass)
             replica.shift(difference, -factor * move)
@@ -154,7 +154,7 @@ class Pairwise(Gossip):
         back = letter.message
         assert back.body is not None  # a bounce returns the body of an answer
         move = back.reference / MILLION * back.weight / (back.weight + self.mass)
-        replica.shift(back.body.to(replica.flat.device), -move)
+        replica.shift(back.body.to(replica.device), -move)
         mail.folded(letter)
 
     def lose(self, replica: Replica, loss: Loss) -> None:

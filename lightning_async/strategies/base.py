@@ -34,14 +34,24 @@ from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.data.share import Balance
 from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
-from lightning_async.strategies.buffers import average_buffers, broadcast_frozen
+from lightning_async.strategies.averages import Averages
+from lightning_async.strategies.buffers import Buffers, average_buffers, broadcast_frozen
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
-from lightning_async.strategies.refusals import refuse, refuse_module, refuse_optimizers, refuse_schedulers
+from lightning_async.strategies.refusals import (
+    refuse,
+    refuse_manual,
+    refuse_module,
+    refuse_optimizers,
+    refuse_schedulers,
+)
 from lightning_async.strategies.saved import agree_on_saved
+from lightning_async.strategies.scaling import SkippedSteps
+from lightning_async.strategies.statistics import Statistics
+from lightning_async.strategies.trainable import check_unchanged, renewed
 from lightning_async.transport.mail import Wait
 
 T = TypeVar("T")
@@ -60,6 +70,7 @@ class AsyncStrategy(DDPStrategy):
         *,
         at_meeting: AtMeeting = "adopt",
         balance: Balance = "claim",
+        buffers: Buffers = "average",
         interface: str | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
@@ -86,10 +97,13 @@ class AsyncStrategy(DDPStrategy):
         )
         if at_meeting not in ("adopt", "keep"):
             raise ValueError(f"`at_meeting` must be 'adopt' or 'keep', got {at_meeting!r}")
+        if buffers not in get_args(Buffers):
+            raise ValueError(f"`buffers` must be 'average', 'reestimate' or 'local', got {buffers!r}")
         if start_method not in get_args(StartMethod):
             raise ValueError(f"`start_method` must be one of {', '.join(get_args(StartMethod))}, got {start_method!r}")
         self.algorithm = algorithm
         self.at_meeting = at_meeting
+        self.buffers = buffers
         self.office = Office(
             interface=interface, silence=silence, patience=patience, limit=meeting_timeout, record=record
         )
@@ -101,6 +115,8 @@ class AsyncStrategy(DDPStrategy):
         self._metrics: LedMetrics | None = None
         self._replica: Replica | None = None
         self._moments: dict[int, SecondMoment] = {}
+        self._skipped = SkippedSteps()
+        self.statistics = Statistics()
         self._free = False
         self._stepped = False
         self._arrivals = ArrivalLog()
@@ -114,6 +130,11 @@ class AsyncStrategy(DDPStrategy):
     def traffic(self) -> Mapping[Any, Any]:
         """Bytes and messages by peer and kind, counted by the carrier."""
         return self.office.traffic()
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many of this rank's steps moved nothing, because fp16's gradient scaler found them not finite."""
+        return self._skipped.count
 
     @property
     def shrink(self) -> Shrink:
@@ -131,7 +152,7 @@ class AsyncStrategy(DDPStrategy):
         super().connect(model)
         callbacks = compat.callbacks(model.trainer)
         if not any(isinstance(c, Meetings) for c in callbacks):
-            callbacks.insert(0, Meetings(self))
+            callbacks[:0] = [Meetings(self), Averages(self)]
 
     def setup_environment(self) -> None:
         """Processes know each other; from here on `barrier` and its kind go through rounds."""
@@ -157,6 +178,8 @@ class AsyncStrategy(DDPStrategy):
             refuse_optimizers(self.optimizers, self.name)
             if trainer.lightning_module.automatic_optimization:
                 refuse_schedulers(self.lr_scheduler_configs, self.name)
+            if self.buffers == "reestimate":
+                refuse_manual(trainer.lightning_module, self.name)
             self._moments = {id(o): SecondMoment(o) for o in self.optimizers if SecondMoment.concerns(o)}
             rank_zero_info(self._first_line())
 
@@ -168,7 +191,7 @@ class AsyncStrategy(DDPStrategy):
         refuse_module(model, self.name)
         self._replica = Replica(model.parameters())
         self._together(self._equalise(model))
-        self.steps = 0
+        self.steps = self._skipped.count = 0
         return model
 
     def _equalise(self, model: torch.nn.Module) -> Wait[None]:
@@ -190,6 +213,7 @@ class AsyncStrategy(DDPStrategy):
             if replaced is not None:
                 replaced.restore()
         self.feeding.close()
+        self.statistics.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
@@ -213,7 +237,10 @@ class AsyncStrategy(DDPStrategy):
         self._garbage.set_aside()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Let the algorithm see the gradients between backward and Lightning's hooks, clipping and update."""
+        """Let the algorithm see the gradients between backward and Lightning's hooks, clipping and update.
+
+        They are this rank's own, not clipped yet; under fp16's gradient scaler they are still scaled.
+        """
 
         def closure_then_exchange() -> Any:
             result = closure()
@@ -223,7 +250,8 @@ class AsyncStrategy(DDPStrategy):
             return result
 
         self._stepped = True
-        output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
+        with self._skipped.watch(self.precision_plugin, optimizer):
+            output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
         if (moment := self._moments.get(id(optimizer))) is not None:
             moment.stretch(self.algorithm.averaged_over(len(self.office.mail.members())))
         return output
@@ -246,12 +274,14 @@ class AsyncStrategy(DDPStrategy):
         """All that live stop here and see the consensus; nothing is in flight."""
         if not self._free or self._replica is None:
             return
+        check_unchanged(self.trainer.lightning_module, self.replica)
         waited = self.office.carrier.now()
         self.office.recording.meeting()
         consensus = self._together(self.algorithm.meet(self.replica, self.office.mail))
         self._arrivals.add(self.algorithm.arrived())
         apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu(), consensus.cpu()))
-        self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
+        if self.buffers != "local":
+            self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
         self.feeding.epoch_ended(deaths=len(self.office.carrier.members()) < self.world_size)
         self.replica.stand_in(consensus)
         if self.at_meeting == "adopt":
@@ -263,7 +293,10 @@ class AsyncStrategy(DDPStrategy):
         """Leave a meeting: own weights again, unless they are the consensus. Free from here to the next one."""
         if self._free:
             return
-        self.replica.check_complete(self.trainer.lightning_module.parameters())
+        new = self._together(renewed(self.trainer.lightning_module, self.replica, self.office.rounds))
+        if new is not None:
+            self._replica = new
+            self.algorithm.begin(new, self.office.mail, self.feeding.mass)
         adopted = not self.replica.away
         self.replica.come_back()
         self.algorithm.resume(self.replica, adopted=adopted)
@@ -273,6 +306,9 @@ class AsyncStrategy(DDPStrategy):
         """Every rank takes the consensus home, and rank 0's names of the checkpoints."""
         self.replica.stay()
         self.office.recording.finish()
+        if self.buffers == "reestimate":
+            module = self.trainer.lightning_module
+            self._together(self.statistics.take_anew(module, self.training_step, self.office.rounds))
         self._together(agree_on_saved(self.trainer, self.office.rounds))
 
     @property

@@ -58,6 +58,17 @@ def test_one_rank_and_gradients_without_noise_change_nothing() -> None:
     assert moved(torch.optim.Adam, 8, 1, 0.0, 100) == pytest.approx(moved(torch.optim.Adam, 1, 1, 0.0, 100), rel=1e-5)
 
 
+def test_half_precision_means_do_not_stand_still() -> None:
+    p = nn.Parameter(torch.zeros(1).bfloat16())
+    opt = torch.optim.Adam([p], lr=0.0)
+    stretch = SecondMoment(opt)
+    p.grad = torch.ones_like(p)
+    for _ in range(2000):
+        opt.step()
+        stretch.stretch(4)
+    assert float(stretch._square[p]) == pytest.approx(1 - 0.999**2000, rel=0.05)  # in bfloat16 it stops at 0.25
+
+
 def test_a_step_is_stretched_once() -> None:
     p = nn.Parameter(torch.zeros(3))
     opt = torch.optim.Adam([p])

@@ -315,20 +315,3 @@ def test_two_training_loaders_are_refused() -> None:
     with Forked(2, _two_training_loaders) as forked:
         results = forked.results(30)
     assert all("several training loaders cannot be shared out" in r.error for r in results)
-
-
-def _unfreezes() -> None:
-    class Unfreezes(Lit):
-        def on_train_epoch_start(self) -> None:
-            self.layer[0].requires_grad_(self.current_epoch > 0)
-
-        def configure_model(self) -> None:
-            self.layer[0].requires_grad_(False)
-
-    _fit(Unfreezes())
-
-
-def test_unfreezing_in_mid_run_is_refused() -> None:
-    with Forked(2, _unfreezes) as forked:
-        results = forked.results(30)
-    assert all("the set of trainable parameters has changed during the run" in r.error for r in results)
