@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -62,3 +63,10 @@ class Algorithm(ABC):
     @abstractmethod
     def resume(self, replica: Replica, *, adopted: bool) -> None:
         """Training goes on after a meeting; `adopted`: every replica is the consensus now, else it kept its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of this member: tensors and primitives only. Asked at a meeting."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # who has no state needs none
+        """Go on from `state`. Called after `begin`."""
