@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -92,6 +93,19 @@ class Feeding:
         share = self.share
         if deaths and share is not None and share.settled() and (left := share.abandoned()):
             rank_zero_warn(f"{left} samples of epoch {share.epoch} were not trained on: their rank died at its end")
+
+    # -- STUBS: the contract alone; the data's own part of a checkpoint comes from elsewhere --------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, and the ranges (first position, amount) of its order that this member completed."""
+        return {"epoch": -1 if self.share is None else self.share.epoch, "done": torch.empty(0, 2, dtype=torch.int64)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in `epoch` with what is not in `done`, the ranges of all members together."""
+
+    def loader_states(self) -> list[dict[str, Any]]:
+        """The positions of loaders that know their own."""
+        return []
 
     def close(self) -> None:
         """The run is over."""
