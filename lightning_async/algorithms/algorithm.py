@@ -10,7 +10,7 @@ generator: where it has to wait it yields the name of what is missing; asynchron
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -65,8 +65,20 @@ class Algorithm(ABC):
         """Training goes on after a meeting; `adopted`: every replica is the consensus now, else it kept its own."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs of this member: tensors and primitives only. Asked at a meeting."""
+        """What the rest of the run depends on beside the weights: tensors, numbers, text, lists and dictionaries.
+
+        Taken at a meeting (after `meet`, before `resume`), when nothing is in flight, so no letter is in it. It loads
+        with `torch.load(weights_only=True)`. A method that holds nothing between meetings has none.
+        """
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  # who has no state needs none
-        """Go on from `state`. Called after `begin`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, to the bit: called after `begin`, on a replica with the weights of that meeting.
+
+        What follows is the same as after `meet`: `resume`.
+        """
+        if state:
+            raise ValueError(
+                f"{type(self).__name__} holds nothing between meetings, and the state of another method does not fit "
+                "it: go on with the method that the run was started with, or start anew from the weights alone"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_async import GossipRingStrategy, SpeedFaults
+from lightning_async.algorithms.algorithm import Algorithm
+from lightning_async.algorithms.gossip import UNIT, Gossip
+from lightning_async.strategies.feeding import Feeding
 from tests.strategies.lit import Lit, trainer, weights
 from tests.strategies.ranks import Forked, run
 from tests.strategies.resumable import (
@@ -29,6 +33,7 @@ from tests.strategies.resumable import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
+DATA_GO_ON = pytest.mark.skipif(not hasattr(Feeding, "left"), reason="the data's part of a checkpoint is a stub here")
 
 
 # -- the law: what is saved is what is restored ------------------------------------------------------------------------
@@ -79,6 +84,14 @@ def test_what_is_saved_is_restored_to_the_bit_on_every_rank(
     assert_nothing_over(tmp_path)
 
 
+@pytest.mark.skipif(Gossip.state_dict is Algorithm.state_dict, reason="the algorithms have no state here")
+def test_the_masses_in_the_files_sum_to_what_was_born(tmp_path: Path) -> None:
+    run(3, _world, 3, {"mode": "push_sum", "at_meeting": "keep"}, str(tmp_path / "x.ckpt"), False)
+    masses = [own["parts"]["algorithm"]["mass"] for own in files_of(tmp_path / "x.ckpt").values()]
+    assert sum(masses) == 3 * 4 * UNIT
+    assert len(set(masses)) > 1
+
+
 # -- the limit: a run that never stopped -------------------------------------------------------------------------------
 
 
@@ -105,6 +118,9 @@ def _through(n: int, knobs: dict[str, Any], path: str, where: str, data: str, re
         (2, "keep", "none", "batch", "own"),
         (2, "keep", "none", "validation", "shared"),
         (3, "keep", "none", "epoch", "own"),
+        pytest.param(1, "keep", "pairwise", "batch", "shared", marks=DATA_GO_ON),
+        pytest.param(2, "adopt", "none", "epoch", "shared", marks=DATA_GO_ON),
+        pytest.param(2, "keep", "none", "batch", "shared", marks=DATA_GO_ON),
     ],
 )
 def test_a_resumed_run_continues_as_if_it_had_not_stopped(
@@ -114,7 +130,7 @@ def test_a_resumed_run_continues_as_if_it_had_not_stopped(
     through = run(n, _through, n, knobs, path, where, data, False)
     resumed = run(n, _through, n, knobs, path, where, data, True)
     for one, other in zip(through, resumed, strict=True):
-        assert len(one[0]) > 10
+        assert len(one[0]) > 5
         assert one == other
 
 
@@ -163,6 +179,38 @@ def test_another_world_goes_on_from_the_consensus_and_says_so(
     sentence = restored[0]["said"][0]
     assert f"it was saved by {before} ranks, and there are {after}" in sentence
     assert "All ranks start from the consensus" in sentence
+
+
+class SeenBySave(Saves):
+    """Remembers which samples this rank had trained on."""
+
+    def _save(self, trainer: Any, module: Any) -> None:
+        super()._save(trainer, module)
+        self.samples = list(module.seen)
+
+
+def _one_epoch(n: int, knobs: dict[str, Any], path: str, resume: bool) -> list[int]:
+    """The samples trained on until the save, or from there to the end of the epoch."""
+    lit, save = Lit(), SeenBySave(path, epoch=0, batch=2)
+    pace = SpeedFaults(step_seconds=0.004)
+    t = trainer(n, knobs=knobs, max_epochs=1, callbacks=[pace] if resume else [pace, save])
+    t.fit(lit, samples(), held_out(), ckpt_path=path if resume else None)
+    return lit.seen if resume else save.samples
+
+
+@DATA_GO_ON
+@pytest.mark.filterwarnings("ignore:.*does not go on to the bit")
+@pytest.mark.parametrize("balance", ["claim", "equal"])
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 2), (2, 3)])
+def test_no_completed_sample_is_repeated_or_lost(before: int, after: int, balance: str, tmp_path: Path) -> None:
+    path, knobs = str(tmp_path / "x.ckpt"), {"balance": balance}
+    seen = Counter(i for ranks in run(before, _one_epoch, before, knobs, path, False) for i in ranks)
+    assert set(seen.values()) == {1}
+    assert len(seen) == 12 * before
+    seen += Counter(i for ranks in run(after, _one_epoch, after, knobs, path, True) for i in ranks)
+    assert len(seen) == 80
+    repeated = sum(seen.values()) - 80
+    assert repeated == (0 if balance == "claim" else -(80 - 12 * before) % after)  # equal shares are padded
 
 
 def test_another_method_goes_on_from_the_consensus(tmp_path: Path) -> None:
