@@ -228,7 +228,7 @@ class AsyncStrategy(DDPStrategy):
 
         self._stepped = True
         output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
-        if (moment := self.moment(optimizer)) is not None:
+        if (moment := self._moments.get(id(optimizer))) is not None:
             moment.stretch(self.algorithm.averaged_over(len(self.office.mail.members())))
         return output
 
