@@ -89,6 +89,17 @@ class Replica:
         """Whether other weights stand in for this rank's own."""
         return self._own is not None
 
+    @property
+    def own(self) -> Tensor:
+        """This rank's own weights, also while others stand in, for those who only read them and copy at once."""
+        return self.flat if self._own is None else self._own
+
+    def keep_aside(self, own: Tensor) -> None:
+        """Let the weights that are shown now stand in for `own`, which come back later (a resumed run)."""
+        if own.shape != self._flat.shape:
+            raise ValueError(f"the weights to keep aside have {own.numel()} elements, this replica {self.numel}")
+        self._own = own.detach().to(self._flat, copy=True)
+
     @torch.no_grad()
     def stand_in(self, weights: Tensor) -> None:
         """Show `weights` (the consensus) in the parameters, and keep this rank's own aside."""

@@ -98,6 +98,20 @@ def test_a_module_that_is_converted_in_mid_run_is_refused() -> None:
         replica.check()
 
 
+def test_weights_that_are_kept_aside_come_back_to_the_bit() -> None:
+    module = net()
+    replica = Replica(module.parameters())
+    shown, own = flat(module), torch.rand(replica.numel)
+    replica.keep_aside(own)
+    assert replica.away
+    assert torch.equal(flat(module), shown)
+    assert torch.equal(replica.own, own)
+    replica.come_back()
+    assert torch.equal(replica.flat, own)
+    with pytest.raises(ValueError, match=f"to keep aside have 3 elements, this replica {replica.numel}"):
+        replica.keep_aside(torch.zeros(3))
+
+
 BAD = [
     ([], "no trainable parameters"),
     ([nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, device="meta"))], "one device, found cpu and meta"),

@@ -36,6 +36,7 @@ from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
 from lightning_async.strategies.averages import Averages
 from lightning_async.strategies.buffers import Buffers, average_buffers, broadcast_frozen
+from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.meetings import Meetings
@@ -108,6 +109,7 @@ class AsyncStrategy(DDPStrategy):
             interface=interface, silence=silence, patience=patience, limit=meeting_timeout, record=record
         )
         self.feeding = Feeding(balance)
+        self.checkpoints = Checkpoints(self)
         self._garbage = Garbage()
         self.steps = 0
         self.last_meeting: dict[str, float] = {}
@@ -214,6 +216,7 @@ class AsyncStrategy(DDPStrategy):
                 replaced.restore()
         self.feeding.close()
         self.statistics.forget()
+        self.checkpoints.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
@@ -234,6 +237,7 @@ class AsyncStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """The loader is known, the checkpoint is restored: the algorithm begins."""
         self.algorithm.begin(self.replica, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
+        self.checkpoints.put_back()
         self._garbage.set_aside()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -296,7 +300,7 @@ class AsyncStrategy(DDPStrategy):
         new = self._together(renewed(self.trainer.lightning_module, self.replica, self.office.rounds))
         if new is not None:
             self._replica = new
-            self.algorithm.begin(new, self.office.mail, self.feeding.mass)
+            self.algorithm.begin(new, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
         adopted = not self.replica.away
         self.replica.come_back()
         self.algorithm.resume(self.replica, adopted=adopted)
@@ -317,13 +321,28 @@ class AsyncStrategy(DDPStrategy):
         return self.global_rank == self.office.first
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Between meetings there is no consensus to save: say so."""
+        """The consensus, and beside it what each rank has of its own. Between meetings there is none: say so."""
+        if self._meeting and self.checkpoints.holds_all(checkpoint):
+            self._together(self.checkpoints.save(checkpoint, filepath, storage_options))
+            return
         if not self._meeting and self.office.is_open:
             rank_zero_warn(
                 f"{self.name}: a checkpoint between meetings holds the weights of one rank, not the consensus; save at "
                 "the end of an epoch"
             )
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
+        """What Lightning restores on this rank. Read by all ranks."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
+        return self._together(self.checkpoints.load(checkpoint_path, checkpoint)) if self._meeting else checkpoint
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """The main file, then the files of all ranks."""
+        path = self.checkpoints.agreed(filepath)
+        super().remove_checkpoint(path)
+        if self.is_global_zero:
+            self.checkpoints.remove(path)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all that live; between meetings, for nobody."""
@@ -360,6 +379,8 @@ class AsyncStrategy(DDPStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         """The training data are shared out by the balance; evaluation keeps Lightning's sampler."""
         trainer = self.trainer
+        if trainer.training:
+            self.checkpoints.before_loader()
         if not trainer.training or not compat.wants_our_sampler(trainer):
             return dataloader
         return self.feeding.share_out(dataloader, self.office, lambda: trainer.current_epoch)
@@ -379,6 +400,10 @@ class AsyncStrategy(DDPStrategy):
         if self._replica is None:
             raise RuntimeError("there is no replica outside of `fit`")
         return self._replica
+
+    def moment(self, optimizer: Optimizer) -> SecondMoment | None:
+        """What corrects the steps of this optimizer, if it is one of those that need it."""
+        return self._moments.get(id(optimizer))
 
     @property
     def _meeting(self) -> bool:

@@ -126,8 +126,8 @@ def _full_disk(folder: str) -> None:
 def test_a_full_disk_stops_all_ranks_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     with Forked(2, _full_disk, str(tmp_path)) as forked:
         first, second = ended(forked)
-    assert first.kind == "OSError"
-    assert second.kind == "PeerFailedError"
+    assert first.kind == second.kind == "OSError"  # each writes a file of its own
+    assert "File too large" in first.error
     assert "File too large" in second.error
     assert list(tmp_path.glob("**/*.ckpt")) == []
 
