@@ -47,7 +47,7 @@ class Feeding:
         if balance not in get_args(Balance):
             raise ValueError(f"`balance` must be 'claim' or 'equal', got {balance!r}")
         self.balance = balance
-        self.limit: float = 1.0
+        self.limit: int | float = 1.0
         self.batches = self.samples = 0
         self.share: Share | None = None
         self._kept: tuple[Share, int, bool] | None = None
@@ -67,7 +67,10 @@ class Feeding:
 
     @property
     def dry(self) -> bool:
-        """Whether this rank's loader has nothing more in this epoch, and all that it gave is trained on."""
+        """Whether this rank's loader has nothing more in this epoch, and all that it gave is trained on.
+
+        Of several streams that Lightning draws from together, only Lightning knows which one ends the epoch.
+        """
         fed = self.share is not None or len(self._streams) > 0
         return fed and self._streams.dry and (self.share is None or self.share.dry)
 
@@ -189,8 +192,8 @@ class Feeding:
         self._drawn()
         self._total = len(order)
         self._handed.clear()
-        left, each = self._left(self._total, done), self._batch if self._drop_last else 1
-        if done and left < self._world * each:
+        left = self._left(self._total, done)
+        if done and 0 < left < self._world * self._unit:
             rank_zero_info(
                 f"{left} samples are left of epoch {order.epoch}: some come again, so that each rank has a batch"
             )
@@ -198,12 +201,16 @@ class Feeding:
         self.share.begin_epoch(order.epoch, total=self._total, digest=order.digest, done=done, limit=span)
         self.share.rewind()
 
+    @property
+    def _unit(self) -> int:
+        return self._batch if self._drop_last else 1
+
     def _span(self, total: int) -> int:
         """How many positions the limit leaves."""
         return limited(self.limit, total, members=self._world, batch=self._batch, drop_last=self._drop_last)
 
     def _left(self, total: int, done: Sequence[Range]) -> int:
-        return usable(len(Rest(self._span(total), done)), members=1, unit=self._batch if self._drop_last else 1)
+        return usable(len(Rest(self._span(total), done)), members=1, unit=self._unit)
 
     def _share(self, office: Office) -> Share:
         """The share of the loader before, if that was like this one: its epoch goes on."""

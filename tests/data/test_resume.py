@@ -245,6 +245,14 @@ def test_the_limit_leaves_the_first_positions(balance: Balance) -> None:
     assert audit([Known([(0, 20)]), *run(board, members)], 48).holds
 
 
+@pytest.mark.parametrize("balance", ["claim", "equal"])
+def test_of_two_limits_the_openers_counts(balance: Balance) -> None:
+    board, members = crew([1.0, 1.0], balance=balance)
+    members[1].share.begin_epoch(0, total=100, digest=7, limit=64)
+    begin(members, 100, limit=32)
+    assert audit(run(board, members), 64).holds
+
+
 @pytest.mark.parametrize(
     ("left", "unit", "used"),
     [(0, 1, 0), (1, 1, 4), (4, 1, 4), (9, 1, 9), (7, 8, 0), (8, 8, 32), (39, 8, 32), (41, 8, 40)],
