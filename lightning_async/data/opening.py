@@ -28,7 +28,7 @@ class Opening:
 
     Attributes:
         total: Positions in the order.
-        span: How many of the first of them the epoch is about; members with unlike batches may have meant unlike limits.
+        span: How many of the first of them count; where members had unlike limits in mind, this one holds.
         used: How many numbers of the rest are handed out.
         digest: The fingerprint of the order and of what is done.
         seats: (rank, amount of its first range), in the order of the numbers; of claimed epochs.

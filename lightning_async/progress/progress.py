@@ -1,7 +1,8 @@
 """One member's view of how far all have come, and of where they stop together.
 
-    batch ended -> count -> publish a note | the others' notes, carried forward -> near a point? -> propose an appointment
-                                           | appointment known and own part done -> MEETING: words -> outcome
+    batch ended -> count -> publish a note
+                            the others' notes, carried forward: near a point? -> propose an appointment
+                            appointment known, own part done -> MEETING: words -> outcome
 
 Between meetings nobody waits: notes are a moment old and the sum is an estimate. At a meeting every member brings its
 exact count, so all agree on the sum, on what is due, and on what anybody wished for. What a dead member did after its
