@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.strategies import words
-from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_weights
+from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_tensors
 from lightning_async.strategies.rank_files import RankFiles, rank_file
 from lightning_async.strategies.resuming import KEY, VERSION, Resuming
 from lightning_async.strategies.waiting import PeerFailedError
@@ -174,7 +174,7 @@ class Checkpoints:
         me = strategy.global_rank
         keys = () if me == plan.first else own_keys(strategy)
         state = {key: checkpoint[key] for key in keys if key in checkpoint}
-        state |= own_weights(strategy)
+        state |= own_tensors(strategy)
         state["data"] = strategy.feeding.state_dict()
         state["parts"] = {name: part.state_dict() for name, part in all_parts(strategy, self.parts).items()}
         return {"version": VERSION, "save": plan.save, "rank": me, "steps": strategy.steps, **state}

@@ -6,7 +6,11 @@ parts are what Lightning does not know.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
 
 from lightning_async.strategies.random_states import RandomStates
 
@@ -48,24 +52,40 @@ def own_keys(strategy: AsyncStrategy) -> tuple[str, ...]:
     return ("optimizer_states", "lr_schedulers", "loops", type(strategy.precision_plugin).__qualname__)
 
 
-def own_weights(strategy: AsyncStrategy) -> dict[str, Any]:
-    """The weights that the main file has not: a rank's own, and the consensus where the module shows it rounded."""
-    replica, state = strategy.replica, {}
+def own_tensors(strategy: AsyncStrategy) -> dict[str, Any]:
+    """Of the module, what the main file has not to the bit: this rank's buffers, and its weights if it keeps them.
+
+    Lightning loads the main file before it converts the module to another precision. So where the weights are not
+    float32 the consensus is here too: as it is, not as the module shows it.
+    """
+    replica, buffers = strategy.replica, {name: b.cpu() for name, b in _buffers(strategy.trainer.lightning_module)}
+    state: dict[str, Any] = {"buffers": buffers}
     if strategy.at_meeting == "keep":
         state["weights"] = replica.own.cpu()
-    if any(p.dtype != replica.flat.dtype for p in strategy.trainer.lightning_module.parameters() if p.requires_grad):
+    trained = [p for p in strategy.trainer.lightning_module.parameters() if p.requires_grad]
+    if any(tensor.dtype != torch.float32 for tensor in (replica.flat, *trained)):
         state["consensus"] = replica.flat.cpu()
     return state
 
 
-def put_back_weights(strategy: AsyncStrategy, state: dict[str, Any]) -> None:
-    """As they were at the meeting: the consensus is shown, the own ones come back with the next batch."""
-    replica = strategy.replica
+@torch.no_grad()
+def put_back_tensors(strategy: AsyncStrategy, state: dict[str, Any]) -> None:
+    """As at the meeting: the consensus is shown, the own weights come back with the next batch."""
+    replica, buffers = strategy.replica, state.get("buffers", {})
+    for name, buffer in _buffers(strategy.trainer.lightning_module):
+        if name in buffers:
+            buffer.copy_(buffers[name])
     if "consensus" in state:
         replica.stand_in(state["consensus"])
         replica.stay()
     if "weights" in state and strategy.at_meeting == "keep":
         replica.keep_aside(state["weights"])
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a state dict has."""
+    saved = module.state_dict().keys()
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
 
 
 def all_parts(strategy: AsyncStrategy, more: dict[str, Part]) -> dict[str, Part]:

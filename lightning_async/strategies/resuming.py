@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_async.strategies.own_state import BEGUN_ANEW, Part, all_parts, own_keys, put_back_weights
+from lightning_async.strategies.own_state import BEGUN_ANEW, Part, all_parts, own_keys, put_back_tensors
 from lightning_async.strategies.rank_files import RankFiles, main_file, rank_file
 from lightning_async.transport.mail import Wait
 
@@ -69,7 +69,7 @@ class Resuming:
         """Restore what could not be restored before, once."""
         strategy, own = self._strategy, self._waiting
         self._waiting = {}
-        put_back_weights(strategy, own)
+        put_back_tensors(strategy, own)
         if "steps" in own:
             strategy.steps = own["steps"]
             strategy.office.mail.at(strategy.steps)

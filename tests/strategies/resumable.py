@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ def held_out() -> DataLoader[Any]:
     return loader(10, shuffle=False, n=40)
 
 
-def look_when_put_back(trainer: L.Trainer) -> list[dict[str, Any]]:
+def look_when_put_back(trainer: L.Trainer, at: Callable[[L.Trainer], Any] | None = None) -> list[Any]:
     """What the run looks like when everything is restored, right before its first batch."""
     strategy, seen = trainer.strategy, []
     assert isinstance(strategy, GossipRingStrategy)
@@ -149,7 +149,7 @@ def look_when_put_back(trainer: L.Trainer) -> list[dict[str, Any]]:
 
     def and_look() -> None:
         put_back()
-        seen.append(look(trainer))
+        seen.append((at or look)(trainer))
 
     strategy.checkpoints.put_back = and_look  # type: ignore[method-assign]
     return seen

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_async import GossipRingStrategy, SpeedFaults
 from lightning_async.algorithms.algorithm import Algorithm
@@ -95,11 +96,14 @@ def test_the_masses_in_the_files_sum_to_what_was_born(tmp_path: Path) -> None:
 # -- the limit: a run that never stopped -------------------------------------------------------------------------------
 
 
-def _through(n: int, knobs: dict[str, Any], path: str, where: str, data: str, resume: bool) -> Any:
+def _through(
+    n: int, knobs: dict[str, Any], path: str, where: str, data: str, resume: bool, precision: Any = "32-true"
+) -> Any:
     """The losses from the save on, and the end, of a run that goes through or of one that begins there."""
     seed()
     lit, save = Draws(), Saves(path, where, epoch=int(where == "batch"), batch=4)
-    t = trainer(n, knobs=knobs, max_epochs=3, callbacks=[save], use_distributed_sampler=data == "shared")
+    options = {"use_distributed_sampler": data == "shared", "precision": precision}
+    t = trainer(n, knobs=knobs, max_epochs=3, callbacks=[save], **options)
     batches = samples() if data == "shared" else Stateful(rank(), n)
     t.fit(lit, batches, held_out(), ckpt_path=path if resume else None)
     losses = lit.losses if resume else lit.losses[save.losses :]
@@ -132,6 +136,29 @@ def test_a_resumed_run_continues_as_if_it_had_not_stopped(
     for one, other in zip(through, resumed, strict=True):
         assert len(one[0]) > 5
         assert one == other
+
+
+@pytest.mark.parametrize("at_meeting", ["adopt", "keep"])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_a_resumed_run_continues_in_other_precisions(precision: str, at_meeting: str, tmp_path: Path) -> None:
+    path, knobs = str(tmp_path / "x.ckpt"), {"mode": "none", "balance": "equal", "at_meeting": at_meeting}
+    through = run(2, _through, 2, knobs, path, "validation", "shared", False, precision)
+    assert through == run(2, _through, 2, knobs, path, "validation", "shared", True, precision)
+
+
+def _scaled(path: str, resume: bool) -> list[float]:
+    """The scaler's factor at the save, or when everything is restored."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (3 if resume else 5 + rank()))
+    plugin, save, factor = MixedPrecision("16-mixed", "cpu", scaler), Saves(path, epoch=0), []
+    t = trainer(2, plugins=[plugin], callbacks=[] if resume else [save], max_epochs=1)
+    look_when_put_back(t, lambda _: factor.append(scaler.get_scale()))
+    t.fit(Draws(), samples(), held_out(), ckpt_path=path if resume else None)
+    return factor
+
+
+def test_each_rank_has_its_own_scaler_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    assert run(2, _scaled, path, False) == run(2, _scaled, path, True) == [[32.0], [64.0]]
 
 
 # -- another world -----------------------------------------------------------------------------------------------------
