@@ -35,6 +35,7 @@ class Item:
         every: At which multiples, summed over all members.
         in_epoch: Whether each epoch counts from 0.
         once: Only at the first multiple.
+        below: Only at multiples below this one; the epoch's end stands for the others.
     """
 
     due: Due
@@ -42,6 +43,7 @@ class Item:
     every: int
     in_epoch: bool = False
     once: bool = False
+    below: int | None = None
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -58,7 +60,12 @@ class Item:
 
     def passed(self, before: int, now: int, epoch: Tally) -> bool:
         """Whether a point lies after `before` and not after `now`."""
-        return before < self.after(before, epoch) <= now
+        point = self.after(before, epoch)
+        return before < point <= now and self.has(point, epoch)
+
+    def has(self, point: int, epoch: Tally) -> bool:
+        """Whether this multiple is one of its points."""
+        return self.below is None or point - self.base(epoch) < self.below
 
 
 class Agenda:
@@ -71,7 +78,7 @@ class Agenda:
         """The next point of each item, `now` and at the epoch's beginning `epoch` being the sums over all members."""
         for item in self.items:
             point = item.after(now[item.unit], epoch)
-            if point > now[item.unit]:
+            if point > now[item.unit] and item.has(point, epoch):
                 yield item.unit, point
 
     def due(self, before: Tally, now: Tally, epoch: Tally) -> Due:

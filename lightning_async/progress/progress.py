@@ -43,7 +43,6 @@ class Outcome:
         due: What is due.
         wishes: What anybody asked for.
         first: What the first member asked for.
-        skipped: Which members Lightning will not let validate.
     """
 
     ended: bool
@@ -51,7 +50,6 @@ class Outcome:
     due: Due
     wishes: Wish
     first: Wish
-    skipped: tuple[int, ...]
 
 
 class Progress:
@@ -155,6 +153,10 @@ class Progress:
 
     # -- meetings ---------------------------------------------------------------------------------------------------
 
+    def sign(self) -> int:
+        """Grows as long as somebody gets on."""
+        return sum(report.tally.batches for report in self._listen().values())
+
     def word(self) -> bytes:
         """What this member brings to a meeting."""
         self._said = self.wishes
@@ -184,7 +186,6 @@ class Progress:
             due=due,
             wishes=wishes,
             first=reports[min(reports)].wishes,
-            skipped=tuple(rank for rank, report in reports.items() if report.wishes & Wish.SKIPPED),
         )
 
     def _begin_anew(self, reports: Mapping[int, Report], *, ended: bool) -> None:

@@ -26,7 +26,6 @@ class Wish(Flag):
     REQUEUE = auto()
     TERMINATE = auto()
     VALIDATE = auto()
-    SKIPPED = auto()  # left its epoch by a -1 of the user's, so Lightning will not let it validate
 
 
 @dataclass(frozen=True, slots=True)

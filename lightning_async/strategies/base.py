@@ -25,6 +25,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -32,11 +33,14 @@ from lightning_async.algorithms.adam import SecondMoment
 from lightning_async.algorithms.algorithm import Algorithm, Shrink
 from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.data.share import Balance
+from lightning_async.progress.progress import Outcome
+from lightning_async.progress.report import Wish
 from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
 from lightning_async.strategies.averages import Averages
 from lightning_async.strategies.buffers import Buffers, average_buffers, broadcast_frozen
 from lightning_async.strategies.checkpoints import Checkpoints
+from lightning_async.strategies.clock import Clock
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.meetings import Meetings
@@ -47,7 +51,6 @@ from lightning_async.strategies.refusals import (
     refuse_manual,
     refuse_module,
     refuse_optimizers,
-    refuse_schedulers,
 )
 from lightning_async.strategies.saved import agree_on_saved
 from lightning_async.strategies.scaling import SkippedSteps
@@ -72,6 +75,8 @@ class AsyncStrategy(DDPStrategy):
         at_meeting: AtMeeting = "adopt",
         balance: Balance = "claim",
         buffers: Buffers = "average",
+        meet_every: int | None = None,
+        grace: float = 10.0,
         interface: str | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
@@ -106,10 +111,17 @@ class AsyncStrategy(DDPStrategy):
         self.at_meeting = at_meeting
         self.buffers = buffers
         self.office = Office(
-            interface=interface, silence=silence, patience=patience, limit=meeting_timeout, record=record
+            interface=interface,
+            silence=silence,
+            patience=patience,
+            limit=meeting_timeout,
+            grace=grace,
+            record=record,
         )
         self.feeding = Feeding(balance)
         self.checkpoints = Checkpoints(self)
+        self.clock = Clock(self, meet_every)
+        self.checkpoints.parts["progress"] = self.clock
         self._garbage = Garbage()
         self.steps = 0
         self.last_meeting: dict[str, float] = {}
@@ -120,7 +132,7 @@ class AsyncStrategy(DDPStrategy):
         self._skipped = SkippedSteps()
         self.statistics = Statistics()
         self._free = False
-        self._stepped = False
+        self._stepped = self._closing = False
         self._arrivals = ArrivalLog()
 
     # -- what callbacks may use, the same for every strategy -----------------------------------------------------------
@@ -166,7 +178,11 @@ class AsyncStrategy(DDPStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=fitting)
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
-        self._free = False
+        self._free = self._closing = False
+        self.office.flags.patient = lambda: self._closing or (self._free and self.clock.progress is not None)
+        if fitting:
+            self.clock.take(trainer)
+            self.clock.hold(trainer, self._leash, lambda: self._meeting)
 
     def setup(self, trainer: Trainer) -> None:
         """Without DDP's wrapper and its collectives."""
@@ -178,8 +194,6 @@ class AsyncStrategy(DDPStrategy):
         )
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_optimizers(self.optimizers, self.name)
-            if trainer.lightning_module.automatic_optimization:
-                refuse_schedulers(self.lr_scheduler_configs, self.name)
             if self.buffers == "reestimate":
                 refuse_manual(trainer.lightning_module, self.name)
             self._moments = {id(o): SecondMoment(o) for o in self.optimizers if SecondMoment.concerns(o)}
@@ -210,6 +224,8 @@ class AsyncStrategy(DDPStrategy):
         """Say farewell, stop all threads, put Lightning back as it was. Idempotent."""
         self._free = True  # whatever is still called after this is local
         self._garbage.put_back()
+        if self.lightning_module is not None:
+            self.clock.put_back(self.trainer)
         self.office.close()
         for replaced in (self._leash, self._metrics):
             if replaced is not None:
@@ -220,8 +236,10 @@ class AsyncStrategy(DDPStrategy):
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
-        """This rank stops: tell the others, and wait for nobody any more."""
-        self._free = True
+        """This rank stops: tell the others, and wait for nobody any more, but for those who stop in good order too."""
+        if self._closing and isinstance(exception, SIGTERMException):
+            return
+        self._free, self._closing = True, False
         self.office.announce(exception)
 
     def on_exception(self, exception: BaseException) -> None:
@@ -238,6 +256,8 @@ class AsyncStrategy(DDPStrategy):
         """The loader is known, the checkpoint is restored: the algorithm begins."""
         self.algorithm.begin(self.replica, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
         self.checkpoints.put_back()
+        self.clock.begin(self.trainer)
+        self._roll_call()
         self._garbage.set_aside()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -260,9 +280,15 @@ class AsyncStrategy(DDPStrategy):
             moment.stretch(self.algorithm.averaged_over(len(self.office.mail.members())))
         return output
 
-    def batch_ended(self) -> None:
+    def batch_ended(self, batch: Any) -> bool:
+        """One batch is trained on; whether a meeting follows."""
+        before = self.feeding.samples
+        self.feeding.completed(batch)
+        self._step_ended()
+        return self.clock.batch_ended(self.trainer, self.feeding.samples - before)
+
+    def _step_ended(self) -> None:
         """One step is one batch, however many optimizers stepped in it."""
-        self.feeding.completed()
         if not self._stepped:
             return
         self._stepped = False
@@ -274,12 +300,19 @@ class AsyncStrategy(DDPStrategy):
 
     # -- meetings ------------------------------------------------------------------------------------------------------
 
-    def meet(self) -> None:
-        """All that live stop here and see the consensus; nothing is in flight."""
-        if not self._free or self._replica is None:
-            return
+    @property
+    def free(self) -> bool:
+        """Whether this rank trains on its own, between two meetings."""
+        return self._free and self._replica is not None and self.clock.progress is not None
+
+    def meet(self) -> Wish:
+        """All that live stop here and see the consensus; nothing is in flight. Returns what was asked for."""
+        if not self.free:
+            return Wish.NOTHING
         check_unchanged(self.trainer.lightning_module, self.replica)
         waited = self.office.carrier.now()
+        self.clock.summon(self.trainer)
+        outcome = self._roll_call()
         self.office.recording.meeting()
         consensus = self._together(self.algorithm.meet(self.replica, self.office.mail))
         self._arrivals.add(self.algorithm.arrived())
@@ -292,6 +325,22 @@ class AsyncStrategy(DDPStrategy):
             self.replica.stay()
         self.last_meeting = {"spread": apart**0.5, "seconds": self.office.carrier.now() - waited}
         self._free = False
+        self.clock.conclude(self.trainer, outcome)
+        return outcome.wishes
+
+    def _roll_call(self) -> Outcome:
+        """Who is here, how far all have come, and what is to be done. Whoever has ended its epoch waits for the others
+        as long as they get on."""
+        progress = self.clock.progress
+        if progress is None:
+            raise RuntimeError("there is nothing to meet for outside of `fit`")
+        words_of_all = self.office.rounds.agree(progress.word(), what="roll call")
+        return progress.settle(self.office.drive(words_of_all, sign=progress.sign))
+
+    def close_in_order(self) -> None:
+        """The run was told to end, all have met: stop here, with the meeting open for those who save."""
+        self._closing = True
+        raise SIGTERMException()
 
     def set_off(self) -> None:
         """Leave a meeting: own weights again, unless they are the consensus. Free from here to the next one."""

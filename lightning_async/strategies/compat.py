@@ -7,6 +7,7 @@ Both are replaced for the time of a run. Running on with a name missing would me
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
@@ -23,6 +24,8 @@ PRIVATE = {
     "_signal_connector._sigterm_notifier_fn": "the broadcast inside the signal handler",
     "_data_connector._requires_distributed_sampler": "the sampler of the training data is ours",
     "_run_stage": "an exception of a forked worker is seen nowhere else",
+    "_signal_connector._slurm_sigusr_handler_fn": "it would save in a signal handler, on one rank",
+    "fit_loop.epoch_loop._should_check_val_epoch": "whether an epoch is one with validation",
 }
 _NOT_SET = object()
 
@@ -36,7 +39,10 @@ class Leash:
 
     def replace(self, path: str, value: Callable[..., Any]) -> Callable[..., Any]:
         """Replace a private attribute for the time of the run; returns what was there."""
-        owner, name = _resolve(self.trainer, path)
+        return self.wrap(*_resolve(self.trainer, path), value)
+
+    def wrap(self, owner: Any, name: str, value: Callable[..., Any]) -> Callable[..., Any]:
+        """Replace a method of one object for the time of the run; returns what was there."""
         self._saved.append((owner, name, vars(owner).get(name, _NOT_SET)))
         original: Callable[..., Any] = getattr(owner, name)
         setattr(owner, name, value)
@@ -111,19 +117,85 @@ def fast_dev_run(trainer: Trainer) -> bool:
     return bool(vars(trainer)["fast_dev_run"])
 
 
+def log_every(trainer: Trainer) -> int:
+    """`log_every_n_steps`; public, but declared nowhere."""
+    return int(vars(trainer)["log_every_n_steps"])
+
+
 def synchronises_batchnorm(trainer: Trainer) -> bool:
     """Whether the Trainer was asked for `sync_batchnorm`."""
     return getattr(trainer.strategy, "_layer_sync", None) is not None
 
 
-def saves_by_steps(callback: ModelCheckpoint) -> bool:
-    """Whether a ModelCheckpoint is triggered by the steps of one rank."""
-    return bool(callback._every_n_train_steps)
+def saves_every(callback: ModelCheckpoint) -> int:
+    """After how many steps a ModelCheckpoint saves; 0 for one that does not go by steps."""
+    return int(callback._every_n_train_steps or 0)
 
 
-def saves_by_time(callback: ModelCheckpoint) -> bool:
-    """Whether a ModelCheckpoint is triggered by the clock of one rank."""
-    return callback._train_time_interval is not None
+def save_is_due(callback: ModelCheckpoint, now: float) -> bool:
+    """Whether a ModelCheckpoint that goes by time is to save now."""
+    interval, last = callback._train_time_interval, callback._last_time_checked
+    return interval is not None and last is not None and now - last >= interval.total_seconds()
+
+
+# -- the loop's counts ------------------------------------------------------------------------------------------------
+
+
+def set_global_step(trainer: Trainer, steps: int) -> None:
+    """Make `trainer.global_step` this number."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        progress = loop.automatic_optimization.optim_progress.optimizer.step.total
+    else:
+        progress = loop.manual_optimization.optim_step_progress.total
+    progress.ready = progress.completed = steps
+
+
+def log_step(trainer: Trainer) -> int:
+    """The step under which loggers get what is logged."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def set_log_step(trainer: Trainer, step: int) -> None:
+    """Log under this step from here on."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def take_val_seconds(trainer: Trainer) -> float | None:
+    """The time between validations, if that is how the Trainer was told to validate; it forgets it."""
+    seconds: float | None = getattr(trainer, "_val_check_time_interval", None)
+    vars(trainer)["_val_check_time_interval"] = None
+    return seconds
+
+
+def give_val_seconds(trainer: Trainer, seconds: float) -> None:
+    """Put the time between validations back."""
+    vars(trainer)["_val_check_time_interval"] = seconds
+
+
+def can_stop_early(trainer: Trainer) -> bool:
+    """Whether `min_epochs` and `min_steps` are done."""
+    return bool(trainer.fit_loop._can_stop_early)
+
+
+def validates_in_this_epoch(trainer: Trainer) -> bool:
+    """Whether Lightning validates in this epoch at all."""
+    return bool(trainer.fit_loop.epoch_loop._should_check_val_epoch())
+
+
+def validate(trainer: Trainer) -> None:
+    """Run a validation as the loop does after a batch."""
+    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    trainer.validating = True
+    first = connector._first_loop_iter
+    loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first
+
+
+def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:
+    """What Lightning does in its handler of SLURM's signal: save, and ask for a new place in the queue."""
+    original(signal.SIGUSR1, None)
 
 
 def average_of(callback: WeightAveraging) -> AveragedModel | None:

@@ -28,6 +28,9 @@ from lightning_async.data.stream import Stream, Streams, is_stateful, source_of
 if TYPE_CHECKING:
     from lightning_async.strategies.office import Office
 
+DATA = 0
+"""The page of a member's note that is the share's."""
+
 
 class Feeding:
     """The share of this rank and what the algorithm needs to know of it.
@@ -64,6 +67,11 @@ class Feeding:
     def mass(self) -> int:
         """What a step of this rank weighs: a member with larger batches counts for more, each sample for the same."""
         return UNIT * self._batch
+
+    @property
+    def batch(self) -> int:
+        """This rank's samples of a batch."""
+        return self._batch
 
     @property
     def dry(self) -> bool:
@@ -216,6 +224,6 @@ class Feeding:
         """The share of the loader before, if that was like this one: its epoch goes on."""
         batch, drop_last = self._batch, self._drop_last
         if self._kept is None or self._kept[1:] != (batch, drop_last):
-            share = make_share(self.balance, office.carrier, batch=batch, drop_last=drop_last)
+            share = make_share(self.balance, office.desk(DATA), batch=batch, drop_last=drop_last)
             self._kept = share, batch, drop_last
         return self._kept[0]

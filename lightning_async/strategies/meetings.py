@@ -1,9 +1,12 @@
-"""Where the ranks meet: at the last batch of an epoch, before validation, at the end of an epoch and of the training.
+"""Where the ranks meet: at a batch that the agenda names, at the end of an epoch, before validation, at the very end.
 
-    on_train_batch_start .. free running .. last batch | MEETING: validation, metrics, checkpoints | next batch: free
+    on_train_batch_start .. free running .. MEETING: validation, metrics, checkpoints | next batch: free
 
 Strategies have no hooks of their own at these points, so this callback stands first in the Trainer's list and calls the
 strategy. Whichever point comes first opens the meeting; the others find it open.
+
+A rank that has no more batches in its epoch while others have comes to all their meetings until theirs is over too, and
+does there what Lightning's loop does for them: save, stop, validate.
 """
 
 from __future__ import annotations
@@ -11,8 +14,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
-from lightning_async.strategies.progress import EVERY, show_total
+from lightning_async.progress.report import Wish
+from lightning_async.strategies import compat
+from lightning_async.strategies.bar import EVERY, show_total
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
@@ -28,23 +34,23 @@ class Meetings(Callback):
         """Free again; foresee the end of the epoch now and then."""
         self.strategy.set_off()
         self.strategy.listen()
+        self.strategy.clock.batch_started(trainer)
         if batch_idx % EVERY == 0 and (share := self.strategy.feeding.share) is not None:
             show_total(trainer, batch_idx, share.expected_batches())
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The batch is trained on; the last one of an epoch opens the meeting."""
-        self.strategy.batch_ended()
-        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if last and self.strategy.feeding.share is not None:
+        """The batch is trained on; the last one of an epoch, or one that was appointed, opens the meeting."""
+        meets = self.strategy.batch_ended(batch)
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self.strategy.feeding.share is not None:
             show_total(trainer, batch_idx, batch_idx + 1)
-        if last:
-            self.strategy.meet()
+        if meets:
+            self._meet(trainer)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Validation sees the consensus."""
-        self.strategy.meet()
+        self._meet(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -53,13 +59,38 @@ class Meetings(Callback):
         self.strategy.listen()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Epochs without validation end with a meeting too."""
-        self.strategy.meet()
+        """Epochs that ended without a meeting (a -1 of the user's) meet too; who ended early waits for the others."""
+        progress, clock = self.strategy.clock.progress, self.strategy.clock
+        if progress is not None and self.strategy.free:
+            progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+            self._meet(trainer)
+            self._attend(trainer, module)
+        while progress is not None and progress.ended and not clock.over and not trainer.should_stop:
+            self.strategy.set_off()
+            self._meet(trainer)
+            self._attend(trainer, module)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """All take the consensus home."""
-        self.strategy.meet()
+        self._meet(trainer)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         """First of all callbacks: after an exception nobody may wait for anybody."""
         self.strategy.give_up(exception)
+
+    def _meet(self, trainer: Trainer) -> None:
+        if not self.strategy.free:
+            return
+        wishes = self.strategy.meet()
+        if wishes & Wish.REQUEUE:
+            self.strategy.clock.requeued(trainer)
+        if wishes & Wish.TERMINATE:
+            self.strategy.close_in_order()
+
+    def _attend(self, trainer: Trainer, module: LightningModule) -> None:
+        """What the loop does for those who met after a batch."""
+        for callback in compat.callbacks(trainer):
+            if isinstance(callback, (ModelCheckpoint, Timer)):
+                callback.on_train_batch_end(trainer, module, None, None, 0)
+        if self.strategy.clock.validating:
+            compat.validate(trainer)

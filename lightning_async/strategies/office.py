@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,12 +26,15 @@ from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
 from lightning_async.transport.cluster import ClusterCarrier, refuse_loopback
 from lightning_async.transport.mail import Wait
+from lightning_async.transport.pages import Desk, Pages
 from lightning_async.transport.rounds import Rounds
 
 T = TypeVar("T")
 CONNECT = 10.0  # seconds to reach a store that is known to be there
 FAREWELL = 15.0  # seconds that leaving may take
 FAREWELL_FAILED = 5.0
+PAGES = 2
+"""The pages of a member's note: the share's (`feeding.DATA`), the progress's (`clock.PROGRESS`)."""
 BYE, DIED = b"bye", b"died"
 
 
@@ -39,8 +42,18 @@ class Office:
     """Opens and closes with every `fit`, `validate`, `test` or `predict`."""
 
     def __init__(
-        self, *, interface: str | None, silence: float, patience: float, limit: float, record: str | None
+        self,
+        *,
+        interface: str | None,
+        silence: float,
+        patience: float,
+        limit: float,
+        grace: float = 10.0,
+        record: str | None,
     ) -> None:
+        if not isinstance(grace, (int, float)) or isinstance(grace, bool) or grace < 0:
+            raise ValueError(f"`grace` must be a number of seconds of at least 0, got {grace!r}")
+        self.grace = grace
         for name, value in (("silence", silence), ("patience", patience), ("meeting_timeout", limit)):
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
                 raise ValueError(f"`{name}` must be a number of seconds above 0, got {value!r}")
@@ -91,14 +104,19 @@ class Office:
             interface=self.interface,
         )
         self._carrier.start()
-        self.flags = Flags(self._carrier)
+        self.flags = Flags(self._carrier, grace=self.grace)
+        self._pages = Pages(self._carrier, PAGES)
         self.rounds = Rounds(self._carrier)
         self.mail = self.recording.of(self._carrier, fitting=fitting)
         self.algorithms_rounds = Rounds(self.mail, channel=1)
 
-    def drive(self, waiting: Wait[T]) -> T:
-        """Run a `Wait` to its end."""
-        return drive(waiting, self.flags, limit=self.limit)
+    def desk(self, number: int) -> Desk:
+        """The board with a page of the note for one's own."""
+        return self._pages.desk(number)
+
+    def drive(self, waiting: Wait[T], sign: Callable[[], object] | None = None) -> T:
+        """Run a `Wait` to its end; see `waiting.drive`."""
+        return drive(waiting, self.flags, limit=self.limit, sign=sign)
 
     def check_complete(self, world: int) -> None:
         """Refuse a further stage after a death: Lightning's own set-up would wait for the dead."""

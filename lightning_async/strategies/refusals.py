@@ -7,13 +7,9 @@ from collections.abc import Iterator
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
 from lightning_async.strategies import compat
-
-INSTEAD = "which ranks at different steps cannot agree on"
 
 
 def refuse(trainer: Trainer, name: str) -> None:
@@ -56,16 +52,6 @@ def refuse_manual(module: LightningModule, name: str) -> None:
         )
 
 
-def refuse_schedulers(configs: list[LRSchedulerConfig], name: str) -> None:
-    """Raise for learning rates that would differ between ranks."""
-    for config in configs:
-        if config.interval == "step":
-            raise MisconfigurationException(
-                f"strategy={name!r}: {type(config.scheduler).__name__} with interval='step' goes by one rank's steps, "
-                "and the ranks' learning rates would differ; use interval='epoch'"
-            )
-
-
 def _conflicts(trainer: Trainer) -> Iterator[str]:
     if compat.synchronises_batchnorm(trainer):
         yield (
@@ -80,22 +66,6 @@ def _conflicts(trainer: Trainer) -> Iterator[str]:
     plugin = type(trainer.precision_plugin).__name__
     if plugin.startswith(("FSDP", "DeepSpeed", "XLA")):
         yield f"`{plugin}` belongs to another strategy, which cuts the weights into shards; use `precision=...` instead"
-    if compat.fast_dev_run(trainer):
-        return
-    if trainer.max_steps != -1 or trainer.min_steps is not None:
-        yield f"`max_steps` and `min_steps` count the steps of one rank, {INSTEAD}; use `max_epochs`"
-    if trainer.val_check_interval not in (1, 1.0, None):
-        yield (
-            f"`val_check_interval={trainer.val_check_interval}` counts the batches of one rank, {INSTEAD}; leave it "
-            "out: validation runs at the end of an epoch (`check_val_every_n_epoch`)"
-        )
-    if trainer.check_val_every_n_epoch is None:
-        yield f"`check_val_every_n_epoch=None` validates by steps, {INSTEAD}; give it a number of epochs"
-    if trainer.limit_train_batches not in (1, 1.0, None):
-        yield (
-            f"`limit_train_batches={trainer.limit_train_batches}` counts the batches of one rank, {INSTEAD}; give the "
-            "loader a subset of the data (`torch.utils.data.Subset`)"
-        )
     for callback in compat.callbacks(trainer):
         yield from _callback_conflicts(callback)
 
@@ -104,10 +74,3 @@ def _callback_conflicts(callback: object) -> Iterator[str]:
     kinds = {kind.__name__ for kind in type(callback).__mro__}
     if "SpikeDetection" in kinds:
         yield "`SpikeDetection` compares losses of all ranks at every step; leave it out, or use it with `ddp`"
-    if "Timer" in kinds:
-        yield "`max_time` and `Timer` stop each rank on its own clock, but all must meet; use `max_epochs`"
-    if isinstance(callback, ModelCheckpoint):
-        if compat.saves_by_steps(callback):
-            yield f"`ModelCheckpoint(every_n_train_steps=...)` counts one rank's steps, {INSTEAD}; use `every_n_epochs`"
-        if compat.saves_by_time(callback):
-            yield f"`ModelCheckpoint(train_time_interval=...)` goes by one clock, {INSTEAD}; use `every_n_epochs`"

@@ -7,7 +7,8 @@ flags on the board:   "stop"  (a SIGTERM somewhere: everybody stops cleanly)
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -24,11 +25,27 @@ class PeerFailedError(RuntimeError):
 
 @dataclass
 class Flags:
-    """The run's two flags. Reading costs a dictionary look-up; the control thread does the rest."""
+    """The run's two flags. Reading costs a dictionary look-up; the control thread does the rest.
+
+    Attributes:
+        carrier: This rank's mail and board.
+        grace: Seconds in which a run that was told to end may still meet, and save.
+        sigterm: Whether this rank's process got a SIGTERM.
+        failed: Why this rank stopped, if it did.
+        patient: Whether this rank is on its way to such a meeting.
+    """
 
     carrier: Carrier
+    grace: float = 0.0
     sigterm: bool = False
     failed: str | None = None
+    patient: Callable[[], bool] = field(default=lambda: False)
+    _stopping: float | None = None
+
+    @property
+    def terminating(self) -> bool:
+        """Whether the run was told to end."""
+        return self._stopping is not None
 
     def raise_if_set(self) -> None:
         """Raise if the run is to stop. Called before every batch and at every glance of a wait."""
@@ -40,7 +57,9 @@ class Flags:
         if (lost := getattr(self.carrier, "failed", None)) is not None:
             raise PeerFailedError(f"rank {self.carrier.me} cannot go on: {lost}")
         if self.carrier.decided("stop") is not None:
-            raise SIGTERMException()
+            self._stopping = self._stopping or time.monotonic()
+            if not self.patient() or time.monotonic() - self._stopping >= self.grace:
+                raise SIGTERMException()
 
     def announce(self, exception: BaseException) -> None:
         """Tell the others that this rank stops, unless it stops because of them."""
@@ -49,12 +68,14 @@ class Flags:
             self.carrier.propose("abort", self.failed.encode()[:2000])
 
 
-def drive(waiting: Wait[T], flags: Flags, *, limit: float) -> T:
-    """Run a `Wait` to its end in this thread."""
-    carrier, start, what = flags.carrier, time.monotonic(), ""
+def drive(waiting: Wait[T], flags: Flags, *, limit: float, sign: Callable[[], object] | None = None) -> T:
+    """Run a `Wait` to its end in this thread; with a `sign` the limit counts from its last change."""
+    carrier, start, seen = flags.carrier, time.monotonic(), None
     try:
         while True:
             what = next(waiting)
+            if sign is not None and (now := sign()) != seen:
+                seen, start = now, time.monotonic()
             waited = time.monotonic() - start
             if waited > limit:
                 raise TimeoutError(f"rank {carrier.me} waited {waited:.0f} s for {what}; the limit is {limit:.0f} s")

@@ -1,0 +1,260 @@
+"""Lightning's counts are the run's: a step is a batch of every rank, though one of them is 4x slower."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import IterableDataset
+
+from lightning_async import SpeedFaults
+from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
+from tests.strategies.ranks import run
+
+SLOW = SpeedFaults(step_seconds=0.004, slow={1: 4.0})
+
+
+class Watch(L.Callback):
+    """What the loop does on this rank, at which step of the run."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.validated: list[int] = []
+        self.saved: list[int] = []
+        self.rates: list[float] = []
+        self.batches = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.batches += 1
+        self.steps.append(trainer.global_step)
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self.validated.append(trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        self.saved.append(trainer.global_step)
+
+
+def fit(module: Lit | None = None, data: Any = None, callbacks: list[Any] | None = None, **options: Any) -> dict[str, Any]:
+    watch, module = Watch(), module or Lit()
+    one = trainer(2, callbacks=[*(callbacks or []), SLOW, watch], **options)
+    one.fit(module, data or loader(), loader(24, shuffle=False))
+    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    return {
+        "steps": watch.steps,
+        "validated": watch.validated,
+        "saved": watch.saved,
+        "rates": watch.rates,
+        "batches": watch.batches,
+        "global_step": one.global_step,
+        "epoch": one.current_epoch,
+        "seen": module.seen,
+        "weights": weights.tolist(),
+        "options": (one.max_steps, one.val_check_interval, one.limit_train_batches),
+    }
+
+
+def both(function: Any, *args: Any) -> list[dict[str, Any]]:
+    found = run(2, function, *args)
+    for name in ("validated", "saved", "global_step", "epoch", "weights"):
+        assert found[0][name] == found[1][name], f"{name} differs between the ranks"
+    for one in found:
+        assert one["steps"] == sorted(one["steps"]), "the run's steps never go back"
+    return list(found)
+
+
+def max_steps() -> dict[str, Any]:
+    return fit(max_steps=40, max_epochs=-1)
+
+
+def test_max_steps_are_those_of_a_synchronous_run() -> None:
+    found = both(max_steps)
+    assert found[0]["global_step"] == 40
+    assert found[0]["batches"] + found[1]["batches"] == 2 * 40
+    assert found[0]["batches"] > 1.5 * found[1]["batches"], "the fast rank does not go at the pace of the slow one"
+    assert found[0]["options"][0] == 40
+
+
+def validate_by_batches() -> dict[str, Any]:
+    return fit(max_steps=60, max_epochs=-1, val_check_interval=15, check_val_every_n_epoch=None)
+
+
+def test_validation_comes_every_so_many_steps_on_all_ranks() -> None:
+    found = both(validate_by_batches)
+    assert found[0]["validated"] == [15, 30, 45, 60]
+    assert found[0]["options"][1] == 15, "the Trainer has its arguments back"
+
+
+def validate_within_epochs() -> dict[str, Any]:
+    return fit(max_epochs=2, val_check_interval=0.5)
+
+
+def test_a_part_of_an_epoch() -> None:
+    found = both(validate_within_epochs)  # 240 samples, batches of 4 on 2 ranks: 30 steps an epoch
+    assert found[0]["validated"] == [15, 30, 45, 60]
+    assert sorted(found[0]["seen"] + found[1]["seen"]) == sorted([*range(240), *range(240)])
+
+
+def limited(limit: Any) -> dict[str, Any]:
+    return fit(max_epochs=2, limit_train_batches=limit)
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(10, 10), (0.5, 15)])
+def test_a_limited_epoch(limit: Any, steps: int) -> None:
+    found = both(limited, limit)
+    assert found[0]["global_step"] == 2 * steps
+    assert found[0]["validated"] == [steps, 2 * steps]
+    assert len(found[0]["seen"] + found[1]["seen"]) == 2 * steps * 8
+
+
+def saves(folder: Path) -> dict[str, Any]:
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=12, save_top_k=-1)
+    found = fit(max_steps=36, max_epochs=-1, callbacks=[saver], enable_checkpointing=True)
+    return {**found, "best": saver.best_model_path, "last": saver.last_model_path}
+
+
+def test_checkpoints_every_so_many_steps(tmp_path: Path) -> None:
+    found = both(saves, tmp_path)
+    assert found[0]["saved"] == [12, 24, 36]
+    assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["step=12.ckpt", "step=24.ckpt", "step=36.ckpt"]
+
+
+class Scheduled(Lit):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.01)
+        total = int(self.trainer.estimated_stepping_batches)
+        self.total = total
+        makers: dict[str, Any] = {
+            "onecycle": lambda: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=total),
+            "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total),
+        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": makers[self.name](), "interval": "step"}}
+
+
+def scheduled(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    module = Scheduled(name)
+    found = fit(module, **options)
+    return {**found, "total": module.total}
+
+
+@pytest.mark.parametrize("name", ["onecycle", "cosine"])
+@pytest.mark.parametrize("options", [{"max_steps": 40, "max_epochs": -1}, {"max_epochs": 2}])
+def test_schedules_by_step_end_where_they_should(name: str, options: dict[str, Any]) -> None:
+    found = both(scheduled, name, options)
+    assert found[0]["total"] == found[0]["global_step"] == (40 if "max_steps" in options else 60)
+    end = 0.05 / 25 / 1e4 if name == "onecycle" else 0.0
+    for one in found:
+        assert one["rates"][-1] <= max(end * 1.001, 1e-3), "the last batch is at the end of the schedule"
+    assert len(set(found[0]["rates"])) > 10
+
+
+def stopped_by_time(folder: Path) -> dict[str, Any]:
+    return fit(max_epochs=-1, max_time={"seconds": 1})
+
+
+def test_max_time_stops_all_at_one_meeting(tmp_path: Path) -> None:
+    start = time.monotonic()
+    found = both(stopped_by_time, tmp_path)
+    assert time.monotonic() - start < 15
+    assert found[0]["global_step"] > 5
+
+
+class Stopping(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_rank == 1 and len(self.seen) >= 40:
+            self.trainer.should_stop = True
+        return super().training_step(batch, batch_idx)
+
+
+def one_stops(validate: bool) -> dict[str, Any]:
+    return fit(Stopping(), max_epochs=50, **({} if validate else {"limit_val_batches": 0}))
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_one_rank_that_wants_to_stop_stops_all(validate: bool) -> None:
+    found = both(one_stops, validate)
+    assert found[0]["epoch"] <= 2
+    assert len(found[0]["validated"]) == (1 if validate else 0) + (found[0]["epoch"] - 1 if validate else 0)
+
+
+class Skipping(Lit):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if self.trainer.global_rank == 0 and batch_idx == 5 else None
+
+
+def one_skips() -> dict[str, Any]:
+    return fit(Skipping(), max_epochs=2)
+
+
+def test_a_rank_that_skips_the_rest_of_its_epoch_waits_for_no_meeting_in_vain() -> None:
+    found = both(one_skips)
+    assert len(found[0]["validated"]) == 2
+
+
+def logged(folder: Path) -> dict[str, Any]:
+    return fit(max_steps=60, max_epochs=-1, logger=CSVLogger(folder, name="", version=""), log_every_n_steps=10)
+
+
+def test_a_slow_rank_0_logs_each_multiple_once(tmp_path: Path) -> None:
+    both(logged, tmp_path)
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    head = lines[0].split(",")
+    at = [int(line.split(",")[head.index("step")]) for line in lines[1:] if line.split(",")[head.index("train_step")]]
+    assert at == [9, 19, 29, 39, 49, 59]
+
+
+class Numbers(IterableDataset[Any]):
+    """A stream that ends sooner on rank 1."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+
+    def __iter__(self) -> Any:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        for k in range(self.lengths[rank]):
+            yield k % 240, INPUTS[k % 240], TARGETS[k % 240]
+
+
+def streamed(lengths: list[int], options: dict[str, Any]) -> dict[str, Any]:
+    data = torch.utils.data.DataLoader(Numbers(lengths), batch_size=4)
+    return fit(data=data, **options)
+
+
+def test_a_stream_without_an_end() -> None:
+    options = {"max_steps": 50, "max_epochs": -1, "val_check_interval": 20, "check_val_every_n_epoch": None}
+    found = both(streamed, [10**6, 10**6], options)
+    assert found[0]["validated"] == [20, 40]
+    assert found[0]["global_step"] == 50
+
+
+def test_a_stream_whose_epoch_is_limited() -> None:
+    found = both(streamed, [10**6, 10**6], {"max_epochs": 2, "limit_train_batches": 12})
+    assert found[0]["validated"] == [12, 24]
+
+
+def test_a_rank_that_runs_dry_leaves_the_others_running_and_meets_them() -> None:
+    options = {"max_epochs": 1, "val_check_interval": 15, "check_val_every_n_epoch": None}
+    found = both(streamed, [4 * 100, 4 * 8], options)
+    assert found[0]["batches"] == 100
+    assert found[1]["batches"] == 8
+    assert found[0]["validated"] == [15, 30, 45]
+
+
+def met_by_samples() -> dict[str, Any]:
+    return fit(max_steps=40, max_epochs=-1, knobs={"meet_every": 80}, callbacks=[EarlyStopping("val", patience=50, check_on_train_epoch_end=False)])
+
+
+def test_meetings_by_samples() -> None:
+    assert both(met_by_samples)[0]["global_step"] == 40
