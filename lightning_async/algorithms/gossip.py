@@ -13,6 +13,7 @@ Sources: GR-SGD (Zhou, Tu, Ren 2022), AD-PSGD (Lian et al. 2018), GoSGD (Blot et
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +23,7 @@ from lightning_async.algorithms.algorithm import UNIT, Algorithm
 from lightning_async.algorithms.ledger import Ledger
 from lightning_async.algorithms.settle import settle
 from lightning_async.algorithms.topology import TOPOLOGIES, Topology
+from lightning_async.algorithms.worth import Worth
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Letter, Loss, Mail, Message, Wait
@@ -107,6 +109,41 @@ class Gossip(Algorithm):
     def averaged_over(self, n: int) -> int:
         """Over how many members a step is averaged, of `n`."""
         return n
+
+    # -- in the middle of a run (see cut) -----------------------------------------------------------------------------
+
+    def midway(self) -> dict[str, Any]:
+        """The state between any two steps, copied: questions may be open.
+
+        No letter is in it: what was taken and is not folded yet counts as under way, and is delivered again.
+        """
+        since = {"now": self._step, "opened": self._opened, "wrote_to": sorted(self.wrote_to)}
+        return {**deepcopy(self.state_dict()), **since}
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Go on from such a state: called after `begin`, on a replica with the weights of that moment."""
+        self.load_state_dict(state)
+        self._step, self._opened, self.wrote_to = state["now"], state["opened"], set(state["wrote_to"])
+
+    def held(self, weights: Tensor) -> Worth:
+        """What this member counts in the sum that is kept: what it holds, and what its ledger says is missing."""
+        exact = weights.detach().to("cpu", torch.float64)
+        return Worth(exact * (self.mass / UNIT) + self.ledger.total(exact), self.mass + self.ledger.total_mass())
+
+    def worth(self, message: Message, *, lost: bool = False) -> Worth | None:
+        """What a message to this member counts while it is under way; None: it moves nobody.
+
+        Args:
+            message: The message.
+            lost: This member has sent it, and the receiver is dead: what its entry in the ledger will count.
+        """
+        return None
+
+    def counted(self, held: Worth, letters: Iterable[Letter], losses: Iterable[Loss]) -> Worth:
+        """What a member's part of a cut counts: what it held, what was under way to it, what was lost unheard of."""
+        under_way = [self.worth(letter.message) for letter in letters]
+        unheard_of = [self.worth(loss.message, lost=True) for loss in losses]
+        return sum((worth for worth in under_way + unheard_of if worth is not None), start=held)
 
     # -- for the modes ------------------------------------------------------------------------------------------------
 

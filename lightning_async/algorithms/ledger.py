@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_async.arrival import Fate
@@ -35,7 +36,8 @@ class Ledger:
     def enter(self, fate: Fate, vector: Tensor, factor: float, mass: int = 0) -> None:
         """Add `factor * vector` and `mass` to what is missing by this fate."""
         if fate not in self.moved:
-            self.moved[fate] = vector.detach().mul(factor).to("cpu")
+            exact = torch.promote_types(vector.dtype, torch.float32)  # a body may have travelled in half precision
+            self.moved[fate] = vector.detach().to("cpu", exact).mul(factor)
         else:
             self.moved[fate].add_(vector.to("cpu"), alpha=factor)
         self.mass[fate] = self.mass.get(fate, 0) + mass

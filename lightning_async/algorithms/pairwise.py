@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.algorithms.gossip import Gossip
 from lightning_async.algorithms.topology import onward
+from lightning_async.algorithms.worth import Worth
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Loss, Mail, Message, Wait
@@ -76,6 +77,24 @@ class Pairwise(Gossip):
         """Also whose turn it is."""
         super().load_state_dict(state)
         self._turn = state["turn"]
+
+    def midway(self) -> dict[str, Any]:
+        """Also whom it has asked. A question that is held counts as under way."""
+        return {**super().midway(), "asked": sorted(self._asked)}
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Also whom it has asked."""
+        super().go_on(state)
+        self._asked = set(state["asked"])
+
+    def worth(self, message: Message, *, lost: bool = False) -> Worth | None:
+        """An answer: the asker's move, still to come. A bounce: the answerer's, to be undone. They are equal."""
+        m, both = message, {ANSWER: (message.version, message.weight), BOUNCE: (message.weight, self.mass)}
+        if m.body is None or m.kind not in both or (lost and not (m.kind == ANSWER and self.in_these_accounts(m))):
+            return None
+        asker, answerer = both[m.kind]
+        moved = m.reference / MILLION * asker * answerer / (asker + answerer)
+        return Worth(m.body.to("cpu", torch.float64) * (-moved / UNIT), 0)
 
     def _ask(self, replica: Replica, mail: Mail) -> None:
         live = mail.live()

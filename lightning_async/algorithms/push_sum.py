@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.algorithms.gossip import Gossip
 from lightning_async.algorithms.topology import partner
+from lightning_async.algorithms.worth import Worth
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Loss, Mail, Message, Wait
@@ -90,6 +91,13 @@ class PushSum(Gossip):
         """Also whose turn it is."""
         super().load_state_dict(state)
         self._turn = state["turn"]
+
+    def worth(self, message: Message, *, lost: bool = False) -> Worth | None:
+        """A share, on its way there or back: its mass, and that much of its weights."""
+        m = message
+        if m.kind not in (SHARE, RETURN) or m.body is None or (lost and not self.in_these_accounts(m)):
+            return None
+        return Worth(m.body.to("cpu", torch.float64) * (m.weight / UNIT), m.weight)
 
     def _push(self, replica: Replica, mail: Mail) -> None:
         peer = partner(self.topology, mail.members(), mail.me, self._turn)

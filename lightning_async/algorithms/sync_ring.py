@@ -75,6 +75,12 @@ class SyncRing(Gossip):
         super().resume(replica, adopted=adopted)
         self._next_round(replica)
 
+    def midway(self) -> dict[str, Any]:
+        """There is no such state: what a snapshot moves is known only with the one that crosses it."""
+        raise RuntimeError(
+            "mode='sync' is in lock-step and cannot be cut between meetings: save at meetings, or use mode='pairwise'"
+        )
+
     def _next_round(self, replica: Replica) -> None:
         self._snapshot.copy_(replica.flat)
         self._round += 1

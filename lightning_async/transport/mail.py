@@ -31,6 +31,9 @@ CONTRIBUTION = 2
 """Reserved kind, with 4 for the second channel: a member's slice on its way to the slice's owner (rounds)."""
 RESULT = 3
 """Reserved kind, with 5 for the second channel: an owner's finished slice on its way to everybody (rounds)."""
+CUT = 6
+"""Reserved kind: no body; what is before it on this link was posted before its sender recorded its state for the cut
+`reference`, what is behind it after (cuts)."""
 FIRST_FREE_KIND = 16
 """Algorithms number their own kinds from here; a kind is below 64."""
 
