@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from lightning_async.data.resume import unite
 from lightning_async.strategies import words
 from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_tensors
 from lightning_async.strategies.rank_files import RankFiles, rank_file
@@ -67,8 +67,6 @@ class Checkpoints:
 
     def save(self, checkpoint: dict[str, Any], filepath: Any, options: Any) -> Wait[None]:
         """Write the main file and every rank's own. Called by all that live, at a meeting."""
-        if states := self._strategy.feeding.loader_states():
-            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = states
         written = False
         while not written:
             written = yield from self._attempt(checkpoint, os.fspath(filepath), options)
@@ -149,11 +147,10 @@ class Checkpoints:
     def _union(self) -> Wait[dict[str, Any]]:
         """Where the data stand: the newest epoch, and all ranges of its order that somebody completed."""
         mine = self._strategy.feeding.state_dict()
-        rows = torch.cat([torch.tensor([[mine["epoch"], 0]]), mine["done"].reshape(-1, 2)])
+        rows = torch.cat([torch.tensor([[mine["epoch"], 0]]), mine["done"]])
         parts = yield from words.gather_uneven(self._strategy.office.rounds, rows)
-        epoch = max(int(part[0, 0]) for part in parts)
-        done = joined(torch.cat([part[1:] for part in parts if int(part[0, 0]) == epoch]))
-        return {**(mine if mine["epoch"] == epoch else {}), "epoch": epoch, "done": done}
+        others = [{"epoch": int(part[0, 0]), "done": part[1:]} for part in parts]
+        return unite([mine, *others])
 
     def _shared(self, plan: Plan, ranks: tuple[int, ...], data: dict[str, Any]) -> dict[str, Any]:
         """What the main file says of them all."""
@@ -175,20 +172,9 @@ class Checkpoints:
         keys = () if me == plan.first else own_keys(strategy)
         state = {key: checkpoint[key] for key in keys if key in checkpoint}
         state |= own_tensors(strategy)
-        state["data"] = strategy.feeding.state_dict()
+        state["data"], state["loaders"] = strategy.feeding.state_dict(), strategy.feeding.loader_states()
         state["parts"] = {name: part.state_dict() for name, part in all_parts(strategy, self.parts).items()}
         return {"version": VERSION, "save": plan.save, "rank": me, "steps": strategy.steps, **state}
-
-
-def joined(ranges: Tensor) -> Tensor:
-    """Ranges (first position, amount) in order, those that touch or overlap made one."""
-    whole: list[list[int]] = []
-    for first, amount in sorted(ranges.tolist()):
-        if whole and first <= sum(whole[-1]):
-            whole[-1][1] = max(whole[-1][1], first + amount - whole[-1][0])
-        elif amount:
-            whole.append([first, amount])
-    return torch.tensor(whole, dtype=torch.int64).reshape(-1, 2)
 
 
 def _tried(write: Callable[[], object]) -> Exception | None:

@@ -57,6 +57,7 @@ class Resuming:
             own = _without_place(own, checkpoint)
             self._warn(path, ranks, list(reasons))
         strategy.feeding.load_state_dict(shared["data"])
+        strategy.feeding.load_loader_states(own.get("loaders", ()))
         self._waiting, self._between_epochs = own, _epoch_is_over(checkpoint)
         return {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
 
@@ -125,8 +126,8 @@ def _epoch_is_over(main: dict[str, Any]) -> bool:
 
 
 def _without_place(own: dict[str, Any], main: dict[str, Any]) -> dict[str, Any]:
-    """Of an own state, what a rank can use that takes another's place: the optimizers', and where its loader stood."""
-    kept: dict[str, Any] = {key: own[key] for key in ("optimizer_states",) if key in own}
+    """Of an own state, what a rank can use that takes another's place: the optimizers', and where its loaders stood."""
+    kept: dict[str, Any] = {key: own[key] for key in ("optimizer_states", "loaders") if key in own}
     kept["parts"] = {name: state for name, state in own.get("parts", {}).items() if name not in BEGUN_ANEW}
     loaders = own.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
     if loaders:

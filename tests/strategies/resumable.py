@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import GossipRingStrategy
 from lightning_async.strategies.own_state import Moments
@@ -69,6 +69,32 @@ class Stateful:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.at = state["at"]
+
+
+class Samples(IterableDataset[Any]):
+    """The same, sample by sample: a stream."""
+
+    def __init__(self, batches: Stateful) -> None:
+        self.batches, self.at = batches, 0
+        self.n = 4 * batches.batches
+
+    def __iter__(self) -> Iterator[Any]:
+        self.at %= self.n
+        while self.at < self.n:
+            i = self.at * self.batches.world + self.batches.rank
+            self.at += 1
+            yield torch.tensor(i), INPUTS[i], TARGETS[i]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+def stream(rank: int, world: int) -> DataLoader[Any]:
+    """A loader over a stream that knows where it stands."""
+    return DataLoader(Samples(Stateful(rank, world)), batch_size=4)
 
 
 class Saves(Callback):

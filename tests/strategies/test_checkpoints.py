@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_async import SpeedFaults
-from lightning_async.strategies.checkpoints import joined
 from tests.strategies.lit import Lit, trainer, weights
 from tests.strategies.ranks import Forked, run
 from tests.strategies.resumable import (
@@ -234,16 +233,3 @@ def _mere_weights(path: str) -> None:
 def test_mere_weights_have_no_files_beside_them(tmp_path: Path) -> None:
     run(2, _mere_weights, str(tmp_path))
     assert list(tmp_path.iterdir()) == [tmp_path / "x.ckpt"]
-
-
-@pytest.mark.parametrize(
-    ("ranges", "whole"),
-    [
-        ([], []),
-        ([[3, 0]], []),
-        ([[5, 2], [0, 5], [9, 1]], [[0, 7], [9, 1]]),
-        ([[0, 10], [2, 3], [8, 4]], [[0, 12]]),
-    ],
-)
-def test_ranges_are_joined(ranges: list[list[int]], whole: list[list[int]]) -> None:
-    assert joined(torch.tensor(ranges, dtype=torch.int64).reshape(-1, 2)).tolist() == whole

@@ -12,12 +12,11 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins import MixedPrecision
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import GossipRingStrategy, SpeedFaults
-from lightning_async.algorithms.algorithm import Algorithm
-from lightning_async.algorithms.gossip import UNIT, Gossip
-from lightning_async.strategies.feeding import Feeding
-from tests.strategies.lit import Lit, trainer, weights
+from lightning_async.algorithms.algorithm import UNIT
+from tests.strategies.lit import INPUTS, TARGETS, Lit, trainer, weights
 from tests.strategies.ranks import Forked, run
 from tests.strategies.resumable import (
     Draws,
@@ -31,10 +30,10 @@ from tests.strategies.resumable import (
     rank,
     samples,
     seed,
+    stream,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
-DATA_GO_ON = pytest.mark.skipif(not hasattr(Feeding, "left"), reason="the data's part of a checkpoint is a stub here")
 
 
 # -- the law: what is saved is what is restored ------------------------------------------------------------------------
@@ -85,12 +84,11 @@ def test_what_is_saved_is_restored_to_the_bit_on_every_rank(
     assert_nothing_over(tmp_path)
 
 
-@pytest.mark.skipif(Gossip.state_dict is Algorithm.state_dict, reason="the algorithms have no state here")
 def test_the_masses_in_the_files_sum_to_what_was_born(tmp_path: Path) -> None:
-    run(3, _world, 3, {"mode": "push_sum", "at_meeting": "keep"}, str(tmp_path / "x.ckpt"), False)
+    knobs = {"mode": "push_sum", "at_meeting": "keep"}
+    run(3, _through, 3, knobs, str(tmp_path / "x.ckpt"), "batch", "shared", False)
     masses = [own["parts"]["algorithm"]["mass"] for own in files_of(tmp_path / "x.ckpt").values()]
     assert sum(masses) == 3 * 4 * UNIT
-    assert len(set(masses)) > 1
 
 
 # -- the limit: a run that never stopped -------------------------------------------------------------------------------
@@ -102,9 +100,9 @@ def _through(
     """The losses from the save on, and the end, of a run that goes through or of one that begins there."""
     seed()
     lit, save = Draws(), Saves(path, where, epoch=int(where == "batch"), batch=4)
-    options = {"use_distributed_sampler": data == "shared", "precision": precision}
+    options = {"use_distributed_sampler": data != "own", "precision": precision}
     t = trainer(n, knobs=knobs, max_epochs=3, callbacks=[save], **options)
-    batches = samples() if data == "shared" else Stateful(rank(), n)
+    batches = {"shared": samples, "own": lambda: Stateful(rank(), n), "stream": lambda: stream(rank(), n)}[data]()
     t.fit(lit, batches, held_out(), ckpt_path=path if resume else None)
     losses = lit.losses if resume else lit.losses[save.losses :]
     return losses, weights(lit), plain([o.state_dict() for o in t.optimizers]), t.global_step, t.strategy.steps
@@ -122,9 +120,12 @@ def _through(
         (2, "keep", "none", "batch", "own"),
         (2, "keep", "none", "validation", "shared"),
         (3, "keep", "none", "epoch", "own"),
-        pytest.param(1, "keep", "pairwise", "batch", "shared", marks=DATA_GO_ON),
-        pytest.param(2, "adopt", "none", "epoch", "shared", marks=DATA_GO_ON),
-        pytest.param(2, "keep", "none", "batch", "shared", marks=DATA_GO_ON),
+        (2, "keep", "none", "batch", "stream"),
+        (2, "adopt", "none", "validation", "stream"),
+        (2, "adopt", "none", "epoch", "stream"),
+        (1, "keep", "pairwise", "batch", "shared"),
+        (2, "adopt", "none", "epoch", "shared"),
+        (2, "keep", "none", "batch", "shared"),
     ],
 )
 def test_a_resumed_run_continues_as_if_it_had_not_stopped(
@@ -136,6 +137,22 @@ def test_a_resumed_run_continues_as_if_it_had_not_stopped(
     for one, other in zip(through, resumed, strict=True):
         assert len(one[0]) > 5
         assert one == other
+
+
+def _forgets(path: str, resume: bool) -> int:
+    class Forgets(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return ((x, x, y) for x, y in zip(INPUTS[:40], TARGETS[:40], strict=True))
+
+    lit = Draws()
+    t = trainer(2, callbacks=[] if resume else [Saves(path, epoch=0, batch=4)], max_epochs=1)
+    t.fit(lit, DataLoader(Forgets(), batch_size=4), held_out(), ckpt_path=path if resume else None)
+    return len(lit.losses)
+
+
+def test_a_stream_that_does_not_know_where_it_stood_begins_anew(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    assert run(2, _forgets, path, False) == run(2, _forgets, path, True) == [10, 10]
 
 
 @pytest.mark.parametrize("at_meeting", ["adopt", "keep"])
@@ -225,7 +242,6 @@ def _one_epoch(n: int, knobs: dict[str, Any], path: str, resume: bool) -> list[i
     return lit.seen if resume else save.samples
 
 
-@DATA_GO_ON
 @pytest.mark.filterwarnings("ignore:.*does not go on to the bit")
 @pytest.mark.parametrize("balance", ["claim", "equal"])
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 2), (2, 3)])
