@@ -29,7 +29,7 @@ LEAD = 1.5
 """Seconds, besides two batches of the slowest, by which an appointment is made ahead."""
 LOOK = 0.1
 """Seconds between looks at the others' notes."""
-FEW = 16
+FEW = 32
 """Batches a member that are few enough to be shared out equally while no speed is known."""
 
 
@@ -93,16 +93,21 @@ class Progress:
         self._reports: dict[int, Report] = {}
         self._appointment: Appointment | None = None
         self._next_look = 0.0
-        self._others = 0.0
-        self._highest = 0
+        self._others = 0
         self._said = Wish.NOTHING
         self._called = -1
+        self._meeting = True
 
     # -- the training thread, between meetings --------------------------------------------------------------------
 
     def batch_started(self) -> None:
-        """A batch begins."""
-        self._pace.start(self._desk.now())
+        """A batch begins; after a meeting all begin now."""
+        now = self._desk.now()
+        self._pace.start(now)
+        if self._meeting:
+            self._meeting = False
+            self._heard = {rank: (raw, now) for rank, (raw, _) in self._heard.items()}
+            self._look_around()
 
     def batch_ended(self, *, updates: int, samples: int) -> None:
         """A batch was trained on."""
@@ -144,12 +149,21 @@ class Progress:
 
     def steps(self) -> int:
         """Steps of the run by now: never less than before, and not the next point before all are there."""
-        count = self._others + self.own.updates
+        return self._steps(self._others)
+
+    def about(self) -> int:
+        """Steps of the run by now, the others carried forward at their speeds: smoother, and perhaps too many."""
+        ahead = sum(sight.count for rank, sight in self._sights(Unit.UPDATES).items() if rank != self._desk.me)
+        return self._steps(self._elsewhere(Unit.UPDATES) + int(ahead))
+
+    def _steps(self, others: int) -> int:
+        if self._meeting:
+            return self.agreed.updates // self.n
+        count = others + self.own.updates
         for unit, point in self.agenda.points(self.agreed, self.epoch):
             if unit == Unit.UPDATES:
                 count = min(count, point - self.n)
-        self._highest = max(self._highest, self.agreed.updates // self.n, int(count) // self.n)
-        return self._highest
+        return max(self.agreed.updates // self.n, count // self.n)
 
     # -- meetings ---------------------------------------------------------------------------------------------------
 
@@ -199,7 +213,7 @@ class Progress:
             reports = {rank: replace(report, ended=False) for rank, report in reports.items()}
         self._reports |= reports
         self._appointment = self._at_once(reports)
-        self._look_around()
+        self._meeting = True
 
     def _at_once(self, reports: Mapping[int, Report]) -> Appointment | None:
         """The next appointment, if its point is near already."""
@@ -226,12 +240,10 @@ class Progress:
         return Report(self.own, self._rates, self.ended, self.wishes, self.meetings, self._batch)
 
     def _look_around(self) -> None:
-        """How far the others are by now."""
+        """What the others have told: a little less than they have done, so that the run's steps are never too many."""
         self._next_look = self._desk.now() + LOOK
-        sights = self._sights(Unit.UPDATES)
-        mine = sights.pop(self._desk.me)
-        self._others = self._elsewhere(Unit.UPDATES) + sum(sight.count for sight in sights.values())
-        self._others += mine.count - self.own.updates
+        told = total(report.tally for rank, report in self._listen().items() if rank != self._desk.me)
+        self._others = told.updates + self._elsewhere(Unit.UPDATES)
 
     def _keep_agenda(self) -> None:
         """Make an appointment if a point is near and nobody has."""

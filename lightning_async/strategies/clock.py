@@ -61,7 +61,7 @@ class Clock:
         self._val_seconds: float | None = None
         self._validated = 0.0
         self._at_end = True
-        self._written = self._logged = 0
+        self._written = self._logged = self._shown = 0
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -104,7 +104,8 @@ class Clock:
         before, epoch = self._earlier(trainer, n)
         desk, batch = strategy.office.desk(PROGRESS), strategy.feeding.batch
         self.progress = Progress(desk, n=n, agenda=agenda, batch=batch, before=before, epoch=epoch)
-        self._logged = self.progress.steps() // max(1, compat.log_every(trainer))
+        self._shown = self.progress.steps()
+        self._logged = self._shown // max(1, compat.log_every(trainer))
         self._validated = time.monotonic()
         if trainer.lightning_module.automatic_optimization:
             self._schedules.take(strategy.lr_scheduler_configs, self.progress.steps())
@@ -177,7 +178,7 @@ class Clock:
         self.progress.batch_started()
         if self.progress.is_last():
             trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
-        self._log_by(trainer, self.progress.steps())
+        self._log_by(trainer, self.progress.about())
 
     def batch_ended(self, trainer: Trainer, samples: int) -> bool:
         """Count a batch; whether this member stops here for a meeting."""
@@ -252,6 +253,7 @@ class Clock:
         every = compat.log_every(trainer)
         if not self._counts or every < 1:
             return
+        self._shown = steps = max(steps, self._shown)
         number = (steps + 1) // every
         if number > self._logged:
             self._logged = number

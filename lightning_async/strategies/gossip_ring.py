@@ -35,6 +35,8 @@ class GossipRingStrategy(AsyncStrategy):
         balance: "claim" (the share of the data follows the speed) or "equal" (every rank the same number of samples).
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
             end of a run, on the last 8 batches of each rank), or "local" (each rank keeps its own).
+        meet_every: Samples of all ranks between two meetings, also in mid-epoch; None: meetings where something is due.
+        grace: Seconds that a run which gets a SIGTERM may take to meet once more before it stops.
         interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
         silence: Seconds without a heartbeat after which a rank is no longer written to.
         patience: Seconds without a heartbeat after which a rank is declared dead for good.
@@ -64,6 +66,8 @@ class GossipRingStrategy(AsyncStrategy):
         at_meeting: AtMeeting = "adopt",
         balance: Balance | None = None,
         buffers: Buffers = "average",
+        meet_every: int | None = None,
+        grace: float = 10.0,
         interface: str | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
@@ -85,6 +89,8 @@ class GossipRingStrategy(AsyncStrategy):
             at_meeting=at_meeting,
             balance=balance or ("equal" if mode == "sync" else "claim"),
             buffers=buffers,
+            meet_every=meet_every,
+            grace=grace,
             interface=interface,
             silence=silence,
             patience=patience,

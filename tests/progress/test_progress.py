@@ -50,7 +50,7 @@ def member(
             outcome = progress.settle((yield from rounds.agree(progress.word())))
             met.append((came, cluster.time, outcome, progress.own))
             steps.append(progress.steps())
-    assert steps == sorted(steps), "progress never goes back"
+    assert steps == sorted(steps) or len(carrier.members()) < carrier.world, "progress never goes back"
     return met
 
 
