@@ -19,7 +19,7 @@ One share feeds one loader: with several training loaders, each needs its own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -40,19 +40,30 @@ class SharedBatches:
         pull: Gets the next positions from the share, waiting if it must.
         whole: One position is one batch of the user's own batch sampler.
         tell: Is told what each batch consists of.
+        began: Is told the number of each epoch, before its first batch is asked for.
     """
 
     def __init__(
-        self, share: Share, order: Order, pull: Puller, *, whole: bool = False, tell: Teller | None = None
+        self,
+        share: Share,
+        order: Order,
+        pull: Puller,
+        *,
+        whole: bool = False,
+        tell: Teller | None = None,
+        began: Teller | None = None,
     ) -> None:
         self.share = share
         self.sampler = order
         self._pull = pull
         self._whole = whole
         self._tell = tell
+        self._began = began
 
     def __iter__(self) -> Iterator[Any]:
         order = self.sampler
+        if self._began is not None:
+            self._began(order.epoch)
         self.share.begin_epoch(order.epoch, total=len(order), digest=order.digest)
         self.share.rewind()
         while (positions := self._pull()) is not None:
@@ -89,6 +100,7 @@ def shared_loader(
     epoch: int = 0,
     patience: float = 600.0,
     tell: Teller | None = None,
+    began: Teller | None = None,
 ) -> object:
     """A loader like `loader` whose batches come from `share`.
 
@@ -101,6 +113,7 @@ def shared_loader(
         epoch: The epoch the first iterator belongs to; later ones are told by `set_epoch`.
         patience: Seconds after which waiting for the store ends with a `TimeoutError`.
         tell: Is told what each batch consists of, as it goes to the loader.
+        began: Is told the number of each epoch, before its first batch is asked for.
     """
     if not patience > 0:
         raise ValueError(f"`patience` must be above 0, got {patience}")
@@ -121,7 +134,14 @@ def shared_loader(
     def pull() -> list[int] | None:
         return drive(share.next_batch(size), wait=wait, now=now, patience=patience)
 
-    return _remade(loader, SharedBatches(share, order, pull, whole=whole, tell=tell))
+    return _remade(loader, SharedBatches(share, order, pull, whole=whole, tell=tell, began=began))
+
+
+def recorded_loader(loader: DataLoader[Any], batches: Iterable[Any]) -> DataLoader[Any]:
+    """A loader like `loader` that fetches these batches, in this process."""
+    single: dict[str, Any] = {"batch_size": None, "sampler": batches}
+    options = single if loader.batch_sampler is None else {"batch_sampler": batches}
+    return DataLoader(loader.dataset, collate_fn=loader.collate_fn, generator=loader.generator, **options)
 
 
 def _parts(loader: DataLoader[Any]) -> tuple[Any, int, bool]:

@@ -141,6 +141,7 @@ class AsyncStrategy(DDPStrategy):
         self.office.check_complete(self.world_size)
         super().setup_environment()
         fitting = trainer.state.fn == TrainerFn.FITTING
+        self.office.recording.introduce(self)
         self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=fitting)
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
         self._free = False
@@ -210,6 +211,7 @@ class AsyncStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """The loader is known, the checkpoint is restored: the algorithm begins."""
         self.algorithm.begin(self.replica, self.office.mail, self.feeding.mass)
+        self.office.recording.start(self)
         self._garbage.set_aside()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -223,6 +225,7 @@ class AsyncStrategy(DDPStrategy):
             return result
 
         self._stepped = True
+        self.office.recording.step_with(optimizer, self.optimizers)
         output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
         if (moment := self._moments.get(id(optimizer))) is not None:
             moment.stretch(self.algorithm.averaged_over(len(self.office.mail.members())))
@@ -231,14 +234,15 @@ class AsyncStrategy(DDPStrategy):
     def batch_ended(self) -> None:
         """One step is one batch, however many optimizers stepped in it."""
         self.feeding.completed()
+        self.office.recording.batch()
         if not self._stepped:
             return
         self._stepped = False
         self.steps += 1
         mail = self.office.mail
         mail.at(self.steps)
-        self.office.recording.step(self.steps, self.feeding.trained_on())
         self._arrivals.add(self._together(self.algorithm.after_step(self.replica, mail, self.steps)))
+        self.office.recording.stepped(self.steps, self.replica)
 
     # -- meetings ------------------------------------------------------------------------------------------------------
 
@@ -247,13 +251,14 @@ class AsyncStrategy(DDPStrategy):
         if not self._free or self._replica is None:
             return
         waited = self.office.carrier.now()
-        self.office.recording.meeting()
+        self.office.recording.meeting(self.replica)
         consensus = self._together(self.algorithm.meet(self.replica, self.office.mail, self.office.algorithms_rounds))
         self._arrivals.add(self.algorithm.arrived())
         apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu(), consensus.cpu()))
         self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
         self.feeding.epoch_ended(deaths=len(self.office.carrier.members()) < self.world_size)
         self.replica.stand_in(consensus)
+        self.office.recording.met(self.replica)
         if self.at_meeting == "adopt":
             self.replica.stay()
         self.last_meeting = {"spread": apart**0.5, "seconds": self.office.carrier.now() - waited}
@@ -267,6 +272,7 @@ class AsyncStrategy(DDPStrategy):
         adopted = not self.replica.away
         self.replica.come_back()
         self.algorithm.resume(self.replica, adopted=adopted)
+        self.office.recording.set_off(self.trainer)
         self._free = True
 
     def on_train_end(self) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args
+from collections.abc import Callable, Sized
+from typing import TYPE_CHECKING, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
@@ -34,8 +33,6 @@ class Feeding:
         self._batch = 1
         self._epoch: int | None = None
         self._made_for: tuple[int, bool] | None = None
-        self._handed: deque[Any] = deque()
-        self._trained: list[int] = []
 
     @property
     def mass(self) -> int:
@@ -62,6 +59,7 @@ class Feeding:
         if self.share is None or self._made_for != made_for:
             self._made_for = made_for
             self.share = make_share(self.balance, office.carrier, batch=self._batch, drop_last=drops_last(loader))
+        recording, size = office.recording, size_of(loader)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # as Lightning's own DistributedSampler does
         return shared_loader(
             loader,
@@ -71,21 +69,14 @@ class Feeding:
             seed=seed,
             epoch=epoch(),
             patience=office.limit,
-            tell=self._handed.append if office.recording.on else None,
+            tell=recording.fetched,
+            began=lambda number: recording.epoch(number, size),
         )
 
     def completed(self) -> None:
         """A batch was trained on."""
         if self.share is not None:
             self.share.completed()
-        if self._handed:
-            batch = self._handed.popleft()
-            self._trained += batch if isinstance(batch, list) else [batch]
-
-    def trained_on(self) -> list[int]:
-        """The samples since the last call, where they have numbers and somebody wants to record them."""
-        trained, self._trained = self._trained, []
-        return trained
 
     def epoch_ended(self, *, deaths: bool) -> None:
         """Say what nobody trained on. Only a death can leave something, and then the notes are final by now."""
@@ -96,5 +87,9 @@ class Feeding:
     def close(self) -> None:
         """The run is over."""
         self.share = self._epoch = None
-        self._handed.clear()
-        self._trained.clear()
+
+
+def size_of(loader: object) -> int:
+    """How many samples a loader's data set has; 0 where it does not say."""
+    data = getattr(loader, "dataset", None)
+    return len(data) if isinstance(data, Sized) else 0

@@ -35,6 +35,7 @@ class Meetings(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The batch is trained on; the last one of an epoch opens the meeting."""
+        self.strategy.office.recording.loss(outputs)
         self.strategy.batch_ended()
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if last and self.strategy.feeding.share is not None:

@@ -93,7 +93,7 @@ class Office:
         self._carrier.start()
         self.flags = Flags(self._carrier)
         self.rounds = Rounds(self._carrier)
-        self.mail = self.recording.of(self._carrier, fitting=fitting)
+        self.mail = self.recording.of(self._carrier, fitting=fitting, run=f"{self._run}.{self._count}")
         self.algorithms_rounds = Rounds(self.mail, channel=1)
 
     def drive(self, waiting: Wait[T]) -> T:
