@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.tasks import Score, Task, characters, digits
 from lightning_async.algorithms.adam import SecondMoment
-from lightning_async.algorithms.gossip import UNIT, Gossip, gossip
+from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.algorithms.gossip import Gossip, gossip
 from lightning_async.algorithms.training import Trained, Training, train
 from lightning_async.arrival import Fate
 from lightning_async.replica import Replica

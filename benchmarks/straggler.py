@@ -29,7 +29,8 @@ from benchmarks.repeat import Measures, Turns, repeat
 from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.tasks import digits
 from benchmarks.work import Knobs, Record, Work, fit
-from lightning_async.algorithms.gossip import UNIT, gossip
+from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.algorithms.gossip import gossip
 from lightning_async.algorithms.training import Trained, train
 from lightning_async.replica import Replica
 from lightning_async.transport.rounds import Rounds

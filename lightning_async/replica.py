@@ -1,7 +1,8 @@
 """A replica is this rank's trainable weights as one flat vector: reads copy, writes ADD.
 
 There is no `set_weights`: the rank may have taken steps while a message travelled, and folding must not erase them.
-The parameters are views of the flat vector, so optimizers, autograd and state dicts see every shift at no cost.
+The parameters are views of the flat vector, so optimizers, autograd and state dicts see every shift at no cost. The
+vector has the widest of their dtypes, at least float32; parameters that are narrower hold its rounding (`rounding.py`).
 Shifts happen between optimizer steps, by the training thread (a write between forward and backward raises no error
 and is silently wrong).
 """
@@ -9,11 +10,15 @@ and is silently wrong).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
+from lightning_async.rounding import Rounded
+
 ALIGNMENT = 64  # bytes; each parameter starts on a cache line
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Replica:
@@ -22,14 +27,16 @@ class Replica:
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
         _check(self._parameters)
-        first = self._parameters[0]
-        step = max(1, ALIGNMENT // first.element_size())
-        self._offsets: list[int] = []
-        end = 0
+        dtype = reduce(torch.promote_types, (p.dtype for p in self._parameters), torch.float32)
+        step = max(1, ALIGNMENT // dtype.itemsize)
+        ends = [0]
         for p in self._parameters:
-            self._offsets.append(end)
-            end += -(-p.numel() // step) * step
-        self._flat = torch.zeros(end, dtype=first.dtype, device=first.device)
+            ends.append(ends[-1] + -(-p.numel() // step) * step)
+        self._flat = torch.zeros(ends[-1], dtype=dtype, device=self._parameters[0].device)
+        starts = zip(self._parameters, ends[:-1], strict=True)
+        parts = [(p, self._flat[at : at + p.numel()].view(p.shape)) for p, at in starts]
+        self._views = [(p, part, part.data_ptr()) for p, part in parts if p.dtype == dtype]
+        self._rounded = Rounded((p, part) for p, part in parts if p.dtype != dtype)
         self._own: Tensor | None = None
         self._adopt_views()
 
@@ -37,6 +44,11 @@ class Replica:
     def numel(self) -> int:
         """Length of the flat vector (with the few elements of padding between parameters, always zero)."""
         return self._flat.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self._flat.device
 
     @property
     def flat(self) -> Tensor:
@@ -52,22 +64,23 @@ class Replica:
     def shift(self, correction: Tensor, factor: float = 1.0) -> None:
         """Add `factor * correction` to the weights."""
         self.flat.add_(correction, alpha=factor)
+        self._rounded.show()
 
     def check(self) -> None:
-        """Make the parameters views of the flat vector again if something (`p.data = ...`) broke that."""
-        size, base = self._flat.element_size(), self._flat.data_ptr()
-        pairs = zip(self._parameters, self._offsets, strict=True)
-        if any(p.data_ptr() != base + offset * size for p, offset in pairs):
-            _check(self._parameters, like=self._flat)
+        """Take in what others did to the parameters: steps of narrow ones, and `p.data = ...`, which breaks a view."""
+        if any(p.data_ptr() != address for p, _, address in self._views):
             self._adopt_views()
+        self._rounded.carry_over()
 
-    def check_complete(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Refuse a set of trainable parameters that is not the one this replica was made of."""
-        if {id(p) for p in parameters if p.requires_grad} != {id(p) for p in self._parameters}:
-            raise RuntimeError(
-                "the set of trainable parameters has changed during the run (freezing or unfreezing), and what is "
-                "exchanged would no longer be what is trained: freeze before `fit`, and call `fit` once for each phase"
-            )
+    def holds(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether the trainable ones among `parameters` are those that this replica was made of."""
+        return {id(p) for p in parameters if p.requires_grad} == {id(p) for p in self._parameters}
+
+    def let_go(self) -> None:
+        """This replica is at its end: parameters that are frozen now no longer keep its vector alive."""
+        for p, _, _ in self._views:
+            if not p.requires_grad:
+                p.data = p.data.clone()
 
     # -- for evaluation: other weights stand in for a while, then the own ones come back to the bit --------------------
 
@@ -76,18 +89,31 @@ class Replica:
         """Whether other weights stand in for this rank's own."""
         return self._own is not None
 
+    @property
+    def own(self) -> Tensor:
+        """This rank's own weights, also while others stand in, for those who only read them and copy at once."""
+        return self.flat if self._own is None else self._own
+
+    def keep_aside(self, own: Tensor) -> None:
+        """Let the weights that are shown now stand in for `own`, which come back later (a resumed run)."""
+        if own.shape != self._flat.shape:
+            raise ValueError(f"the weights to keep aside have {own.numel()} elements, this replica {self.numel}")
+        self._own = own.detach().to(self._flat, copy=True)
+
     @torch.no_grad()
     def stand_in(self, weights: Tensor) -> None:
         """Show `weights` (the consensus) in the parameters, and keep this rank's own aside."""
         if self._own is None:
             self._own = self.weights()
         self.flat.copy_(weights)
+        self._rounded.show()
 
     @torch.no_grad()
     def come_back(self) -> None:
         """Show this rank's own weights again, to the bit."""
         if self._own is not None:
             self.flat.copy_(self._own)
+            self._rounded.show()
             self._own = None
 
     def stay(self) -> None:
@@ -96,25 +122,26 @@ class Replica:
 
     @torch.no_grad()
     def _adopt_views(self) -> None:
-        for p, offset in zip(self._parameters, self._offsets, strict=True):
-            view = self._flat[offset : offset + p.numel()].view(p.shape)
-            view.copy_(p)
-            p.data = view
+        for p, part, _ in self._views:
+            if (p.dtype, p.device) != (part.dtype, part.device):
+                raise ValueError(
+                    f"a trainable parameter was {part.dtype} on {part.device} when `fit` began, and is {p.dtype} on "
+                    f"{p.device} now: convert or move the module before `fit`"
+                )
+            part.copy_(p)
+            p.data = part
 
 
-def _check(parameters: list[nn.Parameter], like: Tensor | None = None) -> None:
+def _check(parameters: list[nn.Parameter]) -> None:
     if not parameters:
         raise ValueError(
             "the module has no trainable parameters: there is nothing to exchange, train it with strategy='auto'"
         )
-    like = parameters[0] if like is None else like
     for p in parameters:
-        if p.device != like.device:
-            raise ValueError(f"all trainable parameters must live on one device, found {like.device} and {p.device}")
-        if p.dtype != like.dtype:
-            raise ValueError(f"all trainable parameters must have one dtype, found {like.dtype} and {p.dtype}")
-        if p.dtype not in (torch.float32, torch.float64):
+        if p.device != parameters[0].device:
             raise ValueError(
-                f"trainable parameters must be float32 or float64, found {p.dtype}: small corrections vanish in half "
-                "precision; use `precision='bf16-mixed'`, which keeps float32 weights"
+                f"all trainable parameters must live on one device, found {parameters[0].device} and {p.device}"
             )
+        if p.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"trainable parameters must have one of the dtypes {known}, found {p.dtype}: freeze it")

@@ -14,8 +14,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lightning_async"
 
 TOP = {"strategies", "callbacks", "cli", "__init__"}
-MIDDLE = {"algorithms", "pipeline", "transport", "data", "metrics"}
-BASE = {"replica", "arrival", "version"}
+MIDDLE = {"algorithms", "pipeline", "transport", "data", "metrics", "progress"}
+BASE = {"replica", "rounding", "arrival", "version"}
 HEIGHT = {**dict.fromkeys(TOP, 2), **dict.fromkeys(MIDDLE, 1), **dict.fromkeys(BASE, 0)}
 
 LIGHTNING_PLACES = ("__init__.py", "strategies/", "callbacks/", "cli/", "data/loader.py")
@@ -33,6 +33,7 @@ LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning", "lightning_ut
 # What the Trainer, the loops and the strategies of Lightning keep to themselves: a release may break who touches it.
 PRIVATE = {
     "_accelerator_connector",
+    "_average_model",
     "_callback_connector",
     "_checkpoint_connector",
     "_data_connector",

@@ -15,6 +15,8 @@ of the size of v. (m^2 in the place of q costs none, and is too noisy: it gains 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
@@ -49,10 +51,29 @@ class SecondMoment:
                 state = self._optimizer.state.get(parameter)
                 if state and self._seen.get(parameter) != (step := float(state["step"])):
                     self._seen[parameter] = step
-                    m = state["exp_avg"] / (1 - beta1**step)
-                    v = state["exp_avg_sq"] / (1 - beta2**step)
+                    m = _wide(state["exp_avg"]) / (1 - beta1**step)
+                    v = _wide(state["exp_avg_sq"]) / (1 - beta2**step)
                     q = self._mean_square(parameter, m, beta2)
                     parameter.sub_(further(m, v, q, n, beta1, float(group["eps"])), alpha=lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen of each parameter, by its place in the optimizer's groups."""
+        places = self._places()
+        return {
+            "seen": {i: self._seen[p] for i, p in enumerate(places) if p in self._seen},
+            "square": {i: self._square[p] for i, p in enumerate(places) if p in self._square},
+            "count": {i: self._count[p] for i, p in enumerate(places) if p in self._count},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        places = self._places()
+        self._seen = {places[i]: float(seen) for i, seen in state["seen"].items()}
+        self._square = {places[i]: q.to(places[i], copy=True) for i, q in state["square"].items()}
+        self._count = {places[i]: int(count) for i, count in state["count"].items()}
+
+    def _places(self) -> list[Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
     def _mean_square(self, parameter: Tensor, m: Tensor, beta2: float) -> Tensor:
         """The slow mean of m^2, corrected for its start."""
@@ -60,6 +81,11 @@ class SecondMoment:
         count = self._count[parameter] = self._count.get(parameter, 0) + 1
         q.mul_(beta2).addcmul_(m, m, value=1 - beta2)
         return q / (1 - beta2**count)
+
+
+def _wide(moment: Tensor) -> Tensor:
+    """In half precision a mean over a thousand steps stands still: each new part of it is below the last place."""
+    return moment.to(torch.promote_types(moment.dtype, torch.float32))
 
 
 def further(m: Tensor, v: Tensor, q: Tensor, n: int, beta1: float, eps: float) -> Tensor:

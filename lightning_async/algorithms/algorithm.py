@@ -4,13 +4,17 @@ Knobs are in the constructor; all that belongs to a run comes in through `begin`
 algorithm can be built, pickled and tested anywhere. It has no clock, thread, process or Lightning. Each hook is a
 generator: where it has to wait it yields the name of what is missing; asynchronous methods never do between meetings.
 
-    begin -> ( [gradients] before_step -> optimizer -> after_step )* -> meet -> ...
+    begin [load_state_dict] -> ( [gradients] before_step -> optimizer -> after_step )* -> meet [state_dict] -> resume
+
+A step has one number, from 1 on: `before_step` and `after_step` of one step get the same. Where a run goes on from a
+state, the numbers go on too.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +22,9 @@ from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Mail, Wait
 from lightning_async.transport.rounds import Rounds
+
+UNIT = 2**32
+"""Mass of one sample; masses are integers, so that their sum can be checked exactly."""
 
 Shrink = Callable[[Arrival, Tensor, Tensor | None], float]
 """Asked before a fold, with the arrival, the correction and (where there is one) something fresh to compare it with;
@@ -35,11 +42,30 @@ class Algorithm(ABC):
     shrink: Shrink = staticmethod(no_shrink)
 
     @abstractmethod
-    def begin(self, replica: Replica, mail: Mail, mass: int) -> None:
-        """A run starts: all replicas are equal, nothing is in flight. `mass`: what one sample of this rank weighs."""
+    def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
+        """A run starts: all replicas are equal, nothing is in flight.
+
+        Args:
+            replica: This rank's weights.
+            mail: Its end of the links.
+            mass: What a step of this rank weighs: UNIT for each of its samples.
+            rounds: This algorithm's own rounds, to be kept for the hooks that need them: `meet`, and every step of a
+                method in lock-step.
+        """
 
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
-        """Gradients are there, the optimizer has not run: may change gradients."""
+        """Gradients are there, the optimizer has not run: may change gradients.
+
+        Called once for each step of an optimizer. Where several optimizers step in one batch it is called for each of
+        them with the same `step`, which counts batches that ended in a step.
+
+        The gradients are in the `.grad` of the parameters, as backward left them; None where backward did not come.
+        They are sums over all batches since the last step of this optimizer: with `accumulate_grad_batches=k`
+        Lightning divides each loss by k, so they are the mean over k batches. Lightning's `on_before_optimizer_step`
+        and its clipping come afterwards, and see what is left here (under manual optimization backward and clipping
+        are the user's, and lie before). With `precision="16-mixed"` they are still multiplied by the scaler's factor,
+        and may be infinite: the optimizer then skips the step, and `after_step` follows all the same.
+        """
         yield from ()  # never waits
         return []
 
@@ -56,9 +82,28 @@ class Algorithm(ABC):
         return []
 
     @abstractmethod
-    def meet(self, replica: Replica, mail: Mail, rounds: Rounds) -> Wait[Tensor]:
+    def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """All members have stopped stepping: drain the mail, settle accounts, return the consensus."""
 
     @abstractmethod
     def resume(self, replica: Replica, *, adopted: bool) -> None:
         """Training goes on after a meeting; `adopted`: every replica is the consensus now, else it kept its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rest of the run depends on beside the weights: tensors, numbers, text, lists and dictionaries.
+
+        Taken at a meeting (after `meet`, before `resume`), when nothing is in flight, so no letter is in it. It loads
+        with `torch.load(weights_only=True)`. A method that holds nothing between meetings has none.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, to the bit: called after `begin`, on a replica with the weights of that meeting.
+
+        What follows is the same as after `meet`: `resume`.
+        """
+        if state:
+            raise ValueError(
+                f"{type(self).__name__} holds nothing between meetings, and the state of another method does not fit "
+                "it: go on with the method that the run was started with, or start anew from the weights alone"
+            )

@@ -12,24 +12,23 @@ Sources: GR-SGD (Zhou, Tu, Ren 2022), AD-PSGD (Lian et al. 2018), GoSGD (Blot et
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, get_args
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_async.algorithms.algorithm import Algorithm
+from lightning_async.algorithms.algorithm import UNIT, Algorithm
 from lightning_async.algorithms.ledger import Ledger
 from lightning_async.algorithms.settle import settle
 from lightning_async.algorithms.topology import TOPOLOGIES, Topology
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
-from lightning_async.transport.mail import Letter, Mail, Wait
+from lightning_async.transport.mail import Letter, Loss, Mail, Message, Wait
 from lightning_async.transport.rounds import Rounds
 
 Mode = Literal["pairwise", "push_sum", "sync", "none"]
 Wire = Literal["fp32", "bf16"]
-UNIT = 2**32  # mass of one sample; masses are integers, so that their sum can be checked exactly
 
 
 class Gossip(Algorithm):
@@ -52,31 +51,58 @@ class Gossip(Algorithm):
         self.settling = False
         self._arrivals: list[Arrival] = []
 
-    def begin(self, replica: Replica, mail: Mail, mass: int = UNIT) -> None:
-        """Start with `mass` (UNIT for each sample of a step), nothing in flight, an empty ledger."""
-        self.ledger, self.mass, self._born_with, self.wrote_to = Ledger(), mass, mass, set()
-        self.settling, self._arrivals = False, []
-        self._scratch = torch.empty_like(replica.flat)
+    def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
+        """Start with this mass, nothing in flight, an empty ledger."""
+        self.ledger, self.mass, self._born_with, self._rounds = Ledger(), mass, mass, rounds
+        self.wrote_to, self.settling, self._arrivals = set(), False, []
+        self._step = self._met = self._opened = 0  # the last step; at the last meeting; when the accounts were opened
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
-        """Training goes on after a meeting; if the replicas adopted the consensus, masses begin anew."""
-        if adopted:
-            self.mass = self._born_with
+        """Training goes on after a meeting.
 
-    def meet(self, replica: Replica, mail: Mail, rounds: Rounds) -> Wait[Tensor]:
-        """Drain all links, then take the mass-weighted mean of all replicas."""
+        If the replicas adopted the consensus, it is the whole again: all that live have the mass they were born with,
+        and nothing is missing. So the accounts are opened anew, and what was posted before is in none of them.
+        """
+        if adopted:
+            self.mass, self._opened = self._born_with, self._met
+            self.ledger.open_anew()
+
+    def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
+        """Drain all links that were used since the last meeting, then take the mass-weighted mean of all replicas."""
         self.settling = True
-        yield from settle(mail, rounds, self.wrote_to, lambda: self.pump(replica, mail), self.pending)
+        yield from settle(mail, self._rounds, self.wrote_to, lambda: self.pump(replica, mail), self.pending)
         self.settling = False
-        result, _ = yield from rounds.exchange(replica.flat, "mean", weight=self.mass)
+        self.wrote_to.clear()
+        self._met = self._step
+        result, _ = yield from self._rounds.exchange(replica.flat, "mean", weight=self.mass)
         return result[0]
 
     def pump(self, replica: Replica, mail: Mail) -> None:
         """While the mail is drained: fold and serve whatever is there, send nothing new."""
+        for loss in mail.lost():
+            self.lose(replica, loss)
+
+    def lose(self, replica: Replica, loss: Loss) -> None:
+        """A peer died with this message unfolded; it may be one of the rounds', which account for theirs."""
 
     def pending(self) -> Iterable[int]:
-        """The peers that still owe this member an answer."""
+        """The peers that still owe this member an answer, or are owed one."""
         return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Mass, ledger and the number of the last step. Rounding leaves no residual: what it cuts off has moved on."""
+        return {"method": type(self).__name__, "step": self._met, "mass": self.mass, "ledger": self.ledger.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of the same mode."""
+        if state.get("method") != (mine := type(self).__name__):
+            raise ValueError(
+                f"the state of {state.get('method', 'another method')} does not fit {mine}: go on with the mode that "
+                "the run was started with, or start anew from the weights alone"
+            )
+        self._step = self._met = state["step"]
+        self.mass = state["mass"]
+        self.ledger.load_state_dict(state["ledger"])
 
     def averaged_over(self, n: int) -> int:
         """Over how many members a step is averaged, of `n`."""
@@ -97,13 +123,21 @@ class Gossip(Algorithm):
         return weights.to(torch.bfloat16) if self.wire == "bf16" else weights
 
     def arrival(self, letter: Letter, step: int, fate: Fate = Fate.FOLDED) -> Arrival:
-        """The record of a letter that this member handles at its own `step`."""
+        """The record of a letter that this member handles at its own `step`.
+
+        Nothing was in flight at the last meeting, so it was launched after that, whatever the sender had heard by then.
+        """
         m = letter.message
-        return Arrival(letter.peer, m.step, m.echo, step, letter.seconds, samples=m.samples, fate=fate)
+        launched = max(m.echo, self._met)
+        return Arrival(letter.peer, m.step, launched, step, letter.seconds, samples=m.samples, fate=fate)
 
     def late(self, arrival: Arrival) -> bool:
         """Whether an arrival is over the bound on delays."""
         return self.max_delay is not None and arrival.delay > self.max_delay
+
+    def in_these_accounts(self, message: Message) -> bool:
+        """Whether a message that this member posted left its hands after the accounts were opened."""
+        return message.step > self._opened
 
     def record(self, arrival: Arrival) -> None:
         """Keep an arrival until the end of this step."""
@@ -125,6 +159,7 @@ class Alone(Gossip):
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Nothing to do."""
         yield from ()  # never waits
+        self._step = step
         return []
 
 

@@ -2,11 +2,16 @@
 
 An entry is a vector in units of (mass x weights) and a mass; it is made when a correction is refused, shrunk or lost
 after the other side has already moved. Vectors are allocated at the first entry of their fate: a healthy run has none.
+
+The sum that is conserved is that of one account: from the start, or from a meeting at which all adopted the consensus
+and took their first masses again, to the next such meeting. What was missing then is no part of the new sum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +20,13 @@ from lightning_async.arrival import Fate
 
 @dataclass
 class Ledger:
-    """Sums of what was not folded, by fate."""
+    """Sums of what was not folded, by fate.
+
+    Attributes:
+        moved: The vectors, in units of (mass x weights).
+        mass: The masses.
+        count: How often it happened, over the whole run.
+    """
 
     moved: dict[Fate, Tensor] = field(default_factory=dict)
     mass: dict[Fate, int] = field(default_factory=dict)
@@ -30,6 +41,11 @@ class Ledger:
         self.mass[fate] = self.mass.get(fate, 0) + mass
         self.count[fate] = self.count.get(fate, 0) + 1
 
+    def open_anew(self) -> None:
+        """Nothing is missing any more; how often something was stays."""
+        self.moved.clear()
+        self.mass.clear()
+
     def total(self, like: Tensor) -> Tensor:
         """Everything that is missing, as one vector."""
         total = like.new_zeros(like.shape)
@@ -40,3 +56,17 @@ class Ledger:
     def total_mass(self) -> int:
         """All the mass that is missing."""
         return sum(self.mass.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The entries, by the names of their fates."""
+        return {
+            "moved": {fate.value: vector for fate, vector in self.moved.items()},
+            "mass": {fate.value: mass for fate, mass in self.mass.items()},
+            "count": {fate.value: count for fate, count in self.count.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """These entries and no others."""
+        self.moved = {Fate(name): vector.clone() for name, vector in state["moved"].items()}
+        self.mass = {Fate(name): mass for name, mass in state["mass"].items()}
+        self.count = {Fate(name): count for name, count in state["count"].items()}

@@ -13,17 +13,20 @@ odd or even. A question over the bound is declined (nobody moves); a late answer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_async.algorithms.gossip import UNIT, Gossip
+from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.algorithms.gossip import Gossip
 from lightning_async.algorithms.topology import onward
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
-from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Mail, Message, Wait
+from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Loss, Mail, Message, Wait
+from lightning_async.transport.rounds import Rounds
 
 MILLION = 1_000_000  # the rate travels as an integer, so that both ends multiply by the same number
 ASK, ANSWER, BOUNCE = FIRST_FREE_KIND, FIRST_FREE_KIND + 1, FIRST_FREE_KIND + 2
@@ -32,13 +35,13 @@ ASK, ANSWER, BOUNCE = FIRST_FREE_KIND, FIRST_FREE_KIND + 1, FIRST_FREE_KIND + 2
 class Pairwise(Gossip):
     """Symmetric averages on the edges of the topology, without waiting."""
 
-    def begin(self, replica: Replica, mail: Mail, mass: int = UNIT) -> None:
+    def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """Nothing is asked, nothing is held."""
-        super().begin(replica, mail, mass)
+        super().begin(replica, mail, mass, rounds)
+        self._scratch = torch.empty_like(replica.flat)
         self._asked: set[int] = set()  # at most one: two answers to one snapshot would overshoot
         self._held: list[Letter] = []  # questions whose answer could not be posted yet
         self._turn = 0
-        self._step = 0
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Fold the answers, answer the questions, ask the next neighbour if it is time."""
@@ -51,8 +54,8 @@ class Pairwise(Gossip):
 
     def pump(self, replica: Replica, mail: Mail) -> None:
         """Everything but asking."""
-        for loss in mail.lost():
-            self._lose(loss.peer, loss.message)
+        super().pump(replica, mail)
+        self._asked.intersection_update(mail.members())  # who died may have folded the question and lost the answer
         for letter in mail.take(ANSWER):
             self._fold(replica, mail, letter)
         questions, self._held = self._held + mail.take(ASK), []
@@ -62,11 +65,21 @@ class Pairwise(Gossip):
             self._take_back(replica, mail, letter)
 
     def pending(self) -> Iterable[int]:
-        """Those whom this member has asked."""
-        return self._asked
+        """Those whom this member has asked, and those whose question it holds: at a meeting there are none."""
+        return self._asked.union(letter.peer for letter in self._held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also whose turn it is."""
+        return {**super().state_dict(), "turn": self._turn}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Also whose turn it is."""
+        super().load_state_dict(state)
+        self._turn = state["turn"]
 
     def _ask(self, replica: Replica, mail: Mail) -> None:
-        edges = onward(self.topology, mail.members(), mail.me)
+        live = mail.live()
+        edges = [peer for peer in onward(self.topology, mail.members(), mail.me) if peer in live]
         if not edges:
             return
         peer = edges[self._turn % len(edges)]
@@ -107,7 +120,7 @@ class Pairwise(Gossip):
     def _difference(self, replica: Replica, asked: Message) -> Tensor:
         """What the two replicas are apart, as precisely as it can travel: both ends use the same bits."""
         assert asked.body is not None  # a question always has a body
-        theirs = asked.body.to(replica.flat.device)
+        theirs = asked.body.to(replica.device)
         return self.on_wire(torch.sub(theirs, replica.flat, out=self._scratch))
 
     def _fold(self, replica: Replica, mail: Mail, letter: Letter) -> None:
@@ -118,7 +131,7 @@ class Pairwise(Gossip):
             self._send_back(mail, letter)
             self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
         elif answer.body is not None:
-            difference = answer.body.to(replica.flat.device)
+            difference = answer.body.to(replica.device)
             factor = self.shrink(arrival, difference, None)
             move = answer.reference / MILLION * answer.weight / (answer.weight + self.mass)
             replica.shift(difference, -factor * move)
@@ -141,13 +154,12 @@ class Pairwise(Gossip):
         back = letter.message
         assert back.body is not None  # a bounce returns the body of an answer
         move = back.reference / MILLION * back.weight / (back.weight + self.mass)
-        replica.shift(back.body.to(replica.flat.device), -move)
+        replica.shift(back.body.to(replica.device), -move)
         mail.folded(letter)
 
-    def _lose(self, peer: int, message: Message) -> None:
-        """A peer died with my mail unfolded. Of an answer, only my own side was applied."""
-        if message.kind == ASK:
-            self._asked.discard(peer)
-        if message.kind == ANSWER and message.body is not None:
+    def lose(self, replica: Replica, loss: Loss) -> None:
+        """Of an answer, only my own side was applied."""
+        message = loss.message
+        if message.kind == ANSWER and message.body is not None and self.in_these_accounts(message):
             move = message.reference / MILLION * message.version / (message.weight + message.version)
             self.ledger.enter(Fate.LOST, message.body, -move * message.weight / UNIT)

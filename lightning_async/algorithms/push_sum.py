@@ -11,16 +11,20 @@ unfolded share, the neighbours take turns, and nobody goes below half its first 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_async.algorithms.gossip import UNIT, Gossip
+from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.algorithms.gossip import Gossip
 from lightning_async.algorithms.topology import partner
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
-from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Mail, Message, Wait
+from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Loss, Mail, Message, Wait
+from lightning_async.transport.rounds import Rounds
 
 SHARE, RETURN = FIRST_FREE_KIND, FIRST_FREE_KIND + 1
 FLOOR = 2  # a member keeps at least this part of the mass it was born with: steps are stretched twice at most
@@ -30,12 +34,11 @@ LEAST = 16  # less than this part is not worth a message
 class PushSum(Gossip):
     """One-sided gossip that keeps the mass-weighted mean."""
 
-    def begin(self, replica: Replica, mail: Mail, mass: int = UNIT) -> None:
+    def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """The first turn goes to the next member."""
-        super().begin(replica, mail, mass)
+        super().begin(replica, mail, mass, rounds)
         self._turn = 0
-        self._step = 0
-        self._before = torch.empty_like(replica.flat)
+        self._scratch, self._before = torch.empty_like(replica.flat), torch.empty_like(replica.flat)
         self._seen = 0
 
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
@@ -60,10 +63,7 @@ class PushSum(Gossip):
 
     def pump(self, replica: Replica, mail: Mail) -> None:
         """Everything but pushing."""
-        for loss in mail.lost():
-            m = loss.message
-            if m.body is not None:
-                self.ledger.enter(Fate.LOST, m.body.to(replica.flat.dtype), m.weight / UNIT, m.weight)
+        super().pump(replica, mail)
         for letter in mail.take(SHARE):
             arrival = self.arrival(letter, self._step)
             if self.late(arrival):
@@ -75,6 +75,21 @@ class PushSum(Gossip):
         for letter in mail.take(RETURN):
             self._merge(replica, letter, None)
             mail.folded(letter)
+
+    def lose(self, replica: Replica, loss: Loss) -> None:
+        """A share that nobody merges is missing, weights and mass."""
+        m = loss.message
+        if m.kind in (SHARE, RETURN) and m.body is not None and self.in_these_accounts(m):
+            self.ledger.enter(Fate.LOST, m.body.to(replica.flat.dtype), m.weight / UNIT, m.weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also whose turn it is."""
+        return {**super().state_dict(), "turn": self._turn}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Also whose turn it is."""
+        super().load_state_dict(state)
+        self._turn = state["turn"]
 
     def _push(self, replica: Replica, mail: Mail) -> None:
         peer = partner(self.topology, mail.members(), mail.me, self._turn)

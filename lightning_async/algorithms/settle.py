@@ -19,7 +19,7 @@ def settle(
 ) -> Wait[None]:
     """Drain all links. `pump` folds and serves what is there; `pending` names peers who still owe an answer."""
     mine = set(wrote_to)
-    words = yield from rounds.agree(",".join(map(str, sorted(mine))).encode())
+    words = yield from rounds.agree(",".join(map(str, sorted(mine))).encode(), what="settle")
     partners = {
         r for r, word in words.items() if r != mail.me and (r in mine or str(mail.me) in word.decode().split(","))
     }

@@ -9,9 +9,13 @@ stops the others with a sentence instead of leaving them waiting.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from lightning_async.algorithms.gossip import UNIT, Gossip
+from lightning_async.algorithms.gossip import Gossip
 from lightning_async.algorithms.topology import neighbours
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
@@ -24,10 +28,10 @@ WEIGHTS, END = FIRST_FREE_KIND, FIRST_FREE_KIND + 1
 class SyncRing(Gossip):
     """Synchronous neighbour averaging. It waits by definition."""
 
-    def begin(self, replica: Replica, mail: Mail, mass: int = UNIT) -> None:
+    def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """Round 1 mixes the initial weights."""
-        super().begin(replica, mail, mass)
-        self._snapshot = replica.weights()
+        super().begin(replica, mail, mass, rounds)
+        self._scratch, self._snapshot = torch.empty_like(replica.flat), replica.weights()
         self._round = 1
         self._unsent: set[int] | None = None
         self._early: list[Letter] = []
@@ -35,22 +39,36 @@ class SyncRing(Gossip):
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Wait for the neighbours' weights of this round, mix, and send those of the next one ahead."""
+        self._step = step
         if step % self.period == 0:
             yield from self._mix(replica, mail, step)
             self._next_round(replica)
             self._send(mail)
         return self.arrived()
 
-    def meet(self, replica: Replica, mail: Mail, rounds: Rounds) -> Wait[Tensor]:
+    def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """Drop the snapshots that were sent ahead (they moved nobody), then average."""
         for peer in neighbours(self.topology, mail.members(), mail.me):
             while peer in mail.members() and not mail.post(peer, Message(END)):
                 yield f"rank {peer} to take the last word"
-        consensus = yield from super().meet(replica, mail, rounds)
+            self.wrote_to.add(peer)
+        return (yield from super().meet(replica, mail))
+
+    def pump(self, replica: Replica, mail: Mail) -> None:
+        """What was sent ahead, or to who died, moved nobody: nothing to account for."""
+        super().pump(replica, mail)
         for letter in self._early + mail.take(WEIGHTS) + mail.take(END):
             mail.folded(letter)
         self._early = []
-        return consensus
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the number of the round."""
+        return {**super().state_dict(), "round": self._round}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Also the number of the round."""
+        super().load_state_dict(state)
+        self._round = state["round"]
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
         """The next round mixes what the replicas are now."""

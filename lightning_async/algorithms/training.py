@@ -3,8 +3,8 @@
     begin -> ( compute: gradients -> before_step -> optimizer -> at(step) -> after_step )* -> meet
              `----------- yields seconds; an asynchronous method yields no words -----'     may wait
 
-A step has one number, from 1: `before_step` and `after_step` of one step get the same. Whoever drives the generator
-lets the seconds pass (or skips them), and resumes it after a word when something may have changed.
+Whoever drives the generator lets the seconds pass (or skips them), and resumes it after a word when something may have
+changed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from lightning_async.algorithms.algorithm import Algorithm
+from lightning_async.algorithms.algorithm import UNIT, Algorithm
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Carrier, Wait
@@ -33,7 +33,7 @@ class Trained:
         steps: How often its optimizer ran.
         waits: How often it waited between meetings; 0 for an asynchronous method: nobody waits.
         arrivals: What it folded, in order.
-        consensus: What the members agreed on at the end; None without a meeting.
+        consensus: What the members agreed on at the end; None for who does not meet.
         stepped: When its last step ended, on its own clock.
     """
 
@@ -53,10 +53,11 @@ def train(
     take_step: Callable[[int], object],
     optimizer_step: Callable[[], object],
     seconds: Callable[[int, int], float],
-    mass: int = 1,
-    rounds: Rounds | None = None,
+    rounds: Rounds,
+    mass: int = UNIT,
+    meets: bool = True,
 ) -> Training:
-    """Train for `steps` steps and, with `rounds`, meet.
+    """Train for `steps` steps and meet.
 
     Args:
         algorithm: Its own algorithm object; members share none.
@@ -66,11 +67,12 @@ def train(
         take_step: Computes the gradients of a step, given its number.
         optimizer_step: Applies them (`optimizer.step`).
         seconds: How long it computes, given the member and the number of the step.
-        mass: What one sample of this member weighs.
-        rounds: Its view of the rounds; None: no meeting.
+        rounds: Its view of the rounds.
+        mass: What a step of this member weighs: UNIT for each of its samples.
+        meets: Whether it meets the others at the end.
     """
     trained = Trained()
-    algorithm.begin(replica, carrier, mass)
+    algorithm.begin(replica, carrier, mass, rounds)
     for step in range(1, steps + 1):
         yield seconds(carrier.me, step)
         take_step(step)
@@ -80,8 +82,9 @@ def train(
         trained.arrivals += yield from _counted(algorithm.after_step(replica, carrier, step), trained)
         trained.steps = step
     trained.stepped = carrier.now()
-    if rounds is not None:
-        trained.consensus = yield from algorithm.meet(replica, carrier, rounds)
+    if meets:
+        trained.consensus = yield from algorithm.meet(replica, carrier)
+        trained.arrivals += algorithm.arrived()
     return trained
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_async.cli.inputs import KINDS, arguments_of, load, made
+from lightning_async.strategies.averages import Averages
 from lightning_async.strategies.course import Course, WrongInput
 from lightning_async.strategies.replayed import Place, RecordedFeeding, RecordedMeetings, ReplayedOffice, seated
 from lightning_async.strategies.replaying import Replaying
@@ -60,7 +61,7 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
         accelerator="cpu",
         devices=1,
         strategy=strategy,
-        callbacks=[RecordedMeetings(strategy, replaying, log.number_of_epochs())],
+        callbacks=[RecordedMeetings(strategy, replaying, log.number_of_epochs()), Averages(strategy)],
         logger=DummyLogger(),
         enable_checkpointing=False,
         enable_progress_bar=False,

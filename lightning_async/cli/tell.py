@@ -14,6 +14,7 @@ from lightning_async.version import __version__
 
 HARMLESS = {
     "Meetings",
+    "Averages",
     "TQDMProgressBar",
     "RichProgressBar",
     "ModelSummary",
@@ -43,7 +44,7 @@ def summary(logs: Mapping[int, Log], course: Course, member: int | None) -> str:
     same = "to the bit" if course.tolerance is None else loosely
     reached = "" if course.until is None else f", until step {course.until}"
     whose = "the run is" if member is None else f"member {member} is"
-    counted = f"{_many(len(logs), 'member')}, {_many(sum(log.step for log in logs.values()), 'step')}, "
+    counted = f"{_many(len(logs), 'member')}, {_many(course.taken, 'step')}, "
     counted += f"{_many(course.folds, 'fold')}; compared: {_many(course.losses, 'loss', 'losses')}, "
     lines = [
         f"member {rank}'s log ends behind step {log.step}: it was stopped or killed"

@@ -1,7 +1,10 @@
 """Samples are claimed while the epoch runs, by whoever is free: each exactly once, and all members end together.
 
-    positions   [ first batch of 0 | of 1 | of 2 | drawn from a counter ..................... ]
-                  its own without asking           chunks of ~10 s, then ever smaller, then single batches
+    numbers   [ first batch of 0 | of 1 | of 2 | drawn from a counter ..................... ]
+                its own without asking           chunks of ~10 s, then ever smaller, then single batches
+
+The numbers are those of the epoch's rest (`ranges.Rest`): of all its positions, but for what an interrupted run has
+done of them. Ledgers, notes and tickets go by numbers; what is handed out, and what is said to be done, are positions.
 
 Every member has its first batch for certain (Lightning skips the validation of a rank without batches, and then the
 others wait for it). A draw is under way before it is needed, so the training thread does not wait for the store, save
@@ -14,13 +17,14 @@ What a dead member left is taken over by those still in the epoch (`sources.py`)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 from lightning_async.data.crew import Crew, Desk
-from lightning_async.data.equal import refuse_other_order, refuse_second_order
 from lightning_async.data.handed import Handed
 from lightning_async.data.ledger import Ledger, Note
+from lightning_async.data.opening import Opening, refuse_other_order, refuse_second_order, stamp, usable
 from lightning_async.data.pace import Pace, Worker, appetite, outlasts
-from lightning_async.data.pool import Opening
+from lightning_async.data.ranges import Range, Rest, each, joined
 from lightning_async.data.sources import Sources
 from lightning_async.transport.mail import Wait
 
@@ -48,7 +52,9 @@ class ClaimedShare:
         self._drop_last = drop_last
         self._seconds = seconds
         self._pace = Pace()
-        self._total = self._digest = 0
+        self._order = (0, 0)
+        self._done: tuple[Range, ...] = ()
+        self._opening = Opening(0, 0, 0, 0)
         self._forget(-1)
 
     @property
@@ -71,20 +77,29 @@ class ClaimedShare:
         """This member's own speed in samples per second, 0 while unknown."""
         return self._pace.rate
 
-    def begin_epoch(self, epoch: int, *, total: int, digest: int = 0) -> None:
-        """Open `epoch` over `total` positions of an order with this fingerprint; the one under way is left as it is."""
+    @property
+    def dry(self) -> bool:
+        """Whether this member takes no more work in this epoch and has trained on all it took."""
+        return self._closed and not self.outstanding
+
+    def begin_epoch(
+        self, epoch: int, *, total: int, digest: int = 0, done: Sequence[Range] = (), limit: int | None = None
+    ) -> None:
+        """Open `epoch` over an order with this length and fingerprint; the one under way is left as it is.
+
+        The first `limit` positions count, and those in `done` are left out.
+        """
         if epoch == self.epoch:
-            refuse_second_order(epoch, (self._total, self._digest), (total, digest))
+            refuse_second_order(epoch, self._order, (total, digest))
             return
         members = self._desk.members()
-        if total < len(members):
-            raise ValueError(f"{total} samples cannot be shared by {len(members)} members: each needs at least one")
+        span = total if limit is None else min(limit, total)
+        used = self._usable(len(Rest(span, done)), len(members), resumed=bool(done))
         self._forget(epoch)
-        self._total, self._digest = total, digest
-        used = total - total % self._batch if self._drop_last else total
+        self._order, self._done = (total, digest), tuple(done)
         first = max(1, min(self._batch, used // len(members))) if used else 0
-        opening = Opening(total, used, digest, tuple((rank, first) for rank in members))
-        self._desk.propose(self._key("open"), opening.pack())
+        self._opening = Opening(total, span, used, stamp(digest, done), tuple((rank, first) for rank in members))
+        self._desk.propose(self._key("open"), self._opening.pack())
 
     def rewind(self) -> None:
         """Hand out again what was handed out and not completed."""
@@ -99,8 +114,8 @@ class ClaimedShare:
                 break
         return self._hand_out(size)
 
-    def completed(self, samples: int | None = None) -> None:
-        """Count the oldest batch handed out, or so many samples, as trained on."""
+    def completed(self, samples: int | None = None) -> int:
+        """Count the oldest batch handed out, or so many samples, as trained on; returns how many."""
         samples = self._handed.trained(samples)
         self.ledger.complete(samples)
         self._pace.completed(samples, self._desk.now())
@@ -108,11 +123,16 @@ class ClaimedShare:
         if self._closed and not self.outstanding:
             self._pace.stop()
         self._draw_ahead()
+        return samples
+
+    def done(self) -> list[Range]:
+        """The positions that this member completed since the epoch was opened."""
+        return joined(self._positions(self.ledger.done()))
 
     def expected_batches(self) -> int:
         """How many batches this member will probably have trained on at the end of the epoch."""
         if self._crew is None:
-            return math.ceil(self._total / max(1, len(self._desk.members())) / self._batch)
+            return math.ceil(self._opening.used / max(1, len(self._desk.members())) / self._batch)
         me, others = self._sight()
         rates = [w.rate for w in others]
         part = me.rate / (me.rate + sum(rates)) if me.rate > 0 else 1 / (1 + len(rates))
@@ -144,8 +164,21 @@ class ClaimedShare:
         self.dropped = 0
         self._handed = Handed()
         self._closed = False
+        self._rest = Rest(0)
         self._crew: Crew | None = None
         self._sources: Sources | None = None
+
+    def _usable(self, left: int, members: int, *, resumed: bool) -> int:
+        """How many of the numbers are handed out."""
+        unit = self._batch if self._drop_last else 1
+        if resumed or left >= members * unit:
+            return usable(left, members=members, unit=unit)
+        if not self._drop_last:
+            raise ValueError(f"{left} samples cannot be shared by {members} members: each needs at least one")
+        return 0
+
+    def _positions(self, numbers: Iterable[Range]) -> list[Range]:
+        return [part for first, amount in numbers for part in self._rest.positions(first, amount)]
 
     def _key(self, what: str) -> str:
         return f"data/{what}/{self.epoch}"
@@ -157,8 +190,9 @@ class ClaimedShare:
             if value is None:
                 yield f"the opening of epoch {self.epoch}"
                 continue
-            opening = self._opening = Opening.unpack(value)
-            refuse_other_order(self.epoch, (self._total, self._digest), (opening.total, opening.digest))
+            opening = Opening.unpack(value)
+            refuse_other_order(self.epoch, self._opening, opening)
+            self._opening, self._rest = opening, Rest(opening.span, self._done)
             self._crew = Crew(self._desk, self.epoch, opening)
             self._sources = Sources(self._desk, self.epoch, opening, self._crew)
             self.ledger.claim(*opening.first(self._desk.me))
@@ -174,7 +208,7 @@ class ClaimedShare:
             self.dropped += 0 if self._closed else amount
             self._close()
             return None
-        batch = self.ledger.positions(self.outstanding, amount)
+        batch = each(self._positions(self.ledger.ahead(self.outstanding, amount)))
         self._handed.give(amount)
         self._pace.start(self._desk.now())
         self._draw_ahead()

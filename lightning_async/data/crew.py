@@ -13,9 +13,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
-from lightning_async.data.ledger import Note, pack_ranges, unpack_ranges
+from lightning_async.data.ledger import Note
+from lightning_async.data.opening import Opening
 from lightning_async.data.pace import Worker
-from lightning_async.data.pool import Opening, Pool
+from lightning_async.data.pool import Pool
+from lightning_async.data.ranges import pack_ranges, unpack_ranges
 from lightning_async.transport.mail import Board
 
 

@@ -13,20 +13,18 @@ one number says which of its samples are trained on:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-Range = tuple[int, int]
-"""The first position and how many follow from it on."""
+from lightning_async.data.ranges import PACKED, Range, cut, pack_ranges, unpack_ranges
 
 NOTE_BYTES = 1024
 """What a board takes as a note."""
 
 _HEADER = struct.Struct("<IIfBQQQH")
-_RANGE = struct.Struct("<QI")
-_ROOM = (NOTE_BYTES - _HEADER.size) // _RANGE.size
+_ROOM = (NOTE_BYTES - _HEADER.size) // PACKED.size
 
 
 class Ledger:
@@ -77,23 +75,9 @@ class Ledger:
         """The ranges completed, in the order of claiming."""
         return list(cut(self.claims, 0, self.completed))
 
-    def positions(self, skip: int, amount: int) -> list[int]:
-        """The positions of `amount` samples, after skipping `skip` of those not completed."""
-        begin = self.completed - self._before + skip
-        return [p for first, n in cut(self.claims[self._head :], begin, amount) for p in range(first, first + n)]
-
-
-def cut(ranges: Sequence[Range], skip: int, amount: int) -> Iterator[Range]:
-    """The part of concatenated `ranges` that begins after `skip` samples and is at most `amount` samples long."""
-    for first, n in ranges:
-        if amount <= 0:
-            return
-        begin = min(skip, n)
-        skip -= begin
-        size = min(n - begin, amount)
-        if size > 0:
-            amount -= size
-            yield first + begin, size
+    def ahead(self, skip: int, amount: int) -> list[Range]:
+        """The ranges of `amount` samples, after skipping `skip` of those not completed."""
+        return list(cut(self.claims[self._head :], self.completed - self._before + skip, amount))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,28 +114,15 @@ class Note:
     def unpack(note: bytes) -> Note:
         """The reverse of `pack`."""
         epoch, batch, rate, closed, completed, claimed, reach, count = _HEADER.unpack_from(note)
-        body = note[_HEADER.size : _HEADER.size + count * _RANGE.size]
+        body = note[_HEADER.size : _HEADER.size + count * PACKED.size]
         return Note(epoch, batch, rate, bool(closed), completed, claimed, reach, unpack_ranges(body))
 
 
-def pack_ranges(ranges: Iterable[Range]) -> bytes:
-    """Ranges as bytes, for the board."""
-    return b"".join(_RANGE.pack(*pair) for pair in ranges)
+class Done(Protocol):
+    """What says which positions it completed: a ledger, or a share."""
 
-
-def unpack_ranges(body: bytes) -> tuple[Range, ...]:
-    """The reverse of `pack_ranges`."""
-    return tuple((first, amount) for first, amount in _RANGE.iter_unpack(body))
-
-
-def uncovered(ranges: Iterable[Range], begin: int, end: int) -> list[Range]:
-    """The parts of positions `begin` .. `end`-1 that no range covers."""
-    found = []
-    for first, amount in sorted(ranges):
-        if begin < min(first, end):
-            found.append((begin, min(first, end) - begin))
-        begin = max(begin, first + amount)
-    return [*found, (begin, end - begin)] if begin < end else found
+    def done(self) -> list[Range]:
+        """The ranges completed."""
 
 
 class Audit(NamedTuple):
@@ -177,10 +148,10 @@ class Audit(NamedTuple):
         return [("were never completed:", self.missing), ("were completed more than once:", self.double)]
 
 
-def audit(ledgers: Iterable[Ledger], total: int) -> Audit:
+def audit(members: Iterable[Done], total: int) -> Audit:
     """Which of the positions 0 .. `total`-1 were not completed exactly once by these members together."""
     edges = {0: 0, total: 0}
-    for first, amount in (pair for ledger in ledgers for pair in ledger.done()):
+    for first, amount in (pair for member in members for pair in member.done()):
         edges[first] = edges.get(first, 0) + 1
         edges[first + amount] = edges.get(first + amount, 0) - 1
     missing, double, depth, marks = [], [], 0, sorted(edges)

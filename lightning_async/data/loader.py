@@ -10,23 +10,25 @@ What becomes of each kind of loader:
  - map-style data set, any sampler: its samples are shared.
  - the user's own batch sampler: its batches are shared whole, one batch counts as one sample for the share.
  - `batch_size=None`: single items are shared.
- - IterableDataset: unchanged, each rank has its own stream. There is nothing to share: it has no positions.
- - not a DataLoader: unchanged, with a warning.
+ - IterableDataset, or not a DataLoader: not shareable, each rank has its own stream (`stream.py`). There is nothing to
+   share: it has no positions.
  - a DataLoader class with an iterator of its own: refused, its iterator would bypass the share.
 One share feeds one loader: with several training loaders, each needs its own.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lightning_async.data.order import Order
-from lightning_async.data.share import Share, drive
+from lightning_async.data.order import Order, pick
+from lightning_async.data.share import Share
+from lightning_async.transport.mail import Wait
 
+Beginner = Callable[[Order], None]
+Driver = Callable[[Wait["list[int] | None"]], "list[int] | None"]
 Puller = Callable[[], "list[int] | None"]
 Teller = Callable[[Any], object]
 
@@ -35,39 +37,28 @@ class SharedBatches:
     """A batch sampler that pulls from a share. It has no length on purpose.
 
     Args:
-        share: Where the positions come from.
-        order: What they stand for; named `sampler` so that Lightning finds its `set_epoch`.
+        order: What the positions stand for; named `sampler` so that Lightning finds its `set_epoch`.
+        begin: Opens the order's epoch at the share, and may turn the order to another one.
         pull: Gets the next positions from the share, waiting if it must.
         whole: One position is one batch of the user's own batch sampler.
         tell: Is told what each batch consists of.
-        began: Is told the number of each epoch, before its first batch is asked for.
     """
 
     def __init__(
-        self,
-        share: Share,
-        order: Order,
-        pull: Puller,
-        *,
-        whole: bool = False,
-        tell: Teller | None = None,
-        began: Teller | None = None,
+        self, order: Order, begin: Beginner, pull: Puller, *, whole: bool = False, tell: Teller | None = None
     ) -> None:
-        self.share = share
         self.sampler = order
+        self._begin = begin
         self._pull = pull
         self._whole = whole
         self._tell = tell
-        self._began = began
 
     def __iter__(self) -> Iterator[Any]:
-        order = self.sampler
-        if self._began is not None:
-            self._began(order.epoch)
-        self.share.begin_epoch(order.epoch, total=len(order), digest=order.digest)
-        self.share.rewind()
+        self._begin(self.sampler)
+        items = self.sampler.items  # Lightning may turn the order to the next epoch while this one is on its way
         while (positions := self._pull()) is not None:
-            batch = order[positions[0]] if self._whole else [order[p] for p in positions]
+            picked = pick(items, positions)
+            batch = picked[0] if self._whole else picked
             if self._tell is not None:
                 self._tell(batch)
             yield batch
@@ -85,44 +76,37 @@ def drops_last(loader: object) -> bool:
     return bool(sampler.drop_last) if type(sampler) is BatchSampler else False
 
 
-def is_shareable(loader: object) -> bool:
-    """Whether `shared_loader` will feed this loader from a share, or leave it as it is."""
+def is_shareable(loader: object) -> TypeGuard[DataLoader[Any]]:
+    """Whether `shared_loader` can feed this loader from a share."""
     return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
+def counts_samples(loader: DataLoader[Any]) -> bool:
+    """Whether a position is one sample, and not a batch of the user's own or an item of `batch_size=None`."""
+    return type(loader.batch_sampler) is BatchSampler
+
+
 def shared_loader(
-    loader: object,
+    loader: DataLoader[Any],
     share: Share,
     *,
-    wait: Callable[[float], None],
-    now: Callable[[], float],
+    drive: Driver,
     seed: int = 0,
     epoch: int = 0,
-    patience: float = 600.0,
+    begin: Beginner | None = None,
     tell: Teller | None = None,
-    began: Teller | None = None,
-) -> object:
+) -> DataLoader[Any]:
     """A loader like `loader` whose batches come from `share`.
 
     Args:
         loader: The user's loader, as it comes to a strategy's `process_dataloader`.
         share: This member's share, made with `samples_per_batch(loader)` and `drops_last(loader)`.
-        wait: Returns when something new may be there, at the latest after so many seconds.
-        now: Seconds on a clock.
+        drive: Runs a `Wait` to its end.
         seed: The seed of the shuffling, the same on every rank.
         epoch: The epoch the first iterator belongs to; later ones are told by `set_epoch`.
-        patience: Seconds after which waiting for the store ends with a `TimeoutError`.
+        begin: Opens the order's epoch at the share; None: all of it, as it comes.
         tell: Is told what each batch consists of, as it goes to the loader.
-        began: Is told the number of each epoch, before its first batch is asked for.
     """
-    if not patience > 0:
-        raise ValueError(f"`patience` must be above 0, got {patience}")
-    if not isinstance(loader, DataLoader):
-        name = type(loader).__name__
-        warnings.warn(f"`{name}` is not a DataLoader: every rank trains on all of it, as it comes", stacklevel=2)
-        return loader
-    if isinstance(loader.dataset, IterableDataset):
-        return loader
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise ValueError(
             f"`{type(loader).__name__}` has an iterator of its own, which would bypass the sharing of the samples; "
@@ -132,9 +116,13 @@ def shared_loader(
     order = Order(source, seed=seed, epoch=epoch)
 
     def pull() -> list[int] | None:
-        return drive(share.next_batch(size), wait=wait, now=now, patience=patience)
+        return drive(share.next_batch(size))
 
-    return _remade(loader, SharedBatches(share, order, pull, whole=whole, tell=tell, began=began))
+    def begin_all(order: Order) -> None:
+        share.begin_epoch(order.epoch, total=len(order), digest=order.digest)
+        share.rewind()
+
+    return _remade(loader, SharedBatches(order, begin or begin_all, pull, whole=whole, tell=tell))
 
 
 def recorded_loader(loader: DataLoader[Any], batches: Iterable[Any]) -> DataLoader[Any]:

@@ -6,7 +6,8 @@
                     from (seed, epoch) first, so that it is equal everywhere without the user's doing
     DistributedSampler (the user's, or injected by Lightning): the whole of what it would have split
 
-The `digest` is compared between the members when an epoch opens.
+The `digest` is compared between the members when an epoch opens. An order of many samples is one tensor or one range:
+what a batch asks for is taken out of it (`pick`), and no list of all is made.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
+
+Items = Sequence[Any] | torch.Tensor
+"""What the positions stand for, in their order."""
+CHUNK = 1 << 20
 
 
 class Order:
@@ -33,42 +38,44 @@ class Order:
     def __init__(self, source: Iterable[Any], *, seed: int = 0, epoch: int = 0) -> None:
         self._source = source
         self._seed = seed
-        self._items: Sequence[Any] | None = None
-        self._digest = 0
+        self._kept: tuple[Items, int] | None = None
         self.epoch = epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Turn to `epoch`; its list is made when it is first asked for."""
         if epoch != self.epoch:
-            self.epoch, self._items = epoch, None
+            self.epoch, self._kept = epoch, None
 
     def __len__(self) -> int:
-        return len(self._made())
+        return len(self.items)
 
-    def __getitem__(self, position: int) -> Any:
-        return self._made()[position]
+    @property
+    def items(self) -> Items:
+        """What the positions of this epoch stand for."""
+        return self._made()[0]
 
     @property
     def digest(self) -> int:
         """A fingerprint of the order."""
-        self._made()
-        return self._digest
+        return self._made()[1]
 
-    def _made(self) -> Sequence[Any]:
-        if self._items is None:
-            self._items = self._listed()
-            self._digest = fingerprint(self._items)
-        return self._items
+    def _made(self) -> tuple[Items, int]:
+        if self._kept is None:
+            items = self._listed()
+            self._kept = items, fingerprint(items)
+        return self._kept
 
-    def _listed(self) -> Sequence[Any]:
+    def _listed(self) -> Items:
         source, seed = self._source, self._seed + self.epoch
         if type(source) is SequentialSampler:
             return range(len(source))
         if type(source) is RandomSampler and not source.replacement and source.num_samples == len(source.data_source):
-            generator = torch.Generator().manual_seed(seed)
-            return torch.randperm(len(source), generator=generator).tolist()
+            return shuffled(len(source), seed)
         if isinstance(source, DistributedSampler):
             source = unsplit(source)
+            if type(source) is DistributedSampler:
+                n = source.total_size
+                return shuffled(n, source.seed + self.epoch) if source.shuffle else range(n)
         if callable(set_epoch := getattr(source, "set_epoch", None)):
             set_epoch(self.epoch)
         with seeded(seed):
@@ -85,11 +92,33 @@ def unsplit(sampler: DistributedSampler[Any]) -> DistributedSampler[Any]:
     return whole
 
 
-def fingerprint(items: Sequence[Any]) -> int:
+def shuffled(n: int, seed: int) -> torch.Tensor:
+    """The permutation that a DistributedSampler makes of n samples from this seed."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def pick(items: Items, positions: list[int]) -> list[Any]:
+    """What these positions stand for."""
+    if isinstance(items, torch.Tensor):
+        picked: list[Any] = items[positions].tolist()
+        return picked
+    return [items[p] for p in positions]
+
+
+def fingerprint(items: Items) -> int:
     """A number that differs, almost surely, between two orders."""
-    if all(isinstance(item, int) for item in items):
-        return zlib.crc32(torch.tensor(items, dtype=torch.int64).numpy().tobytes())
-    return zlib.crc32(repr(list(items)).encode())
+    if not isinstance(items, (torch.Tensor, range)) and not all(isinstance(item, int) for item in items):
+        return zlib.crc32(repr(list(items)).encode())
+    digest = 0
+    for begin in range(0, len(items), CHUNK):
+        digest = zlib.crc32(_numbers(items[begin : begin + CHUNK]).numpy().tobytes(), digest)
+    return digest
+
+
+def _numbers(items: Items) -> torch.Tensor:
+    if isinstance(items, range):
+        return torch.arange(items.start, items.stop, items.step)
+    return torch.as_tensor(items, dtype=torch.int64)
 
 
 @contextmanager

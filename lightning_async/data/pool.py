@@ -9,15 +9,10 @@ hear the answer before it goes.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from lightning_async.data.ledger import Range, cut
+from lightning_async.data.ranges import Range, cut
 from lightning_async.transport.mail import Board
-
-_HEAD = struct.Struct("<QQQ")
-_SEAT = struct.Struct("<II")
 
 
 class Pool:
@@ -60,45 +55,3 @@ class Pool:
             self.frontier = max(self.frontier, ticket + amount)
             found.extend(cut(self._ranges, ticket, amount))
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """What the first member to open an epoch decides for all: the order's fingerprint and everybody's first batch.
-
-    Attributes:
-        total: Positions in the order.
-        used: How many of them are trained on; the rest is what `drop_last` drops.
-        digest: The fingerprint of the order.
-        seats: (rank, amount of its first range), in the order of the positions.
-    """
-
-    total: int
-    used: int
-    digest: int
-    seats: tuple[Range, ...]
-
-    @property
-    def reserved(self) -> int:
-        """Positions given out without a ticket."""
-        return sum(amount for _, amount in self.seats)
-
-    def first(self, rank: int) -> Range:
-        """The range that is `rank`'s own without asking; empty for one who was not there at the opening."""
-        begin = 0
-        for seat, amount in self.seats:
-            if seat == rank:
-                return begin, amount
-            begin += amount
-        return begin, 0
-
-    def pack(self) -> bytes:
-        """As bytes, for the board."""
-        return _HEAD.pack(self.total, self.used, self.digest) + b"".join(_SEAT.pack(*s) for s in self.seats)
-
-    @staticmethod
-    def unpack(value: bytes) -> Opening:
-        """The reverse of `pack`."""
-        seats = tuple((rank, amount) for rank, amount in _SEAT.iter_unpack(value[_HEAD.size :]))
-        total, used, digest = _HEAD.unpack_from(value)
-        return Opening(total, used, digest, seats)

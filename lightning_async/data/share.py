@@ -4,22 +4,23 @@ r"""A share says which positions of the epoch's order this member trains on next
                        \ completed, completed, ...         told by the strategy after each training batch
 
 Positions that were handed out and not completed are handed out again after `rewind` (a new iterator over the same
-epoch), so nothing is lost with an abandoned prefetch queue.
+epoch), so nothing is lost with an abandoned prefetch queue. An epoch that was interrupted goes on with what is left of
+it, by whatever members there are then: each tells what it has `done`, and the next run begins without all of that.
 
 `"equal"`: the counts of a DistributedSampler. `"claim"`: by measured speed, each position exactly once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, Protocol, TypeVar, get_args
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args
 
 from lightning_async.data.claim import ClaimedShare
 from lightning_async.data.crew import Desk
 from lightning_async.data.equal import EqualShare
+from lightning_async.data.ranges import Range
 from lightning_async.transport.mail import Wait
 
-T = TypeVar("T")
 Balance = Literal["equal", "claim", "incremental"]
 """How the samples of an epoch are divided between the members."""
 
@@ -35,8 +36,22 @@ class Share(Protocol):
     def outstanding(self) -> int:
         """Samples handed out and not completed: in workers, prefetched, or being trained on."""
 
-    def begin_epoch(self, epoch: int, *, total: int, digest: int = 0) -> None:
-        """Open `epoch` over `total` positions of an order with this fingerprint; the one under way is left as it is."""
+    @property
+    def dry(self) -> bool:
+        """Whether this member gets nothing more in this epoch and has trained on all it got."""
+
+    def begin_epoch(
+        self, epoch: int, *, total: int, digest: int = 0, done: Sequence[Range] = (), limit: int | None = None
+    ) -> None:
+        """Open `epoch` over an order with this length and fingerprint; the one under way is left as it is.
+
+        Args:
+            epoch: Its number.
+            total: The length of the order.
+            digest: The fingerprint of the order.
+            done: What all members of an interrupted run have done of it together: left out.
+            limit: How many of the first positions count; None: all.
+        """
 
     def rewind(self) -> None:
         """Hand out again what was handed out and not completed."""
@@ -44,8 +59,11 @@ class Share(Protocol):
     def next_batch(self, size: int) -> Wait[list[int] | None]:
         """The next at most `size` positions; None when this member has no more work in this epoch."""
 
-    def completed(self, samples: int | None = None) -> None:
-        """Count the oldest batch handed out, or so many samples, as trained on."""
+    def completed(self, samples: int | None = None) -> int:
+        """Count the oldest batch handed out, or so many samples, as trained on; returns how many."""
+
+    def done(self) -> list[Range]:
+        """The positions of the order that this member completed since the epoch was opened; not what was left out."""
 
     def expected_batches(self) -> int:
         """How many batches this member will probably have trained on at the end of the epoch."""
@@ -74,17 +92,3 @@ def make_share(balance: Balance, desk: Desk, *, batch: int, drop_last: bool = Fa
     if balance == "incremental":
         raise ValueError('`balance="incremental"` comes with the async_global strategy; use "claim" or "equal" here')
     raise ValueError(f"`balance` must be one of {', '.join(get_args(Balance))}, got {balance!r}")
-
-
-def drive(work: Wait[T], *, wait: Callable[[float], None], now: Callable[[], float], patience: float) -> T:
-    """Run a `Wait` to its end, passing the time with `wait`; after `patience` a `TimeoutError` says what is missing."""
-    give_up = now() + patience
-    while True:
-        try:
-            missing = next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        if now() >= give_up:
-            raise TimeoutError(f"Waited {patience:g} s for {missing}; is the member that hosts the store still there?")
-        wait(min(1.0, max(0.0, give_up - now())))

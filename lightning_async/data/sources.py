@@ -14,8 +14,10 @@ completed: it is left out, and counted as abandoned. So is what is lost when no 
 from __future__ import annotations
 
 from lightning_async.data.crew import Crew, Desk, Estate
-from lightning_async.data.ledger import Ledger, Range, pack_ranges, uncovered, unpack_ranges
-from lightning_async.data.pool import Opening, Pool
+from lightning_async.data.ledger import Ledger
+from lightning_async.data.opening import Opening
+from lightning_async.data.pool import Pool
+from lightning_async.data.ranges import Range, pack_ranges, uncovered, unpack_ranges
 from lightning_async.transport.mail import Wait
 
 

@@ -34,14 +34,25 @@ from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.data.share import Balance
 from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
-from lightning_async.strategies.buffers import average_buffers, broadcast_frozen
+from lightning_async.strategies.averages import Averages
+from lightning_async.strategies.buffers import Buffers, average_buffers, broadcast_frozen
+from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
-from lightning_async.strategies.refusals import refuse, refuse_module, refuse_optimizers, refuse_schedulers
+from lightning_async.strategies.refusals import (
+    refuse,
+    refuse_manual,
+    refuse_module,
+    refuse_optimizers,
+    refuse_schedulers,
+)
 from lightning_async.strategies.saved import agree_on_saved
+from lightning_async.strategies.scaling import SkippedSteps
+from lightning_async.strategies.statistics import Statistics
+from lightning_async.strategies.trainable import check_unchanged, renewed
 from lightning_async.transport.mail import Wait
 
 T = TypeVar("T")
@@ -60,6 +71,7 @@ class AsyncStrategy(DDPStrategy):
         *,
         at_meeting: AtMeeting = "adopt",
         balance: Balance = "claim",
+        buffers: Buffers = "average",
         interface: str | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
@@ -86,14 +98,18 @@ class AsyncStrategy(DDPStrategy):
         )
         if at_meeting not in ("adopt", "keep"):
             raise ValueError(f"`at_meeting` must be 'adopt' or 'keep', got {at_meeting!r}")
+        if buffers not in get_args(Buffers):
+            raise ValueError(f"`buffers` must be 'average', 'reestimate' or 'local', got {buffers!r}")
         if start_method not in get_args(StartMethod):
             raise ValueError(f"`start_method` must be one of {', '.join(get_args(StartMethod))}, got {start_method!r}")
         self.algorithm = algorithm
         self.at_meeting = at_meeting
+        self.buffers = buffers
         self.office = Office(
             interface=interface, silence=silence, patience=patience, limit=meeting_timeout, record=record
         )
         self.feeding = Feeding(balance)
+        self.checkpoints = Checkpoints(self)
         self._garbage = Garbage()
         self.steps = 0
         self.last_meeting: dict[str, float] = {}
@@ -101,6 +117,8 @@ class AsyncStrategy(DDPStrategy):
         self._metrics: LedMetrics | None = None
         self._replica: Replica | None = None
         self._moments: dict[int, SecondMoment] = {}
+        self._skipped = SkippedSteps()
+        self.statistics = Statistics()
         self._free = False
         self._stepped = False
         self._arrivals = ArrivalLog()
@@ -114,6 +132,11 @@ class AsyncStrategy(DDPStrategy):
     def traffic(self) -> Mapping[Any, Any]:
         """Bytes and messages by peer and kind, counted by the carrier."""
         return self.office.traffic()
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many of this rank's steps moved nothing, because fp16's gradient scaler found them not finite."""
+        return self._skipped.count
 
     @property
     def shrink(self) -> Shrink:
@@ -131,7 +154,7 @@ class AsyncStrategy(DDPStrategy):
         super().connect(model)
         callbacks = compat.callbacks(model.trainer)
         if not any(isinstance(c, Meetings) for c in callbacks):
-            callbacks.insert(0, Meetings(self))
+            callbacks[:0] = [Meetings(self), Averages(self)]
 
     def setup_environment(self) -> None:
         """Processes know each other; from here on `barrier` and its kind go through rounds."""
@@ -158,6 +181,8 @@ class AsyncStrategy(DDPStrategy):
             refuse_optimizers(self.optimizers, self.name)
             if trainer.lightning_module.automatic_optimization:
                 refuse_schedulers(self.lr_scheduler_configs, self.name)
+            if self.buffers == "reestimate":
+                refuse_manual(trainer.lightning_module, self.name)
             self._moments = {id(o): SecondMoment(o) for o in self.optimizers if SecondMoment.concerns(o)}
             rank_zero_info(self._first_line())
 
@@ -169,7 +194,7 @@ class AsyncStrategy(DDPStrategy):
         refuse_module(model, self.name)
         self._replica = Replica(model.parameters())
         self._together(self._equalise(model))
-        self.steps = 0
+        self.steps = self._skipped.count = 0
         return model
 
     def _equalise(self, model: torch.nn.Module) -> Wait[None]:
@@ -191,6 +216,8 @@ class AsyncStrategy(DDPStrategy):
             if replaced is not None:
                 replaced.restore()
         self.feeding.close()
+        self.statistics.forget()
+        self.checkpoints.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
@@ -210,12 +237,16 @@ class AsyncStrategy(DDPStrategy):
 
     def on_train_start(self) -> None:
         """The loader is known, the checkpoint is restored: the algorithm begins."""
-        self.algorithm.begin(self.replica, self.office.mail, self.feeding.mass)
+        self.algorithm.begin(self.replica, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
+        self.checkpoints.put_back()
         self.office.recording.start(self)
         self._garbage.set_aside()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Let the algorithm see the gradients between backward and Lightning's hooks, clipping and update."""
+        """Let the algorithm see the gradients between backward and Lightning's hooks, clipping and update.
+
+        They are this rank's own, not clipped yet; under fp16's gradient scaler they are still scaled.
+        """
 
         def closure_then_exchange() -> Any:
             result = closure()
@@ -226,7 +257,8 @@ class AsyncStrategy(DDPStrategy):
 
         self._stepped = True
         self.office.recording.step_with(optimizer, self.optimizers)
-        output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
+        with self._skipped.watch(self.precision_plugin, optimizer):
+            output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
         if (moment := self._moments.get(id(optimizer))) is not None:
             moment.stretch(self.algorithm.averaged_over(len(self.office.mail.members())))
         return output
@@ -250,12 +282,14 @@ class AsyncStrategy(DDPStrategy):
         """All that live stop here and see the consensus; nothing is in flight."""
         if not self._free or self._replica is None:
             return
+        check_unchanged(self.trainer.lightning_module, self.replica)
         waited = self.office.carrier.now()
         self.office.recording.meeting(self.replica)
-        consensus = self._together(self.algorithm.meet(self.replica, self.office.mail, self.office.algorithms_rounds))
+        consensus = self._together(self.algorithm.meet(self.replica, self.office.mail))
         self._arrivals.add(self.algorithm.arrived())
         apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu(), consensus.cpu()))
-        self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
+        if self.buffers != "local":
+            self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
         self.feeding.epoch_ended(deaths=len(self.office.carrier.members()) < self.world_size)
         self.replica.stand_in(consensus)
         self.office.recording.met(self.replica)
@@ -268,7 +302,10 @@ class AsyncStrategy(DDPStrategy):
         """Leave a meeting: own weights again, unless they are the consensus. Free from here to the next one."""
         if self._free:
             return
-        self.replica.check_complete(self.trainer.lightning_module.parameters())
+        new = self._together(renewed(self.trainer.lightning_module, self.replica, self.office.rounds))
+        if new is not None:
+            self._replica = new
+            self.algorithm.begin(new, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
         adopted = not self.replica.away
         self.replica.come_back()
         self.algorithm.resume(self.replica, adopted=adopted)
@@ -279,6 +316,9 @@ class AsyncStrategy(DDPStrategy):
         """Every rank takes the consensus home, and rank 0's names of the checkpoints."""
         self.replica.stay()
         self.office.recording.finish()
+        if self.buffers == "reestimate":
+            module = self.trainer.lightning_module
+            self._together(self.statistics.take_anew(module, self.training_step, self.office.rounds))
         self._together(agree_on_saved(self.trainer, self.office.rounds))
 
     @property
@@ -287,13 +327,28 @@ class AsyncStrategy(DDPStrategy):
         return self.global_rank == self.office.first
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Between meetings there is no consensus to save: say so."""
+        """The consensus, and beside it what each rank has of its own. Between meetings there is none: say so."""
+        if self._meeting and self.checkpoints.holds_all(checkpoint):
+            self._together(self.checkpoints.save(checkpoint, filepath, storage_options))
+            return
         if not self._meeting and self.office.is_open:
             rank_zero_warn(
                 f"{self.name}: a checkpoint between meetings holds the weights of one rank, not the consensus; save at "
                 "the end of an epoch"
             )
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
+        """What Lightning restores on this rank. Read by all ranks."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
+        return self._together(self.checkpoints.load(checkpoint_path, checkpoint)) if self._meeting else checkpoint
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """The main file, then the files of all ranks."""
+        path = self.checkpoints.agreed(filepath)
+        super().remove_checkpoint(path)
+        if self.is_global_zero:
+            self.checkpoints.remove(path)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all that live; between meetings, for nobody."""
@@ -330,6 +385,8 @@ class AsyncStrategy(DDPStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         """The training data are shared out by the balance; evaluation keeps Lightning's sampler."""
         trainer = self.trainer
+        if trainer.training:
+            self.checkpoints.before_loader()
         if not trainer.training or not compat.wants_our_sampler(trainer):
             return dataloader
         return self.feeding.share_out(dataloader, self.office, lambda: trainer.current_epoch)
@@ -349,6 +406,10 @@ class AsyncStrategy(DDPStrategy):
         if self._replica is None:
             raise RuntimeError("there is no replica outside of `fit`")
         return self._replica
+
+    def moment(self, optimizer: Optimizer) -> SecondMoment | None:
+        """What corrects the steps of this optimizer, if it is one of those that need it."""
+        return self._moments.get(id(optimizer))
 
     @property
     def _meeting(self) -> bool:

@@ -15,7 +15,8 @@ from typing import Any
 import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from torch.optim.swa_utils import AveragedModel
 
 PRIVATE = {
     "fit_loop.epoch_loop._broadcast_sigterm_tensor": "the broadcast before every batch",
@@ -123,6 +124,11 @@ def saves_by_steps(callback: ModelCheckpoint) -> bool:
 def saves_by_time(callback: ModelCheckpoint) -> bool:
     """Whether a ModelCheckpoint is triggered by the clock of one rank."""
     return callback._train_time_interval is not None
+
+
+def average_of(callback: WeightAveraging) -> AveragedModel | None:
+    """The averaged model of a WeightAveraging; there is none outside of `fit`."""
+    return callback._average_model
 
 
 def _resolve(trainer: Trainer, path: str) -> tuple[Any, str]:

@@ -50,6 +50,7 @@ class Course:
         measure: Whether movements of the weights are wanted.
         tell: Is told each meeting that all members had, in a sentence.
         steps: The batches, in the order in which they were recomputed.
+        taken: How many steps were taken, by all members together.
         folds: How many messages were folded.
         digests: How many digests were compared.
         losses: How many losses were compared.
@@ -63,6 +64,7 @@ class Course:
     measure: bool = False
     tell: Callable[[str], object] = print
     steps: list[Step] = field(default_factory=list)
+    taken: int = 0
     folds: int = 0
     digests: int = 0
     losses: int = 0

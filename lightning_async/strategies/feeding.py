@@ -1,25 +1,42 @@
-"""Feeding: which samples this rank trains on, seen from the strategy: one share, made with the training loader."""
+"""Feeding: which samples this rank trains on, seen from the strategy: a share of one loader's, or streams of its own.
+
+load_state_dict    ->  share_out               ->  completed, completed, ...  ->  state_dict
+of a checkpoint        Lightning makes its loaders    after each batch                into a checkpoint
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sized
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Callable, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_async.algorithms.gossip import UNIT
-from lightning_async.data.loader import drops_last, is_shareable, samples_per_batch, shared_loader
+from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.data.counts import epoch_batches, limited, samples_in
+from lightning_async.data.loader import counts_samples, drops_last, is_shareable, samples_per_batch, shared_loader
+from lightning_async.data.opening import usable
+from lightning_async.data.order import Order
+from lightning_async.data.ranges import Range, Rest
+from lightning_async.data.resume import Interrupted, State, as_ranges, as_tensor
 from lightning_async.data.share import Balance, Share, make_share
+from lightning_async.data.stream import Stream, Streams, is_stateful, source_of
 
 if TYPE_CHECKING:
     from lightning_async.strategies.office import Office
 
 
 class Feeding:
-    """The share of this rank and what the algorithm needs to know of it."""
+    """The share of this rank and what the algorithm needs to know of it.
+
+    Attributes:
+        limit: Lightning's `limit_train_batches`: so many batches for each rank of a synchronous run (int), or a part of
+            the epoch (float). To be set before the loader is shared out. It does not cut a stream.
+        batches: Batches that this rank trained on in this run.
+        samples: Samples in them.
+    """
 
     def __init__(self, balance: Balance) -> None:
         if balance == "incremental":
@@ -29,54 +46,85 @@ class Feeding:
         if balance not in get_args(Balance):
             raise ValueError(f"`balance` must be 'claim' or 'equal', got {balance!r}")
         self.balance = balance
+        self.limit: int | float = 1.0
+        self.batches = self.samples = 0
         self.share: Share | None = None
-        self._batch = 1
-        self._epoch: int | None = None
-        self._made_for: tuple[int, bool] | None = None
+        self._kept: tuple[Share, int, bool] | None = None
+        self._batch, self._drop_last, self._world = 1, False, 1
+        self._total: int | None = None
+        self._by_sample = False
+        self._begun = True
+        self._streams = Streams(self._drawn)
+        self._interrupted = Interrupted(rank_zero_warn)
+        self._tell_epoch: Callable[[int], None] | None = None
 
     @property
     def mass(self) -> int:
         """What a step of this rank weighs: a member with larger batches counts for more, each sample for the same."""
         return UNIT * self._batch
 
+    @property
+    def dry(self) -> bool:
+        """Whether this rank's loader has nothing more in this epoch, and all that it gave is trained on.
+
+        Of several streams that Lightning draws from together, only Lightning knows which one ends the epoch.
+        """
+        fed = self.share is not None or len(self._streams) > 0
+        return fed and self._streams.dry and (self.share is None or self.share.dry)
+
     def share_out(self, loader: object, office: Office, epoch: Callable[[], int]) -> object:
-        """The training loader, fed by this rank's share."""
-        self._batch = samples_per_batch(loader) if is_shareable(loader) else getattr(loader, "batch_size", None) or 1
+        """The training loader, fed by this rank's share; a stream as it is, but watched."""
         if not is_shareable(loader):
-            self.share = None
             if not isinstance(loader, DataLoader):
                 rank_zero_warn(
                     f"`{type(loader).__name__}` is not a DataLoader: every rank trains on all that it yields"
                 )
-            return loader
-        if self._epoch == epoch():
+            return self.watch(loader)
+        self._new_loaders()
+        self._batch, self._by_sample = samples_per_batch(loader), counts_samples(loader)
+        if self.share is not None:
             raise MisconfigurationException(
                 "several training loaders cannot be shared out by one share: put the data sets into one DataLoader, or "
                 "set `use_distributed_sampler=False` and give each rank its part of each"
             )
-        self._epoch = epoch()
-        made_for = (self._batch, drops_last(loader))
-        if self.share is None or self._made_for != made_for:
-            self._made_for = made_for
-            self.share = make_share(self.balance, office.carrier, batch=self._batch, drop_last=drops_last(loader))
+        self._drop_last, self._world = drops_last(loader), office.carrier.world
+        self.share = self._share(office)
         recording, size = office.recording, size_of(loader)
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # as Lightning's own DistributedSampler does
+        self._tell_epoch = lambda number: recording.epoch(number, size)
         return shared_loader(
             loader,
             self.share,
-            wait=office.glance,
-            now=office.carrier.now,
-            seed=seed,
+            drive=office.drive,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),  # as Lightning's own DistributedSampler does
             epoch=epoch(),
-            patience=office.limit,
+            begin=self._begin,
             tell=recording.fetched,
-            began=lambda number: recording.epoch(number, size),
         )
 
-    def completed(self) -> None:
+    def watch(self, loader: Any) -> Stream:
+        """A loader that is this rank's own: its batches are counted and its state is kept."""
+        self._new_loaders()
+        self._batch = getattr(loader, "batch_size", None) or 1
+        if source_of(loader) is None and is_stateful(getattr(loader, "dataset", None)):
+            rank_zero_warn(
+                f"`{type(loader.dataset).__name__}` has a state, but its copies in the workers advance unseen, and a "
+                "resumed run begins the stream anew: use a loader with a `state_dict`, as torchdata's "
+                "StatefulDataLoader, or `num_workers=0`"
+            )
+        return self._streams.watch(loader)
+
+    def completed(self, batch: object = None) -> None:
         """A batch was trained on."""
-        if self.share is not None:
-            self.share.completed()
+        shared = self.share.completed() if self.share is not None else 0
+        self._streams.trained()
+        self.batches += 1
+        self.samples += shared if self._by_sample else samples_in(batch) or self._batch
+
+    def epoch_batches(self) -> int | None:
+        """How many batches one rank of a synchronous run has in an epoch; None while that is not known."""
+        if self._total is None:
+            return self._streams.batches(self.limit) if len(self._streams) else None
+        return epoch_batches(self._span(self._total), members=self._world, batch=self._batch, drop_last=self._drop_last)
 
     def epoch_ended(self, *, deaths: bool) -> None:
         """Say what nobody trained on. Only a death can leave something, and then the notes are final by now."""
@@ -86,7 +134,82 @@ class Feeding:
 
     def close(self) -> None:
         """The run is over."""
-        self.share = self._epoch = None
+        self.share = self._kept = self._total = None
+        self.batches = self.samples = 0
+        self._begun, self._by_sample, self._tell_epoch = True, False, None
+        self._streams.clear()
+        self._interrupted = Interrupted(rank_zero_warn)
+
+    # -- an epoch that goes on -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> State:
+        """The epoch and what is done of it, as far as this rank knows; `resume.unite` makes one of those of all."""
+        if self.share is None:
+            return {"epoch": -1, "done": as_tensor([])}
+        return self._interrupted.state(self.share)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what all ranks of an interrupted run have done. To be called before the loader is shared out."""
+        self._interrupted.load(state)
+
+    def left(self, state: Mapping[str, Any]) -> int:
+        """How many samples of this epoch are left to a run that goes on from such a state; 0: its epoch is over."""
+        return 0 if self._total is None else self._left(self._total, as_ranges(state["done"]))
+
+    def loader_states(self) -> list[Any]:
+        """The state of each stream of this rank, as of what was trained on; None where it has none."""
+        return self._streams.bookmarks()
+
+    def load_loader_states(self, states: Sequence[Any]) -> None:
+        """Go on with this rank's own streams from there. To be called before the loader is shared out."""
+        self._streams.load(states)
+
+    def _new_loaders(self) -> None:
+        """Lightning makes all its loaders before it draws from one: what comes after that replaces them."""
+        if self._begun and (self.share is not None or len(self._streams)):
+            self._streams.clear()
+            self.share = self._total = None
+            self._by_sample = False
+        self._begun = False
+
+    def _drawn(self) -> None:
+        self._begun = True
+
+    def _begin(self, order: Order) -> None:
+        """Open the order's epoch at the share, without what is done of it."""
+        assert self.share is not None
+        done = self._interrupted.begin(order, self._left)
+        if self._tell_epoch is not None:
+            self._tell_epoch(order.epoch)
+        self._drawn()
+        self._total = len(order)
+        left = self._left(self._total, done)
+        if done and 0 < left < self._world * self._unit:
+            rank_zero_info(
+                f"{left} samples are left of epoch {order.epoch}: some come again, so that each rank has a batch"
+            )
+        span = self._span(self._total)
+        self.share.begin_epoch(order.epoch, total=self._total, digest=order.digest, done=done, limit=span)
+        self.share.rewind()
+
+    @property
+    def _unit(self) -> int:
+        return self._batch if self._drop_last else 1
+
+    def _span(self, total: int) -> int:
+        """How many positions the limit leaves."""
+        return limited(self.limit, total, members=self._world, batch=self._batch, drop_last=self._drop_last)
+
+    def _left(self, total: int, done: Sequence[Range]) -> int:
+        return usable(len(Rest(self._span(total), done)), members=1, unit=self._unit)
+
+    def _share(self, office: Office) -> Share:
+        """The share of the loader before, if that was like this one: its epoch goes on."""
+        batch, drop_last = self._batch, self._drop_last
+        if self._kept is None or self._kept[1:] != (batch, drop_last):
+            share = make_share(self.balance, office.carrier, batch=batch, drop_last=drop_last)
+            self._kept = share, batch, drop_last
+        return self._kept[0]
 
 
 def size_of(loader: object) -> int:

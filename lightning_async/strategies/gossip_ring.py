@@ -14,10 +14,14 @@ from lightning_async.algorithms.gossip import Mode, Wire, gossip
 from lightning_async.algorithms.topology import RING_LIMIT, Topology
 from lightning_async.data.share import Balance
 from lightning_async.strategies.base import AsyncStrategy, AtMeeting, StartMethod
+from lightning_async.strategies.buffers import Buffers
 
 
 class GossipRingStrategy(AsyncStrategy):
     """Asynchronous gossip on a ring (GR-SGD), with the synchronous ring and the silent control beside it.
+
+    `gradient_clip_val` clips a rank's own gradient, before any exchange; what comes from neighbours is not clipped.
+    Half-precision weights (`bf16-true`, `16-true`) are exchanged and averaged in float32 and hold the rounding of that.
 
     Args:
         mode: "pairwise" (symmetric averages, fair to unequal speeds), "push_sum" (one-sided, by mass), "sync" (D-PSGD,
@@ -29,6 +33,8 @@ class GossipRingStrategy(AsyncStrategy):
         mixing: How far the two ends of an edge move: 0.5 meets in the middle. None: 1/3, and 0.5 for two members.
         at_meeting: "adopt" (replicas go on from the consensus) or "keep" (each goes on from its own weights).
         balance: "claim" (the share of the data follows the speed) or "equal" (every rank the same number of samples).
+        buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
+            end of a run, on the last 8 batches of each rank), or "local" (each rank keeps its own).
         interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
         silence: Seconds without a heartbeat after which a rank is no longer written to.
         patience: Seconds without a heartbeat after which a rank is declared dead for good.
@@ -57,6 +63,7 @@ class GossipRingStrategy(AsyncStrategy):
         mixing: float | None = None,
         at_meeting: AtMeeting = "adopt",
         balance: Balance | None = None,
+        buffers: Buffers = "average",
         interface: str | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
@@ -77,6 +84,7 @@ class GossipRingStrategy(AsyncStrategy):
             gossip(mode, period=period, max_delay=max_delay, wire=wire, topology=topology, mixing=mixing),
             at_meeting=at_meeting,
             balance=balance or ("equal" if mode == "sync" else "claim"),
+            buffers=buffers,
             interface=interface,
             silence=silence,
             patience=patience,

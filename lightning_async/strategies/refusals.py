@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
@@ -47,6 +47,15 @@ def refuse_optimizers(optimizers: list[Optimizer], name: str) -> None:
             )
 
 
+def refuse_manual(module: LightningModule, name: str) -> None:
+    """Raise for a training step that cannot be run for its forward pass alone."""
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"strategy={name!r}: `buffers='reestimate'` runs `training_step` once more without training, but with "
+            "manual optimisation it takes steps itself; use buffers='average'"
+        )
+
+
 def refuse_schedulers(configs: list[LRSchedulerConfig], name: str) -> None:
     """Raise for learning rates that would differ between ranks."""
     for config in configs:
@@ -63,10 +72,10 @@ def _conflicts(trainer: Trainer) -> Iterator[str]:
             "`sync_batchnorm=True` waits for all ranks in every forward pass; leave it out: BatchNorm's statistics are "
             "averaged at every meeting"
         )
-    if str(trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
+    if str(trainer.precision).startswith("transformer-engine"):
         yield (
-            f"`precision={trainer.precision!r}` holds half-precision weights, in which small corrections vanish; use "
-            "`precision='bf16-mixed'`"
+            f"`precision={trainer.precision!r}` combines its scales over all ranks at every step; use "
+            "`precision='bf16-true'`, or 'bf16-mixed'"
         )
     plugin = type(trainer.precision_plugin).__name__
     if plugin.startswith(("FSDP", "DeepSpeed", "XLA")):

@@ -112,17 +112,19 @@ class RecordedFeeding(Feeding):
         size, single = size_of(loader), loader.batch_sampler is None
         return recorded_loader(loader, _Batches(self, lambda: office.recording.epoch(epoch(), size), single=single))
 
-    def batches(self) -> Iterator[list[Any]]:
+    def next_epoch(self) -> Iterator[list[Any]]:
         """The batches of the next epoch; what was fetched before is not trained on any more."""
         self._fetched.clear()
         for batch in next(self._coming, []):
             self._fetched.append(batch)
             yield batch
 
-    def completed(self) -> None:
+    def completed(self, batch: object = None) -> None:
         """The oldest batch was trained on."""
         if self._fetched:
             self._replaying.samples = self._fetched.popleft()
+            self.batches += 1
+            self.samples += len(self._replaying.samples)
 
 
 class _Batches:
@@ -133,7 +135,7 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Any]:
         self._began()
-        for batch in self._feeding.batches():
+        for batch in self._feeding.next_epoch():
             yield batch[0] if self._single else batch
 
 

@@ -83,6 +83,7 @@ class Replaying(Recording):
         if self._before is not None:
             done.folds = _moved(self._before, replica)
             self._before = None
+        self._course.taken += 1
         super().stepped(step, replica)
         if step == self._course.until:
             self._hall.stage.park()
@@ -146,6 +147,7 @@ class Replaying(Recording):
                 f"the module of the run, {self._log.header['module']}, had {recorded['numbers']} trainable numbers, "
                 f"this one has {now['numbers']}: it is another module, or its arguments are others (--init)"
             )
+        self._sure = self._log.step
         if self._course.tolerance is None:
             self._course.digests += 1
             if now["weights"] != recorded["weights"]:

@@ -24,7 +24,7 @@ SMALL = 16384  # bytes; up to here a tensor is a word, beyond it travels by mail
 def broadcast(rounds: Rounds, obj: Any, source: int) -> Wait[Any]:
     """The source's object."""
     mine = rounds.carrier.me == source
-    words = yield from rounds.agree(_encode(obj) if mine else b"")
+    words = yield from rounds.agree(_encode(obj) if mine else b"", what=f"broadcast from {source}")
     if source not in words:
         raise RuntimeError(f"rank {source} is gone: what it would have broadcast is lost")
     return obj if mine else _decode(words[source])
@@ -32,7 +32,7 @@ def broadcast(rounds: Rounds, obj: Any, source: int) -> Wait[Any]:
 
 def decide(rounds: Rounds, decision: bool, all_of_them: bool) -> Wait[bool]:
     """Whether all (or any) say yes."""
-    words = yield from rounds.agree(b"1" if decision else b"0")
+    words = yield from rounds.agree(b"1" if decision else b"0", what=f"decide by {'all' if all_of_them else 'any'}")
     said = [word == b"1" for word in words.values()]
     return all(said) if all_of_them else any(said)
 
@@ -40,7 +40,7 @@ def decide(rounds: Rounds, decision: bool, all_of_them: bool) -> Wait[bool]:
 def reduce(rounds: Rounds, tensor: Tensor, how: Any) -> Wait[Tensor]:
     """The tensors of all members combined; a new tensor of the same dtype and device."""
     name = str(how if how is not None else "sum").lower().rsplit(".", 1)[-1]
-    stacked = yield from gather(rounds, tensor)
+    stacked = yield from gather(rounds, tensor, what=f"reduce {name}")
     wide = stacked.double() if stacked.is_floating_point() else stacked
     if name == "sum":
         combined = wide.sum(0)
@@ -53,22 +53,22 @@ def reduce(rounds: Rounds, tensor: Tensor, how: Any) -> Wait[Tensor]:
     return combined.to(tensor.dtype)
 
 
-def gather(rounds: Rounds, tensor: Tensor) -> Wait[Tensor]:
+def gather(rounds: Rounds, tensor: Tensor, *, what: str = "gather") -> Wait[Tensor]:
     """One tensor of each member, stacked; all must have the same shape."""
-    parts = yield from gather_uneven(rounds, tensor)
+    parts = yield from gather_uneven(rounds, tensor, what=what)
     if len({part.shape for part in parts}) > 1:
         raise ValueError(f"the ranks brought tensors of different shapes: {[tuple(part.shape) for part in parts]}")
     return torch.stack(parts)
 
 
-def gather_uneven(rounds: Rounds, tensor: Tensor) -> Wait[list[Tensor]]:
+def gather_uneven(rounds: Rounds, tensor: Tensor, *, what: str = "gather") -> Wait[list[Tensor]]:
     """One tensor of each member, in the order of ranks; shapes may differ."""
     flat = tensor.detach().cpu().contiguous()
     head = {"shape": list(flat.shape), "dtype": str(flat.dtype).removeprefix("torch.")}
     small = flat.numel() * flat.element_size() <= SMALL
     if small:
         head["data"] = base64.b64encode(flat.reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
-    words = yield from rounds.agree(json.dumps(head).encode())
+    words = yield from rounds.agree(json.dumps(head).encode(), what=what)
     heads = {rank: json.loads(word) for rank, word in words.items()}
     if all("data" in h for h in heads.values()):
         parts = [_tensor(base64.b64decode(h["data"]), h) for h in heads.values()]

@@ -10,7 +10,7 @@ import torch
 from lightning_async.transport.mail import MARKER, Message
 
 KINDS = 64
-NOTE_BYTES = 1024
+NOTE_BYTES = 2048
 DTYPES = (
     torch.float32,
     torch.float64,

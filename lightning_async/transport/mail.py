@@ -127,10 +127,16 @@ class Mail(Protocol):
         """Tell the carrier this member's own step; acknowledgements echo it to the peers, who date their mail by it."""
 
     def members(self) -> tuple[int, ...]:
-        """The ranks not declared dead, in order, this one included. A rank never comes back into it."""
+        """The ranks not declared dead, in order, this one included, and also those that are still to come.
+
+        A rank never comes back into it.
+        """
 
     def live(self) -> tuple[int, ...]:
-        """The members heard of lately, in order, this one included; a frozen or cut off member is missing from it."""
+        """The members heard of lately, in order, this one included.
+
+        One that is frozen or cut off, or still to come, is missing from it.
+        """
 
     def now(self) -> float:
         """Seconds on this member's clock."""

@@ -1,7 +1,8 @@
 """Rounds are what is honestly synchronous: numbered, over the members that live, with one outcome for everybody.
 
     agree:     each member writes its word on the board; a dead member's word becomes ABSENT, whoever notices first.
-               First writer wins, so all read the same words, whatever they saw of the death.
+               First writer wins, so all read the same words, whatever they saw of the death. Each word carries the
+               name of what its member is doing: where the names differ, all raise, in place of reading nonsense.
     exchange:  agree who is here -> slices to their owners -> owners' results to all -> agree that all have everything
                (if not, the members that are left start again)
 
@@ -26,6 +27,7 @@ How = Literal["sum", "mean", "max", "gather"]
 CHUNK = 65536
 OWNERS = 8  # slices; more would cost links, not gain time
 PRESENT, ABSENT = b"+", b"-"
+END = b"\n"  # of the name in front of a word
 
 
 @dataclass
@@ -51,22 +53,26 @@ class Rounds:
 
     def barrier(self) -> Wait[tuple[int, ...]]:
         """Return, with the members that are here, when all of them have called it."""
-        words = yield from self.agree(b"")
+        words = yield from self.agree(b"", what="barrier")
         return tuple(words)
 
-    def agree(self, word: bytes) -> Wait[dict[int, bytes]]:
-        """Every living member's word by rank: the same dictionary on every member."""
+    def agree(self, word: bytes, *, what: str = "agree") -> Wait[dict[int, bytes]]:
+        """Every living member's word by rank: the same dictionary on every member.
+
+        `what` names, in a word or two, what the word is for; if a member is here for something else, all raise.
+        """
         self._number += 1
         key = f"{self.name}/{self._number}"
         carrier = self.carrier
         expected = self._present if self._present is not None else carrier.members()
-        carrier.propose(f"{key}/{carrier.me}", PRESENT + word)
+        carrier.propose(f"{key}/{carrier.me}", PRESENT + what.encode() + END + word)
         words: dict[int, bytes] = {}
         for peer in expected:
             words[peer] = yield from self._word(key, peer)
-        here = {peer: w[1:] for peer, w in words.items() if w[:1] == PRESENT}
+        here = {peer: w[1:].split(END, 1) for peer, w in words.items() if w[:1] == PRESENT}
         self._present = tuple(here)
-        return here
+        _check_not_crossed({peer: name.decode() for peer, (name, _) in here.items()})
+        return {peer: said for peer, (_, said) in here.items()}
 
     def _word(self, key: str, peer: int) -> Wait[bytes]:
         """A peer's word, or ABSENT once it is declared dead; the board decides which came first."""
@@ -81,21 +87,23 @@ class Rounds:
 
         Returns ([result], members), or for "gather" (one tensor for each member, members).
         """
+        return (yield from self._exchange(f"exchange {how}", tensor, how, weight))
+
+    def _exchange(self, name: str, tensor: Tensor, how: How, weight: int) -> Wait[tuple[list[Tensor], tuple[int, ...]]]:
         device, tensor = tensor.device, tensor.detach().contiguous().view(-1).cpu()
+        what = f"{name} {str(tensor.dtype).removeprefix('torch.')}" + ("" if how == "gather" else f" {tensor.numel()}")
         while True:
-            words = yield from self.agree(f"{how} {tensor.dtype} {-1 if how == 'gather' else tensor.numel()}".encode())
-            if len(set(words.values())) > 1:
-                what = ", ".join(f"rank {r}: {w.decode()}" for r, w in words.items())
-                raise ValueError(f"the members brought different things to one exchange ({what})")
+            words = yield from self.agree(b"", what=what)
             members = tuple(words)
             result = yield from self._attempt(tensor, how, weight, members)
-            done = yield from self.agree(b"1" if result is not None else b"0")
+            done = yield from self.agree(b"1" if result is not None else b"0", what=f"{what}: done")
             if result is not None and all(w == b"1" for w in done.values()):
                 return [part.to(device) for part in result], members
 
     def broadcast(self, tensor: Tensor, source: int) -> Wait[Tensor]:
         """The source's tensor, on every member."""
-        result, members = yield from self.exchange(tensor, "mean", weight=int(self.carrier.me == source))
+        mine = int(self.carrier.me == source)
+        result, members = yield from self._exchange(f"broadcast from {source}", tensor, "mean", mine)
         if source not in members:
             raise RuntimeError(f"rank {source} is gone, its tensor cannot be broadcast")
         return result[0]
@@ -163,6 +171,25 @@ class Rounds:
                 self.carrier.folded(letter)
         self._early = later
         return mine
+
+
+def _check_not_crossed(names: dict[int, str]) -> None:
+    """Raise where members are at different things. All have read the same names, so all raise."""
+    at: dict[str, list[str]] = {}
+    for rank, name in names.items():
+        at.setdefault(name, []).append(str(rank))
+    if len(at) < 2:
+        return
+    who = [f"{_ranks(ranks)} at {name!r}" for name, ranks in at.items()]
+    raise RuntimeError(
+        f"the ranks are at different things: {', '.join(who)}. At a meeting all ranks must call the same things in the "
+        "same order, with tensors of the same size and dtype: look for a call that only some ranks make, as under "
+        "`if trainer.is_global_zero`"
+    )
+
+
+def _ranks(ranks: list[str]) -> str:
+    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(ranks)} are"
 
 
 def _cut(tensor: Tensor, parts: int) -> list[Tensor]:

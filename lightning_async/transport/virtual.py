@@ -2,12 +2,13 @@
 
     cluster = VirtualCluster(8, bandwidth=1e8, seed=1)
     cluster.freeze(3, 5.0, at=1.0)
+    cluster.join(7, at=2.0)
     results = cluster.run({carrier.me: life(carrier) for carrier in cluster.carriers})
 
     virtual_programs   who computes, who waits
     virtual_carrier    a member's end of everything: the contract
     virtual_wire       links, uplinks, buffers          virtual_board   keys, counters, notes
-    virtual_health     faults, silence, patience, death
+    virtual_health     joins, faults, silence, patience, death
     virtual_clock      the event heap
 
 A *program* is a generator. It yields a float: so many seconds of computing, by its own speed; or a str: it waits, and
@@ -87,7 +88,22 @@ class VirtualCluster:
         """Virtual seconds since the start."""
         return self.clock.time
 
-    # -- faults, now or at a virtual time ---------------------------------------------------------------------------
+    # -- who comes late; faults, now or at a virtual time -----------------------------------------------------------
+
+    def join(self, member: int, *, at: float) -> None:
+        """Let a member come late: announced, so it is one of the `members` from the start, but not `live` before then.
+
+        Until then nothing can be posted to it, its program does not run, and it is not dead, however long that takes:
+        patience with it begins when it joins. Between meetings nobody waits for it; a meeting does. From then on it is
+        a member like any other.
+        """
+        if self._programs.running or self.time > 0:
+            raise RuntimeError(f"member {member} is there already: say who comes late before any time has passed")
+        if not 0 < at < math.inf:
+            raise ValueError(f"`at` must be a number of seconds above 0, got {at}")
+        if self.health.is_awaited(self._member(member)):
+            raise ValueError(f"member {member} joins at another time already: a member joins once")
+        self.health.join(member, at)
 
     def freeze(self, member: int, seconds: float, *, at: float | None = None) -> None:
         """Stop a member's time for so long."""
@@ -148,6 +164,10 @@ class VirtualCluster:
     def thawed(self, member: int) -> None:
         """Its time goes on."""
         self._programs.thawed(member)
+
+    def joined(self, member: int) -> None:
+        """It is there from now on."""
+        self._programs.joined(member)
 
     def stopped(self, member: int) -> None:
         """It does nothing any more."""

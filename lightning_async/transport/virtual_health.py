@@ -1,13 +1,19 @@
 """Who is healthy in a virtual cluster, who is heard, and who is dead: faults are put in here, and looked up here.
 
     healthy --freeze, cut--> mute --silence--> hushed (not live) --patience--> dead, for everybody and for ever
-       ^                                           |                            ^
-       +---------------- thaw, heal ---------------+          kill --silence----+
+     ^   ^                                         |                            ^
+     |   +-------------- thaw, heal ---------------+          kill --silence----+
+    join
+     |
+    awaited (a member from the start, and hushed: nobody heard of it yet)
 
 A frozen member is hushed for the others. A member that is cut off is hushed for the others and they for it. A cut
 between two members hushes them for each other only; if it outlasts patience, the higher of the two is declared dead,
 because a link that never heals must end somehow and all must agree how. A member declared dead is stopped, also if it
 was only frozen: a rank never comes back.
+
+Of an awaited member no silence is counted: patience with it, with a cut of its links, and with its never coming because
+it was killed before, begins with its join.
 """
 
 from __future__ import annotations
@@ -32,6 +38,9 @@ class Affected(Protocol):
 
     def healed(self) -> None:
         """A cut ended: what was held back may pass."""
+
+    def joined(self, member: int) -> None:
+        """It is there from now on."""
 
     def stopped(self, member: int) -> None:
         """It does nothing any more (killed, or declared dead)."""
@@ -62,6 +71,7 @@ class Health:
         self._mute: dict[Subject, tuple[int, set[str]]] = {}
         self._epoch = 0
         self._hushed: set[Subject] = set()
+        self._awaited: set[int] = set()
         self.killed: dict[int, float] = {}
         self.dead: set[int] = set()
         self.version = 0
@@ -71,6 +81,10 @@ class Health:
     def is_frozen(self, member: int) -> bool:
         """Whether its time stands still."""
         return member in self._frozen
+
+    def is_awaited(self, member: int) -> bool:
+        """Whether it is still to join."""
+        return member in self._awaited
 
     def is_stopped(self, member: int) -> bool:
         """Whether it was killed or declared dead."""
@@ -94,9 +108,18 @@ class Health:
         hushed = self._hushed
         if not hushed:
             return True
-        return not (peer in hushed or (me in hushed and me in self._cuts) or pair(me, peer) in hushed)
+        deaf = me in hushed and (me in self._cuts or me in self._awaited)
+        return not (peer in hushed or deaf or pair(me, peer) in hushed)
 
     # -- faults -----------------------------------------------------------------------------------------------------
+
+    def join(self, member: int, at: float) -> None:
+        """Await `member` from now until then."""
+        self._awaited.add(member)
+        self._hushed.add(member)
+        self._count_anew(member)
+        self._clock.at(at, self._come, member)
+        self._changed()
 
     def freeze(self, member: int, seconds: float) -> None:
         """Stop the time of `member` for so long."""
@@ -125,7 +148,17 @@ class Health:
         self.killed[member] = self._clock.time
         self._affected.stopped(member)
         self._begin(member, "killed")
-        self._clock.at(self._clock.time + self._silence, self._declare, member)
+        if member not in self._awaited:
+            self._clock.at(self._clock.time + self._silence, self._declare, member)
+
+    def _come(self, member: int) -> None:
+        self._awaited.discard(member)
+        self._count_anew(member)
+        if member not in self._mute:
+            self._hushed.discard(member)
+        if not self.is_stopped(member):
+            self._affected.joined(member)
+        self._changed()
 
     def _thaw(self, member: int) -> None:
         if self._clock.time < self._frozen.get(member, math.inf):
@@ -147,18 +180,29 @@ class Health:
         if subject in self._mute:
             self._mute[subject][1].add(reason)
             return
+        self._count(subject, {reason})
+
+    def _count(self, subject: Subject, reasons: set[str]) -> None:
         self._epoch += 1
-        self._mute[subject] = (self._epoch, {reason})
-        now = self._clock.time
-        self._clock.at(now + self._silence, self._hush, subject, self._epoch)
-        self._clock.at(now + self._patience, self._give_up, subject, self._epoch)
+        self._mute[subject] = (self._epoch, reasons)
+        if self._awaited.isdisjoint(_members(subject)):
+            now = self._clock.time
+            self._clock.at(now + self._silence, self._hush, subject, self._epoch)
+            self._clock.at(now + self._patience, self._give_up, subject, self._epoch)
+
+    def _count_anew(self, member: int) -> None:
+        """Count the silence of all that is mute with this member from now on, or not at all while it is awaited."""
+        for subject, (_, reasons) in list(self._mute.items()):
+            if member in _members(subject):
+                self._count(subject, reasons)
 
     def _end(self, subject: Subject, reason: str) -> None:
         reasons = self._mute[subject][1]
         reasons.discard(reason)
         if not reasons:
             del self._mute[subject]
-            self._hushed.discard(subject)
+            if subject not in self._awaited:
+                self._hushed.discard(subject)
             self._changed()
 
     def _hush(self, subject: Subject, epoch: int) -> None:
@@ -184,3 +228,7 @@ class Health:
     def _changed(self) -> None:
         self.version += 1
         self._affected.hearing_changed()
+
+
+def _members(subject: Subject) -> tuple[int, ...]:
+    return (subject,) if isinstance(subject, int) else subject

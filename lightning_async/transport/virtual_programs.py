@@ -1,8 +1,8 @@
 """The programs of a virtual cluster: who computes, who waits, and when each is resumed.
 
-    yield 0.1 --> compute --+                 freeze: the rest of the computing is done after the thaw
-        ^                   v                 kill, or declared dead: the program is closed, it has no result
-        +---- resume <------+
+    yield 0.1 --> compute --+                 join: the program begins
+        ^                   v                 freeze: the rest of the computing is done after the thaw
+        +---- resume <------+                 kill, or declared dead: the program is closed, it has no result
         ^                   ^
     yield "..." --> wait ---+
 
@@ -104,6 +104,12 @@ class Programs:
         elif life.wake > self._clock.time:
             self._go_on(life, (life.wake - self._clock.time) * factor / before)
 
+    def joined(self, member: int) -> None:
+        """Begin."""
+        life = self._lives.get(member)
+        if life is not None:
+            self._start(life)
+
     def froze(self, member: int) -> None:
         """Keep what is left of the computing for the thaw."""
         life = self._lives.get(member)
@@ -114,7 +120,7 @@ class Programs:
     def thawed(self, member: int) -> None:
         """Go on with the computing, or look what changed."""
         life = self._lives.get(member)
-        if life is not None:
+        if life is not None and not self._health.is_awaited(member):
             self._go_on(life, life.wake if life.words is None else 0.0)
 
     def stopped(self, member: int) -> None:
@@ -129,7 +135,7 @@ class Programs:
     def _start(self, life: Life) -> None:
         if self._health.is_stopped(life.member):
             self.stopped(life.member)
-        elif not self._health.is_frozen(life.member):
+        elif not self._health.is_frozen(life.member) and not self._health.is_awaited(life.member):
             self._go_on(life, 0.0)
 
     def _go_on(self, life: Life, seconds: float) -> None:

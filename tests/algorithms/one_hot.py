@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_async.algorithms.algorithm import Shrink
-from lightning_async.algorithms.gossip import UNIT, Gossip, gossip
+from lightning_async.algorithms.algorithm import UNIT, Shrink
+from lightning_async.algorithms.gossip import Gossip, gossip
 from lightning_async.algorithms.training import Trained, train
 from lightning_async.replica import Replica
 from lightning_async.transport.rounds import Rounds
@@ -51,6 +51,7 @@ def run(
     faults: Callable[[VirtualCluster], None] = lambda cluster: None,
     cluster: dict[str, float] | None = None,
     shrink: Shrink | None = None,
+    meets: bool = True,
     **knobs: object,
 ) -> Outcome:
     """Train `len(speeds)` members for about `seconds`; member r takes `speeds[r]` times `step` a step."""
@@ -81,5 +82,6 @@ def run(
             seconds=lambda me, k: step * speeds[me],
             mass=masses[r] if masses else UNIT,
             rounds=Rounds(carrier),
+            meets=meets,
         )
     return Outcome(virtual, algorithms, replicas, virtual.run(programs), steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,17 @@ def test_one_rank_and_gradients_without_noise_change_nothing() -> None:
     assert moved(torch.optim.Adam, 8, 1, 0.0, 100) == pytest.approx(moved(torch.optim.Adam, 1, 1, 0.0, 100), rel=1e-5)
 
 
+def test_half_precision_means_do_not_stand_still() -> None:
+    p = nn.Parameter(torch.zeros(1).bfloat16())
+    opt = torch.optim.Adam([p], lr=0.0)
+    stretch = SecondMoment(opt)
+    p.grad = torch.ones_like(p)
+    for _ in range(2000):
+        opt.step()
+        stretch.stretch(4)
+    assert float(stretch._square[p]) == pytest.approx(1 - 0.999**2000, rel=0.05)  # in bfloat16 it stops at 0.25
+
+
 def test_a_step_is_stretched_once() -> None:
     p = nn.Parameter(torch.zeros(3))
     opt = torch.optim.Adam([p])
@@ -90,3 +102,25 @@ def test_whom_it_concerns() -> None:
     p = [nn.Parameter(torch.zeros(1))]
     assert SecondMoment.concerns(torch.optim.AdamW(p))
     assert not SecondMoment.concerns(torch.optim.SGD(p, 0.1))
+
+
+def test_a_new_object_with_the_old_ones_state_goes_on_to_the_bit() -> None:
+    def train(exchanged: bool) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        p, unused = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(2))
+        opt = torch.optim.Adam([{"params": [unused]}, {"params": [p], "lr": 0.1}])
+        stretch = SecondMoment(opt)
+        for step in range(10):
+            if exchanged and step == 5:
+                file = io.BytesIO()
+                torch.save(stretch.state_dict(), file)
+                file.seek(0)
+                stretch = SecondMoment(opt)
+                stretch.load_state_dict(torch.load(file, weights_only=True))
+                stretch.stretch(4)  # this step was stretched before
+            p.grad = torch.randn(8, generator=generator)
+            opt.step()
+            stretch.stretch(4)
+        return p.detach()
+
+    assert torch.equal(train(False), train(True))

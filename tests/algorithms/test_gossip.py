@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_async.algorithms.gossip import UNIT, gossip
+from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.algorithms.gossip import gossip
 from lightning_async.arrival import Fate
+from lightning_async.transport.virtual import VirtualCluster
 from tests.algorithms.one_hot import Outcome, run
 
 ASYNC = ["pairwise", "push_sum"]
@@ -84,6 +86,36 @@ def test_nobody_waits_for_the_slow_the_frozen_or_the_dead(mode: str) -> None:
         assert outcome.trained[r].stepped - offset == pytest.approx(outcome.steps[r] * 0.02 * [1, 1, 1, 10, 1][r])
 
 
+@pytest.mark.parametrize("mode", [*ASYNC, "sync", "none"])
+def test_nobody_waits_for_who_comes_late_and_a_meeting_does(mode: str) -> None:
+    """It joins after longer than patience, and its samples count like all others."""
+    outcome = run(
+        [1] * 4, mode=mode, faults=lambda cluster: cluster.join(1, at=3.0), cluster={"silence": 0.3, "patience": 1.0}
+    )
+    assert outcome.cluster.time >= 3.0 + 4.0
+    assert all(member.consensus is not None for member in outcome.trained.values())
+    torch.testing.assert_close(outcome.sample_weights, torch.ones(4), rtol=1e-3, atol=0)
+    if mode != "sync":
+        assert all(t.waits == 0 for t in outcome.trained.values())
+        for r, t in outcome.trained.items():
+            start = outcome.cluster.carriers[r].now() - outcome.cluster.time + (3.0 if r == 1 else 0.0)
+            assert t.stepped - start == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("mode", ASYNC)
+@pytest.mark.parametrize("topology", ["ring", "exponential"])
+def test_the_others_agree_meanwhile(mode: str, topology: str) -> None:
+    """Whoever would talk to a member that has not come talks to others."""
+
+    def faults(cluster: VirtualCluster) -> None:
+        for late in (3, 4):
+            cluster.join(late, at=20.0)
+
+    outcome = run([1] * 8, seconds=12, mode=mode, topology=topology, lr=0.0, start=start, faults=faults, meets=False)
+    others = torch.stack([outcome.replicas[r].weights() for r in (0, 1, 2, 5, 6, 7)])
+    assert others.std(0).max() < 1e-3
+
+
 def test_mass_is_an_integer_and_is_all_there() -> None:
     outcome = run([1, 2, 3, 4, 5], mode="push_sum", max_delay=3, cluster={"latency": 0.05, "jitter": 1.0})
     held = sum(a.mass for a in outcome.algorithms)
@@ -154,6 +186,11 @@ def test_sync_with_unequal_numbers_of_steps_stops_with_a_sentence() -> None:
 def test_the_law_holds_whatever_the_bound_the_network_and_the_speeds(seed: int) -> None:
     chance = random.Random(seed)
     speeds = [chance.choice([1, 1, 2, 4]) for _ in range(chance.randint(2, 6))]
+
+    def faults(cluster: VirtualCluster) -> None:
+        for late in random.Random(seed).sample(range(len(speeds)), seed % 3):
+            cluster.join(late, at=3 * chance.random())
+
     outcome = run(
         speeds,
         seconds=2,
@@ -162,6 +199,7 @@ def test_the_law_holds_whatever_the_bound_the_network_and_the_speeds(seed: int) 
         mode=chance.choice(ASYNC),
         topology=chance.choice(["ring", "exponential"]),
         max_delay=chance.randint(1, 5),
+        faults=faults,
         cluster={"latency": chance.choice([0.001, 0.03, 0.1]), "jitter": 1.0, "seed": seed, "bandwidth": 5e4},
     )
     torch.testing.assert_close(sum_and_ledger(outcome), expected_sum(len(speeds)), rtol=1e-5, atol=1e-5)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_async.algorithms.gossip import UNIT, gossip
+from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.algorithms.gossip import gossip
 from lightning_async.algorithms.training import train
 from lightning_async.replica import Replica
 from lightning_async.transport.rounds import Rounds

@@ -1,15 +1,29 @@
-"""A small board and a virtual clock: members with speeds, look-ahead and deaths, all from one seed."""
+"""A small board and a virtual clock: members with speeds, look-ahead, interruptions and deaths, all from one seed."""
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
 from collections.abc import Generator
+from typing import Any, TypeVar
 
-from lightning_async.data.claim import ClaimedShare
-from lightning_async.data.ledger import Ledger
+from lightning_async.data.ranges import Range
+from lightning_async.data.share import Balance, make_share
+from lightning_async.transport.mail import Wait
 
+T = TypeVar("T")
 Event = tuple[float, int, int]
+
+
+def at_once(work: Wait[T]) -> T:
+    """Run a `Wait` that finds all it waits for."""
+    for _ in range(1000):
+        try:
+            missing = next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+    raise AssertionError(f"waited in vain for {missing}")
 
 
 class Clock:
@@ -82,8 +96,8 @@ class FakeDesk:
 class Member:
     """Trains at its own speed, with `ahead` batches fetched beyond the one it trains on."""
 
-    def __init__(self, share: ClaimedShare, *, batch: int, seconds: float, ahead: int) -> None:
-        self.share, self.batch, self.seconds, self.ahead = share, batch, seconds, ahead
+    def __init__(self, share: Any, desk: FakeDesk, *, batch: int, seconds: float, ahead: int) -> None:
+        self.share, self.desk, self.batch, self.seconds, self.ahead = share, desk, batch, seconds, ahead
         self.queue: deque[list[int]] = deque()
         self.ended = False
         self.finished: float | None = None
@@ -95,7 +109,7 @@ class Member:
         while True:
             yield from self._fetch()
             if not self.queue:
-                self.finished = self.share._desk.now()
+                self.finished = self.desk.now()
                 return
             batch = self.queue.popleft()
             yield self.seconds * len(batch) / self.batch
@@ -111,20 +125,22 @@ class Member:
                 except StopIteration as end:
                     batch = end.value
                     break
-                self.waited.append(self.share._desk.now())
-                yield max(1e-3, self.share._desk.board.latency / 10)
+                self.waited.append(self.desk.now())
+                yield max(1e-3, self.desk.board.latency / 10)
             self.ended = batch is None
             if batch is not None:
                 self.queue.append(batch)
 
 
-def run(board: FakeBoard, members: list[Member], deaths: dict[int, float] | None = None) -> list[Ledger]:
-    """Play one epoch to its end; a death is declared half a second after it happened."""
+def run(
+    board: FakeBoard, members: list[Member], deaths: dict[int, float] | None = None, until: float = float("inf")
+) -> list[Any]:
+    """Play one epoch to its end, or `until` it is interrupted; a death is declared half a second after it happened."""
     deaths, lives = deaths or {}, [member.life() for member in members]
     heap: list[Event] = [(board.clock.time, rank, rank) for rank in range(len(lives))]
     heap += [(time + 0.5, -1, rank) for rank, time in deaths.items()]
     heapq.heapify(heap)
-    while heap:
+    while heap and heap[0][0] < until:
         board.clock.time, kind, rank = heapq.heappop(heap)
         if kind < 0:
             board.alive.discard(rank)
@@ -132,7 +148,7 @@ def run(board: FakeBoard, members: list[Member], deaths: dict[int, float] | None
             pause = next(lives[rank], None)
             if pause is not None:
                 heapq.heappush(heap, (board.clock.time + pause, rank, rank))
-    return [member.share.ledger for member in members]
+    return [member.share for member in members]
 
 
 def crew(
@@ -143,21 +159,24 @@ def crew(
     latency: float = 0.0,
     beat: float = 0.0,
     drop_last: bool = False,
+    balance: Balance = "claim",
 ) -> tuple[FakeBoard, list[Member]]:
     """Members by their seconds per batch."""
     board = FakeBoard(Clock(), len(seconds), latency=latency, beat=beat)
     sizes = batches or [8] * len(seconds)
-    shares = [ClaimedShare(d, batch=b, drop_last=drop_last) for d, b in zip(board.desks(), sizes, strict=True)]
     members = [
-        Member(share, batch=b, seconds=s, ahead=ahead) for share, b, s in zip(shares, sizes, seconds, strict=True)
+        Member(make_share(balance, d, batch=b, drop_last=drop_last), d, batch=b, seconds=s, ahead=ahead)
+        for d, b, s in zip(board.desks(), sizes, seconds, strict=True)
     ]
     return board, members
 
 
-def begin(members: list[Member], total: int, epoch: int = 0) -> None:
+def begin(
+    members: list[Member], total: int, epoch: int = 0, *, done: list[Range] | None = None, limit: int | None = None
+) -> None:
     for member in members:
         member.ended, member.finished, member.trained = False, None, []
-        member.share.begin_epoch(epoch, total=total, digest=7)
+        member.share.begin_epoch(epoch, total=total, digest=7, done=done or [], limit=limit)
 
 
 def gap(members: list[Member]) -> float:

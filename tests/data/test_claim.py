@@ -9,8 +9,8 @@ import pytest
 
 from lightning_async.data.claim import ClaimedShare
 from lightning_async.data.ledger import audit
-from lightning_async.data.share import Balance, drive, make_share
-from tests.data.epoch_bench import Clock, FakeBoard, Member, begin, crew, gap, run
+from lightning_async.data.share import Balance, make_share
+from tests.data.epoch_bench import Clock, FakeBoard, Member, at_once, begin, crew, gap, run
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 8])
@@ -78,8 +78,8 @@ def test_what_the_dead_left_is_repeated_or_reported(first: int) -> None:
         begin(members, total)
         run_time = sum(m.seconds for m in members) * total / 100 / len(members) ** 2
         deaths = {k: rng.random() * run_time for k in rng.sample(range(len(members)), rng.randint(0, len(members) - 1))}
-        ledgers = run(board, members, deaths)
-        result = audit(ledgers, total)
+        shares = run(board, members, deaths)
+        result = audit(shares, total)
         assert not result.double, f"seed {seed}: {result}"
         survivors = [m for k, m in enumerate(members) if k in board.alive]
         missing = sum(n for _, n in result.missing)
@@ -89,9 +89,9 @@ def test_what_the_dead_left_is_repeated_or_reported(first: int) -> None:
 def test_work_of_a_member_that_dies_in_mid_epoch_is_done_by_the_others() -> None:
     board, members = crew([0.5, 0.5, 0.5, 0.5], ahead=2)
     begin(members, 8000)
-    ledgers = run(board, members, {2: 40.2})
+    shares = run(board, members, {2: 40.2})
     assert members[2].trained
-    assert audit(ledgers, 8000).holds
+    assert audit(shares, 8000).holds
     assert sum(m.share.repeated for m in members) >= 3 * 8
     assert members[0].share.abandoned() == 0
 
@@ -114,7 +114,7 @@ def test_same_answers_same_claims() -> None:
     for _ in range(2):
         board, members = crew([0.1, 0.3, 0.7], ahead=2, latency=0.01, beat=0.5)
         begin(members, 5000)
-        claims.append([made.claims for made in run(board, members)])
+        claims.append([share.ledger.claims for share in run(board, members)])
     assert claims[0] == claims[1]
 
 
@@ -146,7 +146,7 @@ def test_rewound_batches_are_handed_out_again() -> None:
 
 
 def one(share: ClaimedShare) -> list[int] | None:
-    return drive(share.next_batch(8), wait=lambda _: None, now=lambda: 0.0, patience=1.0)
+    return at_once(share.next_batch(8))
 
 
 def test_expected_batches_follow_the_speed() -> None:
@@ -177,19 +177,6 @@ def test_other_size_is_refused_with_a_sentence() -> None:
     members[1].share.begin_epoch(0, total=41)
     with pytest.raises(ValueError, match="41 samples here, 40 there"):
         one(members[1].share)
-
-
-def test_waiting_ends_with_what_was_missing() -> None:
-    clock = Clock()
-    desk = FakeBoard(clock, 1, latency=math.inf).desks()[0]
-    share = ClaimedShare(desk, batch=8)
-    share.begin_epoch(3, total=40)
-
-    def wait(timeout: float) -> None:
-        clock.time += timeout
-
-    with pytest.raises(TimeoutError, match="Waited 5 s for the opening of epoch 3"):
-        drive(share.next_batch(8), wait=wait, now=desk.now, patience=5.0)
 
 
 def test_knobs_are_checked_where_they_belong() -> None:

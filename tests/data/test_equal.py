@@ -6,13 +6,12 @@ import pytest
 from torch.utils.data import DistributedSampler
 
 from lightning_async.data.equal import EqualShare
-from lightning_async.data.share import drive
-from tests.data.epoch_bench import Clock, FakeBoard
+from tests.data.epoch_bench import Clock, FakeBoard, at_once
 
 
 def all_of(share: EqualShare, size: int) -> list[list[int]]:
     found = []
-    while (batch := drive(share.next_batch(size), wait=lambda _: None, now=lambda: 0.0, patience=1.0)) is not None:
+    while (batch := at_once(share.next_batch(size))) is not None:
         found.append(batch)
         share.completed()
     return found
@@ -44,7 +43,7 @@ def test_rewound_batches_are_handed_out_again() -> None:
     desk = FakeBoard(Clock(), 2).desks()[1]
     share = EqualShare(desk, batch=2)
     share.begin_epoch(0, total=8)
-    first = drive(share.next_batch(2), wait=lambda _: None, now=lambda: 0.0, patience=1.0)
+    first = at_once(share.next_batch(2))
     assert share.outstanding == 2
     share.rewind()
     assert all_of(share, 2)[0] == first
@@ -55,7 +54,7 @@ def test_what_the_dead_left_is_counted() -> None:
     shares = [EqualShare(desk, batch=2) for desk in board.desks()]
     for share in shares:
         share.begin_epoch(0, total=8)
-        assert drive(share.next_batch(2), wait=lambda _: None, now=lambda: 0.0, patience=1.0)
+        assert at_once(share.next_batch(2))
     shares[1].completed()
     board.alive.discard(1)
     assert shares[0].abandoned() == 2

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async.data.loader import samples_per_batch, shared_loader
 from lightning_async.data.share import Share, make_share
-from tests.data.epoch_bench import Clock, FakeBoard
+from tests.data.epoch_bench import Clock, FakeBoard, at_once
 
 
 class Shared(SingleDeviceStrategy):
@@ -25,7 +25,7 @@ class Shared(SingleDeviceStrategy):
             return dataloader
         desk = FakeBoard(Clock(), 1).desks()[0]
         self.share = make_share("claim", desk, batch=samples_per_batch(dataloader))
-        return shared_loader(dataloader, self.share, wait=lambda _: None, now=lambda: 0.0, patience=1.0)
+        return shared_loader(dataloader, self.share, drive=at_once)  # type: ignore[arg-type]
 
 
 class Counting(LightningModule):

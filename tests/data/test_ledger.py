@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lightning_async.data.ledger import NOTE_BYTES, Ledger, Note, audit, pack_ranges, unpack_ranges
+from lightning_async.data.ledger import NOTE_BYTES, Ledger, Note, audit
 
 
 def ledger(*claims: tuple[int, int], completed: int | None = None) -> Ledger:
@@ -54,7 +54,7 @@ def test_completion_follows_the_order_of_claiming() -> None:
     assert made.unfinished() == [(92, 4), (120, 8)]
     assert made.done() == [(40, 8), (80, 12)]
     assert made.outstanding == 12
-    assert made.positions(2, 4) == [94, 95, 120, 121]
+    assert made.ahead(2, 4) == [(94, 2), (120, 2)]
 
 
 def test_adjoining_claims_become_one_even_when_the_first_is_finished() -> None:
@@ -72,7 +72,6 @@ def test_more_than_is_claimed_cannot_be_completed() -> None:
 def test_note_survives_the_board() -> None:
     note = Note(7, 32, 0.5, True, 10**10, 10**10 + 9, 2**41, ((5, 4), (2**40, 5)))
     assert Note.unpack(note.pack()) == note
-    assert unpack_ranges(pack_ranges(note.unfinished)) == note.unfinished
 
 
 def test_note_never_outgrows_the_board() -> None:

@@ -13,15 +13,17 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     IterableDataset,
+    RandomSampler,
     Sampler,
+    SequentialSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
 from lightning_async.data.loader import drops_last, is_shareable, samples_per_batch, shared_loader
-from lightning_async.data.order import Order
+from lightning_async.data.order import Order, fingerprint, pick
 from lightning_async.data.share import Share, make_share
-from tests.data.epoch_bench import Clock, FakeBoard
+from tests.data.epoch_bench import Clock, FakeBoard, at_once
 
 N = 50
 
@@ -68,7 +70,7 @@ class Crew:
         self.loaders: list[Any] = []
         for loader, desk in zip(loaders, FakeBoard(clock, len(loaders)).desks(), strict=True):
             share = make_share(balance, desk, batch=samples_per_batch(loader), drop_last=drops_last(loader))  # type: ignore[arg-type]
-            made = shared_loader(loader, share, wait=lambda _: None, now=desk.now, seed=seed, patience=1.0)
+            made = shared_loader(loader, share, drive=at_once, seed=seed)
             self.shares.append(share)
             self.loaders.append(made)
 
@@ -179,7 +181,7 @@ def test_global_random_state_may_differ_and_is_left_alone() -> None:
         torch.manual_seed(seed)
         before = torch.get_rng_state()
         order = Order(WeightedRandomSampler([1.0] * N, 30))
-        orders.append([order[p] for p in range(30)])
+        orders.append(list(order.items))
         assert torch.equal(torch.get_rng_state(), before)
     assert orders[0] == orders[1]
 
@@ -195,7 +197,25 @@ def test_shuffle_is_that_of_distributed_sampler() -> None:
     theirs = DistributedSampler(Numbers(), 1, 0, seed=3)
     theirs.set_epoch(2)
     order = Order(DataLoader(Numbers(), shuffle=True).sampler, seed=3, epoch=2)
-    assert [order[p] for p in range(N)] == list(theirs)
+    assert pick(order.items, list(range(N))) == list(theirs)
+
+
+@pytest.mark.parametrize("sampler", [SequentialSampler(range(N)), RandomSampler(range(N)), Reversed()])
+def test_orders_are_picked_from_and_have_a_fingerprint_of_their_items(sampler: Any) -> None:
+    order = Order(sampler, seed=4)
+    items = pick(order.items, list(range(N)))
+    assert {type(item) for item in items} == {int}
+    assert order.digest == fingerprint(items)
+    assert pick(order.items, [7, 3]) == [items[7], items[3]]
+
+
+def test_no_list_is_made_of_a_large_order() -> None:
+    for sampler in (
+        SequentialSampler(range(10**6)),
+        RandomSampler(range(10**6)),
+        DistributedSampler(range(10**6), 2, 0),
+    ):  # type: ignore[arg-type]
+        assert isinstance(Order(sampler).items, (range, torch.Tensor))
 
 
 def test_equal_balance_pads() -> None:
@@ -260,28 +280,11 @@ class OwnIterator(DataLoader[Any]):
         return iter([])
 
 
-def remade(loader: object, patience: float = 1.0) -> object:
-    share = make_share("claim", FakeBoard(Clock(), 1).desks()[0], batch=samples_per_batch(loader))
-    return shared_loader(loader, share, wait=lambda _: None, now=lambda: 0.0, patience=patience)
-
-
-def test_stream_is_passed_through() -> None:
-    stream = DataLoader(Stream(), batch_size=2)
-    assert remade(stream) is stream
-    assert not is_shareable(stream)
-
-
-def test_other_iterables_are_passed_through_with_a_warning() -> None:
-    batches = [torch.zeros(2)]
-    with pytest.warns(UserWarning, match="`list` is not a DataLoader"):
-        assert remade(batches) is batches
+@pytest.mark.parametrize("loader", [DataLoader(Stream(), batch_size=2), [torch.zeros(2)]])
+def test_stream_is_not_shareable(loader: object) -> None:
+    assert not is_shareable(loader)
 
 
 def test_loader_with_its_own_iterator_is_refused() -> None:
     with pytest.raises(ValueError, match="`OwnIterator` has an iterator of its own"):
-        remade(OwnIterator(TensorDataset(torch.zeros(4))))
-
-
-def test_patience_is_checked() -> None:
-    with pytest.raises(ValueError, match="`patience` must be above 0, got 0"):
-        remade(DataLoader(Numbers()), patience=0)
+        Crew(OwnIterator(TensorDataset(torch.zeros(4))))

@@ -9,13 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from lightning_async.strategies import compat
-from tests.strategies.lit import trainer
+from tests.strategies.lit import Lit, trainer
 
 
 @pytest.fixture
@@ -73,6 +73,10 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
     assert not compat.synchronises_batchnorm(t)
     assert not compat.fast_dev_run(t)
     assert compat.callbacks(t) is t.callbacks
+    average = WeightAveraging()
+    assert compat.average_of(average) is None
+    average.setup(t, Lit(), "fit")
+    assert compat.average_of(average) is not None
 
 
 def _get(t: L.Trainer, path: str) -> Any:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import IterableDataset, WeightedRandomSampler
 
-from lightning_async import SpeedFaults
+from lightning_async import GossipRingStrategy, SpeedFaults
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
@@ -34,6 +34,45 @@ def test_accumulation_and_clipping() -> None:
     (first, steps, batches), (second, _, _) = run(2, _accumulate)
     assert first == second
     assert batches / 3 <= steps <= batches / 3 + 2
+
+
+def _what_the_algorithm_sees() -> Any:
+    told: list[tuple[str, int, float]] = []
+
+    class Telling(Lit):
+        def tell(self, who: str, step: int = 0) -> None:
+            told.append((who, step, float(self.layer[2].weight.grad.norm())))  # type: ignore[union-attr, operator]
+
+        def on_after_backward(self) -> None:
+            self.tell("backward")
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.tell("hook")
+
+    lit, strategy = Telling(), GossipRingStrategy(mode="none")
+
+    def before_step(replica: Any, mail: Any, step: int) -> Any:
+        lit.tell("algorithm", step)
+        yield from ()
+        lit.layer[2].weight.grad.mul_(0.5)  # type: ignore[union-attr, operator]
+        return []
+
+    strategy.algorithm.before_step = before_step  # type: ignore[method-assign]
+    options = {"accumulate_grad_batches": 3, "gradient_clip_val": 1e-3, "max_epochs": 1}
+    trainer(1, strategy=strategy, **options).fit(lit, loader(n=28), loader(10, shuffle=False))
+    return told
+
+
+def test_an_algorithm_sees_the_accumulated_gradients_first() -> None:
+    """Once a step, after backward, and before Lightning's hook and clipping, which see what it leaves."""
+    (told,) = run(1, _what_the_algorithm_sees)
+    whole, rest = ["backward"] * 3 + ["algorithm", "hook"], ["backward", "algorithm", "hook"]
+    assert [who for who, _, _ in told] == whole + whole + rest
+    assert [number for who, number, _ in told if who == "algorithm"] == [1, 2, 3]
+    for (_, _, before), (who, _, seen), (_, _, after) in zip(told, told[1:], told[2:], strict=False):
+        if who == "algorithm":
+            assert seen == before > 1e-3
+            assert after == seen / 2
 
 
 def _bf16() -> Any:
@@ -276,20 +315,3 @@ def test_two_training_loaders_are_refused() -> None:
     with Forked(2, _two_training_loaders) as forked:
         results = forked.results(30)
     assert all("several training loaders cannot be shared out" in r.error for r in results)
-
-
-def _unfreezes() -> None:
-    class Unfreezes(Lit):
-        def on_train_epoch_start(self) -> None:
-            self.layer[0].requires_grad_(self.current_epoch > 0)
-
-        def configure_model(self) -> None:
-            self.layer[0].requires_grad_(False)
-
-    _fit(Unfreezes())
-
-
-def test_unfreezing_in_mid_run_is_refused() -> None:
-    with Forked(2, _unfreezes) as forked:
-        results = forked.results(30)
-    assert all("the set of trainable parameters has changed during the run" in r.error for r in results)

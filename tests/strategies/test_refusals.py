@@ -32,7 +32,6 @@ TRAINERS: list[tuple[dict[str, Any], str]] = [
     ({"limit_train_batches": 0.5}, "`limit_train_batches=0.5`.*Subset"),
     ({"max_time": "00:00:10:00"}, "`max_time` and `Timer`.*use `max_epochs`"),
     ({"sync_batchnorm": True}, "`sync_batchnorm=True`.*leave it out"),
-    ({"precision": "bf16-true"}, "`precision='bf16-true'`.*use `precision='bf16-mixed'`"),
     ({"callbacks": [ModelCheckpoint(every_n_train_steps=3)], "enable_checkpointing": True}, "every_n_train_steps"),
     (
         {"callbacks": [ModelCheckpoint(train_time_interval=timedelta(1))], "enable_checkpointing": True},
@@ -86,6 +85,25 @@ def test_precision_plugins_of_other_strategies() -> None:
         trainer(1, plugins=[plugin]).fit(Lit(), loader(), loader(10, shuffle=False))
 
 
+def test_precision_that_exchanges_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = trainer(1)
+    monkeypatch.setattr(t.precision_plugin, "precision", "transformer-engine")
+    with pytest.raises(MisconfigurationException, match="`precision='transformer-engine'` combines its scales"):
+        t.fit(Lit(), loader(), loader(10, shuffle=False))
+
+
+class Manual(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+def test_reestimation_with_manual_optimisation() -> None:
+    t = trainer(1, knobs={"buffers": "reestimate"})
+    with pytest.raises(MisconfigurationException, match="`buffers='reestimate'` runs `training_step` once more"):
+        t.fit(Manual(), loader(), loader(10, shuffle=False))
+
+
 class ByStep(Lit):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), 0.1)
@@ -111,14 +129,15 @@ class Nothing(Lit):
         self.requires_grad_(False)
 
 
-class Half(Lit):
+class Complex(Lit):
     def __init__(self) -> None:
         super().__init__()
-        self.layer[0].half()
+        self.phase = nn.Parameter(torch.zeros(1, dtype=torch.complex64))
 
 
 @pytest.mark.parametrize(
-    ("lit", "sentence"), [(Nothing, "no trainable parameters"), (Half, r"one dtype|must be float32 or float64")]
+    ("lit", "sentence"),
+    [(Nothing, "no trainable parameters"), (Complex, r"must have one of the dtypes float16.*found torch.complex64")],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_parameters(lit: type[Lit], sentence: str) -> None:
@@ -129,6 +148,7 @@ def test_parameters(lit: type[Lit], sentence: str) -> None:
 KNOBS = [
     ({"mode": "ring"}, "`mode` must be one of"),
     ({"at_meeting": "leave"}, "`at_meeting` must be 'adopt' or 'keep', got 'leave'"),
+    ({"buffers": "mean"}, "`buffers` must be 'average', 'reestimate' or 'local', got 'mean'"),
     ({"balance": "fair"}, "`balance` must be 'claim' or 'equal', got 'fair'"),
     ({"mode": "sync", "balance": "claim"}, "`balance` must be 'equal' with mode='sync'"),
     ({"balance": "incremental"}, "comes with the async_global strategy"),

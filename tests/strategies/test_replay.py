@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from lightning_async import SpeedFaults
-from lightning_async.algorithms.gossip import UNIT, Mode, gossip
+from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.algorithms.gossip import Mode, gossip
 from lightning_async.replica import Replica
 from lightning_async.transport.replay import ReplayCarrier, replay
 from lightning_async.transport.rounds import Rounds
@@ -64,7 +65,7 @@ def _again(n: int, mode: Mode, wire: str) -> Any:
         optimizer = net.configure_optimizers()
         algorithm = gossip(mode, wire=wire)
         data = loader().dataset
-        algorithm.begin(replica, carrier, UNIT * BATCH)
+        algorithm.begin(replica, carrier, UNIT * BATCH, rounds)
         step = 0
         for epoch, batches in enumerate(carrier.epochs()):
             for samples in batches:
@@ -77,7 +78,7 @@ def _again(n: int, mode: Mode, wire: str) -> Any:
                 carrier.at(step)
                 yield from algorithm.after_step(replica, carrier, step)
             carrier.note_meeting()
-            replica.stand_in((yield from algorithm.meet(replica, carrier, rounds)))
+            replica.stand_in((yield from algorithm.meet(replica, carrier)))
             replica.stay()
             if epoch + 1 < EPOCHS:
                 algorithm.resume(replica, adopted=True)

@@ -68,6 +68,31 @@ def test_gather_needs_equal_shapes() -> None:
         everywhere(lambda rounds, r: words.gather(rounds, torch.zeros(1 + r)))
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "sentence"),
+    [
+        (
+            lambda rounds: words.broadcast(rounds, "x", 0),
+            lambda rounds: words.decide(rounds, True, all_of_them=True),
+            "rank 0 is at 'broadcast from 0', ranks 1, 2 are at 'decide by all'",
+        ),
+        (
+            lambda rounds: words.reduce(rounds, torch.zeros(1), "mean"),
+            lambda rounds: words.reduce(rounds, torch.zeros(1), ReduceOp.SUM),
+            "rank 0 is at 'reduce mean', ranks 1, 2 are at 'reduce sum'",
+        ),
+        (
+            lambda rounds: words.gather(rounds, torch.zeros(1)),
+            lambda rounds: rounds.barrier(),
+            "rank 0 is at 'gather', ranks 1, 2 are at 'barrier'",
+        ),
+    ],
+)
+def test_ranks_that_call_different_things_hear_who_is_where(one: Any, other: Any, sentence: str) -> None:
+    with pytest.raises(RuntimeError, match=sentence):
+        everywhere(lambda rounds, r: one(rounds) if r == 0 else other(rounds))
+
+
 def test_decide() -> None:
     assert everywhere(lambda rounds, r: words.decide(rounds, r == 0, True)) == [False] * N
     assert everywhere(lambda rounds, r: words.decide(rounds, r == 0, False)) == [True] * N

@@ -14,8 +14,8 @@ from lightning_async.transport.cluster import ClusterCarrier
 class ClusterWorld:
     """Members over one store in this process; their time is the real one."""
 
-    def __init__(self, n: int) -> None:
-        store = HashStore()
+    def __init__(self, n: int, late: int | None = None) -> None:
+        store, self.late = HashStore(), late
         self.carriers = [
             ClusterCarrier(
                 store=store,
@@ -29,7 +29,8 @@ class ClusterWorld:
             for me in range(n)
         ]
         for carrier in self.carriers:
-            carrier.start()
+            if carrier.me != late:
+                carrier.start()
 
     def until(self, condition: Callable[[], object], limit: float = 10.0) -> None:
         """Let time pass until `condition()` holds; fail after `limit` seconds."""
@@ -38,6 +39,11 @@ class ClusterWorld:
             if time.monotonic() > end:
                 pytest.fail(f"nothing came of it within {limit} seconds")
             self.carriers[0].wait(0.001)
+
+    def join(self) -> None:
+        """Let the member that is late come."""
+        assert self.late is not None
+        self.carriers[self.late].start()
 
     def close(self) -> None:
         """Take the world down."""

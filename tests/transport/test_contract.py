@@ -13,15 +13,15 @@ from lightning_async.transport.mail import FIRST_FREE_KIND, MARKER, Letter, Mess
 from tests.transport.cluster_world import ClusterWorld
 from tests.transport.worlds import KIND, VirtualWorld, World, body, fold, post, take
 
-MakeWorld = Callable[[int], World]
+MakeWorld = Callable[..., World]
 
 
 @pytest.fixture(params=[VirtualWorld, ClusterWorld])
 def make_world(request: pytest.FixtureRequest) -> Iterator[MakeWorld]:
     worlds: list[World] = []
 
-    def make(n: int) -> World:
-        world: World = request.param(n)
+    def make(n: int, late: int | None = None) -> World:
+        world: World = request.param(n, late)
         worlds.append(world)
         return world
 
@@ -41,6 +41,29 @@ def test_everybody_is_there_at_the_start(make_world: MakeWorld) -> None:
         world.until(lambda carrier=carrier: carrier.live() == (0, 1, 2))
         assert carrier.lost() == []
         assert carrier.take(KIND) == []
+
+
+def test_who_comes_late_is_a_member_before_and_live_from_then_on(make_world: MakeWorld) -> None:
+    world = make_world(3, late=1)
+    first, late, last = world.carriers
+    for carrier in (first, last):
+        world.until(lambda carrier=carrier: carrier.live() == (0, 2))
+        assert carrier.members() == (0, 1, 2)
+        assert not carrier.free(1, KIND)
+        assert not carrier.post(1, Message(KIND))
+    post(world, 0, 2, Message(KIND))
+    assert fold(world, 2).number == 1
+    world.join()
+    for carrier in world.carriers:
+        world.until(lambda carrier=carrier: carrier.live() == (0, 1, 2))
+        assert (carrier.members(), carrier.lost()) == ((0, 1, 2), [])
+    assert late.take(KIND) == []
+    for sender, receiver in ((0, 1), (1, 2), (1, 0), (2, 1)):
+        post(world, sender, receiver, Message(KIND, body(sender)))
+        assert (letter := fold(world, receiver)).peer == sender
+        assert letter.number == 1
+    late.propose("key", b"of the late")
+    world.until(lambda: first.decided("key") == b"of the late")
 
 
 def test_clock_goes_on(make_world: MakeWorld) -> None:

@@ -91,11 +91,83 @@ def test_broadcast_takes_nothing_from_the_others(make_world: MakeWorld) -> None:
         assert torch.equal(result, torch.arange(7.0))
 
 
-def test_different_things_are_an_error_for_everybody(make_world: MakeWorld) -> None:
+CROSSINGS: list[tuple[list[Callable[[Rounds], Wait[Any]]], str]] = [
+    (
+        [Rounds.barrier, Rounds.barrier, lambda r: r.exchange(torch.zeros(10))],
+        "ranks 0, 1 are at 'barrier', rank 2 is at 'exchange sum float32 10'",
+    ),
+    (
+        [lambda r: r.agree(b"0", what="settle"), lambda r: r.broadcast(torch.zeros(2), 1), lambda r: r.agree(b"0")],
+        "rank 0 is at 'settle', rank 1 is at 'broadcast from 1 float32 2', rank 2 is at 'agree'",
+    ),
+    (
+        [lambda r: r.exchange(torch.zeros(3 + r.carrier.me))] * 3,
+        "rank 0 is at 'exchange sum float32 3', rank 1 is at 'exchange sum float32 4', rank 2 is at",
+    ),
+    (
+        [lambda r: r.exchange(torch.zeros(1 + r.carrier.me), "gather"), *[lambda r: r.exchange(torch.zeros(1))] * 2],
+        "rank 0 is at 'exchange gather float32', ranks 1, 2 are at 'exchange sum float32 1'",
+    ),
+    (
+        [
+            lambda r: r.exchange(torch.zeros(1, dtype=torch.float64), "max"),
+            *[lambda r: r.broadcast(torch.ones(1), 0)] * 2,
+        ],
+        "rank 0 is at 'exchange max float64 1', ranks 1, 2 are at 'broadcast from 0 float32 1'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("calls", "words"), CROSSINGS)
+def test_crossed_rounds_raise_at_once_on_every_member(make_world: MakeWorld, calls: list[Any], words: str) -> None:
+    """Nobody reads another one's word as something else, and nobody waits for what will not come."""
     world = make_world(3)
-    for error in together(world, [Rounds(c).exchange(torch.zeros(3 + c.me)) for c in world.carriers]):
-        assert isinstance(error, ValueError)
-        assert "rank 0: sum torch.float32 3, rank 1: sum torch.float32 4" in str(error)
+
+    def life(me: int) -> Wait[None]:
+        rounds = Rounds(world.carriers[me])
+        yield from rounds.exchange(torch.zeros(3), "max")
+        yield from calls[me](rounds)
+
+    errors = together(world, [life(me) for me in range(3)])
+    assert all(isinstance(error, RuntimeError) for error in errors)
+    assert len({str(error) for error in errors}) == 1
+    assert str(errors[0]).startswith(f"the ranks are at different things: {words}")
+    assert "must call the same things in the same order" in str(errors[0])
+
+
+def test_channels_do_not_cross(make_world: MakeWorld) -> None:
+    """What one channel is doing is nobody's business on the other, and a word may hold anything."""
+    world = make_world(2)
+
+    def life(me: int) -> Wait[Any]:
+        one, two = Rounds(world.carriers[me]), Rounds(world.carriers[me], channel=1)
+        yield from one.barrier()
+        said = yield from two.agree(b"\n\0\n" * (1 + me), what="settle")
+        return said
+
+    assert together(world, [life(0), life(1)]) == [{0: b"\n\0\n", 1: b"\n\0\n\n\0\n"}] * 2
+
+
+def test_what_a_dead_member_was_at_crosses_nobody() -> None:
+    cluster = VirtualCluster(3, silence=0.1)
+    cluster.kill(2, at=0.05)
+
+    def life(me: int) -> Any:
+        rounds = Rounds(cluster.carriers[me])
+        yield 0.1 if me == 2 else 0.01
+        yield from (rounds.agree(b"", what="another thing") if me == 2 else rounds.barrier())
+        return (yield from rounds.barrier())
+
+    assert cluster.run({me: life(me) for me in range(3)}) == {0: (0, 1), 1: (0, 1)}
+
+
+def test_a_round_costs_one_word_a_member() -> None:
+    """The name travels in the word: what is written on the board is what it was."""
+    cluster, written = VirtualCluster(2), []
+    for carrier in cluster.carriers:
+        carrier.propose = lambda key, value, write=carrier.propose: (written.append(key), write(key, value))  # type: ignore[method-assign]
+    cluster.run({c.me: Rounds(c).exchange(torch.zeros(3)) for c in cluster.carriers})
+    assert sorted(written) == ["round0/1/0", "round0/1/1", "round0/2/0", "round0/2/1"]
 
 
 def test_many_rounds_on_two_channels(make_world: MakeWorld) -> None:
@@ -115,9 +187,11 @@ def test_many_rounds_on_two_channels(make_world: MakeWorld) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int) -> None:
-    """Whenever it comes: either all have the dead member's part, or none."""
+    """Whenever it comes: either all have the dead member's part, or none. Who comes late is waited for."""
     cluster = VirtualCluster(4, bandwidth=1e6, latency=0.003, seed=seed, silence=0.1)
     cluster.kill(seed % 4, at=0.001 * seed)
+    if seed % 3:
+        cluster.join((seed + seed % 3) % 4, at=0.002 * seed)
 
     def life(r: int) -> Any:
         rounds, got = Rounds(cluster.carriers[r]), []
@@ -131,4 +205,5 @@ def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int) -> N
     for result in results:
         assert result == results[0]
         for total, members in result:
+            assert set(members) >= set(range(4)) - {seed % 4}
             assert total == sum(2**r for r in members)

@@ -387,9 +387,8 @@ def test_a_cut_link_of_a_dead_member_ends_nobody_else() -> None:
     assert cluster.carriers[0].members() == (0, 2)
 
 
-def tokens(carrier: Carrier, end: float, chance: random.Random, book: Book) -> Program:
-    """Post tokens to anybody until `end`, then fold for as long again."""
-    start = carrier.now()
+def tokens(carrier: Carrier, start: float, end: float, chance: random.Random, book: Book) -> Program:
+    """Post tokens to anybody until `end` after `start`, then fold for as long again."""
     while carrier.now() < start + 2 * end:
         yield 0.02 + 0.05 * chance.random()
         for letter in [letter for kind in (KIND, KIND + 1) for letter in carrier.take(kind)]:
@@ -425,7 +424,9 @@ def test_under_any_faults_a_message_is_folded_once_or_lost_once(seed: int) -> No
             lambda a=a, at=at: cluster.kill(a, at=at),
         ]
         chance.choices(faults, weights=[3, 2, 3, 1])[0]()
-    survivors = set(cluster.run({c.me: tokens(c, 8.0, chance, book) for c in cluster.carriers}))
+    for late in random.Random(seed).sample(range(n), seed % 3):
+        cluster.join(late, at=6 * chance.random())
+    survivors = set(cluster.run({c.me: tokens(c, c.now(), 8.0, chance, book) for c in cluster.carriers}))
     assert len(set(book.folded)) == len(book.folded)
     assert len(set(book.lost)) == len(book.lost)
     ended = set(book.folded) | set(book.lost)
@@ -511,6 +512,116 @@ def test_faults_are_checked() -> None:
         cluster.slow(0, 0.0)
     with pytest.raises(ValueError, match="no link to itself"):
         cluster.cut(1, 1)
+
+
+# -- joins -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_late_member_is_a_member_that_nobody_hears_and_nothing_reaches() -> None:
+    cluster = exact()
+    cluster.join(1, at=100.0)  # patience is 50
+    for _ in range(2):
+        assert views(cluster) == [((0, 2), ALL), ((1,), ALL), ((0, 2), ALL)]
+        assert not cluster.carriers[0].free(1, KIND)
+        assert not cluster.carriers[0].post(1, Message(KIND))
+        assert not cluster.carriers[1].post(0, Message(KIND))
+        cluster.advance(99.0 - cluster.time)
+    cluster.advance(1.0)
+    assert views(cluster) == [(ALL, ALL)] * 3
+    assert cluster.carriers[0].post(1, Message(KIND))
+    assert cluster.carriers[1].post(0, Message(KIND))
+    cluster.advance(200.0)
+    assert views(cluster) == [(ALL, ALL)] * 3
+    assert [len(carrier.take(KIND)) for carrier in cluster.carriers] == [1, 1, 0]
+
+
+def test_a_late_members_program_begins_when_it_joins() -> None:
+    cluster = exact()
+    cluster.join(1, at=7.0)
+    cluster.slow(1, 2.0, at=3.0)
+    assert cluster.run({0: times_of(cluster, [1.0]), 1: times_of(cluster, [1.0, 1.0])}) == {0: [1.0], 1: [9.0, 11.0]}
+    assert cluster.run({1: times_of(cluster, [1.0])}) == {1: [13.0]}
+
+
+def test_who_waits_looks_when_a_late_member_joins() -> None:
+    cluster = exact()
+    cluster.join(1, at=7.0)
+
+    def until_live() -> Program:
+        while 1 not in cluster.carriers[0].live():
+            yield "member 1"
+        return cluster.time
+
+    assert cluster.run({0: until_live(), 1: sleep(1.0)})[0] == 7.0
+
+
+def test_a_late_member_knows_what_was_decided_and_who_died() -> None:
+    cluster = exact()
+    cluster.join(2, at=20.0)
+    cluster.carriers[0].propose("key", b"0")
+    cluster.carriers[0].publish(b"note")
+    cluster.kill(1, at=2.0)
+    cluster.advance(20.0)
+    late = cluster.carriers[2]
+    assert (late.members(), late.live(), late.lost()) == ((0, 2), (0, 2), [])
+    assert (late.decided("key"), late.notes()) == (b"0", {0: b"note"})
+
+
+@pytest.mark.parametrize("thaw", [90.0, 110.0, 160.0])
+def test_patience_with_a_late_member_that_is_frozen_begins_when_it_joins(thaw: float) -> None:
+    cluster = exact()
+    cluster.join(1, at=100.0)
+    cluster.freeze(1, thaw - 10.0, at=10.0)
+
+    def watch() -> Program:
+        seen = []
+        for nap in (95.0, 6.0, 48.5):
+            yield nap
+            seen.append(1 in cluster.carriers[0].live())
+        return seen
+
+    came = cluster.run({0: watch(), 1: times_of(cluster, [1.0])})
+    assert came[0] == [False, thaw < 100, thaw < 150]
+    assert came.get(1) == (None if thaw > 150 else [max(thaw, 100.0) + 1.0])
+    assert cluster.carriers[0].members() == ALL
+    cluster.advance(3.0)
+    assert cluster.carriers[0].members() == ((0, 2) if thaw > 150 else ALL)
+
+
+def test_patience_with_a_cut_link_of_a_late_member_begins_when_it_joins() -> None:
+    cluster = exact()
+    cluster.join(1, at=100.0)
+    cluster.cut(1, 2)
+    cluster.advance(149.0)
+    assert [live for live, _ in views(cluster)] == [ALL, (0, 1), (0, 2)]
+    assert [members for _, members in views(cluster)] == [ALL] * 3
+    cluster.advance(3.0)
+    assert cluster.carriers[0].members() == (0, 1)
+
+
+def test_a_late_member_that_is_killed_before_never_comes() -> None:
+    cluster = exact()
+    cluster.join(1, at=100.0)
+    cluster.kill(1, at=10.0)
+    assert cluster.run({1: sleep(1.0), 0: sleep(149.5)}) == {0: None}
+    assert (cluster.carriers[0].members(), cluster.carriers[0].live()) == (ALL, (0, 2))
+    cluster.advance(3.0)
+    assert cluster.carriers[0].members() == (0, 2)
+
+
+def test_joins_are_checked() -> None:
+    cluster = exact()
+    with pytest.raises(ValueError, match="no member 3 among the 3"):
+        cluster.join(3, at=1.0)
+    for at in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"`at` must be a number of seconds above 0, got {at}"):
+            cluster.join(1, at=at)
+    cluster.join(1, at=1.0)
+    with pytest.raises(ValueError, match="member 1 joins at another time already"):
+        cluster.join(1, at=2.0)
+    cluster.advance(0.5)
+    with pytest.raises(RuntimeError, match="member 2 is there already: say who comes late before any time has passed"):
+        cluster.join(2, at=1.0)
 
 
 # -- speed -----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ class World(Protocol):
     def until(self, condition: Callable[[], object], limit: float = 10.0) -> None:
         """Let time pass until `condition()` holds; fail after `limit` seconds."""
 
+    def join(self) -> None:
+        """Let the member that is late come."""
+
     def close(self) -> None:
         """Take the world down."""
 
@@ -29,9 +32,13 @@ class World(Protocol):
 class VirtualWorld:
     """Members of a virtual cluster; its time passes in `until` only."""
 
-    def __init__(self, n: int, **options: float | None) -> None:
+    JOIN = 5.0
+
+    def __init__(self, n: int, late: int | None = None, **options: float | None) -> None:
         self.cluster = VirtualCluster(n, **{"bandwidth": 1e8, **options})
         self.carriers = self.cluster.carriers
+        if late is not None:
+            self.cluster.join(late, at=self.JOIN)
 
     def until(self, condition: Callable[[], object], limit: float = 10.0) -> None:
         end = self.cluster.time + limit
@@ -39,6 +46,9 @@ class VirtualWorld:
             if self.cluster.time > end:
                 pytest.fail(f"nothing came of it within {limit} virtual seconds")
             self.cluster.advance(0.001)
+
+    def join(self) -> None:
+        self.until(lambda: self.cluster.time > self.JOIN)
 
     def close(self) -> None:
         pass

@@ -1,0 +1,206 @@
+"""A stream is the user's own loader, watched: a bookmark lies behind the last batch that was trained on.
+
+    the loader itself    1 2 3 4 5 6|          Lightning has fetched one batch ahead: its state is that of batch 6
+    trained on           1 2 3 4 5             being trained on: 5
+    the bookmark         1 2 3 4|              the loader's state right after batch 4: what a checkpoint needs
+
+A stream has no positions, so it is not shared out: every rank trains on all that its own loader yields, and each rank
+has its own bookmark. Only states are kept, one for each batch on its way, and no batch.
+
+Where the state comes from: from the loader, if it has a `state_dict` (torchdata's StatefulDataLoader, litdata's
+StreamingDataLoader, one's own); else from the data set of a DataLoader without workers. The data set of a DataLoader
+with workers is copied into them and advances there, unseen: such a stream has no bookmark.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+_OWN = frozenset({"_loader", "_source", "_begun", "_way", "_mark", "_handed", "_ended", "_moved", "_resumed"})
+
+
+class Stream:
+    """A loader with a bookmark. In all else it is the user's loader: attributes are read from and set on that.
+
+    Args:
+        loader: The user's loader.
+        begun: Is called when an iterator draws its first batch.
+    """
+
+    def __init__(self, loader: Iterable[Any], *, begun: Callable[[], object] = lambda: None) -> None:
+        self._loader = loader
+        self._source = source_of(loader)
+        self._begun = begun
+        self._way: deque[Any] = deque()
+        self._mark: Any = None
+        self._handed = 0
+        self._ended = self._moved = self._resumed = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OWN:
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._loader, name, value)
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]  # without a length this is the TypeError it should be
+
+    def __iter__(self) -> Iterator[Any]:
+        self._begun()
+        self._back()
+        for batch in self._loader:
+            self._way.append(self._state())
+            self._handed += 1
+            yield batch
+        self._end()
+
+    @property
+    def dry(self) -> bool:
+        """Whether there is nothing more in this epoch and all that came is trained on."""
+        return not self._way and (self._ended or self._handed == length_of(self._loader))
+
+    def trained(self) -> None:
+        """The oldest batch that came was trained on: the bookmark moves behind it."""
+        if self._way:
+            self._mark, self._moved = self._way.popleft(), True
+
+    def bookmark(self) -> Any:
+        """The state right after the last batch that was trained on; None where there is none."""
+        return self._state() if self._mark is None else self._mark
+
+    def go_to(self, bookmark: Any) -> None:
+        """Go on from this rank's own bookmark with the next iterator."""
+        if self._source is not None and bookmark is not None:
+            self._resumed = True
+            self._turn_to(bookmark)
+
+    def _turn_to(self, bookmark: Any) -> None:
+        self._source.load_state_dict(copy.deepcopy(bookmark))
+        self._mark = bookmark
+        self._way.clear()
+
+    def _state(self) -> Any:
+        return None if self._source is None else copy.deepcopy(self._source.state_dict())
+
+    def _back(self) -> None:
+        """A new iterator. What the last one fetched in vain comes again, if it was for nothing else.
+
+        An iterator that came to its end has nothing to take back: its last batches are still on their way.
+        """
+        if self._way and not self._ended:
+            if not self._moved and self._source is not None:
+                self._turn_to(self._mark)
+            self._way.clear()
+        if self._mark is None:
+            self._mark = self._state()
+        self._ended = self._moved = False
+        self._handed = 0
+
+    def _end(self) -> None:
+        """Behind the last batch of an epoch lies the state in which the next one begins."""
+        self._ended = True
+        if self._way:
+            self._way[-1] = self._state()
+        else:
+            self._mark = self._state()
+
+
+class StatefulStream(Stream):
+    """A stream whose loader has a state that Lightning saves too: rank 0's, and all ranks are given that one."""
+
+    def state_dict(self) -> Any:
+        """The loader's state right after the last batch that was trained on."""
+        return self.bookmark()
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from Lightning's state, unless this rank has been given its own."""
+        if not self._resumed:
+            self._turn_to(state)
+
+
+class Streams:
+    """All streams of a rank that are drawn from together, in Lightning's order.
+
+    Args:
+        begun: Is called when one of them draws its first batch.
+    """
+
+    def __init__(self, begun: Callable[[], object]) -> None:
+        self._begun = begun
+        self._all: list[Stream] = []
+        self._bookmarks: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def watch(self, loader: Any) -> Stream:
+        """One more; it goes on from its bookmark, if one was given."""
+        made = (StatefulStream if is_stateful(loader) else Stream)(loader, begun=self._begun)
+        made.go_to(next(iter(self._bookmarks[len(self._all) :]), None))
+        self._all.append(made)
+        return made
+
+    def clear(self) -> None:
+        """Others come instead of them, which begin where they begin."""
+        self._all.clear()
+        self._bookmarks.clear()
+
+    @property
+    def dry(self) -> bool:
+        """Whether none has anything more in this epoch."""
+        return all(stream.dry for stream in self._all)
+
+    def trained(self) -> None:
+        """A batch from all of them was trained on."""
+        for stream in self._all:
+            stream.trained()
+
+    def bookmarks(self) -> list[Any]:
+        """The state of each right after what was trained on last."""
+        return [stream.bookmark() for stream in self._all]
+
+    def load(self, bookmarks: Sequence[Any]) -> None:
+        """Go on from these."""
+        self._bookmarks = list(bookmarks)
+        for stream, bookmark in zip(self._all, bookmarks, strict=False):
+            stream.go_to(bookmark)
+
+    def batches(self, limit: int | float) -> int | None:
+        """How many batches an epoch has; None if that is not known."""
+        lengths = [length_of(stream) for stream in self._all]
+        length = max((n for n in lengths if n is not None), default=None) if None not in lengths else None
+        if isinstance(limit, float):
+            return None if length is None else int(length * min(limit, 1.0))
+        return limit if length is None else min(limit, length)
+
+
+def source_of(loader: object) -> Any:
+    """What has the state of this loader; None if nothing has, or nothing here."""
+    if is_stateful(loader):
+        return loader
+    if isinstance(loader, DataLoader) and loader.num_workers == 0 and is_stateful(loader.dataset):
+        return loader.dataset
+    return None
+
+
+def is_stateful(thing: object) -> bool:
+    """Whether it has a state, as Lightning looks for it."""
+    return all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def length_of(loader: object) -> int | None:
+    """The loader's number of batches; None if it has none."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None

@@ -1,0 +1,50 @@
+"""What was trained on, counted in three units; the run's progress is the sum over its members.
+
+member 0   |-|-|-|-|-|-|      6 batches                 n = 2: progress = (6 + 2) / 2 = 4 steps
+member 1   |- - -|- - -|      2 batches                 of a synchronous run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Unit(IntEnum):
+    """What is counted; the place in a `Tally`."""
+
+    BATCHES = 0
+    UPDATES = 1
+    SAMPLES = 2
+
+
+class Tally(NamedTuple):
+    """Counts of one member, or of all."""
+
+    batches: int = 0
+    updates: int = 0
+    samples: int = 0
+
+    def plus(self, other: Tally) -> Tally:
+        """Both together."""
+        return Tally(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def minus(self, other: Tally) -> Tally:
+        """What came after `other`."""
+        return Tally(*(a - b for a, b in zip(self, other, strict=True)))
+
+    def at_least(self, unit: Unit, count: int) -> Tally:
+        """The same, with no less than `count` in this unit."""
+        return Tally(*(max(own, count) if place == unit else own for place, own in enumerate(self)))
+
+
+ZERO = Tally()
+
+
+def total(tallies: Iterable[Tally]) -> Tally:
+    """The sum."""
+    found = Tally()
+    for tally in tallies:
+        found = found.plus(tally)
+    return found

@@ -1,0 +1,200 @@
+"""A checkpoint is the consensus, which loads in plain Lightning, and beside it what each rank has of its own.
+
+    all say where and under which name     the first that lives decides, and its path counts
+    every rank's own file                  all agree that theirs is written, or all raise
+    the main file names the save           until then the checkpoint before is the one that is there
+    the files of the save before go
+
+A save that loses its first rank on the way is begun anew by those who live. What the main file has of the first rank
+(its optimizers, schedulers and loops) is not in that rank's own file a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_async.strategies import words
+from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_tensors
+from lightning_async.strategies.rank_files import RankFiles, rank_file
+from lightning_async.strategies.resuming import KEY, VERSION, Resuming
+from lightning_async.strategies.waiting import PeerFailedError
+from lightning_async.transport.mail import Wait
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all agreed on before a save: where, under which name, and who is there."""
+
+    path: str
+    save: str
+    ranks: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """The rank that writes the main file."""
+        return self.ranks[0]
+
+
+class Checkpoints:
+    """Saves and restores the run of one strategy, seen from one rank.
+
+    Attributes:
+        parts: What else each rank saves and gets back, by name.
+    """
+
+    def __init__(self, strategy: AsyncStrategy) -> None:
+        self.parts: dict[str, Part] = {}
+        self._strategy = strategy
+        self._files = RankFiles()
+        self._resuming = Resuming(strategy, self._files, self.parts)
+        self._agreed: dict[str, str] = {}
+        self._begun = False
+
+    def holds_all(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether what each rank has of its own belongs into this checkpoint: not beside mere weights."""
+        return self._begun and "optimizer_states" in checkpoint
+
+    def save(self, checkpoint: dict[str, Any], filepath: Any, options: Any) -> Wait[None]:
+        """Write the main file and every rank's own. Called by all that live, at a meeting."""
+        if states := self._strategy.feeding.loader_states():
+            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = states
+        written = False
+        while not written:
+            written = yield from self._attempt(checkpoint, os.fspath(filepath), options)
+
+    def agreed(self, filepath: Any) -> str:
+        """The first rank's path for what this rank calls `filepath`: a name with `{step}` differs by rank."""
+        mine: str = os.fspath(filepath)
+        return self._agreed.get(mine, mine)
+
+    def remove(self, path: str) -> None:
+        """Remove the files of all ranks beside `path`."""
+        self._files.remove(self._strategy.checkpoint_io, path)
+
+    def load(self, path: Any, checkpoint: dict[str, Any]) -> Wait[dict[str, Any]]:
+        """The checkpoint as this rank goes on from it; what is restored later waits for `put_back`. Called by all."""
+        return self._resuming.load(os.fspath(path), checkpoint)
+
+    def before_loader(self) -> None:
+        """The training loader is about to be made: restore what has to be there before its iterator."""
+        self._resuming.before_loader()
+
+    def put_back(self) -> None:
+        """The algorithm has begun: restore what is left, right before the first batch."""
+        self._begun = True
+        self._resuming.put_back()
+
+    def forget(self) -> None:
+        """The run is over."""
+        self._begun = False
+        self._resuming.forget()
+
+    # -- one save ------------------------------------------------------------------------------------------------------
+
+    def _attempt(self, checkpoint: dict[str, Any], filepath: str, options: Any) -> Wait[bool]:
+        """False if the rank that writes the main file was lost on the way."""
+        io, me = self._strategy.checkpoint_io, self._strategy.global_rank
+        plan = yield from self._plan(filepath)
+        trouble: Exception | None = None
+        if me == plan.first:
+            trouble = _tried(lambda: self._files.begin(io, plan.path, plan.save, plan.ranks, options))
+        data = yield from self._union()  # and so nobody writes before the save is in the index
+        if trouble is None:
+            file = rank_file(plan.path, plan.save, me)
+            trouble = _tried(lambda: io.save_checkpoint(self._own(checkpoint, plan), file, storage_options=options))
+        here = yield from self._no_trouble(plan, trouble)
+        if plan.first not in here:
+            return False
+        if me == plan.first:
+            checkpoint[KEY] = self._shared(plan, here, data)
+            trouble = _tried(lambda: io.save_checkpoint(checkpoint, plan.path, storage_options=options))
+        here = yield from self._no_trouble(plan, trouble)
+        if me == plan.first:
+            self._files.finish(io, plan.path, plan.save)
+        return plan.first in here
+
+    def _plan(self, filepath: str) -> Wait[Plan]:
+        """The first rank's path and name for this save."""
+        mine = json.dumps([filepath, secrets.token_hex(4)])
+        said = yield from self._strategy.office.rounds.agree(mine.encode())
+        path, save = json.loads(said[min(said)])
+        self._agreed[filepath] = path
+        return Plan(path, save, tuple(sorted(said)))
+
+    def _no_trouble(self, plan: Plan, trouble: Exception | None) -> Wait[tuple[int, ...]]:
+        """Who is there, and wrote. Raises on all if one could not; what was written of the save is cleared away."""
+        word = "" if trouble is None else f"{type(trouble).__name__}: {trouble}"
+        said = yield from self._strategy.office.rounds.agree(word.encode()[:2000])
+        failed = {rank: sentence.decode(errors="replace") for rank, sentence in said.items() if sentence}
+        if not failed:
+            return tuple(sorted(said))
+        if self._strategy.global_rank == min(said):
+            self._files.give_up(self._strategy.checkpoint_io, plan.path, plan.save)
+        if trouble is not None:
+            raise trouble
+        rank, sentence = min(failed.items())
+        raise PeerFailedError(f"rank {rank} could not write its part of the checkpoint {plan.path}: {sentence}")
+
+    def _union(self) -> Wait[dict[str, Any]]:
+        """Where the data stand: the newest epoch, and all ranges of its order that somebody completed."""
+        mine = self._strategy.feeding.state_dict()
+        rows = torch.cat([torch.tensor([[mine["epoch"], 0]]), mine["done"].reshape(-1, 2)])
+        parts = yield from words.gather_uneven(self._strategy.office.rounds, rows)
+        epoch = max(int(part[0, 0]) for part in parts)
+        done = joined(torch.cat([part[1:] for part in parts if int(part[0, 0]) == epoch]))
+        return {**(mine if mine["epoch"] == epoch else {}), "epoch": epoch, "done": done}
+
+    def _shared(self, plan: Plan, ranks: tuple[int, ...], data: dict[str, Any]) -> dict[str, Any]:
+        """What the main file says of them all."""
+        strategy = self._strategy
+        return {
+            "version": VERSION,
+            "save": plan.save,
+            "world": strategy.world_size,
+            "ranks": list(ranks),
+            "strategy": strategy.name,
+            "algorithm": type(strategy.algorithm).__name__,
+            "data": data,
+        }
+
+    def _own(self, checkpoint: dict[str, Any], plan: Plan) -> dict[str, Any]:
+        """What this rank's own file holds."""
+        strategy = self._strategy
+        me = strategy.global_rank
+        keys = () if me == plan.first else own_keys(strategy)
+        state = {key: checkpoint[key] for key in keys if key in checkpoint}
+        state |= own_tensors(strategy)
+        state["data"] = strategy.feeding.state_dict()
+        state["parts"] = {name: part.state_dict() for name, part in all_parts(strategy, self.parts).items()}
+        return {"version": VERSION, "save": plan.save, "rank": me, "steps": strategy.steps, **state}
+
+
+def joined(ranges: Tensor) -> Tensor:
+    """Ranges (first position, amount) in order, those that touch or overlap made one."""
+    whole: list[list[int]] = []
+    for first, amount in sorted(ranges.tolist()):
+        if whole and first <= sum(whole[-1]):
+            whole[-1][1] = max(whole[-1][1], first + amount - whole[-1][0])
+        elif amount:
+            whole.append([first, amount])
+    return torch.tensor(whole, dtype=torch.int64).reshape(-1, 2)
+
+
+def _tried(write: Callable[[], object]) -> Exception | None:
+    """The exception that `write` ended with: the others must hear of it before it is raised."""
+    try:
+        write()
+    except Exception as error:
+        return error
+    return None

@@ -1,0 +1,94 @@
+"""What a rank alone has, as tensors and primitives: saved beside the consensus, and put back after a restart.
+
+Lightning dumps and restores its share of it on each rank (`own_keys`: optimizers, schedulers, loops, a scaler). The
+parts are what Lightning does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_async.strategies.random_states import RandomStates
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
+BEGUN_ANEW = ("algorithm", "random")
+"""Parts that only the same rank of the same world can use: a part of a sum, and numbers that nobody else draws."""
+
+
+class Part(Protocol):
+    """Something of a rank's own that is saved and put back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+
+
+class Moments:
+    """What `SecondMoment` remembers of each optimizer, by the optimizer's number."""
+
+    def __init__(self, strategy: AsyncStrategy) -> None:
+        self._moments = {str(i): m for i, o in enumerate(strategy.optimizers) if (m := strategy.moment(o)) is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of them."""
+        return {number: moment.state_dict() for number, moment in self._moments.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Those that were saved."""
+        for number in self._moments.keys() & state.keys():
+            self._moments[number].load_state_dict(state[number])
+
+
+def own_keys(strategy: AsyncStrategy) -> tuple[str, ...]:
+    """Lightning's keys of a checkpoint under which each rank has its own."""
+    return ("optimizer_states", "lr_schedulers", "loops", type(strategy.precision_plugin).__qualname__)
+
+
+def own_tensors(strategy: AsyncStrategy) -> dict[str, Any]:
+    """Of the module, what the main file has not to the bit: this rank's buffers, and its weights if it keeps them.
+
+    Lightning loads the main file before it converts the module to another precision. So where the weights are not
+    float32 the consensus is here too: as it is, not as the module shows it.
+    """
+    replica, buffers = strategy.replica, {name: b.cpu() for name, b in _buffers(strategy.trainer.lightning_module)}
+    state: dict[str, Any] = {"buffers": buffers}
+    if strategy.at_meeting == "keep":
+        state["weights"] = replica.own.cpu()
+    trained = [p for p in strategy.trainer.lightning_module.parameters() if p.requires_grad]
+    if any(tensor.dtype != torch.float32 for tensor in (replica.flat, *trained)):
+        state["consensus"] = replica.flat.cpu()
+    return state
+
+
+@torch.no_grad()
+def put_back_tensors(strategy: AsyncStrategy, state: dict[str, Any]) -> None:
+    """As at the meeting: the consensus is shown, the own weights come back with the next batch."""
+    replica, buffers = strategy.replica, state.get("buffers", {})
+    for name, buffer in _buffers(strategy.trainer.lightning_module):
+        if name in buffers:
+            buffer.copy_(buffers[name])
+    if "consensus" in state:
+        replica.stand_in(state["consensus"])
+        replica.stay()
+    if "weights" in state and strategy.at_meeting == "keep":
+        replica.keep_aside(state["weights"])
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a state dict has."""
+    saved = module.state_dict().keys()
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
+
+
+def all_parts(strategy: AsyncStrategy, more: dict[str, Part]) -> dict[str, Part]:
+    """The parts by name. The random states stand last: whatever is put back before them may draw."""
+    random = RandomStates(strategy.root_device)
+    return {"algorithm": strategy.algorithm, "moments": Moments(strategy), **more, "random": random}

@@ -1,0 +1,136 @@
+"""A run goes on to the bit where its ranks are those that were saved; otherwise from the consensus, and says so.
+
+    the same world and method, all files there    each rank has its own back
+    anything else                                 weights: the consensus, so sums are conserved
+                                                  data: what nobody completed
+                                                  rank r's optimizer: that of the saved rank r modulo their number
+    no word of ours in the file                   as Lightning does it
+
+All ranks decide it together: one that goes on from its own state among others that do not would break their sum. What
+needs the optimizers, the algorithm or the loader to be there is put back right before the first batch; but where the
+saved run was between two epochs, its next draws were those of a new iterator, and the random states come before that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_async.strategies.own_state import BEGUN_ANEW, Part, all_parts, own_keys, put_back_tensors
+from lightning_async.strategies.rank_files import RankFiles, main_file, rank_file
+from lightning_async.transport.mail import Wait
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
+KEY = "lightning_async"
+"""Our key in the main file."""
+VERSION = 1
+"""The form of what stands under it, and of the ranks' own files."""
+
+
+class Resuming:
+    """The way back of one rank."""
+
+    def __init__(self, strategy: AsyncStrategy, files: RankFiles, parts: dict[str, Part]) -> None:
+        self._strategy = strategy
+        self._files = files
+        self._parts = parts
+        self._waiting: dict[str, Any] = {}
+        self._between_epochs = False
+
+    def load(self, path: str, checkpoint: dict[str, Any]) -> Wait[dict[str, Any]]:
+        """The checkpoint with this rank's own in the place of the first rank's."""
+        self._waiting = {}
+        shared, strategy = checkpoint.get(KEY), self._strategy
+        if shared is None or strategy.trainer.state.fn != TrainerFn.FITTING:
+            return checkpoint
+        refuse_newer(shared, path)
+        path, ranks = main_file(path), shared["ranks"]
+        self._files.names(path, shared["save"])
+        own, trouble = self._read(rank_file(path, shared["save"], ranks[strategy.global_rank % len(ranks)]))
+        said = yield from strategy.office.rounds.agree((self._foreign(shared) or trouble).encode()[:2000])
+        if reasons := dict.fromkeys(sentence.decode(errors="replace") for sentence in said.values() if sentence):
+            own = _without_place(own, checkpoint)
+            self._warn(path, ranks, list(reasons))
+        strategy.feeding.load_state_dict(shared["data"])
+        self._waiting, self._between_epochs = own, _epoch_is_over(checkpoint)
+        return {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
+
+    def before_loader(self) -> None:
+        """Put the random states back here if the loader's first iterator is that of the epoch to come, once."""
+        if self._between_epochs and (state := self._waiting.get("parts", {}).pop("random", None)) is not None:
+            all_parts(self._strategy, self._parts)["random"].load_state_dict(state)
+
+    def put_back(self) -> None:
+        """Restore what could not be restored before, once."""
+        strategy, own = self._strategy, self._waiting
+        self._waiting = {}
+        put_back_tensors(strategy, own)
+        if "steps" in own:
+            strategy.steps = own["steps"]
+            strategy.office.mail.at(strategy.steps)
+        states = own.get("parts", {})
+        for name, part in all_parts(strategy, self._parts).items():
+            if name in states:
+                part.load_state_dict(states[name])
+
+    def forget(self) -> None:
+        """The run is over."""
+        self._waiting = {}
+
+    def _read(self, file: str) -> tuple[dict[str, Any], str]:
+        """A rank's own file, or why there is none."""
+        try:
+            return self._strategy.checkpoint_io.load_checkpoint(file, weights_only=True), ""
+        except Exception as error:  # each CheckpointIO has its own way to say that there is no such file
+            return {}, f"{file} cannot be read ({type(error).__name__}: {error})"
+
+    def _foreign(self, shared: dict[str, Any]) -> str:
+        """Why the ranks of this run are not those that were saved."""
+        strategy, world, ranks = self._strategy, shared["world"], shared["ranks"]
+        saved = f"{shared['strategy']} ({shared['algorithm']})"
+        if (mine := f"{strategy.name} ({type(strategy.algorithm).__name__})") != saved:
+            return f"it was saved by {saved}, and this is {mine}"
+        if world != strategy.world_size:
+            return f"it was saved by {world} ranks, and there are {strategy.world_size}"
+        dead = ", ".join(str(rank) for rank in range(world) if rank not in ranks)
+        return f"rank {dead} had died before it was saved" if dead else ""
+
+    def _warn(self, path: str, ranks: list[int], reasons: list[str]) -> None:
+        rank_zero_warn(
+            f"{self._strategy.name}: the run does not go on to the bit from {path}: {'; '.join(reasons)}. All ranks "
+            "start from the consensus and go on with the samples of the epoch that nobody completed. Rank r has the "
+            f"optimizer state of the saved rank number r modulo {len(ranks)} (of rank {ranks[0]} where that cannot be "
+            "read); the state of the method (masses, turns, steps) and the random states begin anew"
+        )
+
+
+def refuse_newer(shared: dict[str, Any], path: str) -> None:
+    """Raise for a checkpoint that a later version of this package wrote in another form."""
+    if shared["version"] > VERSION:
+        raise MisconfigurationException(
+            f"{path} was written by a newer lightning_async (form {shared['version']}; this one knows {VERSION}): "
+            "install that version to resume from it. Its weights load everywhere, with `strategy='auto'` too"
+        )
+
+
+def _epoch_is_over(main: dict[str, Any]) -> bool:
+    """Whether Lightning counts the epoch as over: saved at its very end, and not while it validated or trained."""
+    current = main["loops"]["fit_loop"]["epoch_progress"]["current"]
+    return bool(current["ready"] == current["started"] == current["processed"])
+
+
+def _without_place(own: dict[str, Any], main: dict[str, Any]) -> dict[str, Any]:
+    """Of an own state, what a rank can use that takes another's place: the optimizers', and where its loader stood."""
+    kept: dict[str, Any] = {key: own[key] for key in ("optimizer_states",) if key in own}
+    kept["parts"] = {name: state for name, state in own.get("parts", {}).items() if name not in BEGUN_ANEW}
+    loaders = own.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
+    if loaders:
+        fit = main["loops"]["fit_loop"]
+        fit = {**fit, "state_dict": {**fit["state_dict"], "combined_loader": loaders}}
+        kept["loops"] = {**main["loops"], "fit_loop": fit}
+    return kept

@@ -1,0 +1,64 @@
+"""What is trained may change at a meeting, on all ranks alike: then they begin anew with the new set, all equal.
+
+    MEETING  ->  a callback unfreezes as an epoch starts  ->  all say what they train now  ->  first batch, free again
+                                                              | not the same: an error everywhere, with the names
+                                                              | changed: a new flat vector, rank 0's weights in it
+
+Nothing is in flight after a meeting, so nothing that was posted has the old length. Between meetings the set may not
+change: what is exchanged would no longer be what is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from lightning_async.replica import Replica
+from lightning_async.strategies.words import gather_uneven
+from lightning_async.transport.mail import Wait
+from lightning_async.transport.rounds import Rounds
+
+WHEN = "freeze or unfreeze where an epoch starts (`on_train_epoch_start`, `BaseFinetuning`), the same on every rank"
+SHOWN = 3  # names a rank in the sentence
+
+
+def check_unchanged(module: nn.Module, replica: Replica) -> None:
+    """Refuse a change since the last meeting."""
+    if not replica.holds(module.parameters()):
+        raise RuntimeError(
+            "the set of trainable parameters has changed between two meetings, and what was exchanged was no longer "
+            f"what is trained: {WHEN}"
+        )
+
+
+def renewed(module: nn.Module, replica: Replica, rounds: Rounds) -> Wait[Replica | None]:
+    """A replica of what is trained from here on; None if that is what it was."""
+    names = sorted(name for name, p in module.named_parameters() if p.requires_grad)
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    words = yield from rounds.agree(f"{int(replica.holds(module.parameters()))}{digest}".encode())
+    if len({word[1:] for word in words.values()}) > 1:
+        yield from _refuse(names, tuple(words), rounds)
+    if all(word[:1] == b"1" for word in words.values()):
+        return None
+    replica.let_go()
+    new = Replica(module.parameters())  # of the consensus, which stands in
+    weights = yield from rounds.broadcast(new.flat.cpu(), min(words))
+    new.stand_in(weights)
+    new.stay()
+    return new
+
+
+def _refuse(names: list[str], ranks: tuple[int, ...], rounds: Rounds) -> Wait[None]:
+    mine = torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
+    texts = yield from gather_uneven(rounds, mine)
+    sets = [set(bytes(text.tolist()).decode().split("\n")) for text in texts]
+    own = {rank: sorted(s - sets[0].intersection(*sets)) for rank, s in zip(ranks, sets, strict=True)}
+    what = "; ".join(f"rank {rank} also {_some(extra)}" for rank, extra in own.items() if extra)
+    raise RuntimeError(f"the ranks do not train the same parameters ({what}): {WHEN}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(f"`{name}`" for name in names[:SHOWN]) + more

@@ -1,0 +1,154 @@
+"""Members of unlike speed stop together, at the right sum, whatever happens to them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator
+
+import pytest
+
+from lightning_async.progress.agenda import Agenda, Due, Item
+from lightning_async.progress.progress import Outcome, Progress
+from lightning_async.progress.report import Wish
+from lightning_async.progress.tally import Tally, Unit
+from lightning_async.transport.pages import Pages
+from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.virtual import VirtualCluster
+
+Met = list[tuple[float, float, Outcome, Tally]]
+"""When a member came to a meeting, when it left it, the outcome, and its own count."""
+
+
+def member(
+    cluster: VirtualCluster,
+    rank: int,
+    agenda: Agenda,
+    seconds: float,
+    meetings: int,
+    *,
+    wish: tuple[int, Wish] | None = None,
+    end: int | None = None,
+) -> Generator[float | str, None, Met]:
+    """Train for so many meetings; `wish`: at this batch; `end`: the epoch's last batch of this member."""
+    carrier = cluster.carriers[rank]
+    rounds = Rounds(carrier)
+    progress = Progress(Pages(carrier, 2).desk(1), n=len(cluster.carriers), agenda=agenda, batch=8)
+    progress.settle((yield from rounds.agree(progress.word())))
+    met: Met = []
+    steps = [0]
+    while len(met) < meetings:
+        if not progress.ended:
+            progress.batch_started()
+            yield seconds
+            progress.batch_ended(updates=1, samples=8)
+            progress.ended = progress.own.batches == end
+            steps.append(progress.steps())
+        if wish and progress.own.batches == wish[0]:
+            progress.call(wish[1])
+        if progress.is_due() or progress.ended:
+            came = cluster.time
+            outcome = progress.settle((yield from rounds.agree(progress.word())))
+            met.append((came, cluster.time, outcome, progress.own))
+            steps.append(progress.steps())
+    assert steps == sorted(steps), "progress never goes back"
+    return met
+
+
+def run(
+    agenda: Agenda, seconds: list[float], meetings: int, cluster: VirtualCluster | None = None, **options: object
+) -> dict[int, Met]:
+    cluster = cluster or VirtualCluster(len(seconds))
+    programs = {r: member(cluster, r, agenda, s, meetings, **options) for r, s in enumerate(seconds)}  # type: ignore[arg-type]
+    found: dict[int, Met] = cluster.run(programs)
+    return found
+
+
+def agreed(found: dict[int, Met]) -> list[Outcome]:
+    """What all members agreed on."""
+    lists = [[outcome for _, _, outcome, _ in met] for met in found.values()]
+    assert all(outcomes == lists[0] for outcomes in lists), "all draw the same conclusion"
+    return lists[0]
+
+
+@pytest.mark.parametrize("slowness", [1, 4, 10])
+@pytest.mark.parametrize("every", [4, 40, 4000])
+def test_all_stop_at_exactly_the_point_and_within_two_batches_of_the_slowest(every: int, slowness: int) -> None:
+    seconds = [0.02, 0.02, 0.02, 0.02 * slowness]
+    found = run(Agenda([Item(Due.VALIDATE, Unit.BATCHES, every)]), seconds, meetings=3)
+    outcomes = agreed(found)
+    assert [outcome.now.batches for outcome in outcomes] == [every, 2 * every, 3 * every]
+    assert all(outcome.due == Due.VALIDATE for outcome in outcomes)
+    for k in range(1, 3):  # at the first one no speed was known where there was no time to hear of any
+        came = [met[k][0] for met in found.values()]
+        assert max(came) - min(came) <= 2 * max(seconds) + 0.001
+
+
+def test_whatever_is_sooner_comes_first() -> None:
+    items = [Item(Due.VALIDATE, Unit.BATCHES, 300), Item(Due.STOP, Unit.UPDATES, 700, once=True)]
+    outcomes = agreed(run(Agenda(items), [0.1, 0.2], meetings=3))
+    assert [(o.now.updates, o.due) for o in outcomes] == [(300, Due.VALIDATE), (600, Due.VALIDATE), (700, Due.STOP)]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_speeds_any_points(seed: int) -> None:
+    rng = random.Random(seed)
+    n = rng.randint(1, 6)
+    items = [Item(Due.VALIDATE, rng.choice(list(Unit)), n * rng.randint(1, 300)) for _ in range(rng.randint(1, 3))]
+    seconds = [rng.choice([0.01, 0.1, 0.5, 3.0]) for _ in range(n)]
+    found = run(Agenda(items), seconds, meetings=6, cluster=VirtualCluster(n, latency=rng.choice([1e-4, 0.05])))
+    outcomes = agreed(found)
+    assert all(outcome.due == Due.VALIDATE for outcome in outcomes)
+    for outcome in outcomes[1:]:  # the first point may come before anybody has heard of a speed
+        over = min(outcome.now[i.unit] % i.every / (8 if i.unit == Unit.SAMPLES else 1) for i in items)
+        slack = n if any(i.unit == Unit.SAMPLES for i in items) else 0
+        assert over <= slack, f"seed {seed}: {outcome} for {items}"
+
+
+def test_a_member_that_dies_leaves_the_others_to_meet() -> None:
+    cluster = VirtualCluster(3)
+    cluster.kill(2, at=3.0)
+    found = run(Agenda([Item(Due.VALIDATE, Unit.BATCHES, 300)]), [0.05, 0.05, 0.05], meetings=4, cluster=cluster)
+    outcomes = agreed(found)
+    assert len(outcomes) == 4
+    assert 2 not in found
+
+
+def test_a_frozen_member_is_not_counted_on() -> None:
+    cluster = VirtualCluster(3)
+    cluster.freeze(2, at=1.0, seconds=8.0)
+    found = run(Agenda([Item(Due.VALIDATE, Unit.BATCHES, 600)]), [0.05, 0.05, 0.05], meetings=1, cluster=cluster)
+    (outcome,) = agreed(found)
+    assert outcome.now.batches >= 600
+    own = {rank: met[0][3].batches for rank, met in found.items()}
+    assert own[2] < 150
+    assert max(found[2][0][0] - found[0][0][0], 0) < 1.0
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_wish_of_one_is_heard_by_all_within_a_moment(rank: int) -> None:
+    cluster = VirtualCluster(4)
+    agenda = Agenda([Item(Due.VALIDATE, Unit.BATCHES, 10**6)])
+    programs = {
+        r: member(cluster, r, agenda, 0.05 * (1 + 3 * (r == 3)), 1, wish=(40, Wish.STOP) if r == rank else None)
+        for r in range(4)
+    }
+    found: dict[int, Met] = cluster.run(programs)
+    (outcome,) = agreed(found)
+    assert outcome.wishes == Wish.STOP
+    assert outcome.first == (Wish.STOP if rank == 0 else Wish.NOTHING)
+    came = [met[0][0] for met in found.values()]
+    assert max(came) - 40 * 0.05 * (1 + 3 * (rank == 3)) < 1.2
+
+
+def test_whoever_has_ended_its_epoch_comes_to_the_others_meetings() -> None:
+    cluster = VirtualCluster(2)
+    agenda = Agenda([Item(Due.VALIDATE, Unit.BATCHES, 50)])
+    programs = {
+        0: member(cluster, 0, agenda, 0.05, 6, end=30),
+        1: member(cluster, 1, agenda, 0.05, 6, end=190),
+    }
+    found: dict[int, Met] = cluster.run(programs)
+    outcomes = agreed(found)
+    assert [o.now.batches for o in outcomes] == [50, 80, 100, 150, 200, 220]
+    assert [o.ended for o in outcomes] == [False] * 5 + [True]
+    assert [bool(o.due) for o in outcomes] == [True, False, True, True, True, False]

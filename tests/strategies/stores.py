@@ -1,0 +1,95 @@
+"""CheckpointIOs that go wrong, that write later, and one that writes nowhere near the path it is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+
+class Recorded(TorchCheckpointIO):
+    """Remembers what was asked of it, by the names of the files."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        self.calls.append(("save", os.path.basename(path)))
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.calls.append(("remove", os.path.basename(path)))
+        super().remove_checkpoint(path)
+
+
+class Dies(Recorded):
+    """The process is killed before the write or removal of this number, counted from when `armed` is set."""
+
+    def __init__(self, *, at: int) -> None:
+        super().__init__()
+        self.at = at
+        self.armed = False
+        self.count = 0
+
+    def _tick(self) -> None:
+        if self.armed:
+            if self.count == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        self._tick()
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self._tick()
+        super().remove_checkpoint(path)
+
+
+class Full(Recorded):
+    """Once `full` is set, a write of a file whose name contains `what` fails as on a full disk."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.full = False
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        if self.full and self.what in os.path.basename(path):
+            raise OSError(28, "No space left on device")
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+class Elsewhere(CheckpointIO):
+    """Keeps everything in one flat folder under hashed names, as an object store does, and is strict."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def _place(self, path: Any) -> Path:
+        return self.folder / hashlib.sha1(str(path).encode()).hexdigest()
+
+    def names(self) -> list[str]:
+        return sorted(json.loads(file.read_text()) for file in self.folder.glob("*.name"))
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        torch.save(checkpoint, self._place(path))
+        self._place(path).with_suffix(".name").write_text(json.dumps(str(path)))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        if not self._place(path).exists():
+            raise KeyError(f"no object {path}")
+        return torch.load(self._place(path), map_location="cpu", weights_only=weights_only)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        if not self._place(path).exists():
+            raise KeyError(f"no object {path}")
+        self._place(path).unlink()
+        self._place(path).with_suffix(".name").unlink()

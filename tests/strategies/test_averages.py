@@ -1,0 +1,275 @@
+"""Averages over time: what is validated, saved and left at the end is the average of the consensus, on every rank."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_async import GossipRingStrategy, SpeedFaults
+from lightning_async.strategies.averages import mean_of_averages
+from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.virtual import VirtualCluster
+from tests.strategies.lit import Lit, loader, trainer, weights
+from tests.strategies.ranks import run
+
+MODES = [("pairwise", "adopt"), ("pairwise", "keep"), ("push_sum", "adopt"), ("sync", "keep"), ("none", "keep")]
+DECAY = 0.9
+
+
+class Trace(Callback):
+    """The trainable weights, wherever it is worth knowing."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[float]] = []
+        self.epochs: list[list[float]] = []
+        self.consensus: list[list[float]] = []
+        self.validated: list[list[float]] = []
+        self.resumed: list[list[float]] = []
+        self.own: list[list[float]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, list)}  # not Lightning's `log`
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.epochs.append(flat(module))
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.resumed.append(flat(module))
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        self.steps.append(flat(module))
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.consensus.append(flat(module))
+        strategy = trainer.strategy
+        assert isinstance(strategy, GossipRingStrategy)
+        own = strategy.replica._own
+        self.own.append(flat(module) if own is None else own.tolist())
+
+    def on_validation_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        self.validated.append(flat(module))
+
+
+def flat(module: nn.Module) -> list[float]:
+    return [float(x) for p in module.parameters() for x in p.detach().flatten()]
+
+
+def fit(*callbacks: Callback, slow: float = 3.0, knobs: dict[str, Any], lit: Lit | None = None, **options: Any) -> Any:
+    torch.manual_seed(int(os.environ["RANK"]))  # the ranks' averages begin unequal too
+    lit = Lit() if lit is None else lit
+    trace = Trace()
+    faults = [SpeedFaults(step_seconds=0.002, slow={1: slow})] if slow > 1 else []
+    validation = options.pop("validation", True)
+    options = {"max_epochs": 3, "num_sanity_val_steps": 0, **options}
+    t = trainer(2, knobs=knobs, callbacks=[*faults, *callbacks, trace], **options)
+    t.fit(lit, loader(), loader(10, shuffle=False) if validation else None)
+    return t, lit, trace
+
+
+# -- the law ---------------------------------------------------------------------------------------------------------
+
+
+def _ema_in_step() -> Any:
+    _, lit, trace = fit(EMAWeightAveraging(decay=DECAY), slow=1, knobs={"mode": "sync"})
+    return trace.steps, flat(lit)
+
+
+def test_the_average_is_that_of_the_consensus() -> None:
+    """Ranks that go in step: to rounding, the average that one rank would have kept of the mean of their weights."""
+    (first, end), (second, same) = run(2, _ema_in_step)
+    assert end == same
+    path = torch.tensor([first, second], dtype=torch.float64).mean(0)
+    average = path[0]
+    for mean in path[1:]:
+        average = DECAY * average + (1 - DECAY) * mean
+    torch.testing.assert_close(torch.tensor(end).double(), average, rtol=1e-5, atol=1e-5)
+    assert float((average - path[-1]).abs().max()) > 1e-2  # it is not the weights
+
+
+def averaged(steps: int) -> tuple[nn.Module, AveragedModel]:
+    """A module that is the same for all by now, and one member's average of what it was."""
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    average = AveragedModel(module, use_buffers=True)
+    for p in module.parameters():
+        nn.init.ones_(p)
+    for _ in range(steps):
+        nn.init.normal_(module[0].weight)
+        average.update_parameters(module)
+    nn.init.ones_(module[0].weight)
+    return module, average
+
+
+def meet(parts: list[tuple[nn.Module, AveragedModel]]) -> VirtualCluster:
+    cluster = VirtualCluster(len(parts))
+    cluster.run(
+        {r: mean_of_averages(a, m, Rounds(cluster.carriers[r])) for r, (m, a) in enumerate(parts)}  # type: ignore[misc]
+    )
+    return cluster
+
+
+def test_only_averages_that_have_begun_count() -> None:
+    parts = [averaged(0), averaged(5), averaged(9)]
+    wanted = torch.tensor([flat(average) for _, average in parts[1:]]).mean(0)
+    meet(parts)
+    for _, average in parts:
+        torch.testing.assert_close(torch.tensor(flat(average)), wanted, rtol=1e-6, atol=1e-7)
+        assert int(average.n_averaged) == 9
+
+
+def test_where_none_has_begun_the_first_members_is_taken() -> None:
+    parts = [averaged(0), averaged(0)]
+    wanted = flat(parts[0][1])
+    meet(parts)
+    assert all(flat(average) == wanted for _, average in parts)
+
+
+def test_what_was_always_frozen_does_not_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    exchange = Rounds.exchange
+
+    def counted(self: Rounds, tensor: torch.Tensor, *args: Any) -> Any:
+        sent.append(tensor.numel())
+        return exchange(self, tensor, *args)
+
+    monkeypatch.setattr(Rounds, "exchange", counted)
+    torch.manual_seed(1)
+    body = nn.Linear(100, 100)
+    parts = []
+    for _ in range(2):
+        module = nn.Sequential(copy.deepcopy(body), nn.Linear(1, 1))
+        average = AveragedModel(module)
+        average.update_parameters(module)
+        with torch.no_grad():
+            module[1].weight.fill_(7.0)
+        parts.append((module, average))
+    meet(parts)
+    assert max(sent) < 10
+
+
+# -- WeightAveraging ---------------------------------------------------------------------------------------------------
+
+
+def _ema(mode: str, at_meeting: str, folder: str) -> dict[str, Any]:
+    saved = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+    ema = EMAWeightAveraging(decay=DECAY, update_every_n_steps=2)
+    knobs = {"mode": mode, "at_meeting": at_meeting}
+    t, lit, trace = fit(ema, saved, knobs=knobs, enable_checkpointing=True, slow=1 if mode == "sync" else 3)
+    return {"trace": trace, "end": weights(lit), "val": float(t.callback_metrics["val"])}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize(("mode", "at_meeting"), MODES)
+def test_ema_is_validated_saved_and_left_equal_on_all_ranks(mode: str, at_meeting: str, tmp_path: Path) -> None:
+    first, second = run(2, _ema, mode, at_meeting, str(tmp_path))
+    assert first["end"] == second["end"]
+    assert first["val"] == second["val"]
+    one, other = first["trace"], second["trace"]
+    batches = len(one.validated) // 3
+    for epoch in range(3):
+        shown = one.validated[epoch * batches]
+        assert shown == other.validated[epoch * batches]
+        assert shown != one.consensus[epoch]
+        for trace in (one, other):
+            assert trace.consensus[epoch] == one.consensus[epoch]
+        saved = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)
+        names = [name for name, _ in Lit().named_parameters()]
+        assert torch.cat([saved["state_dict"][name].flatten() for name in names]).tolist() == shown
+        current = torch.cat([saved["current_model_state"][name].flatten() for name in names])
+        assert current.tolist() == one.consensus[epoch]
+    for trace in (one, other):  # training goes on with weights, not with averages
+        for epoch in (1, 2):
+            before = trace.consensus[epoch - 1] if at_meeting == "adopt" else _unpadded(trace.own[epoch - 1])
+            assert trace.resumed[epoch] == before
+
+
+def _unpadded(own: list[float]) -> list[float]:
+    """A replica's flat vector without its padding: each parameter begins at a multiple of 16."""
+    values: list[float] = []
+    for p in Lit().parameters():
+        values += own[: p.numel()]
+        own = own[-(-p.numel() // 16) * 16 :]
+    return values
+
+
+def _late(kind: str) -> Any:
+    late = EMAWeightAveraging(update_starting_at_step=40) if kind == "step" else Epochs()
+    t, lit, _ = fit(late, knobs={}, slow=4.0, num_sanity_val_steps=2)
+    left = weights(lit)
+    t.validate(lit, loader(10, shuffle=False), verbose=False)
+    return left, float(t.callback_metrics["val"]), weights(lit) == left
+
+
+class Epochs(WeightAveraging):
+    """The plain mean of the weights at the ends of epochs."""
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return epoch_idx is not None
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+@pytest.mark.parametrize("kind", ["step", "epoch"])
+def test_averages_that_begin_late_or_by_epochs(kind: str) -> None:
+    first, second = run(2, _late, kind)
+    assert first == second
+    assert first[2]  # another stage leaves what it found
+
+
+# -- StochasticWeightAveraging -----------------------------------------------------------------------------------------
+
+
+class NoNorm(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer[1] = nn.Identity()
+
+
+def _swa(mode: str, at_meeting: str, norm: bool, validation: bool, balance: str) -> Any:
+    swa = StochasticWeightAveraging(swa_lrs=0.005, swa_epoch_start=2, annealing_epochs=1)
+    knobs = {"mode": mode, "at_meeting": at_meeting, "balance": balance}
+    lit = Lit() if norm else NoNorm()
+    slow = 1.0 if mode == "sync" else 3.0
+    t, lit, trace = fit(swa, knobs=knobs, lit=lit, slow=slow, max_epochs=4, validation=validation)
+    rates = [group["lr"] for group in t.optimizers[0].param_groups]
+    return {
+        "end": weights(lit),
+        "flat": flat(lit),
+        "epochs": trace.epochs,
+        "rates": rates,
+        "length": t.fit_loop.max_batches,
+        "epoch": t.current_epoch,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize(
+    ("mode", "at_meeting", "validation", "norm"),
+    [(*mode, True, True) for mode in MODES] + [("pairwise", "keep", False, True), ("pairwise", "keep", True, False)],
+)
+def test_swa_leaves_the_mean_of_the_consensus_over_its_epochs(
+    mode: str, at_meeting: str, validation: bool, norm: bool
+) -> None:
+    balance = "equal" if mode == "sync" else "claim"
+    first, second = run(2, _swa, mode, at_meeting, norm, validation, balance)
+    assert first["end"] == second["end"]
+    assert first["rates"] == second["rates"]
+    assert first["epoch"] == second["epoch"] == (5 if norm else 4)
+    assert first["epochs"] == second["epochs"]
+    mean = torch.tensor(first["epochs"][1:4]).mean(0)
+    torch.testing.assert_close(torch.tensor(first["flat"]), mean, rtol=1e-5, atol=1e-6)
+    assert first["length"] == float("inf")  # shared data have no length, and have none again

@@ -1,0 +1,249 @@
+"""Whenever a save is cut short, a whole checkpoint is there; and what is replaced or removed leaves nothing over."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+from lightning_async import SpeedFaults
+from lightning_async.strategies.checkpoints import joined
+from tests.strategies.lit import Lit, trainer, weights
+from tests.strategies.ranks import Forked, run
+from tests.strategies.resumable import (
+    Draws,
+    assert_nothing_over,
+    files_of,
+    held_out,
+    look_when_put_back,
+    rank,
+    samples,
+)
+from tests.strategies.stores import Dies, Elsewhere, Full, Recorded
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory", "ignore:.*multiple `ModelCheckpoint`", "ignore:Using `DistributedSampler` with"
+)
+
+
+# -- a save that is cut short ------------------------------------------------------------------------------------------
+
+
+class SavesTwice(Callback):
+    """Two saves at one path; before the second one `arm` is called."""
+
+    def __init__(self, path: str, arm: Callable[[], None]) -> None:
+        self.path, self.arm = path, arm
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if not trainer.sanity_checking:
+            if trainer.current_epoch == 1:
+                self.arm()
+            trainer.save_checkpoint(self.path)
+
+
+def _dies(folder: str, dead: int, at: int, patience: float) -> int:
+    io = Dies(at=at if rank() == dead else -1)
+
+    def arm() -> None:
+        io.armed = True
+
+    knobs = {"silence": min(0.5, patience), "patience": patience}
+    n = int(os.environ["WORLD_SIZE"])
+    t = trainer(n, plugins=[io], callbacks=[SavesTwice(f"{folder}/x.ckpt", arm)], knobs=knobs)
+    t.fit(Draws(), samples(), held_out())
+    return t.current_epoch
+
+
+def _resumes(folder: str) -> Any:
+    """To the bit: the sentence that says otherwise would be an error."""
+    lit = Draws()
+    t = trainer(int(os.environ["WORLD_SIZE"]), max_epochs=3)
+    seen = look_when_put_back(t)
+    t.fit(lit, samples(), held_out(), ckpt_path=f"{folder}/x.ckpt")
+    return seen[0]["epoch"], weights(lit)
+
+
+STAGES = [
+    (0, 0, "before the index"),
+    (0, 1, "before its own file"),
+    (0, 2, "before the main file"),
+    (0, 3, "before the old files go"),
+    (0, 4, "while the old files go"),
+    (1, 0, "before its own file"),
+]
+
+
+@pytest.mark.parametrize(("dead", "at", "when"), STAGES)
+def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(dead: int, at: int, when: str, tmp_path: Path) -> None:
+    with Forked(2, _dies, str(tmp_path), dead, at, 60.0, store=True) as forked:
+        forked.processes[dead].join(30)  # the others are killed with it
+    main = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert main["epoch"] == (0 if at < 3 else 1)
+    assert all(own["save"] == main["lightning_async"]["save"] for own in files_of(tmp_path / "x.ckpt").values())
+    (epoch, first), (_, second) = run(2, _resumes, str(tmp_path))
+    assert first == second
+    assert epoch == main["epoch"]
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    with Forked(2, _dies, str(tmp_path), 0, 2, 60.0, store=True) as forked:
+        forked.processes[0].join(30)
+    assert len(list(tmp_path.rglob("*.rank?.ckpt"))) == 4
+    run(2, _dies, str(tmp_path), -1, 0, 60.0)
+    assert_nothing_over(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("dead", "at"), [(0, 2), (0, 1), (2, 0)])
+def test_those_who_live_finish_the_save(dead: int, at: int, tmp_path: Path) -> None:
+    with Forked(3, _dies, str(tmp_path), dead, at, 2.0, store=True) as forked:
+        results = forked.results(60)
+    assert [r.kind for r in results] == ["gone" if r == dead else None for r in range(3)]
+    main = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert main["epoch"] == 1
+    assert main["lightning_async"]["ranks"] == [r for r in range(3) if r != dead]
+    assert_nothing_over(tmp_path)
+
+
+def _fills(folder: str, full: int, what: str) -> Any:
+    io = Full(what)
+
+    def arm() -> None:
+        io.full = rank() == full
+
+    t = trainer(2, plugins=[io], callbacks=[SavesTwice(f"{folder}/x.ckpt", arm)])
+    t.fit(Draws(), samples(), held_out())
+
+
+@pytest.mark.parametrize(("full", "what"), [(0, "index"), (0, "rank0"), (1, "rank1"), (0, "x.ckpt")])
+def test_a_full_disk_on_one_rank_is_raised_on_all_and_the_old_checkpoint_stays(
+    full: int, what: str, tmp_path: Path
+) -> None:
+    with Forked(2, _fills, str(tmp_path), full, what) as forked:
+        results = forked.results(20)
+    assert results[full].kind == "OSError"
+    assert results[1 - full].kind == "PeerFailedError"
+    assert f"rank {full} could not write its part of the checkpoint" in results[1 - full].error
+    assert "No space left on device" in results[1 - full].error
+    assert torch.load(tmp_path / "x.ckpt", weights_only=True)["epoch"] == 0
+    assert_nothing_over(tmp_path)
+    (_, first), (_, second) = run(2, _resumes, str(tmp_path))
+    assert first == second
+
+
+# -- other stores, and rotation ----------------------------------------------------------------------------------------
+
+
+def _rotates(folder: str, io: str, options: dict[str, Any], resume: str | None = None) -> Any:
+    stores = {"plain": Recorded, "async": AsyncCheckpointIO, "elsewhere": lambda: Elsewhere(f"{folder}/store")}
+    saved = ModelCheckpoint(f"{folder}/saved", **{"filename": "{epoch}-{step}", **options})
+    slow = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
+    epochs = 5 if resume else 4
+    t = trainer(2, enable_checkpointing=True, plugins=[stores[io]()], callbacks=[saved, slow], max_epochs=epochs)
+    lit, seen = Draws(), look_when_put_back(t)
+    t.fit(lit, samples(), held_out(), ckpt_path=resume)
+    return {
+        "best": saved.best_model_path,
+        "last": saved.last_model_path,
+        "start": seen[0]["steps"],
+        "end": weights(lit),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"save_top_k": 1},
+        {"save_top_k": 2, "monitor": "val", "save_last": True},
+        {"save_top_k": 1, "save_last": "link"},
+        {"save_top_k": 1, "filename": "same", "enable_version_counter": False},
+    ],
+)
+def test_what_rotates_out_leaves_no_files(options: dict[str, Any], tmp_path: Path) -> None:
+    first, second = run(2, _rotates, str(tmp_path), "plain", options)
+    assert first["best"] == second["best"]
+    assert_nothing_over(tmp_path / "saved")
+    if "save_last" in options:  # what an earlier run left rotates out too
+        again, also = run(2, _rotates, str(tmp_path), "plain", options, first["last"])
+        assert again["start"] > 0
+        assert again["end"] == also["end"]
+        assert_nothing_over(tmp_path / "saved")
+
+
+def test_files_may_be_written_later(tmp_path: Path) -> None:
+    options = {"save_top_k": 1, "filename": "same", "enable_version_counter": False}
+    first, _ = run(2, _rotates, str(tmp_path), "async", options)
+    assert sorted(files_of(Path(first["best"]))) == [0, 1]
+    again, also = run(2, _rotates, str(tmp_path), "async", options, first["best"])
+    assert again["start"] > 0
+    assert again["end"] == also["end"]
+
+
+def test_files_may_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    options = {"save_top_k": 1}
+    first, _ = run(2, _rotates, str(tmp_path), "elsewhere", options)
+    store, best = Elsewhere(f"{tmp_path}/store"), first["best"]
+    assert len(store.names()) == 4
+    assert all(name.startswith(best) for name in store.names())
+    again, also = run(2, _rotates, str(tmp_path), "elsewhere", options, best)
+    assert again["start"] > 0
+    assert again["end"] == also["end"]
+    assert all(name.startswith((best, again["best"])) for name in store.names())
+    assert not (tmp_path / "saved").exists() or not list((tmp_path / "saved").rglob("*.ckpt"))
+
+
+# -- what has no files beside it ---------------------------------------------------------------------------------------
+
+
+def _between(path: str) -> list[str]:
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                trainer.save_checkpoint(path)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(2, callbacks=[Saves()], max_epochs=1).fit(Lit(), samples(), held_out())
+    return [str(w.message) for w in caught if "between meetings" in str(w.message)]
+
+
+def test_between_meetings_no_rank_writes_a_file_of_its_own(tmp_path: Path) -> None:
+    first, second = run(2, _between, str(tmp_path / "x.ckpt"))
+    assert len(first) == 1
+    assert not second
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.ckpt"]
+    assert "lightning_async" not in torch.load(tmp_path / "x.ckpt", weights_only=True)
+
+
+def _mere_weights(path: str) -> None:
+    saved = ModelCheckpoint(path, save_weights_only=True, filename="x")
+    t = trainer(2, enable_checkpointing=True, callbacks=[saved], max_epochs=1)
+    t.fit(Lit(), samples(), held_out())
+
+
+def test_mere_weights_have_no_files_beside_them(tmp_path: Path) -> None:
+    run(2, _mere_weights, str(tmp_path))
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "whole"),
+    [
+        ([], []),
+        ([[3, 0]], []),
+        ([[5, 2], [0, 5], [9, 1]], [[0, 7], [9, 1]]),
+        ([[0, 10], [2, 3], [8, 4]], [[0, 12]]),
+    ],
+)
+def test_ranges_are_joined(ranges: list[list[int]], whole: list[list[int]]) -> None:
+    assert joined(torch.tensor(ranges, dtype=torch.int64).reshape(-1, 2)).tolist() == whole

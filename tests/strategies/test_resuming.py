@@ -1,0 +1,351 @@
+"""What was saved is restored to the bit, on every rank; elsewhere a run goes on from the consensus, and says so."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins import MixedPrecision
+
+from lightning_async import GossipRingStrategy, SpeedFaults
+from lightning_async.algorithms.algorithm import Algorithm
+from lightning_async.algorithms.gossip import UNIT, Gossip
+from lightning_async.strategies.feeding import Feeding
+from tests.strategies.lit import Lit, trainer, weights
+from tests.strategies.ranks import Forked, run
+from tests.strategies.resumable import (
+    Draws,
+    Saves,
+    Stateful,
+    assert_nothing_over,
+    files_of,
+    held_out,
+    look_when_put_back,
+    plain,
+    rank,
+    samples,
+    seed,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
+DATA_GO_ON = pytest.mark.skipif(not hasattr(Feeding, "left"), reason="the data's part of a checkpoint is a stub here")
+
+
+# -- the law: what is saved is what is restored ------------------------------------------------------------------------
+
+
+class Remembers:
+    """Gives an algorithm a state, and remembers what it is given."""
+
+    def __init__(self, algorithm: Any) -> None:
+        self.state: dict[str, Any] = {"turn": 0}
+        algorithm.state_dict = lambda: self.state
+        algorithm.load_state_dict = self.load
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def _run(n: int, knobs: dict[str, Any], path: str, resume: bool) -> dict[str, Any]:
+    seed()
+    lit, save = Draws(), Saves(path)
+    t = trainer(n, knobs=knobs, max_epochs=2, callbacks=[SpeedFaults(step_seconds=0.002)] + [save] * (not resume))
+    remembers = Remembers(t.strategy.algorithm)  # type: ignore[attr-defined]
+    if not resume:
+        remembers.state = {"turn": 7 + rank(), "moved": torch.full((3,), 0.1 * rank())}
+    seen = look_when_put_back(t)
+    t.fit(lit, samples(), held_out(), ckpt_path=path if resume else None)
+    return seen[0] if resume else save.seen
+
+
+@pytest.mark.parametrize(
+    ("n", "balance", "at_meeting"),
+    [(2, "claim", "adopt"), (2, "equal", "keep"), (3, "claim", "keep"), (3, "equal", "adopt")],
+)
+def test_what_is_saved_is_restored_to_the_bit_on_every_rank(
+    n: int, balance: str, at_meeting: str, tmp_path: Path
+) -> None:
+    knobs, path = {"balance": balance, "at_meeting": at_meeting, "mode": "push_sum"}, tmp_path / "x.ckpt"
+    saved = run(n, _run, n, knobs, str(path), False)
+    restored = run(n, _run, n, knobs, str(path), True)
+    for before, after in zip(saved, restored, strict=True):
+        for key in before:
+            assert after[key] == before[key], key
+    assert saved[0]["random"] != saved[1]["random"]
+    assert saved[0]["optimizers"] != saved[1]["optimizers"]
+    assert saved[0]["moments"]["0"]["count"]
+    assert (saved[0]["own"] != saved[1]["own"]) is (at_meeting == "keep")
+    assert saved[0]["shown"] == saved[1]["shown"]
+    assert_nothing_over(tmp_path)
+
+
+@pytest.mark.skipif(Gossip.state_dict is Algorithm.state_dict, reason="the algorithms have no state here")
+def test_the_masses_in_the_files_sum_to_what_was_born(tmp_path: Path) -> None:
+    run(3, _world, 3, {"mode": "push_sum", "at_meeting": "keep"}, str(tmp_path / "x.ckpt"), False)
+    masses = [own["parts"]["algorithm"]["mass"] for own in files_of(tmp_path / "x.ckpt").values()]
+    assert sum(masses) == 3 * 4 * UNIT
+    assert len(set(masses)) > 1
+
+
+# -- the limit: a run that never stopped -------------------------------------------------------------------------------
+
+
+def _through(
+    n: int, knobs: dict[str, Any], path: str, where: str, data: str, resume: bool, precision: Any = "32-true"
+) -> Any:
+    """The losses from the save on, and the end, of a run that goes through or of one that begins there."""
+    seed()
+    lit, save = Draws(), Saves(path, where, epoch=int(where == "batch"), batch=4)
+    options = {"use_distributed_sampler": data == "shared", "precision": precision}
+    t = trainer(n, knobs=knobs, max_epochs=3, callbacks=[save], **options)
+    batches = samples() if data == "shared" else Stateful(rank(), n)
+    t.fit(lit, batches, held_out(), ckpt_path=path if resume else None)
+    losses = lit.losses if resume else lit.losses[save.losses :]
+    return losses, weights(lit), plain([o.state_dict() for o in t.optimizers]), t.global_step, t.strategy.steps
+
+
+@pytest.mark.parametrize(
+    ("n", "at_meeting", "mode", "where", "data"),
+    [
+        (1, "adopt", "pairwise", "batch", "own"),
+        (1, "keep", "push_sum", "epoch", "own"),
+        (1, "adopt", "pairwise", "validation", "shared"),
+        (2, "adopt", "none", "batch", "own"),
+        (2, "adopt", "none", "validation", "shared"),
+        (2, "adopt", "none", "epoch", "own"),
+        (2, "keep", "none", "batch", "own"),
+        (2, "keep", "none", "validation", "shared"),
+        (3, "keep", "none", "epoch", "own"),
+        pytest.param(1, "keep", "pairwise", "batch", "shared", marks=DATA_GO_ON),
+        pytest.param(2, "adopt", "none", "epoch", "shared", marks=DATA_GO_ON),
+        pytest.param(2, "keep", "none", "batch", "shared", marks=DATA_GO_ON),
+    ],
+)
+def test_a_resumed_run_continues_as_if_it_had_not_stopped(
+    n: int, at_meeting: str, mode: str, where: str, data: str, tmp_path: Path
+) -> None:
+    path, knobs = str(tmp_path / "x.ckpt"), {"mode": mode, "balance": "equal", "at_meeting": at_meeting}
+    through = run(n, _through, n, knobs, path, where, data, False)
+    resumed = run(n, _through, n, knobs, path, where, data, True)
+    for one, other in zip(through, resumed, strict=True):
+        assert len(one[0]) > 5
+        assert one == other
+
+
+@pytest.mark.parametrize("at_meeting", ["adopt", "keep"])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_a_resumed_run_continues_in_other_precisions(precision: str, at_meeting: str, tmp_path: Path) -> None:
+    path, knobs = str(tmp_path / "x.ckpt"), {"mode": "none", "balance": "equal", "at_meeting": at_meeting}
+    through = run(2, _through, 2, knobs, path, "validation", "shared", False, precision)
+    assert through == run(2, _through, 2, knobs, path, "validation", "shared", True, precision)
+
+
+def _scaled(path: str, resume: bool) -> list[float]:
+    """The scaler's factor at the save, or when everything is restored."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (3 if resume else 5 + rank()))
+    plugin, save, factor = MixedPrecision("16-mixed", "cpu", scaler), Saves(path, epoch=0), []
+    t = trainer(2, plugins=[plugin], callbacks=[] if resume else [save], max_epochs=1)
+    look_when_put_back(t, lambda _: factor.append(scaler.get_scale()))
+    t.fit(Draws(), samples(), held_out(), ckpt_path=path if resume else None)
+    return factor
+
+
+def test_each_rank_has_its_own_scaler_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    assert run(2, _scaled, path, False) == run(2, _scaled, path, True) == [[32.0], [64.0]]
+
+
+# -- another world -----------------------------------------------------------------------------------------------------
+
+
+def _data_of(t: L.Trainer) -> list[dict[str, Any]]:
+    """Every rank says that it completed ten positions of its own, and two with all others. Returns what it is told."""
+    told: list[dict[str, Any]] = []
+    feeding = t.strategy.feeding  # type: ignore[attr-defined]
+    feeding.state_dict = lambda: {"epoch": 0, "done": torch.tensor([[100, 2], [10 * rank(), 10]])}
+    feeding.load_state_dict = told.append
+    return told
+
+
+def _world(n: int, knobs: dict[str, Any], path: str, resume: bool) -> dict[str, Any]:
+    seed()
+    lit, save = Draws(), Saves(path, epoch=0)
+    t = trainer(n, knobs=knobs, max_epochs=2, callbacks=[SpeedFaults(step_seconds=0.002)] + [save] * (not resume))
+    told, seen = _data_of(t), look_when_put_back(t)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        t.fit(lit, samples(), held_out(), ckpt_path=path if resume else None)
+    said = [str(w.message) for w in caught if "does not go on to the bit" in str(w.message)]
+    return {"seen": (seen if resume else [save.seen])[0], "end": weights(lit), "told": plain(told), "said": said}
+
+
+@pytest.mark.parametrize(("before", "after", "at_meeting"), [(3, 2, "adopt"), (3, 2, "keep"), (2, 3, "keep")])
+def test_another_world_goes_on_from_the_consensus_and_says_so(
+    before: int, after: int, at_meeting: str, tmp_path: Path
+) -> None:
+    path, knobs = tmp_path / "x.ckpt", {"at_meeting": at_meeting, "mode": "push_sum"}
+    saved = run(before, _world, before, knobs, str(path), False)
+    restored = run(after, _world, after, knobs, str(path), True)
+    for r, one in enumerate(restored):
+        old = saved[r % before]["seen"]
+        assert one["seen"]["shown"] == old["shown"]
+        assert one["seen"]["own"] == restored[0]["seen"]["own"]
+        assert one["seen"]["optimizers"] == old["optimizers"]
+        assert one["seen"]["moments"] == old["moments"]
+        assert one["seen"]["random"] != old["random"]
+        assert one["seen"]["steps"] == 0
+        assert one["end"] == restored[0]["end"]
+        assert one["told"] == plain([{"epoch": 0, "done": torch.tensor([[0, 10 * before], [100, 2]])}])
+        assert len(one["said"]) == (r == 0)
+    sentence = restored[0]["said"][0]
+    assert f"it was saved by {before} ranks, and there are {after}" in sentence
+    assert "All ranks start from the consensus" in sentence
+
+
+class SeenBySave(Saves):
+    """Remembers which samples this rank had trained on."""
+
+    def _save(self, trainer: Any, module: Any) -> None:
+        super()._save(trainer, module)
+        self.samples = list(module.seen)
+
+
+def _one_epoch(n: int, knobs: dict[str, Any], path: str, resume: bool) -> list[int]:
+    """The samples trained on until the save, or from there to the end of the epoch."""
+    lit, save = Lit(), SeenBySave(path, epoch=0, batch=2)
+    pace = SpeedFaults(step_seconds=0.004)
+    t = trainer(n, knobs=knobs, max_epochs=1, callbacks=[pace] if resume else [pace, save])
+    t.fit(lit, samples(), held_out(), ckpt_path=path if resume else None)
+    return lit.seen if resume else save.samples
+
+
+@DATA_GO_ON
+@pytest.mark.filterwarnings("ignore:.*does not go on to the bit")
+@pytest.mark.parametrize("balance", ["claim", "equal"])
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 2), (2, 3)])
+def test_no_completed_sample_is_repeated_or_lost(before: int, after: int, balance: str, tmp_path: Path) -> None:
+    path, knobs = str(tmp_path / "x.ckpt"), {"balance": balance}
+    seen = Counter(i for ranks in run(before, _one_epoch, before, knobs, path, False) for i in ranks)
+    assert set(seen.values()) == {1}
+    assert len(seen) == 12 * before
+    seen += Counter(i for ranks in run(after, _one_epoch, after, knobs, path, True) for i in ranks)
+    assert len(seen) == 80
+    repeated = sum(seen.values()) - 80
+    assert repeated == (0 if balance == "claim" else -(80 - 12 * before) % after)  # equal shares are padded
+
+
+def test_another_method_goes_on_from_the_consensus(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    saved = run(2, _world, 2, {"mode": "push_sum"}, str(path), False)
+    restored = run(2, _world, 2, {"mode": "pairwise"}, str(path), True)
+    assert restored[1]["seen"]["optimizers"] == saved[1]["seen"]["optimizers"]
+    (sentence,) = restored[0]["said"]
+    assert "it was saved by gossip_ring (PushSum), and this is gossip_ring (Pairwise)" in sentence
+
+
+def test_a_missing_file_of_one_rank_is_said_and_all_go_on_from_the_consensus(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    saved = run(2, _world, 2, {}, str(path), False)
+    (name,) = tmp_path.rglob("*.rank1.ckpt")
+    name.unlink()
+    first, second = run(2, _world, 2, {}, str(path), True)
+    assert first["seen"]["steps"] == second["seen"]["steps"] == 0
+    assert first["seen"]["optimizers"] == second["seen"]["optimizers"] == saved[0]["seen"]["optimizers"]
+    (sentence,) = first["said"]
+    assert f"{name} cannot be read (FileNotFoundError" in sentence
+
+
+# -- plain Lightning, and what is refused ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint of two ranks after one of two epochs."""
+    run(2, _through, 2, {"mode": "none", "balance": "equal"}, str(tmp_path / "x.ckpt"), "validation", "shared", False)
+    return tmp_path / "x.ckpt"
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_the_main_file_is_an_ordinary_checkpoint(saved: Path) -> None:
+    lit = Draws()
+    t = L.Trainer(
+        strategy="auto",
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=2,
+    )
+    t.fit(lit, samples(), held_out(), ckpt_path=str(saved))
+    assert t.current_epoch == 2
+    main = torch.load(saved, weights_only=True)
+    assert set(Draws.load_from_checkpoint(saved).state_dict()) == set(main["state_dict"])
+    assert sorted(files_of(saved)) == [0, 1]
+
+
+def _fits(path: str) -> Any:
+    lit = Draws()
+    t = trainer(2)
+    seen = look_when_put_back(t)
+    t.fit(lit, samples(), held_out(), ckpt_path=path)
+    return seen[0]["steps"], weights(lit)
+
+
+def test_a_checkpoint_without_our_word_loads_as_always(saved: Path) -> None:
+    main = torch.load(saved, weights_only=True)
+    del main["lightning_async"]
+    torch.save(main, saved)
+    (steps, first), (_, second) = run(2, _fits, str(saved))
+    assert steps == 0
+    assert first == second
+
+
+def test_a_newer_form_is_refused_for_training_only(saved: Path) -> None:
+    main = torch.load(saved, weights_only=True)
+    main["lightning_async"] = {"version": 99}
+    torch.save(main, saved)
+    with Forked(2, _fits, str(saved)) as forked:
+        results = forked.results(30)
+    assert {r.kind for r in results} <= {MisconfigurationException.__name__, "PeerFailedError"}
+    assert all("was written by a newer lightning_async (form 99; this one knows 1)" in r.error for r in results)
+    assert run(2, _validates, str(saved))[0] > 0
+
+
+def _validates(path: str) -> float:
+    t = trainer(2)
+    t.validate(Draws(), held_out(), ckpt_path=path, verbose=False)
+    return float(t.callback_metrics["val"])
+
+
+class Progress:
+    """A part that somebody else adds."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def _with_part(path: str, resume: bool) -> int:
+    part, strategy = Progress(), GossipRingStrategy()
+    strategy.checkpoints.parts["progress"] = part
+    part.count = 0 if resume else 5 + rank()
+    t = trainer(2, strategy=strategy, callbacks=[] if resume else [Saves(path, epoch=0)], max_epochs=1)
+    t.fit(Lit(), samples(), held_out(), ckpt_path=path if resume else None)
+    return part.count
+
+
+def test_other_parts_are_saved_and_put_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    assert run(2, _with_part, path, False) == run(2, _with_part, path, True) == [5, 6]

@@ -1,0 +1,42 @@
+"""Whoever waits says for what, stops at its limit, and stops when the run is stopped."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_async.data.share import make_share
+from lightning_async.strategies.waiting import Flags, PeerFailedError, drive
+from lightning_async.transport.mail import Wait
+from tests.data.epoch_bench import Clock, FakeBoard
+
+
+def carrier(**decided: bytes) -> Any:
+    return SimpleNamespace(me=0, decided=decided.get, wait=lambda seconds: None)
+
+
+def patient(n: int) -> Wait[int]:
+    for k in range(n):
+        yield f"thing {k}"
+    return n
+
+
+def test_the_result_comes_back() -> None:
+    assert drive(patient(3), Flags(carrier()), limit=60.0) == 3
+
+
+def test_waiting_ends_with_what_was_missing() -> None:
+    share = make_share("claim", FakeBoard(Clock(), 1, latency=1.0).desks()[0], batch=8)
+    share.begin_epoch(3, total=40)
+    with pytest.raises(TimeoutError, match="waited 0 s for the opening of epoch 3; the limit is 0 s"):
+        drive(share.next_batch(8), Flags(carrier()), limit=0.0)
+
+
+def test_waiting_ends_when_the_run_is_stopped() -> None:
+    with pytest.raises(PeerFailedError, match="rank 1 stopped"):
+        drive(patient(3), Flags(carrier(abort=b"rank 1 stopped")), limit=60.0)
+    with pytest.raises(SIGTERMException):
+        drive(patient(3), Flags(carrier(stop=b"1")), limit=60.0)
