@@ -22,6 +22,8 @@ HARMLESS = {
     "ModelCheckpoint",
     "EarlyStopping",
     "LearningRateMonitor",
+    "WeightAveraging",
+    "EMAWeightAveraging",
     "SpeedFaults",
 }
 """Callbacks that change nothing that is not in the log."""

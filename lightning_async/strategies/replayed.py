@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -68,6 +69,16 @@ class ReplayedOffice(Office):
         except StopIteration as end:
             result: T = end.value
             return result
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Rounds without the others, for what all decide alike."""
+        rounds, me = self.rounds, self._seat.me
+        self.rounds = Rounds(Seat(Hall(self._hall.stage, {me}), me, self._seat.world))
+        try:
+            yield
+        finally:
+            self.rounds = rounds
 
     def check_network(self, nodes: int) -> None:
         """There is none."""
@@ -215,5 +226,10 @@ def seated(kind: type[AsyncStrategy]) -> type[AsyncStrategy]:
 
         def setup_distributed(self) -> None:
             """No process group: the hall takes its place."""
+
+        def load_checkpoint(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+            """Lightning holds a lock meanwhile, for which the others would wait: each member reads its part alone."""
+            with self.office.alone():
+                return super().load_checkpoint(*arguments, **options)  # type: ignore[no-any-return]
 
     return Seated

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_async import SpeedFaults
 from tests.cli import recorded
@@ -46,6 +47,7 @@ def test_a_real_run_equals_its_replay_to_the_bit(tmp_path: Path, said: Said) -> 
         (2, "Manual", {"balance": "equal"}, {}),
         (4, "Net", {"topology": "exponential", "period": 2}, {"precision": "bf16-mixed"}),
         (2, "Net", {"mode": "sync"}, {"precision": "64-true"}),
+        (2, "Plateau", {"buffers": "reestimate"}, {"precision": "bf16-true"}),
         (1, "Net", {"mode": "none"}, {}),
     ],
 )
@@ -139,6 +141,24 @@ def test_from_a_checkpoint(tmp_path: Path, said: Said) -> None:
     assert status == 2
     assert "the run went on from a checkpoint (`fit(ckpt_path=...)`): give it by --ckpt" in words
     assert said(folder / "resumed", "--ckpt", str(checkpoint))[0] == 0
+
+
+def _interrupted(folder: str, epochs: int) -> None:
+    L.seed_everything(7, verbose=False)
+    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
+    saving = [ModelCheckpoint(f"{folder}/saved", "last")] if epochs == 1 else []
+    callbacks = [SpeedFaults(step_seconds=0.003, slow={1: 3.0}), *saving]
+    knobs = {"record": f"{folder}/{epochs}", "mode": "push_sum", "at_meeting": "keep"}
+    t = trainer(2, knobs=knobs, max_epochs=epochs, callbacks=callbacks, enable_checkpointing=bool(saving))
+    t.fit(recorded.Epochs(), ckpt_path=None if saving else f"{folder}/saved/last.ckpt")
+
+
+def test_a_run_that_goes_on_from_each_rank_s_own_state(tmp_path: Path, said: Said) -> None:
+    run(2, _interrupted, str(tmp_path), 1)
+    run(2, _interrupted, str(tmp_path), 3)
+    status, words = said(tmp_path / "3", "--ckpt", str(tmp_path / "saved" / "last.ckpt"), module="Epochs")
+    assert status == 0, words
+    assert "2 members, 60 steps" in words
 
 
 # -- the first difference ----------------------------------------------------------------------------------------------
