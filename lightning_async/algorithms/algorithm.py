@@ -40,6 +40,8 @@ class Algorithm(ABC):
     """What every method is: four hooks around a rank's steps."""
 
     shrink: Shrink = staticmethod(no_shrink)
+    in_step: bool = False
+    """Whether its members wait for each other at every step."""
 
     @abstractmethod
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:

@@ -28,6 +28,8 @@ WEIGHTS, END = FIRST_FREE_KIND, FIRST_FREE_KIND + 1
 class SyncRing(Gossip):
     """Synchronous neighbour averaging. It waits by definition."""
 
+    in_step = True
+
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """Round 1 mixes the initial weights."""
         super().begin(replica, mail, mass, rounds)

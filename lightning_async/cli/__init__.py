@@ -1,4 +1,4 @@
-"""The `lightning-async` command: it prints the configs that LightningCLI reads, and the version."""
+"""The `lightning-async` command: it prints the configs that LightningCLI reads, and replays recorded runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from lightning_async.cli import replay
 from lightning_async.cli.configs import names, read, summary
 from lightning_async.version import __version__
 
@@ -13,6 +14,11 @@ from lightning_async.version import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the answer is the exit status."""
     arguments = _parser().parse_args(argv)
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _config(arguments: argparse.Namespace) -> int:
     if arguments.name is None:
         _list()
         return 0
@@ -37,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="lightning-async config strategies/gossip_ring > gossip.yaml; python train.py fit --config gossip.yaml",
     )
     config.add_argument("name", nargs="?", help="for example strategies/gossip_ring")
+    config.set_defaults(run=_config)
+    replay.add_parser(commands)
     return parser
 
 

@@ -18,7 +18,7 @@ One share feeds one loader: with several training loaders, each needs its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeGuard
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -123,6 +123,13 @@ def shared_loader(
         share.rewind()
 
     return _remade(loader, SharedBatches(order, begin or begin_all, pull, whole=whole, tell=tell))
+
+
+def recorded_loader(loader: DataLoader[Any], batches: Iterable[Any]) -> DataLoader[Any]:
+    """A loader like `loader` that fetches these batches, in this process."""
+    single: dict[str, Any] = {"batch_size": None, "sampler": batches}
+    options = single if loader.batch_sampler is None else {"batch_sampler": batches}
+    return DataLoader(loader.dataset, collate_fn=loader.collate_fn, generator=loader.generator, **options)
 
 
 def _parts(loader: DataLoader[Any]) -> tuple[Any, int, bool]:

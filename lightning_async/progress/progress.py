@@ -60,6 +60,7 @@ class Progress:
         n: How many members the run began with; a step of the run is n updates.
         agenda: What is due, and when.
         batch: This member's samples of a batch.
+        in_step: Whether all members take their steps together: then one's own count is everybody's.
         before: What an earlier part of the run did, scaled to `n` members.
         epoch: What had been done when the epoch began.
     """
@@ -71,6 +72,7 @@ class Progress:
         n: int,
         agenda: Agenda,
         batch: int = 1,
+        in_step: bool = False,
         before: Tally | None = None,
         epoch: Tally | None = None,
     ) -> None:
@@ -85,6 +87,7 @@ class Progress:
         self.meetings = 0
         self._desk = desk
         self._batch = batch
+        self._in_step = in_step
         self._began = desk.now()
         self._pace = Pace()
         self._rates = (0.0, 0.0, 0.0)
@@ -157,6 +160,8 @@ class Progress:
         return self._steps(self._elsewhere(Unit.UPDATES) + int(ahead))
 
     def _steps(self, others: int) -> int:
+        if self._in_step:
+            others = self._elsewhere(Unit.UPDATES) + self.own.updates * (len(self._desk.members()) - 1)
         if self._meeting:
             return self.agreed.updates // self.n
         count = others + self.own.updates

@@ -176,6 +176,7 @@ class AsyncStrategy(DDPStrategy):
         self.office.check_complete(self.world_size)
         super().setup_environment()
         fitting = trainer.state.fn == TrainerFn.FITTING
+        self.office.recording.introduce(self)
         self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=fitting)
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
         self._free = self._closing = False
@@ -256,6 +257,7 @@ class AsyncStrategy(DDPStrategy):
         """The loader is known, the checkpoint is restored: the algorithm begins."""
         self.algorithm.begin(self.replica, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
         self.checkpoints.put_back()
+        self.office.recording.start(self)
         self.clock.begin(self.trainer)
         self._roll_call()
         self._garbage.set_aside()
@@ -274,6 +276,7 @@ class AsyncStrategy(DDPStrategy):
             return result
 
         self._stepped = True
+        self.office.recording.step_with(optimizer, self.optimizers)
         with self._skipped.watch(self.precision_plugin, optimizer):
             output = super().optimizer_step(optimizer, closure_then_exchange, model, **kwargs)
         if (moment := self._moments.get(id(optimizer))) is not None:
@@ -289,14 +292,15 @@ class AsyncStrategy(DDPStrategy):
 
     def _step_ended(self) -> None:
         """One step is one batch, however many optimizers stepped in it."""
+        self.office.recording.batch()
         if not self._stepped:
             return
         self._stepped = False
         self.steps += 1
         mail = self.office.mail
         mail.at(self.steps)
-        self.office.recording.step(self.steps, self.feeding.trained_on())
         self._arrivals.add(self._together(self.algorithm.after_step(self.replica, mail, self.steps)))
+        self.office.recording.stepped(self.steps, self.replica)
 
     # -- meetings ------------------------------------------------------------------------------------------------------
 
@@ -313,7 +317,7 @@ class AsyncStrategy(DDPStrategy):
         waited = self.office.carrier.now()
         self.clock.summon(self.trainer)
         outcome = self._roll_call()
-        self.office.recording.meeting()
+        self.office.recording.meeting(self.replica)
         consensus = self._together(self.algorithm.meet(self.replica, self.office.mail))
         self._arrivals.add(self.algorithm.arrived())
         apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu(), consensus.cpu()))
@@ -321,6 +325,7 @@ class AsyncStrategy(DDPStrategy):
             self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
         self.feeding.epoch_ended(deaths=len(self.office.carrier.members()) < self.world_size)
         self.replica.stand_in(consensus)
+        self.office.recording.met(self.replica)
         if self.at_meeting == "adopt":
             self.replica.stay()
         self.last_meeting = {"spread": apart**0.5, "seconds": self.office.carrier.now() - waited}
@@ -353,6 +358,7 @@ class AsyncStrategy(DDPStrategy):
         adopted = not self.replica.away
         self.replica.come_back()
         self.algorithm.resume(self.replica, adopted=adopted)
+        self.office.recording.set_off(self.trainer)
         self._free = True
 
     def on_train_end(self) -> None:

@@ -51,7 +51,7 @@ class Clock:
             raise ValueError(f"`meet_every` must be an integer of at least 1 (samples), or None, got {meet_every!r}")
         self.progress: Progress | None = None
         self.over = self.validating = self.requeue = False
-        self.meeting: Callable[[], bool] = lambda: False
+        self.meeting: Callable[[], bool] = _nowhere
         self._strategy = strategy
         self._meet_every = meet_every
         self._schedules = Schedules()
@@ -103,7 +103,8 @@ class Clock:
         agenda = Agenda(self._items(trainer) if self._counts else ())
         before, epoch = self._earlier(trainer, n)
         desk, batch = strategy.office.desk(PROGRESS), strategy.feeding.batch
-        self.progress = Progress(desk, n=n, agenda=agenda, batch=batch, before=before, epoch=epoch)
+        in_step = strategy.algorithm.in_step
+        self.progress = Progress(desk, n=n, agenda=agenda, batch=batch, in_step=in_step, before=before, epoch=epoch)
         self._shown = self.progress.steps()
         self._logged = self._shown // max(1, compat.log_every(trainer))
         self._validated = time.monotonic()
@@ -239,14 +240,14 @@ class Clock:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _write(self, trainer: Trainer) -> None:
-        """The run's steps become Lightning's."""
+        """The run's steps become Lightning's; schedules, which have an end, never go by more than was told."""
         assert self.progress is not None
-        self._written = self.progress.steps()
+        self._written = self.progress.about()
         if self._counts:
             compat.set_global_step(trainer, self._written)
         else:
             self._written = trainer.global_step
-        self._schedules.follow(trainer, self._written)
+        self._schedules.follow(trainer, self.progress.steps() if self._counts else self._written)
 
     def _log_by(self, trainer: Trainer, steps: int) -> None:
         """Each multiple of `log_every_n_steps` that the run passes is logged once, be this rank slow or fast."""
@@ -320,3 +321,8 @@ def _ask_at_meetings(leash: compat.Leash, callback: Callback, clock: Clock) -> N
             progress.is_last_batch = last
 
     leash.wrap(callback, "on_train_batch_end", on_train_batch_end)
+
+
+def _nowhere() -> bool:
+    """Before a run there is no meeting."""
+    return False

@@ -7,8 +7,7 @@ of a checkpoint        Lightning makes its loaders    after each batch          
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -60,8 +59,7 @@ class Feeding:
         self._begun = True
         self._streams = Streams(self._drawn)
         self._interrupted = Interrupted(rank_zero_warn)
-        self._handed: deque[Any] = deque()
-        self._trained: list[int] = []
+        self._tell_epoch: Callable[[int], None] | None = None
 
     @property
     def mass(self) -> int:
@@ -99,6 +97,8 @@ class Feeding:
             )
         self._drop_last, self._world = drops_last(loader), office.carrier.world
         self.share = self._share(office)
+        recording, size = office.recording, size_of(loader)
+        self._tell_epoch = lambda number: recording.epoch(number, size)
         return shared_loader(
             loader,
             self.share,
@@ -106,7 +106,7 @@ class Feeding:
             seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),  # as Lightning's own DistributedSampler does
             epoch=epoch(),
             begin=self._begin,
-            tell=self._handed.append if office.recording.on else None,
+            tell=recording.fetched,
         )
 
     def watch(self, loader: Any) -> Stream:
@@ -127,14 +127,6 @@ class Feeding:
         self._streams.trained()
         self.batches += 1
         self.samples += shared if self._by_sample else samples_in(batch) or self._batch
-        if self._handed:
-            handed = self._handed.popleft()
-            self._trained += handed if isinstance(handed, list) else [handed]
-
-    def trained_on(self) -> list[int]:
-        """The samples since the last call, where they have numbers and somebody wants to record them."""
-        trained, self._trained = self._trained, []
-        return trained
 
     def epoch_batches(self) -> int | None:
         """How many batches one rank of a synchronous run has in an epoch; None while that is not known."""
@@ -152,11 +144,9 @@ class Feeding:
         """The run is over."""
         self.share = self._kept = self._total = None
         self.batches = self.samples = 0
-        self._begun, self._by_sample = True, False
+        self._begun, self._by_sample, self._tell_epoch = True, False, None
         self._streams.clear()
         self._interrupted = Interrupted(rank_zero_warn)
-        self._handed.clear()
-        self._trained.clear()
 
     # -- an epoch that goes on -----------------------------------------------------------------------------------------
 
@@ -197,9 +187,10 @@ class Feeding:
         """Open the order's epoch at the share, without what is done of it."""
         assert self.share is not None
         done = self._interrupted.begin(order, self._left)
+        if self._tell_epoch is not None:
+            self._tell_epoch(order.epoch)
         self._drawn()
         self._total = len(order)
-        self._handed.clear()
         left = self._left(self._total, done)
         if done and 0 < left < self._world * self._unit:
             rank_zero_info(
@@ -227,3 +218,9 @@ class Feeding:
             share = make_share(self.balance, office.desk(DATA), batch=batch, drop_last=drop_last)
             self._kept = share, batch, drop_last
         return self._kept[0]
+
+
+def size_of(loader: object) -> int:
+    """How many samples a loader's data set has; 0 where it does not say."""
+    data = getattr(loader, "dataset", None)
+    return len(data) if isinstance(data, Sized) else 0

@@ -42,6 +42,7 @@ class Meetings(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The batch is trained on; the last one of an epoch, or one that was appointed, opens the meeting."""
+        self.strategy.office.recording.loss(outputs)
         meets = self.strategy.batch_ended(batch)
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self.strategy.feeding.share is not None:
             show_total(trainer, batch_idx, batch_idx + 1)

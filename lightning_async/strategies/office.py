@@ -107,7 +107,7 @@ class Office:
         self.flags = Flags(self._carrier, grace=self.grace)
         self._pages = Pages(self._carrier, PAGES)
         self.rounds = Rounds(self._carrier)
-        self.mail = self.recording.of(self._carrier, fitting=fitting)
+        self.mail = self.recording.of(self._carrier, fitting=fitting, run=f"{self._run}.{self._count}")
         self.algorithms_rounds = Rounds(self.mail, channel=1)
 
     def desk(self, number: int) -> Desk:

@@ -1,17 +1,53 @@
 """The event log of a run: one file a rank in one folder, events only; without a folder nothing is recorded.
 
-What is recorded is what the algorithm asked its carrier and was told, and which samples each step was taken on. That
-is all a replay needs: weights and gradients follow from it.
+    header    who, of which run; seed, versions, threads; the strategy and its knobs; what the Trainer was told
+    events    what the algorithm asked its carrier and was told, and the samples and the loss of each batch
+    notes     what the optimizers and the random generators were told; digests of the weights, to be compared with
+
+That is all a replay needs: weights and gradients follow from it. A replay calls the same methods (`replaying`): what is
+written here is looked up there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_async.replica import Replica
+from lightning_async.strategies.facts import about, digest, knobs_of_groups, start
+from lightning_async.transport import chance
 from lightning_async.transport.mail import Carrier
 from lightning_async.transport.record import RecordingCarrier
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
+EVERY = 100  # steps between two digests of the weights
+
+
+class Scribe(Protocol):
+    """A carrier that notes: the recording one writes, the replaying one looks up. Both return what is in the log."""
+
+    def note_fetched(self, sample_ids: Iterable[Any]) -> None:
+        """A batch was fetched."""
+
+    def note_batch(self, loss: float | None = None) -> float | None:
+        """A batch was trained on."""
+
+    def note_meeting(self) -> None:
+        """The members meet here."""
+
+    def note(self, name: str, value: Any, *, news: bool = False) -> Any:
+        """Something to compare with, or to be told."""
+
+    def finish(self) -> None:
+        """The program ended."""
 
 
 class Recording:
@@ -23,44 +59,127 @@ class Recording:
         self._folder = folder
         self._fits = 0
         self._file: TextIO | None = None
-        self._recorder: RecordingCarrier | None = None
+        self._scribe: Scribe | None = None
+        self._about: dict[str, Any] = {}
+        self._chance: dict[str, str] = {}
+        self._loss: float | None = None
 
     @property
     def on(self) -> bool:
         """Whether events are written."""
         return self._folder is not None
 
-    def of(self, carrier: Carrier, *, fitting: bool) -> Carrier:
+    def introduce(self, strategy: AsyncStrategy) -> None:
+        """What the header is to say of this run."""
+        if self.on:
+            self._about = about(strategy)
+
+    def of(self, carrier: Carrier, *, fitting: bool, run: str = "") -> Carrier:
         """The carrier that the algorithm gets: one that writes down its answers, or the carrier itself.
 
-        Only a fit is recorded, and a later one on the same Trainer has a file of its own: nothing is overwritten.
+        Only a fit is recorded, and a later one on the same Trainer has a file of its own: nothing is overwritten. Each
+        line is handed to the system at once: the log of a killed rank is whole.
         """
         if self._folder is None or not fitting:
             return carrier
         self._fits += 1
-        name = f"rank{carrier.me}.jsonl" if self._fits == 1 else f"fit{self._fits}.rank{carrier.me}.jsonl"
-        Path(self._folder).mkdir(parents=True, exist_ok=True)
-        self._file = (Path(self._folder) / name).open("w", encoding="utf-8")
-        self._recorder = RecordingCarrier(carrier, self._file)
-        return self._recorder
+        path = Path(self._folder) / log_name(carrier.me, self._fits)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        known = {"run": run, **self._about}
+        recorder = RecordingCarrier(carrier, self._file, seed=int(seed) if seed else None, about=known)
+        self._scribe, self._chance, self._loss = recorder, {}, None
+        return recorder
 
-    def step(self, step: int, samples: Iterable[int]) -> None:
-        """The samples a step was taken on."""
-        if self._recorder is not None:
-            self._recorder.note_step(step, samples)
+    # -- what happens in a run, in this order -------------------------------------------------------------------------
 
-    def meeting(self) -> None:
-        """The members meet."""
-        if self._recorder is not None:
-            self._recorder.note_meeting()
+    def epoch(self, epoch: int, size: int) -> None:
+        """The first batch of an epoch is about to be fetched from `size` samples."""
+        if self._scribe is not None:
+            self._note("epoch", {"epoch": epoch, "data": size, "chance": self._news_of_chance()})
+
+    def fetched(self, batch: Any) -> None:
+        """These samples are fetched; they may be trained on later, or, at a sudden end, never."""
+        if self._scribe is not None:
+            self._scribe.note_fetched(batch if isinstance(batch, (list, tuple)) else [batch])
+
+    def start(self, strategy: AsyncStrategy) -> None:
+        """Training starts from these weights."""
+        if self._scribe is not None:
+            self._note("start", start(strategy))
+
+    def set_off(self, trainer: Trainer) -> None:
+        """A meeting is over."""
+        if self._scribe is not None:
+            facts = {"accumulate": trainer.accumulate_grad_batches, "chance": self._news_of_chance()}
+            self._note("off", facts)
+
+    def step_with(self, optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> None:
+        """An optimizer is about to step: its learning rate and what else is a number."""
+        if self._scribe is not None:
+            number = next((i for i, one in enumerate(optimizers) if one is optimizer), 0)
+            self._note(f"knobs{number}", knobs_of_groups(optimizer), news=True)
+
+    def loss(self, outputs: Any) -> None:
+        """What the training step returned; its loss is kept for `batch` if it can be read without waiting."""
+        found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        self._loss = None
+        if isinstance(found, Tensor) and found.numel() == 1 and found.device.type == "cpu" and self._scribe is not None:
+            self._loss = float(found)
+
+    def batch(self) -> None:
+        """A batch was trained on."""
+        if self._scribe is not None:
+            self._compare_loss(self._loss, self._scribe.note_batch(self._loss))
+
+    def stepped(self, step: int, replica: Replica) -> None:
+        """A step was taken, and what came was folded."""
+        if self._scribe is not None and step % EVERY == 0:
+            self._note("weights", digest(replica.flat))
+
+    def meeting(self, replica: Replica) -> None:
+        """The members meet, each with its own weights."""
+        if self._scribe is not None:
+            self._note("own", digest(replica.flat))
+            self._scribe.note_meeting()
+
+    def met(self, replica: Replica) -> None:
+        """They agreed on these weights."""
+        if self._scribe is not None:
+            self._note("consensus", digest(replica.flat))
 
     def finish(self) -> None:
         """The training ended, and not by an accident."""
-        if self._recorder is not None:
-            self._recorder.finish()
+        if self._scribe is not None:
+            self._scribe.finish()
 
     def close(self) -> None:
         """Nothing more is written. Idempotent."""
         if self._file is not None:
             self._file.close()
-        self._file = self._recorder = None
+        self._file = self._scribe = None
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _note(self, name: str, value: Any, *, news: bool = False) -> None:
+        if self._scribe is not None:
+            self._compare(name, value, self._scribe.note(name, value, news=news))
+
+    def _compare(self, name: str, now: Any, recorded: Any) -> None:
+        """While a run is recorded there is nothing to compare."""
+
+    def _compare_loss(self, now: float | None, recorded: float | None) -> None:
+        """See `_compare`."""
+
+    def _news_of_chance(self) -> dict[str, str]:
+        """The random generators that are not as they were last time: most programs use one of the three."""
+        written = chance.write(chance.taken())
+        news = {name: state for name, state in written.items() if self._chance.get(name) != state}
+        self._chance = written
+        return news
+
+
+def log_name(rank: int, fit: int = 1) -> str:
+    """The file of a rank's events in its Trainer's first, second, ... fit."""
+    return f"rank{rank}.jsonl" if fit == 1 else f"fit{fit}.rank{rank}.jsonl"

@@ -2,19 +2,29 @@
 
 [3, "post", 1, 16, 1000, true]      question 3: what was asked, with what, and the answer
 [9, "take", 16, [[1, 2, 5, 0.1]]]   questions 4 to 8 had answers that `Guesses` knows
+[9, "note", "weights", "5f0c..."]   a note behind question 9: who replays may look at it, or not
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
-from lightning_async.transport.record import ACTS, SCHEMA, Guesses
+from lightning_async.transport.record import ACTS, ALWAYS, NOTE, SCHEMA, Guesses
 
 
 class Divergence(RuntimeError):  # noqa: N818
-    """A replayed program did something else than the recorded one."""
+    """A replayed program did something else than the recorded one.
+
+    Attributes:
+        member: Whose program it was; None where all wait for each other.
+        step: The last step that it took.
+    """
+
+    def __init__(self, sentence: str, *, member: int | None = None, step: int = 0) -> None:
+        super().__init__(sentence)
+        self.member, self.step = member, step
 
 
 class Log:
@@ -23,10 +33,12 @@ class Log:
     Attributes:
         header: What the recording carrier wrote first.
         finished: Whether the member ended on its own.
+        step: The last step that was replayed.
+        count: How many questions were replayed.
     """
 
     def __init__(self, lines: Iterable[str]) -> None:
-        parsed = [json.loads(line) for line in lines if line.strip()]
+        parsed = _parse(lines)
         if not parsed or not isinstance(parsed[0], dict):
             raise ValueError("this is not a log of a RecordingCarrier: its first line is no header")
         self.header: dict[str, Any] = parsed[0]
@@ -34,10 +46,12 @@ class Log:
             raise ValueError(f"this log has schema {self.header.get('schema')}, this version reads schema {SCHEMA}")
         self.me = int(self.header["me"])
         self.world = int(self.header["world"])
-        self._events: list[list[Any]] = parsed[1:]
+        self._lines: list[list[Any]] = parsed[1:]
+        self._events = [line for line in self._lines if line[1] != NOTE]
+        self._notes = {(line[0], line[2]): line[3] for line in self._lines if line[1] == NOTE}
         self.finished = bool(self._events) and self._events[-1][1] == "finish"
+        self.step = self.count = 0
         self._next = 0
-        self._count = 0
         self._guesses = Guesses(self.world)
 
     @property
@@ -45,19 +59,36 @@ class Log:
         """Whether all events were replayed."""
         return self._next >= len(self._events)
 
-    def samples(self) -> dict[int, list[int]]:
-        """The sample ids of each recorded step."""
-        return {event[2]: event[3] for event in self._events if event[1] == "step"}
-
-    def epochs(self) -> list[list[int]]:
-        """The recorded steps, parted by the meetings."""
-        parts: list[list[int]] = [[]]
-        for event in self._events:
-            if event[1] == "step":
-                parts[-1].append(event[2])
-            elif event[1] == "meet":
+    def epochs(self) -> list[list[list[Any]]]:
+        """The samples of each batch that was fetched, by epochs; one epoch where none was noted."""
+        parts: list[list[list[Any]]] = []
+        for line in self._lines:
+            if line[1:3] == [NOTE, "epoch"]:
                 parts.append([])
-        return [part for part in parts if part]
+            elif line[1:3] == [NOTE, "fetched"]:
+                parts = parts or [[]]
+                parts[-1].append(line[3])
+        return parts
+
+    def batches(self) -> int:
+        """How many batches were trained on."""
+        return sum(event[1] == "batch" for event in self._events)
+
+    def first(self, name: str) -> Any:
+        """The first note of this name; None without one."""
+        return next((line[3] for line in self._lines if line[1:3] == [NOTE, name]), None)
+
+    def number_of_epochs(self) -> int:
+        """How many epochs were begun."""
+        return len({line[3]["epoch"] for line in self._lines if line[1:3] == [NOTE, "epoch"]})
+
+    def comes(self, name: str) -> bool:
+        """Whether the next question must be this one."""
+        return not self.over and self._events[self._next][:2] == [self.count + 1, name]
+
+    def note(self, name: str) -> Any:
+        """What was noted here under this name; None: nothing."""
+        return self._notes.get((self.count, name))
 
     def end(self) -> None:
         """The program ended: nothing more may be written."""
@@ -66,13 +97,15 @@ class Log:
 
     def act(self, *words: Any) -> None:
         """The program does something by itself: exactly that must be written here."""
-        self._count += 1
+        self.count += 1
         self._match(words)
+        if words[0] == "at":
+            self.step = words[1]
 
     def answer(self, *question: Any) -> Any:
         """The recorded answer to a question: the one written here, or the one that could be guessed."""
-        self._count += 1
-        if question[0] != "post" and (self.over or self._events[self._next][0] > self._count):
+        self.count += 1
+        if question[0] not in ALWAYS and (self.over or self._events[self._next][0] > self.count):
             return self._guesses.of(question)
         answer = self._match(question)
         self._guesses.learn(question, answer)
@@ -84,15 +117,29 @@ class Log:
             self.diverge("nothing more (the log ends)", _say(words))
         number, *expected = self._events[self._next]
         asked = expected if expected[0] in ACTS else expected[:-1]
-        if number != self._count or asked != list(words):
-            early = f" as question {number}" if number != self._count else ""
-            self.diverge(_say(asked) + early, _say(words) + (f" as question {self._count}" if early else ""))
+        if number != self.count or asked != list(words):
+            early = f" as question {number}" if number != self.count else ""
+            self.diverge(_say(asked) + early, _say(words) + (f" as question {self.count}" if early else ""))
         self._next += 1
         return expected[-1]
 
-    def diverge(self, expected: str, got: str) -> None:
+    def diverge(self, expected: str, got: str) -> NoReturn:
         """Stop here."""
-        raise Divergence(f"member {self.me} strays at event {self._next}: the log has {expected}, the replay {got}")
+        sentence = f"member {self.me} strays at event {self._next}: the log has {expected}, the replay {got}"
+        raise Divergence(sentence, member=self.me, step=self.step)
+
+
+def _parse(lines: Iterable[str]) -> list[Any]:
+    """The lines' contents. The last one of a killed member may be cut in the middle."""
+    written = [line for line in lines if line.strip()]
+    parsed = []
+    for number, line in enumerate(written, start=1):
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(written) or number == 1:
+                raise ValueError(f"this is not a log of a RecordingCarrier: its line {number} is no JSON") from None
+    return parsed
 
 
 def _say(words: Iterable[Any]) -> str:

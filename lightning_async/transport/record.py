@@ -8,21 +8,27 @@
 Training is a function of its seeds, its samples and these answers; the bodies are the other members' posts, which their
 own logs bring back (`replay`). A question whose answer can be guessed (nothing new since the last time) is counted but
 not written: the polls of a member that waits cost no lines. `Guesses` says for both sides what can be guessed.
+
+Beside the events there are notes, which are no part of the conversation: what a replay is compared with (a digest of
+the weights, the loss of a batch) or must be told (a learning rate). A note has the number of the question before it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, SupportsIndex
 
 import torch
 
 from lightning_async.transport.mail import Carrier, Letter, Loss, Message
 
-SCHEMA = 1
-ACTS = frozenset({"step", "meet", "finish", "folded", "at", "propose", "draw", "publish"})
+SCHEMA = 2
+ACTS = frozenset({"meet", "finish", "folded", "at", "propose", "draw", "publish"})
 """Events that have no answer."""
+ALWAYS = frozenset({"post", "batch"})
+"""Events that are written whatever the answer."""
+NOTE = "note"
 
 
 class Sink(Protocol):
@@ -52,15 +58,26 @@ class Guesses:
 
 
 class RecordingCarrier:
-    """A carrier that does what `carrier` does, and writes to `sink` what it answered."""
+    """A carrier that does what `carrier` does, and writes to `sink` what it answered.
 
-    def __init__(self, carrier: Carrier, sink: Sink, *, seed: int = 0) -> None:
+    Args:
+        carrier: Who is asked.
+        sink: Where the lines go.
+        seed: The seed of the run; None: it has none.
+        about: What else is to be known of the run, for the header.
+    """
+
+    def __init__(
+        self, carrier: Carrier, sink: Sink, *, seed: int | None = 0, about: Mapping[str, Any] | None = None
+    ) -> None:
         self._carrier = carrier
         self._sink = sink
         self._count = 0
         self._guesses = Guesses(carrier.world)
+        self._noted: dict[str, Any] = {}
         header = {"schema": SCHEMA, "me": carrier.me, "world": carrier.world, "seed": seed}
-        self._line({**header, "threads": torch.get_num_threads(), "torch": str(torch.__version__)})
+        versions = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+        self._line({**header, **versions, **(about or {})})
 
     @property
     def me(self) -> int:
@@ -74,13 +91,28 @@ class RecordingCarrier:
 
     # -- the program's own acts, written so that a replay that strays is caught where it strays -----------------------
 
-    def note_step(self, step: int, sample_ids: Iterable[int]) -> None:
-        """Record which samples a step is taken on."""
-        self._write("step", step, [int(i) for i in sample_ids])
+    def note_fetched(self, sample_ids: Iterable[Any]) -> None:
+        """Record which samples were fetched, to be trained on in this order."""
+        self.note("fetched", plain(sample_ids))
+
+    def note_batch(self, loss: float | None = None) -> float | None:
+        """Record that the next batch was trained on, and with what loss; returns the recorded loss."""
+        self._write("batch", loss)
+        return loss
 
     def note_meeting(self) -> None:
         """Record that the members meet here."""
         self._write("meet")
+
+    def note(self, name: str, value: Any, *, news: bool = False) -> Any:
+        """Record what a replay is to be compared with, or told; returns the recorded value.
+
+        With `news` it is written only if it is another than the last of its name.
+        """
+        if not news or self._noted.get(name) != value:
+            self._line([self._count, NOTE, name, value])
+            self._noted[name] = value
+        return value
 
     def finish(self) -> None:
         """Record that the program ended, after it did; a log without it is replayed as that of a killed member."""
@@ -189,7 +221,12 @@ class RecordingCarrier:
         self._line([self._count, *words])
 
     def _line(self, content: Any) -> None:
-        self._sink.write(json.dumps(content, separators=(",", ":")) + "\n")
+        self._sink.write(json.dumps(content, separators=(",", ":"), default=repr) + "\n")
+
+
+def plain(sample_ids: Iterable[Any]) -> list[Any]:
+    """Sample ids as a log can hold them: numbers and text as they are, anything else as its description."""
+    return [i if type(i) in (int, str) else int(i) if isinstance(i, SupportsIndex) else repr(i) for i in sample_ids]
 
 
 def length(message: Message) -> int:

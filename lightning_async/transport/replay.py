@@ -4,14 +4,14 @@
     member 1   take -> [(0, 7)]  not there yet: paused, member 0 runs first
 
 What a message contained is not in any log: the sender's replay makes it again. Words of a waiting program are passed
-over: the log knows what it was told. Programs must bring their own random generators, as on a virtual cluster. The log
-of a member that was killed just ends, and so does its replay, without a result.
+over: the log knows what it was told. The global random generators are each program's own while it runs. The log of a
+member that was killed just ends, and so does its replay, without a result.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,25 +27,31 @@ __all__ = ["Divergence", "ReplayCarrier", "replay"]
 
 
 def replay(
-    logs: Mapping[int, Iterable[str]], programs: Mapping[int, Callable[[ReplayCarrier], Program]]
+    logs: Mapping[int, Iterable[str] | Log],
+    programs: Mapping[int, Callable[[ReplayCarrier], Program]],
+    *,
+    stage: Stage | None = None,
+    wanted: Collection[int] | None = None,
 ) -> dict[int, Any]:
-    """Run the programs of all members on their logs (lines of text).
+    """Run the programs of all members on their logs.
 
     Args:
-        logs: The lines of each member's log.
+        logs: Each member's log, or its lines of text.
         programs: Makes each member's program, given its carrier: the same that was recorded.
+        stage: Where they run.
+        wanted: The replay ends when these have ended, or parked; the others run as far as these need them.
 
     Returns:
-        What the programs returned, without those that were killed when they were recorded.
+        What the programs returned that ended, without those that were killed when they were recorded.
     """
     if set(logs) != set(programs):
         raise ValueError(f"there are logs of members {sorted(logs)} and programs of members {sorted(programs)}")
-    read = {rank: Log(lines) for rank, lines in sorted(logs.items())}
+    read = {rank: log if isinstance(log, Log) else Log(log) for rank, log in sorted(logs.items())}
     for rank, log in read.items():
         _check_log(rank, log)
-    stage = Stage()
-    actors = stage.run({rank: _life(log, ReplayCarrier(log, stage), programs[rank]) for rank, log in read.items()})
-    return {actor.member: actor.result for actor in actors if actor.complete}
+    stage = Stage() if stage is None else stage
+    lives = {rank: _life(log, ReplayCarrier(log, stage), programs[rank]) for rank, log in read.items()}
+    return {actor.member: actor.result for actor in stage.run(lives, wanted) if actor.complete}
 
 
 def _life(log: Log, carrier: ReplayCarrier, program: Callable[[ReplayCarrier], Program]) -> Program:
@@ -90,17 +96,32 @@ class ReplayCarrier:
         """How many members the run began with."""
         return self._log.world
 
-    def samples(self) -> dict[int, list[int]]:
-        """The sample ids of each recorded step."""
-        return self._log.samples()
+    @property
+    def asked(self) -> int:
+        """How many questions were replayed; whoever waits without asking waits for something else."""
+        return self._log.count
 
-    def note_step(self, step: int, sample_ids: Iterable[int]) -> None:
-        """Check that a step is taken on the recorded samples."""
-        self._act("step", step, [int(i) for i in sample_ids])
-
-    def epochs(self) -> list[list[int]]:
-        """The recorded steps, parted by the meetings."""
+    def epochs(self) -> list[list[list[Any]]]:
+        """The samples of each batch that was fetched, by epochs."""
         return self._log.epochs()
+
+    def note_fetched(self, sample_ids: Iterable[Any]) -> None:
+        """Nothing to do: the samples come from the log."""
+
+    def note_batch(self, loss: float | None = None) -> float | None:
+        """Check that a batch was trained on here; returns the recorded loss."""
+        recorded: float | None = self._answer("batch")
+        return recorded
+
+    def note(self, name: str, value: Any, *, news: bool = False) -> Any:
+        """What was noted here under this name, whatever `value` is now; None: nothing."""
+        if (recorded := self._log.note(name)) is None:
+            self._check_killed()
+        return recorded
+
+    def meets(self) -> bool:
+        """Whether the members met at this point."""
+        return self._log.comes("meet")
 
     def note_meeting(self) -> None:
         """Check that the members meet here."""
@@ -142,7 +163,8 @@ class ReplayCarrier:
             slot = (peer, message.kind)
             place = self._posted[slot] = self._posted.get(slot, 0) + 1
             body = None if message.body is None else message.body.detach().clone()
-            self._newest[slot] = self._stage.posts[self.me, peer, message.kind, place] = replace(message, body=body)
+            self._newest[slot] = replace(message, body=body)
+            self._stage.post((self.me, peer, message.kind, place), self._newest[slot])
         return accepted
 
     def free(self, peer: int, kind: int) -> bool:
@@ -203,5 +225,5 @@ class ReplayCarrier:
         return self._log.answer(*question)
 
     def _check_killed(self) -> None:
-        if self._log.over and not self._log.finished:
+        if self._stage.ending or (self._log.over and not self._log.finished):
             raise Stop

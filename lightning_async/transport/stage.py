@@ -2,18 +2,22 @@
 
     main:   choose one that can go on --> let it go --> wait until it blocks or ends --> choose again
     actor:  run ... wait_for(name): not posted yet --> hand the turn back
+                    rest(word): needs a word of others that no log has --> hand it back until something moved
+                    park(): did all that is wanted of it --> goes on only as far as others need it
 
 Threads serve only to pause a program in the middle of an ordinary call; nothing runs in parallel, so nothing is locked.
+The process's random generators are each actor's own while it is on.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from typing import Any
 
 import torch
 
+from lightning_async.transport import chance
 from lightning_async.transport.log import Divergence
 from lightning_async.transport.mail import Message
 
@@ -32,6 +36,9 @@ class Actor:
     def __init__(self, member: int, program: Program, back: threading.Semaphore) -> None:
         self.member = member
         self.missing: Name | None = None
+        self.word = ""
+        self.seen = -1
+        self.parked = False
         self.ended = False
         self.complete = False
         self.result: Any = None
@@ -41,21 +48,26 @@ class Actor:
         self._back = back
         self._turn = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._live, name=f"replay of member {member}", daemon=True)
+        self._chance: chance.Chance = {}
 
     def go(self) -> None:
-        """Run until it waits for a message, or ends."""
-        self.missing = None
+        """Run until it waits for something, or ends."""
+        self.missing, self.word = None, ""
+        outside = chance.taken()
+        chance.put_back(self._chance)
         if self._thread.ident is None:
             self._thread.start()
         else:
             self._turn.release()
         self._back.acquire()
+        self._chance = chance.taken()
+        chance.put_back(outside)
 
-    def pause(self, name: Name) -> None:
-        """Called by the program itself: give the turn back until `name` was posted."""
-        self.missing = name
-        self._back.release()
-        self._turn.acquire()
+    def pause(self) -> None:
+        """Called by the program itself: give the turn back."""
+        if not self.stopping:
+            self._back.release()
+            self._turn.acquire()
         if self.stopping:
             raise Stop
 
@@ -87,43 +99,92 @@ class Actor:
 
 
 class Stage:
-    """Lets programs run, one at a time, each as far as it comes."""
+    """Lets programs run, one at a time, each as far as it comes.
+
+    Attributes:
+        posts: The messages that were posted and not taken.
+        ending: Whether all are to stop, whatever they do.
+    """
 
     def __init__(self) -> None:
         self.posts: dict[Name, Message] = {}
+        self.ending = False
+        self._actors: list[Actor] = []
         self._on: Actor | None = None
+        self._moves = 0
 
     def wait_for(self, name: Name) -> Message:
         """The message of this name; the program that asks is paused until it is posted."""
         if name not in self.posts:
             if self._on is None:
                 raise Divergence(f"{_say(name)} to member {name[1]} was not posted")
-            self._on.pause(name)
+            self._on.missing = name
+            self._on.pause()
         return self.posts[name]
 
-    def run(self, programs: dict[int, Program]) -> list[Actor]:
-        """Run all to their ends; the first error ends all and is raised."""
+    def post(self, name: Name, message: Message) -> None:
+        """Keep a message for whoever waits for it."""
+        self.posts[name] = message
+        self._give_way()
+
+    def moved(self) -> None:
+        """Something happened that others may rest for."""
+        self._moves += 1
+        self._give_way()
+
+    def rest(self, word: str) -> None:
+        """The program that is on can do nothing until something moves; `word` says what it hopes for."""
+        if self._on is not None:
+            self._on.word = word
+            self._on.pause()
+
+    def park(self) -> None:
+        """The program that is on has done all that is wanted of it."""
+        if self._on is not None and not self._on.parked:
+            self._on.parked = True
+            self._on.pause()
+
+    def run(self, programs: dict[int, Program], wanted: Collection[int] | None = None) -> list[Actor]:
+        """Run until all that are wanted (None: all) have ended or parked; the first error ends all and is raised."""
         back = threading.Semaphore(0)
-        actors = [Actor(member, program, back) for member, program in programs.items()]
+        self._actors = actors = [Actor(member, program, back) for member, program in programs.items()]
+        for actor in actors:
+            actor.parked = wanted is not None and actor.member not in wanted
         try:
-            while waiting := [actor for actor in actors if not actor.ended]:
-                self._on = self._choose(waiting)
+            while not all(actor.ended or actor.parked for actor in actors):
+                self._on = self._choose([actor for actor in actors if not actor.ended])
+                self._on.seen = self._moves  # what it moves itself it may look at again
                 self._on.go()
                 if self._on.error is not None:
                     raise self._on.error
         finally:
+            self.ending = True
             for actor in actors:
                 self._on = actor
                 actor.stop()
             self._on = None
         return actors
 
+    def _give_way(self) -> None:
+        """Who has done all that is wanted of it does only what the others need."""
+        on = self._on
+        if on is None or not on.parked or on.stopping:
+            return
+        if any(self._can_go(actor) for actor in self._actors if not actor.parked and not actor.ended):
+            on.pause()
+
     def _choose(self, waiting: list[Actor]) -> Actor:
-        for actor in waiting:
-            if actor.missing is None or actor.missing in self.posts:
-                return actor
-        wants = "; ".join(f"member {a.member} took {_say(a.missing)}" for a in waiting if a.missing)
-        raise Divergence(f"the logs do not fit together: {wants}, which no replay has posted")
+        ready = [actor for actor in waiting if self._can_go(actor)]
+        if ready:
+            return min(ready, key=lambda actor: actor.parked)
+        wants = [f"member {a.member} took {_say(a.missing)}, which no replay has posted" for a in waiting if a.missing]
+        wants += [f"member {a.member} waits for {a.word}" for a in waiting if not a.missing]
+        raise Divergence(f"the logs do not fit together: {'; '.join(wants)}")
+
+    def _can_go(self, actor: Actor) -> bool:
+        if actor.missing is not None:
+            return actor.missing in self.posts
+        return not actor.word or actor.seen < self._moves
 
 
 def _say(name: Name) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def both(function: Any, *args: Any) -> list[dict[str, Any]]:
     for name in ("validated", "saved", "global_step", "epoch", "weights"):
         assert found[0][name] == found[1][name], f"{name} differs between the ranks"
     for one in found:
-        assert one["steps"] == sorted(one["steps"]), "the run's steps never go back"
+        assert all(b - a >= -8 for a, b in pairwise(one["steps"])), "what was foreseen too much is little"
     return list(found)
 
 
@@ -212,7 +213,7 @@ def test_a_rank_that_skips_the_rest_of_its_epoch_waits_for_no_meeting_in_vain() 
 
 def logged(folder: Path, slow: int) -> dict[str, Any]:
     logger = CSVLogger(folder, name="", version="")
-    return fit(slow=slow, seconds=0.02, max_steps=25, max_epochs=-1, logger=logger, log_every_n_steps=5)
+    return fit(slow=slow, seconds=0.02, max_steps=100, max_epochs=-1, logger=logger, log_every_n_steps=10)
 
 
 @pytest.mark.parametrize("slow", [0, 1])
@@ -221,7 +222,9 @@ def test_rank_0_logs_each_multiple_once_be_it_slow_or_fast(tmp_path: Path, slow:
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     head = lines[0].split(",")
     at = [int(line.split(",")[head.index("step")]) for line in lines[1:] if line.split(",")[head.index("train_step")]]
-    assert at == [4, 9, 14, 19, 24]
+    assert set(at) <= set(range(9, 100, 10))
+    assert at == sorted(set(at)), "none twice"
+    assert set(range(39, 100, 10)) <= set(at), "none is missing once the ranks have heard of each other"
 
 
 class Numbers(IterableDataset[Any]):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import time
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
@@ -67,8 +69,15 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         checkpoint = ModelCheckpoint(every_n_train_steps=3)
-    assert compat.saves_by_steps(checkpoint)
-    assert not compat.saves_by_time(checkpoint)
+    assert compat.saves_every(checkpoint) == 3
+    assert not compat.save_is_due(checkpoint, 1e9)
+    hourly = ModelCheckpoint(train_time_interval=timedelta(hours=1))
+    hourly.on_train_start(t, t.lightning_module)
+    assert compat.save_is_due(hourly, time.monotonic() + 3601)
+    assert not compat.save_is_due(hourly, time.monotonic() + 3599)
+    assert compat.log_every(t) == t.log_every_n_steps
+    compat.set_log_step(t, 7)
+    assert compat.log_step(t) == 7
     assert compat.wants_our_sampler(t)
     assert not compat.synchronises_batchnorm(t)
     assert not compat.fast_dev_run(t)

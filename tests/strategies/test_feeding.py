@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_async.data.share import Balance
 from lightning_async.strategies.feeding import Feeding
+from lightning_async.strategies.recording import Recording
 from tests.data.epoch_bench import Clock, FakeBoard, at_once
 
 N, BATCH = 50, 8
@@ -27,7 +28,7 @@ N, BATCH = 50, 8
 def office(world: int = 1) -> Any:
     desk: Any = FakeBoard(Clock(), 1).desks()[0]
     desk.world = world
-    return SimpleNamespace(carrier=desk, drive=at_once, recording=SimpleNamespace(on=False))
+    return SimpleNamespace(carrier=desk, desk=lambda page: desk, drive=at_once, recording=Recording(None))
 
 
 class Fed(SingleDeviceStrategy):

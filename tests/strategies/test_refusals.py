@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import pickle
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import Precision
 from torch import nn
 
@@ -23,20 +21,7 @@ from lightning_async.strategies.refusals import refuse_module, refuse_optimizers
 from tests.strategies.lit import Lit, loader, trainer
 
 TRAINERS: list[tuple[dict[str, Any], str]] = [
-    ({"max_steps": 10}, "`max_steps` and `min_steps` count the steps of one rank.*use `max_epochs`"),
-    ({"min_steps": 10}, "`max_steps` and `min_steps` count the steps of one rank.*use `max_epochs`"),
-    ({"val_check_interval": 0.5}, "`val_check_interval=0.5`.*end of an epoch"),
-    ({"val_check_interval": 10}, "`val_check_interval=10`.*end of an epoch"),
-    ({"check_val_every_n_epoch": None, "val_check_interval": 10}, "`val_check_interval=10`"),
-    ({"limit_train_batches": 10}, "`limit_train_batches=10`.*Subset"),
-    ({"limit_train_batches": 0.5}, "`limit_train_batches=0.5`.*Subset"),
-    ({"max_time": "00:00:10:00"}, "`max_time` and `Timer`.*use `max_epochs`"),
     ({"sync_batchnorm": True}, "`sync_batchnorm=True`.*leave it out"),
-    ({"callbacks": [ModelCheckpoint(every_n_train_steps=3)], "enable_checkpointing": True}, "every_n_train_steps"),
-    (
-        {"callbacks": [ModelCheckpoint(train_time_interval=timedelta(1))], "enable_checkpointing": True},
-        "train_time_interval",
-    ),
 ]
 
 
@@ -102,18 +87,6 @@ def test_reestimation_with_manual_optimisation() -> None:
     t = trainer(1, knobs={"buffers": "reestimate"})
     with pytest.raises(MisconfigurationException, match="`buffers='reestimate'` runs `training_step` once more"):
         t.fit(Manual(), loader(), loader(10, shuffle=False))
-
-
-class ByStep(Lit):
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), 0.1)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def test_schedulers_by_step() -> None:
-    with pytest.raises(MisconfigurationException, match=r"StepLR with interval='step'.*use interval='epoch'"):
-        trainer(1).fit(ByStep(), loader(), loader(10, shuffle=False))
 
 
 @pytest.mark.filterwarnings("ignore")

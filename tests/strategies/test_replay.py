@@ -1,4 +1,7 @@
-"""A real run of several processes equals its replay in one process, to the bit."""
+"""A real run of several processes equals its replay in one process, to the bit; here the replay is written by hand.
+
+(`lightning-async replay` does it with the run's own Trainer and strategy: tests/cli/test_replay.py.)
+"""
 
 from __future__ import annotations
 
@@ -63,15 +66,16 @@ def _again(n: int, mode: Mode, wire: str) -> Any:
         algorithm = gossip(mode, wire=wire)
         data = loader().dataset
         algorithm.begin(replica, carrier, UNIT * BATCH, rounds)
-        samples = carrier.samples()
-        for epoch, steps in enumerate(carrier.epochs()):
-            for step in steps:
+        step = 0
+        for epoch, batches in enumerate(carrier.epochs()):
+            for samples in batches:
+                step += 1
                 optimizer.zero_grad()
-                net.training_step(default_collate([data[i] for i in samples[step]]), 0).backward()
+                net.training_step(default_collate([data[i] for i in samples]), 0).backward()
                 yield from algorithm.before_step(replica, carrier, step)
                 optimizer.step()
+                carrier.note_batch()
                 carrier.at(step)
-                carrier.note_step(step, samples[step])
                 yield from algorithm.after_step(replica, carrier, step)
             carrier.note_meeting()
             replica.stand_in((yield from algorithm.meet(replica, carrier)))

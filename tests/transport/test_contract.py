@@ -347,13 +347,13 @@ def test_no_tickets_cannot_be_drawn(make_world: MakeWorld) -> None:
 def test_a_note_is_the_newest_word_of_its_member(make_world: MakeWorld) -> None:
     world = make_world(3)
     world.carriers[0].publish(b"old")
-    world.carriers[2].publish(b"x" * 1024)
+    world.carriers[2].publish(b"x" * 2048)
     world.until(lambda: all(len(carrier.notes()) == 2 for carrier in world.carriers))
     world.carriers[0].publish(b"new")
     world.until(lambda: all(carrier.notes()[0] == b"new" for carrier in world.carriers))
-    assert all(carrier.notes() == {0: b"new", 2: b"x" * 1024} for carrier in world.carriers)
+    assert all(carrier.notes() == {0: b"new", 2: b"x" * 2048} for carrier in world.carriers)
 
 
 def test_a_note_is_short(make_world: MakeWorld) -> None:
-    with pytest.raises(ValueError, match="at most 1024 bytes"):
-        make_world(2).carriers[0].publish(b"x" * 1025)
+    with pytest.raises(ValueError, match="at most 2048 bytes"):
+        make_world(2).carriers[0].publish(b"x" * 2049)

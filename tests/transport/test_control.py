@@ -184,8 +184,8 @@ def test_notes_travel_and_outlive_their_member(store: Store) -> None:
         until(lambda: room.all[1].members() == room.all[2].members() == (1, 2))
         assert room.all[1].notes() == {0: b"last"}
         assert "left" in room.all[1].reasons[0]
-        with pytest.raises(ValueError, match="1024"):
-            room.all[1].publish(b"x" * 1025)
+        with pytest.raises(ValueError, match="2048"):
+            room.all[1].publish(b"x" * 2049)
 
 
 def test_the_silent_are_not_live_and_the_patient_bury_them(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_async.transport.log import Log
 from lightning_async.transport.mail import Carrier, Message
 from lightning_async.transport.record import RecordingCarrier
 from lightning_async.transport.replay import Divergence, replay
 from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.stage import Stop
 from lightning_async.transport.virtual import Program, VirtualCluster
 from tests.transport.worlds import KIND
 
@@ -23,9 +25,10 @@ N, STEPS = 4, 30
 
 
 class Recorded(Carrier, Protocol):
-    """A carrier that notes steps: the recording one and the replaying one."""
+    """A carrier that notes batches: the recording one and the replaying one."""
 
-    def note_step(self, step: int, sample_ids: Iterable[int]) -> None: ...
+    def note_fetched(self, sample_ids: Iterable[Any]) -> None: ...
+    def note_batch(self, loss: float | None = None) -> float | None: ...
 
 
 def life(carrier: Recorded, steps: int = STEPS) -> Program:
@@ -39,7 +42,8 @@ def life(carrier: Recorded, steps: int = STEPS) -> Program:
         yield 0.01 * (1 + carrier.me)
         carrier.draw("samples", 2)
         samples = [first + i for first, amount in carrier.drawn("samples") for i in range(amount)]
-        carrier.note_step(step, samples)
+        carrier.note_fetched(samples)
+        carrier.note_batch(len(samples))
         descend(model, torch.randn(4, 3, generator=chance), len(samples))
         carrier.at(step)
         for letter in carrier.take(KIND):
@@ -147,17 +151,18 @@ def test_a_log_has_a_header_and_no_weights(tmp_path: Path) -> None:
     cluster = VirtualCluster(2)
     path = tmp_path / "member0.jsonl"
     with path.open("w") as sink:
-        carrier = RecordingCarrier(cluster.carriers[0], sink, seed=5)
+        carrier = RecordingCarrier(cluster.carriers[0], sink, seed=5, about={"strategy": "toy"})
         carrier.post(1, Message(KIND, torch.full((1000,), 0.123)))
         carrier.post(1, Message(KIND, torch.full((1000,), 0.123)))
     header, *events = [json.loads(line) for line in path.read_text().splitlines()]
     assert header == {
-        "schema": 1,
+        "schema": 2,
         "me": 0,
         "world": 2,
         "seed": 5,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
+        "strategy": "toy",
     }
     assert events == [[1, "post", 1, KIND, 1000, True], [2, "post", 1, KIND, 1000, False]]
 
@@ -172,19 +177,58 @@ def test_polls_cost_no_lines() -> None:
     assert len(sink.getvalue().splitlines()) == 1
 
 
-def test_samples_of_a_step_can_be_read_from_the_log() -> None:
-    seen = {}
-
+def test_samples_and_losses_can_be_read_from_the_log() -> None:
     def program(carrier: Any) -> Program:
         yield 0.1
-        samples = carrier.samples()[1] if hasattr(carrier, "samples") else [5, 6]
-        carrier.note_step(1, samples)
-        seen[carrier.me] = samples
+        for batch in [[5, 6], [torch.tensor(7), "b", (8, 9)]]:
+            carrier.note_fetched(batch)
+        return carrier.epochs() if hasattr(carrier, "epochs") else None, [carrier.note_batch(0.5)]
+
+    results, logs = record(program=program, n=1)
+    assert results == {0: (None, [0.5])}
+    assert replay(logs, {0: program}) == {0: ([[[5, 6], [7, "b", "(8, 9)"]]], [0.5])}
+    assert Log(logs[0]).batches() == 1
+
+
+def test_a_note_is_found_where_it_was_written_and_may_be_passed_over() -> None:
+    def program(carrier: Any, asks: bool = True) -> Program:
+        yield 0.1
+        heard = []
+        for step in range(4):
+            carrier.at(step)
+            heard.append(carrier.note("rate", step // 2, news=True) if asks else None)
+        return heard
+
+    results, logs = record(program=program, n=1)
+    assert results == {0: [0, 0, 1, 1]}
+    assert replay(logs, {0: program}) == {0: [0, None, 1, None]}
+    assert replay(logs, {0: lambda carrier: program(carrier, asks=False)}) == {0: [None] * 4}
+
+
+def test_epochs_are_parted_by_their_notes() -> None:
+    def program(carrier: Any) -> Program:
+        yield 0.1
+        if hasattr(carrier, "epochs"):
+            return carrier.epochs()
+        for epoch, batches in enumerate([[[1], [2]], [], [[3]]]):
+            carrier.note("epoch", {"epoch": epoch})
+            for batch in batches:
+                carrier.note_fetched(batch)
+        return None
 
     _, logs = record(program=program, n=1)
-    seen.clear()
-    replay(logs, {0: program})
-    assert seen == {0: [5, 6]}
+    log = Log(logs[0])
+    assert log.epochs() == [[[1], [2]], [], [[3]]]
+    assert log.number_of_epochs() == 3
+    assert log.first("epoch") == {"epoch": 0}
+    assert log.first("nothing") is None
+
+
+def test_the_cut_last_line_of_a_killed_member_is_left_out() -> None:
+    _, logs = record(lambda cluster: cluster.kill(2, at=0.35))
+    whole = replay(logs, everybody())
+    logs[2].append('[999,"post",1,16,')
+    assert replay(logs, everybody()) == whole
 
 
 # -- replays that stray -----------------------------------------------------------------------------------------------
@@ -196,7 +240,7 @@ def tamper(logs: dict[int, list[str]], member: int, name: str, change: Callable[
     index = [i for i, event in enumerate(events) if i and event[1] == name][9]
     change(events[index])
     logs[member] = [json.dumps(event) for event in events]
-    return index - 1
+    return sum(event[1] != "note" for event in events[1:index])
 
 
 @pytest.mark.parametrize(
@@ -204,7 +248,7 @@ def tamper(logs: dict[int, list[str]], member: int, name: str, change: Callable[
     [
         ("post", lambda e: e.__setitem__(4, 9), r"the log has post\(\d, 16, 9\), the replay post\(\d, 16, 8\)"),
         ("at", lambda e: e.__setitem__(2, 99), r"the log has at\(99\), the replay at\(10\)"),
-        ("step", lambda e: e.__setitem__(3, [7, 7]), r"the log has step\(10, \[7, 7\]\), the replay step\(10, "),
+        ("batch", lambda e: e.__setitem__(1, "step"), r"the log has step\(\), the replay batch\(\)"),
         ("folded", lambda e: e.__setitem__(3, 99), r"the log has folded\(\d, 99\), the replay folded\(\d, \d+\)"),
         ("draw", lambda e: e.__setitem__(0, e[0] + 1), r"as question \d+, the replay draw\('samples', 2\) as question"),
     ],
@@ -248,6 +292,28 @@ def test_an_error_in_a_replayed_program_comes_through_and_ends_all() -> None:
         replay(logs, {**everybody(), 3: dies})
 
 
+def test_an_error_ends_also_those_who_never_wait() -> None:
+    _, logs = record()
+    asked = []
+
+    def asks(carrier: Any) -> Program:
+        yield 0.0
+        try:
+            yield from life(carrier)
+        finally:
+            asked.append(carrier.me)
+            with pytest.raises(Stop):
+                carrier.now()
+
+    def dies(carrier: Any) -> Program:
+        yield 0.0
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        replay(logs, {**everybody(asks), 3: dies})
+    assert sorted(asked) == [0, 1, 2]
+
+
 def test_what_is_no_log_is_refused() -> None:
     _, logs = record(program=lambda carrier: iter_once(), n=2)
     programs = everybody(lambda carrier: iter_once(), 2)
@@ -255,6 +321,10 @@ def test_what_is_no_log_is_refused() -> None:
         replay({**logs, 1: []}, programs)
     with pytest.raises(ValueError, match="schema 9"):
         replay({**logs, 1: ['{"schema": 9}']}, programs)
+    with pytest.raises(ValueError, match="its line 1 is no JSON"):
+        replay({**logs, 1: ["hello"]}, programs)
+    with pytest.raises(ValueError, match="its line 2 is no JSON"):
+        replay({**logs, 1: [logs[1][0], "[1,", *logs[1][1:]]}, programs)
     with pytest.raises(ValueError, match="written by member 0"):
         replay({**logs, 1: logs[0]}, programs)
     with pytest.raises(ValueError, match="logs of members"):

@@ -1,0 +1,90 @@
+"""One member of a recorded run in this process: its module, its data and its Trainer, as its process had them.
+
+The first weights are rank 0's, as in the run: built from the seed that the log names, or loaded from a checkpoint. If
+they are not those of the run, the log's first digest says so at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from lightning_async.cli.inputs import KINDS, arguments_of, load, made
+from lightning_async.strategies.averages import Averages
+from lightning_async.strategies.course import Course, WrongInput
+from lightning_async.strategies.replayed import Place, RecordedFeeding, RecordedMeetings, ReplayedOffice, seated
+from lightning_async.strategies.replaying import Replaying
+from lightning_async.transport.hall import Hall
+from lightning_async.transport.log import Log
+from lightning_async.transport.replay import ReplayCarrier, replay
+from lightning_async.transport.stage import Program, Stage
+
+
+def recompute(logs: dict[int, Log], arguments: argparse.Namespace, course: Course) -> None:
+    """Run all members, or as many as are wanted; raises `Difference`, `Divergence` or `WrongInput`."""
+    stage = Stage()
+    hall = Hall(stage, set(logs))
+    wanted = None if arguments.member is None else [arguments.member]
+
+    def program(carrier: ReplayCarrier) -> Program:
+        yield from ()  # it waits inside of Lightning
+        _fit(carrier, logs[carrier.me], hall, arguments, course)
+
+    replay(logs, dict.fromkeys(logs, program), stage=stage, wanted=wanted)
+
+
+def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Namespace, course: Course) -> None:
+    """What the member's process did."""
+    header, begin = log.header, log.first("start")
+    torch.set_num_threads(header["threads"])
+    torch.manual_seed(header["torch_seed"])
+    if header["seed"] is not None:
+        seed_everything(header["seed"], verbose=False)
+    module = made(arguments.module, LightningModule, **arguments_of(arguments.init))
+    module.configure_callbacks = list  # callbacks are left out
+    if arguments.ckpt and not begin["resumed"]:
+        _load_weights(module, arguments.ckpt)
+    replaying = Replaying(carrier, log, course, hall)
+    place = Place(carrier.me, carrier.world)
+    try:
+        strategy = seated(KINDS[header["strategy"]])(**header["knobs"], cluster_environment=place)
+    except (TypeError, ValueError) as error:
+        raise WrongInput(f"the run's {header['strategy']} cannot be made again from its knobs: {error}") from None
+    strategy.office = ReplayedOffice(carrier, replaying, hall)
+    strategy.feeding = RecordedFeeding(carrier, replaying, begin["mass"])
+    replaying.strategy = strategy
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        callbacks=[RecordedMeetings(strategy, replaying, log.number_of_epochs()), Averages(strategy)],
+        logger=DummyLogger(),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        **header["trainer"],
+    )
+    if not begin["resumed"]:
+        for counter in ("processed", "completed"):  # a further fit of a Trainer counts on
+            setattr(trainer.fit_loop.epoch_progress.current, counter, begin["epoch"])
+    data = load(arguments.data) if arguments.data else None
+    trainer.fit(
+        module,
+        train_dataloaders=data() if callable(data) else data,
+        datamodule=made(arguments.datamodule, LightningDataModule) if arguments.datamodule else None,
+        ckpt_path=arguments.ckpt if begin["resumed"] else None,
+    )
+
+
+def _load_weights(module: LightningModule, path: Path) -> None:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(found.get("state_dict", found))
+    except (OSError, RuntimeError) as error:
+        raise WrongInput(f"{path} cannot be loaded into the module: {error}") from None

@@ -1,0 +1,145 @@
+"""Modules and data of runs that are recorded and replayed, some of them spoiled in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+SAMPLES = 120
+INPUTS = torch.randn(SAMPLES, 8, generator=torch.Generator().manual_seed(0))
+TARGETS = INPUTS @ torch.arange(1.0, 9.0).reshape(8, 1)
+POISONED = 37
+
+
+class Data(Dataset[Any]):
+    """Regression with noise that is drawn anew each time; targets may be spoiled."""
+
+    def __init__(self, spoiled: dict[int, float] | None = None, samples: int = SAMPLES) -> None:
+        self.spoiled, self.samples = spoiled or {}, samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return INPUTS[index] + 0.1 * torch.randn(8), TARGETS[index] + self.spoiled.get(index, 0.0)
+
+
+class Net(L.LightningModule):
+    """A small network with dropout, and its data."""
+
+    def __init__(self, lr: float = 0.01, width: int = 16) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Dropout(0.1), nn.Linear(width, 1))
+        self.lr = lr
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = (self.layer(batch[0]) - batch[1]).square().mean()
+        self.log("train", loss, on_epoch=True, sync_dist=True)
+        return loss
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9)
+
+
+class Plateau(Net):
+    """BatchNorm, Adam, validation with random numbers, and a learning rate that goes by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step((self.norm(batch[0]), batch[1]), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.layer(batch[0]).mean() + torch.rand(()), sync_dist=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Data(), batch_size=40)
+
+    def configure_optimizers(self) -> Any:
+        adam = torch.optim.Adam(self.parameters(), self.lr)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, patience=0, factor=0.1)
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": plateau, "monitor": "val"}}
+
+
+class Epochs(Plateau):
+    """A learning rate that goes by epochs."""
+
+    def configure_optimizers(self) -> Any:
+        adam = torch.optim.AdamW(self.parameters(), self.lr, betas=(0.8, 0.9))
+        return [adam], [torch.optim.lr_scheduler.StepLR(adam, 1, 0.5)]
+
+
+class Manual(Net):
+    """Two optimizers by hand, one of them in every third batch; some batches take no step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for optimizer, every in zip(self.optimizers(), (2, 3), strict=True):
+            if batch_idx % every == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.layer[0].parameters(), 0.003), torch.optim.Adam(self.layer[3].parameters(), 0.01)
+
+
+class Flipped(Net):
+    """One weight is changed by a little behind step 4 of member 1."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.global_rank == 1 and self.global_step == 4:
+            with torch.no_grad():
+                self.layer[3].bias.add_(1e-3)
+
+
+class Other(Net):
+    """Does not begin as the run did."""
+
+    def __init__(self) -> None:
+        torch.rand(1)
+        super().__init__()
+
+
+class Whole(L.LightningDataModule):
+    """The same data as a datamodule."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader()
+
+
+class Stream(IterableDataset[Any]):
+    """Samples without numbers."""
+
+    def __iter__(self) -> Any:
+        return iter(list(zip(INPUTS, TARGETS, strict=True))[:20])
+
+
+def loader(spoiled: dict[int, float] | None = None, samples: int = SAMPLES) -> DataLoader[Any]:
+    return DataLoader(Data(spoiled, samples), batch_size=4, shuffle=True)
+
+
+def poisoned() -> DataLoader[Any]:
+    return loader({POISONED: 300.0})
+
+
+def fewer() -> DataLoader[Any]:
+    return loader(samples=100)
+
+
+def stream() -> DataLoader[Any]:
+    return DataLoader(Stream(), batch_size=4)

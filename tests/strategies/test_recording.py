@@ -1,0 +1,124 @@
+"""A log holds events: no weight and no gradient could be read from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_async import GossipRingStrategy
+from lightning_async.strategies import STRATEGIES
+from lightning_async.strategies.facts import digest, knobs_of, knobs_of_groups
+from lightning_async.strategies.recording import Recording, log_name
+from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.ranks import run
+
+EVENTS = {"batch", "at", "post", "take", "folded", "free", "lost", "members", "propose", "decided", "meet", "finish"}
+NOTES = {"epoch", "fetched", "start", "off", "knobs0", "weights", "own", "consensus"}
+NUMBERS = {"lr", "momentum", "dampening", "weight_decay"}
+
+
+def _recorded(folder: str) -> list[float]:
+    knobs = {"record": folder, "period": 2, "balance": "equal"}
+    t = trainer(2, knobs=knobs, max_epochs=4, accumulate_grad_batches=2)
+    lit = Lit()
+    t.fit(lit, loader(2), loader(40, shuffle=False))
+    return [float(x) for p in lit.parameters() for x in p.detach().flatten()]
+
+
+def floats(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [x for name, one in value.items() if name not in NUMBERS for x in floats(one)]
+    if isinstance(value, list):
+        return [x for one in value for x in floats(one)]
+    return [value] if isinstance(value, float) else []
+
+
+def test_a_log_holds_events_and_no_weights(tmp_path: Path) -> None:
+    weights = run(2, _recorded, str(tmp_path))[0]
+    header, *lines = [json.loads(line) for line in (tmp_path / "rank0.jsonl").read_text().splitlines()]
+    events = [line for line in lines if line[1] != "note"]
+    notes = [line[1:] for line in lines if line[1] == "note"]
+    assert {event[1] for event in events} <= EVENTS
+    assert {note[1] for note in notes} == NOTES
+    losses = [event[2] for event in events if event[1] == "batch"]
+    seconds = [letter[3] for event in events if event[1] == "take" for letter in event[3]]
+    assert not set(floats(lines)) - set(losses) - set(seconds)
+    assert not set(weights) & set(floats([header, lines]))
+    assert header["knobs"]["period"] == 2
+    assert header["trainer"]["accumulate_grad_batches"] == 2
+    assert header["module"] == "tests.strategies.lit:Lit"
+    assert [event[2] for event in events if event[1] == "at"] == list(range(1, 121))
+    assert [len(note[2]) for note in notes if note[1] == "fetched"] == [2] * len(losses) == [2] * 240
+    assert [note[1] for note in notes if note[1] in ("weights", "own", "consensus")] == [
+        *["own", "consensus"] * 3,
+        *["weights", "own", "consensus"],
+    ]
+    assert events[-1][1] == "finish"
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_a_strategy_can_be_made_again_from_its_knobs(kind: type[Any]) -> None:
+    assert knobs_of(kind(**knobs_of(kind()))) == knobs_of(kind())
+
+
+def test_knobs_are_found_where_they_are_kept() -> None:
+    knobs = {"mode": "push_sum", "period": 3, "max_delay": None, "wire": "bf16", "topology": "exponential"}
+    knobs |= {"mixing": 0.25, "at_meeting": "keep", "balance": "equal", "buffers": "local"}
+    assert knobs_of(GossipRingStrategy(**knobs)) == knobs  # type: ignore[arg-type]
+
+
+def test_a_digest_tells_last_bits_apart() -> None:
+    weights = torch.randn(1000)
+    other = weights.clone()
+    other[500] = torch.nextafter(other[500], torch.tensor(9.0))
+    assert digest(weights) == digest(weights.clone()) != digest(other)
+    assert len(digest(weights)) == 16
+
+
+def test_what_is_a_number_in_an_optimizer() -> None:
+    layer = nn.Linear(2, 2)
+    adam = torch.optim.Adam(layer.named_parameters(), lr=torch.tensor(0.5), betas=(0.8, 0.9))
+    (group,) = knobs_of_groups(adam)
+    assert group["lr"] == 0.5
+    assert group["betas"] == [0.8, 0.9]
+    assert not {"params", "param_names", "foreach"} & set(group)
+
+
+class Scribe:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.losses: list[float | None] = []
+
+    def note_batch(self, loss: float | None = None) -> float | None:
+        self.losses.append(loss)
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("outputs", "loss"),
+    [
+        ({"loss": torch.tensor(0.5)}, 0.5),
+        (torch.tensor([0.5]), 0.5),
+        ({"logits": torch.ones(3)}, None),
+        ({}, None),
+        (None, None),
+        (torch.ones(3), None),
+        (torch.empty((), device="meta"), None),
+    ],
+)
+def test_a_loss_is_read_if_that_costs_no_wait(outputs: Tensor, loss: float | None) -> None:
+    recording, scribe = Recording("folder"), Scribe()
+    recording._scribe = scribe  # type: ignore[assignment]
+    recording.loss(outputs)
+    recording.batch()
+    assert scribe.losses == [loss]
+
+
+def test_names_of_logs() -> None:
+    assert [log_name(3), log_name(3, 2)] == ["rank3.jsonl", "fit2.rank3.jsonl"]
