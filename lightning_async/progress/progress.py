@@ -177,8 +177,9 @@ class Progress:
         return sum(report.tally.batches for report in self._listen().values())
 
     def word(self) -> bytes:
-        """What this member brings to a meeting."""
+        """What this member brings to a meeting. Its note says that it stands still: nobody is to foresee more of it."""
         self._said = self.wishes
+        self._desk.publish(replace(self._report(), ended=True).pack())
         return self._report().pack()
 
     def settle(self, words: Mapping[int, bytes]) -> Outcome:

@@ -13,7 +13,7 @@ from lightning_async.progress.appointment import Sight
 from lightning_async.progress.tally import ZERO, Tally, Unit
 
 _REPORT = struct.Struct("<QQQfffBBQI")
-FORESIGHT = 2.0
+FORESIGHT = 1.0
 """Seconds for which a report is carried forward: whoever says nothing for longer may stand still."""
 
 

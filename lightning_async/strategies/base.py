@@ -225,8 +225,7 @@ class AsyncStrategy(DDPStrategy):
         """Say farewell, stop all threads, put Lightning back as it was. Idempotent."""
         self._free = True  # whatever is still called after this is local
         self._garbage.put_back()
-        if self.lightning_module is not None:
-            self.clock.put_back(self.trainer)
+        self.clock.put_back()
         self.office.close()
         for replaced in (self._leash, self._metrics):
             if replaced is not None:

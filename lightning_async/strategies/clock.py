@@ -111,12 +111,12 @@ class Clock:
         if trainer.lightning_module.automatic_optimization:
             self._schedules.take(strategy.lr_scheduler_configs, self.progress.steps())
 
-    def put_back(self, trainer: Trainer) -> None:
+    def put_back(self) -> None:
         """The run is over: Lightning's counts are Lightning's again. Idempotent."""
         for name, value in self._counts.items():
-            setattr(trainer, name, value)
+            setattr(self._strategy.trainer, name, value)
         if self._val_seconds is not None:
-            compat.give_val_seconds(trainer, self._val_seconds)
+            compat.give_val_seconds(self._strategy.trainer, self._val_seconds)
         self._schedules.give_back()
         self._counts, self._restored, self._val_seconds = {}, {}, None
         self.progress = None
@@ -203,7 +203,8 @@ class Clock:
         progress = self.progress
         assert progress is not None  # only a member that counts comes to a meeting
         self._write(trainer)
-        compat.set_log_step(trainer, max(compat.log_step(trainer), trainer.global_step - 1))
+        if (compat.log_step(trainer) + 1) % max(1, compat.log_every(trainer)):  # else this batch is logged anyway
+            self._log_by(trainer, trainer.global_step - 1)
         loop = trainer.fit_loop.epoch_loop
         if outcome.due & Due.END_EPOCH and not loop.batch_progress.is_last_batch:
             loop.batch_progress.is_last_batch = True

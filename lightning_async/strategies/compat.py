@@ -24,9 +24,12 @@ PRIVATE = {
     "_signal_connector._sigterm_notifier_fn": "the broadcast inside the signal handler",
     "_data_connector._requires_distributed_sampler": "the sampler of the training data is ours",
     "_run_stage": "an exception of a forked worker is seen nowhere else",
+}
+IN_A_FIT = {
     "_signal_connector._slurm_sigusr_handler_fn": "it would save in a signal handler, on one rank",
     "fit_loop.epoch_loop._should_check_val_epoch": "whether an epoch is one with validation",
 }
+"""What `Clock` replaces or asks while it lasts."""
 _NOT_SET = object()
 
 
@@ -87,11 +90,12 @@ def take_off(
 
 def check(trainer: Trainer) -> None:
     """Refuse a Lightning that lacks one of the names."""
-    missing = [path for path in PRIVATE if not _exists(trainer, path)]
+    reasons = PRIVATE | IN_A_FIT
+    missing = [path for path in reasons if not _exists(trainer, path)]
     if missing:
         raise MisconfigurationException(
             f"lightning_async does not know Lightning {lightning.__version__}: it has no `Trainer.{missing[0]}` "
-            f"({PRIVATE[missing[0]]}), and training would silently run in lock-step. Install lightning>=2.6,<2.7, or a "
+            f"({reasons[missing[0]]}), and training would silently run in lock-step. Install lightning>=2.6,<2.7, or a "
             "newer lightning_async."
         )
 

@@ -40,6 +40,8 @@ def test_each_private_name_exists(t: L.Trainer, path: str) -> None:
         (_SignalConnector, "_sigterm_notifier_fn"),
         (_DataConnector, "_requires_distributed_sampler"),
         (L.Trainer, "_run_stage"),
+        (_SignalConnector, "_slurm_sigusr_handler_fn"),
+        (_TrainingEpochLoop, "_should_check_val_epoch"),
     ],
 )
 def test_a_name_that_vanished_is_refused(t: L.Trainer, owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
