@@ -16,7 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_async.cli.inputs import KINDS, arguments_of, load, made
 from lightning_async.strategies.averages import Averages
 from lightning_async.strategies.course import Course, WrongInput
-from lightning_async.strategies.replayed import Place, RecordedFeeding, RecordedMeetings, ReplayedOffice, seated
+from lightning_async.strategies.replayed import Place, RecordedMeetings, seat, seated
 from lightning_async.strategies.replaying import Replaying
 from lightning_async.transport.hall import Hall
 from lightning_async.transport.log import Log
@@ -54,14 +54,12 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
         strategy = seated(KINDS[header["strategy"]])(**header["knobs"], cluster_environment=place)
     except (TypeError, ValueError) as error:
         raise WrongInput(f"the run's {header['strategy']} cannot be made again from its knobs: {error}") from None
-    strategy.office = ReplayedOffice(carrier, replaying, hall)
-    strategy.feeding = RecordedFeeding(carrier, replaying, begin["mass"])
-    replaying.strategy = strategy
+    seat(strategy, replaying, carrier, hall, begin["mass"])
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         strategy=strategy,
-        callbacks=[RecordedMeetings(strategy, replaying, log.number_of_epochs()), Averages(strategy)],
+        callbacks=[RecordedMeetings(strategy, replaying, log), Averages(strategy)],
         logger=DummyLogger(),
         enable_checkpointing=False,
         enable_progress_bar=False,

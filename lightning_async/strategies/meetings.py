@@ -35,6 +35,7 @@ class Meetings(Callback):
         self.strategy.set_off()
         self.strategy.listen()
         self.strategy.clock.batch_started(trainer)
+        self.strategy.office.recording.clock(trainer)
         if batch_idx % EVERY == 0 and (share := self.strategy.feeding.share) is not None:
             show_total(trainer, batch_idx, share.expected_batches())
 

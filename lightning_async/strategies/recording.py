@@ -63,6 +63,7 @@ class Recording:
         self._about: dict[str, Any] = {}
         self._chance: dict[str, str] = {}
         self._loss: float | None = None
+        self._met = False
 
     @property
     def on(self) -> bool:
@@ -96,12 +97,16 @@ class Recording:
 
     def epoch(self, epoch: int, size: int) -> None:
         """The first batch of an epoch is about to be fetched from `size` samples."""
+        self._met = False
         if self._scribe is not None:
             self._note("epoch", {"epoch": epoch, "data": size, "chance": self._news_of_chance()})
 
     def fetched(self, batch: Any) -> None:
         """These samples are fetched; they may be trained on later, or, at a sudden end, never."""
         if self._scribe is not None:
+            if self._met:  # what a validation drew comes before what the data set draws
+                self._note("fetching", {"chance": self._news_of_chance()})
+            self._met = False
             self._scribe.note_fetched(batch if isinstance(batch, (list, tuple)) else [batch])
 
     def start(self, strategy: AsyncStrategy) -> None:
@@ -114,6 +119,12 @@ class Recording:
         if self._scribe is not None:
             facts = {"accumulate": trainer.accumulate_grad_batches, "chance": self._news_of_chance()}
             self._note("off", facts)
+
+    def clock(self, trainer: Trainer) -> None:
+        """A batch begins: at which step of the run, and whether as the last of its epoch."""
+        if self._scribe is not None:
+            last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+            self._note("clock", [trainer.global_step, last], news=True)
 
     def step_with(self, optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> None:
         """An optimizer is about to step: its learning rate and what else is a number."""
@@ -146,6 +157,7 @@ class Recording:
 
     def met(self, replica: Replica) -> None:
         """They agreed on these weights."""
+        self._met = True
         if self._scribe is not None:
             self._note("consensus", digest(replica.flat))
 

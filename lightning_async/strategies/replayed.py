@@ -22,16 +22,20 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lightning_async.data.loader import is_shareable, recorded_loader
+from lightning_async.progress.progress import Outcome
 from lightning_async.strategies.base import AsyncStrategy
+from lightning_async.strategies.clock import Clock
 from lightning_async.strategies.course import WrongInput
 from lightning_async.strategies.feeding import Feeding, size_of
 from lightning_async.strategies.meetings import Meetings
-from lightning_async.strategies.office import Office
+from lightning_async.strategies.office import PAGES, Office
 from lightning_async.strategies.replaying import Replaying
 from lightning_async.strategies.waiting import Flags
 from lightning_async.transport.cluster import ClusterCarrier
 from lightning_async.transport.hall import Hall, Seat
+from lightning_async.transport.log import Log
 from lightning_async.transport.mail import Carrier, Wait
+from lightning_async.transport.pages import Pages
 from lightning_async.transport.replay import ReplayCarrier
 from lightning_async.transport.rounds import Rounds
 
@@ -53,11 +57,12 @@ class ReplayedOffice(Office):
         """Sit down."""
         self._carrier = cast(ClusterCarrier, self._seat)  # all that is asked of it here is what every carrier can
         self.flags = Flags(self._seat)
+        self._pages = Pages(self._seat, PAGES)
         self.rounds = Rounds(self._seat)
         self.mail: Carrier = self._replayed
         self.algorithms_rounds = Rounds(self._replayed, channel=1)
 
-    def drive(self, waiting: Wait[T]) -> T:
+    def drive(self, waiting: Wait[T], sign: Callable[[], object] | None = None) -> T:
         """What waits for the log goes on at once, what waits for the hall lets the others do something."""
         asked = self._replayed.asked
         try:
@@ -120,8 +125,12 @@ class RecordedFeeding(Feeding):
                 "DataLoader on a data set with numbered samples"
             )
         assert isinstance(loader, DataLoader)
-        size, single = size_of(loader), loader.batch_sampler is None
-        return recorded_loader(loader, _Batches(self, lambda: office.recording.epoch(epoch(), size), single=single))
+        size, single, recording = size_of(loader), loader.batch_sampler is None, office.recording
+
+        def began() -> None:
+            recording.epoch(epoch(), size)
+
+        return recorded_loader(loader, _Batches(self, began, recording.fetched, single=single))
 
     def next_epoch(self) -> Iterator[list[Any]]:
         """The batches of the next epoch; what was fetched before is not trained on any more."""
@@ -139,24 +148,52 @@ class RecordedFeeding(Feeding):
 
 
 class _Batches:
-    """A batch sampler that says when its epochs begin. It has no length, as in the run: Lightning fetches ahead."""
+    """A batch sampler that says what it does. It has no length, as in the run: Lightning fetches ahead."""
 
-    def __init__(self, feeding: RecordedFeeding, began: Callable[[], None], *, single: bool) -> None:
-        self._feeding, self._began, self._single = feeding, began, single
+    def __init__(
+        self, feeding: RecordedFeeding, began: Callable[[], None], fetched: Callable[[Any], None], *, single: bool
+    ) -> None:
+        self._feeding, self._began, self._fetched, self._single = feeding, began, fetched, single
 
     def __iter__(self) -> Iterator[Any]:
         self._began()
         for batch in self._feeding.next_epoch():
+            self._fetched(batch)
             yield batch[0] if self._single else batch
+
+
+class RecordedClock(Clock):
+    """The run's counts are in the log: nobody counts, and nothing falls due."""
+
+    def __init__(self, strategy: AsyncStrategy) -> None:
+        super().__init__(strategy, None)
+
+    def take(self, trainer: Trainer) -> None:
+        """This Trainer was told nothing that counts."""
+
+    def batch_started(self, trainer: Trainer) -> None:
+        """See `Replaying.clock`."""
+
+    def batch_ended(self, trainer: Trainer, samples: int) -> bool:
+        """See `RecordedMeetings`."""
+        return False
+
+    def summon(self, trainer: Trainer) -> None:
+        """All come to where they met."""
+
+    def conclude(self, trainer: Trainer, outcome: Outcome) -> None:
+        """What came of the meeting is in the log."""
 
 
 class RecordedMeetings(Meetings):
     """The members meet where they met, and train as long as they trained."""
 
-    def __init__(self, strategy: AsyncStrategy, replaying: Replaying, epochs: int) -> None:
+    def __init__(self, strategy: AsyncStrategy, replaying: Replaying, log: Log) -> None:
         super().__init__(strategy)
         self._replaying = replaying
-        self._epochs = epochs
+        self._epochs = log.number_of_epochs()
+        self._last = set(log.last_batches())
+        self._batches = 0
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Learning rates come from the log; a scheduler may go by a metric that nobody computes here."""
@@ -166,17 +203,24 @@ class RecordedMeetings(Meetings):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The batch is trained on; perhaps they met behind it."""
+        """The batch is trained on; perhaps they met behind it, perhaps the epoch was over."""
+        self._batches += 1
         self._replaying.loss(outputs)
-        self.strategy.batch_ended()
+        self.strategy.batch_ended(batch)
+        trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = self._batches in self._last
         if self._replaying.meets():
             self.strategy.meet()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Perhaps it was the last one."""
-        super().on_train_epoch_end(trainer, module)
+        """Who ended early came to the meetings of the others. Perhaps it was the last epoch."""
+        while self._replaying.meets():
+            self.strategy.set_off()
+            self.strategy.meet()
         self._epochs -= 1
         trainer.should_stop = self._epochs <= 0
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """They met already, if they did."""
 
 
 class Place(ClusterEnvironment):
@@ -216,6 +260,14 @@ class Place(ClusterEnvironment):
     def node_rank(self) -> int:
         """The only node."""
         return 0
+
+
+def seat(strategy: AsyncStrategy, replaying: Replaying, carrier: ReplayCarrier, hall: Hall, mass: int) -> None:
+    """Give a strategy what it takes part in a replay with, before its Trainer is made."""
+    strategy.office = ReplayedOffice(carrier, replaying, hall)
+    strategy.feeding = RecordedFeeding(carrier, replaying, mass)
+    strategy.clock = strategy.checkpoints.parts["progress"] = RecordedClock(strategy)
+    replaying.strategy = strategy
 
 
 def seated(kind: type[AsyncStrategy]) -> type[AsyncStrategy]:

@@ -13,12 +13,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
 from lightning_async.strategies.base import AsyncStrategy
+from lightning_async.strategies.compat import set_global_step
 from lightning_async.strategies.course import Course, Difference, Step, WrongInput
 from lightning_async.strategies.recording import Recording
 from lightning_async.transport import chance
@@ -48,6 +50,7 @@ class Replaying(Recording):
         self._log, self._course, self._hall = log, course, hall
         self._states: dict[str, str] = {}
         self._sure = 0
+        self._clock = (0, False)
         self._last_fold: Arrival | None = None
         self._meetings = 0
         self._before: Tensor | None = None
@@ -57,6 +60,13 @@ class Replaying(Recording):
     def meets(self) -> bool:
         """Whether the members met at this point."""
         return self._carrier.meets()
+
+    def clock(self, trainer: Trainer) -> None:
+        """The run's step and the end of an epoch go by all members: as the log has them."""
+        self._clock = self._carrier.note("clock", None) or self._clock
+        step, last = self._clock
+        set_global_step(trainer, step)
+        trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = last
 
     def step_with(self, optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> None:
         """The recorded numbers go into the optimizer: no scheduler is needed, nor what it went by."""
@@ -120,7 +130,7 @@ class Replaying(Recording):
     def _compare(self, name: str, now: Any, recorded: Any) -> None:
         if recorded is None:
             return
-        if name in ("epoch", "off"):
+        if name in ("epoch", "fetching", "off"):
             self._go_on_from(name, now, recorded)
         elif name == "start":
             self._compare_start(now, recorded)

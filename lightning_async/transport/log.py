@@ -70,6 +70,15 @@ class Log:
                 parts[-1].append(line[3])
         return parts
 
+    def last_batches(self) -> list[int]:
+        """After how many batches an epoch ended, of those that were seen to end."""
+        counts, ends = 0, []
+        for line in self._lines:
+            counts += line[1] == "batch"
+            if line[1:3] == [NOTE, "epoch"] or line[1] == "finish":
+                ends.append(counts)
+        return ends
+
     def batches(self) -> int:
         """How many batches were trained on."""
         return sum(event[1] == "batch" for event in self._events)

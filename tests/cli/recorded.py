@@ -78,6 +78,18 @@ class Epochs(Plateau):
         return [adam], [torch.optim.lr_scheduler.StepLR(adam, 1, 0.5)]
 
 
+class Stepwise(Plateau):
+    """Goes by the run's steps: its learning rate, its loss, and when it stops."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1 + self.global_step / 10)
+
+    def configure_optimizers(self) -> Any:
+        adam = torch.optim.Adam(self.parameters(), self.lr)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(adam, 0.02, total_steps=100)
+        return [adam], [{"scheduler": cycle, "interval": "step"}]
+
+
 class Manual(Net):
     """Two optimizers by hand, one of them in every third batch; some batches take no step."""
 
@@ -102,7 +114,7 @@ class Flipped(Net):
     """One weight is changed by a little behind step 4 of member 1."""
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.global_rank == 1 and self.global_step == 4:
+        if self.global_rank == 1 and self.trainer.strategy.steps == 4:
             with torch.no_grad():
                 self.layer[3].bias.add_(1e-3)
 

@@ -49,6 +49,10 @@ def test_a_real_run_equals_its_replay_to_the_bit(tmp_path: Path, said: Said) -> 
         (2, "Net", {"mode": "sync"}, {"precision": "64-true"}),
         (2, "Plateau", {"buffers": "reestimate"}, {"precision": "bf16-true"}),
         (1, "Net", {"mode": "none"}, {}),
+        (2, "Stepwise", {"meet_every": 37}, {}),
+        (3, "Stepwise", {}, {"max_epochs": -1, "max_steps": 17, "val_check_interval": 4}),
+        (2, "Stepwise", {"mode": "push_sum"}, {"limit_train_batches": 7, "accumulate_grad_batches": 2}),
+        (2, "Stepwise", {"at_meeting": "keep"}, {"val_check_interval": 0.3, "check_val_every_n_epoch": 1}),
     ],
 )
 def test_whatever_was_trained(
@@ -87,7 +91,7 @@ def test_until_a_step_of_a_member(ordinary: Path, said: Said) -> None:
 def _killed(folder: str) -> int:
     class Kill(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-            if trainer.global_rank == 1 and trainer.global_step == 9:
+            if trainer.global_rank == 1 and trainer.strategy.steps == 9:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     warnings.simplefilter("ignore")  # that samples were left depends on when the death is noticed
