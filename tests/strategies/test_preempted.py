@@ -1,0 +1,91 @@
+"""A run without epochs in mind, killed and resumed: no completed sample is lost, none is trained on twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_async import SpeedFaults
+from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.ranks import Forked, run
+
+SAVED = "saved"
+pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*not resumable")
+
+
+class Diary(L.Callback):
+    """Writes down what this rank trains on, and when it saves; survives a SIGKILL."""
+
+    def __init__(self, folder: Path, part: int, kill_at: int | None) -> None:
+        self.folder, self.part, self.kill_at = folder, part, kill_at
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.file = (self.folder / f"{self.part}.{trainer.global_rank}").open("w", buffering=1)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, _: Any, batch: Any, __: int) -> None:
+        self.file.write(" ".join(map(str, batch[0].tolist())) + "\n")
+        if self.kill_at is not None and trainer.global_step >= self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        self.file.write(f"{SAVED} {trainer.global_step}\n")
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.file.close()
+
+
+def train(folder: Path, part: int, kill_at: int | None, path: str | None, balance: str) -> tuple[int, list[int]]:
+    steps: list[int] = []
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10, save_top_k=-1)
+    faults = SpeedFaults(step_seconds=0.01, slow={1: 4.0})
+    t = trainer(
+        2,
+        knobs={"balance": balance},
+        callbacks=[Diary(folder, part, kill_at), faults, saver],
+        enable_checkpointing=True,
+        max_steps=45,
+        max_epochs=-1,
+        val_check_interval=10,
+        check_val_every_n_epoch=None,
+    )
+    module = Lit()
+    module.on_validation_epoch_end = lambda: steps.append(t.global_step)  # type: ignore[method-assign]
+    t.fit(module, loader(), loader(24, shuffle=False), ckpt_path=path)
+    return t.global_step, steps
+
+
+def entries(folder: Path, part: int, until: str | None = None) -> list[int]:
+    """What all ranks trained on, up to a save."""
+    found: list[int] = []
+    for rank in range(2):
+        for line in (folder / f"{part}.{rank}").read_text().splitlines():
+            if line == until:
+                break
+            found += [] if line.startswith(SAVED) else map(int, line.split())
+    return found
+
+
+@pytest.mark.parametrize("balance", ["claim", "equal"])
+def test_what_was_saved_and_what_came_after_the_resume_make_whole_epochs(tmp_path: Path, balance: str) -> None:
+    with Forked(2, train, tmp_path, 1, 26, None, balance) as killed:
+        for process in killed.processes:
+            process.join(60)
+    assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["step=10.ckpt", "step=20.ckpt"]
+    found = run(2, train, tmp_path, 2, None, str(tmp_path / "step=20.ckpt"), balance)
+    assert [steps for steps, _ in found] == [45, 45]
+    assert found[0][1] == found[1][1]
+    assert found[0][1][-2:] == [30, 40]
+    before, after = entries(tmp_path, 1, f"{SAVED} 20"), entries(tmp_path, 2)
+    assert len(before) == 20 * 8
+    assert len(after) == 25 * 8
+    counts = Counter(before + after)
+    assert set(counts) == set(range(240)), "every sample of the first epoch"
+    assert max(counts.values()) == 2, "none more than once an epoch"
+    assert sum(counts.values()) == 45 * 8
