@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -76,22 +77,23 @@ class Replaying(Recording):
             for name, value in numbers.items():
                 _set_number(group, name, value)
         if self._course.measure and self._before is None:
-            self._before = self._replica.weights()
+            self._before = self._shown()
 
     def batch(self) -> None:
         """The loss is compared; movements are measured."""
         self._course.steps.append(Step(self._log.me, self._log.step + 1, self.samples, self._loss))
         super().batch()
         if self._before is not None:
-            self._course.steps[-1].own = _moved(self._before, self._replica)
-            self._before = self._replica.weights()
+            now = self._shown()
+            self._course.steps[-1].own = _moved(self._before, now)
+            self._before = now
 
     def stepped(self, step: int, replica: Replica) -> None:
         """A step is over; perhaps it is the last that is wanted."""
         done = next(one for one in reversed(self._course.steps) if one.member == self._log.me)
         done.arrivals = self._arrived()
         if self._before is not None:
-            done.folds = _moved(self._before, replica)
+            done.folds = _moved(self._before, self._shown())
             self._before = None
         self._course.taken += 1
         super().stepped(step, replica)
@@ -111,10 +113,11 @@ class Replaying(Recording):
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    @property
-    def _replica(self) -> Replica:
+    def _shown(self) -> Tensor:
+        """The weights as the module has them. (To read a replica of narrow weights is to carry over what they hold.)"""
         assert self.strategy is not None  # it is there before anything can be trained
-        return self.strategy.replica
+        parameters = self.strategy.trainer.lightning_module.parameters()
+        return torch.cat([p.detach().reshape(-1).float() for p in parameters if p.requires_grad])
 
     def _arrived(self) -> list[Arrival]:
         assert self.strategy is not None
@@ -198,9 +201,9 @@ def _set_number(group: dict[str, Any], name: str, value: Any) -> None:
         group[name] = tuple(value) if isinstance(now, tuple) else value
 
 
-def _moved(before: Tensor, replica: Replica) -> float:
-    norm = float(replica.flat.norm())
-    return float((replica.flat - before).norm()) / norm if norm else math.inf
+def _moved(before: Tensor, now: Tensor) -> float:
+    norm = float(now.norm())
+    return float((now - before).norm()) / norm if norm else math.inf
 
 
 def _off(now: float, recorded: float) -> float:

@@ -80,6 +80,13 @@ def test_data_from_elsewhere(argument: str, ordinary: Path, said: Said) -> None:
     assert said(ordinary, argument)[0] == 0
 
 
+def test_watching_changes_nothing(tmp_path: Path, said: Said) -> None:
+    options = {"precision": "bf16-true", "callbacks": []}
+    record(tmp_path / "run", module="Plateau", options=options, mode="none", balance="equal")
+    status, words = said(tmp_path / "run", "--watch", module="Plateau")
+    assert status == 0, words
+
+
 def test_until_a_step_of_a_member(ordinary: Path, said: Said) -> None:
     status, words = said(ordinary, "--until", "6", "--member", "1")
     assert status == 0
