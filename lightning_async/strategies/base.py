@@ -51,6 +51,7 @@ from lightning_async.strategies.refusals import (
     refuse_manual,
     refuse_module,
     refuse_optimizers,
+    refuse_schedulers,
 )
 from lightning_async.strategies.saved import agree_on_saved
 from lightning_async.strategies.scaling import SkippedSteps
@@ -195,6 +196,7 @@ class AsyncStrategy(DDPStrategy):
         )
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_optimizers(self.optimizers, self.name)
+            refuse_schedulers(self.lr_scheduler_configs, self.name)
             if self.buffers == "reestimate":
                 refuse_manual(trainer.lightning_module, self.name)
             self._moments = {id(o): SecondMoment(o) for o in self.optimizers if SecondMoment.concerns(o)}

@@ -41,6 +41,5 @@ class Schedules:
         """Step each as often as the run came past a multiple of its frequency."""
         before, self._steps = self._steps, max(self._steps, steps)
         for config, frequency in self._taken:
-            if not config.reduce_on_plateau:
-                for _ in range(self._steps // frequency - before // frequency):
-                    trainer.lightning_module.lr_scheduler_step(config.scheduler, None)
+            for _ in range(self._steps // frequency - before // frequency):
+                trainer.lightning_module.lr_scheduler_step(config.scheduler, None)

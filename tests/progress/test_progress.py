@@ -89,7 +89,7 @@ def test_whatever_is_sooner_comes_first() -> None:
     assert [(o.now.updates, o.due) for o in outcomes] == [(300, Due.VALIDATE), (600, Due.VALIDATE), (700, Due.STOP)]
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(24))
 def test_any_speeds_any_points(seed: int) -> None:
     rng = random.Random(seed)
     n = rng.randint(1, 6)

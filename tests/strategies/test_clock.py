@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import IterableDataset
 
 from lightning_async import SpeedFaults
@@ -279,3 +283,87 @@ def met_by_samples() -> dict[str, Any]:
 
 def test_meetings_by_samples() -> None:
     assert both(met_by_samples)[0]["global_step"] == 40
+
+
+class Told(L.Callback):
+    """Gets a signal at its tenth batch."""
+
+    def __init__(self, number: int, rank: int) -> None:
+        self.number, self.rank = number, rank
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_rank == self.rank and args[-1] == 10:
+            os.kill(os.getpid(), self.number)
+
+
+def terminated(folder: Path, rank: int) -> list[float]:
+    saver = ModelCheckpoint(folder, filename="last", save_on_exception=True, every_n_epochs=100)
+    module = Lit()
+    t = trainer(2, callbacks=[Told(signal.SIGTERM, rank), saver], enable_checkpointing=True, max_epochs=50)
+    with pytest.raises(SIGTERMException):
+        t.fit(module, loader(), loader(24, shuffle=False))
+    return [float(x) for p in module.parameters() for x in p.detach().flatten()]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_that_is_told_to_end_meets_and_saves_the_consensus(tmp_path: Path, rank: int) -> None:
+    first, second = run(2, terminated, tmp_path, rank)
+    assert first == second
+    (file,) = tmp_path.glob("*.ckpt")
+    saved = torch.load(file, weights_only=True)
+    names = [name for name, _ in Lit().named_parameters()]
+    assert [float(x) for name in names for x in saved["state_dict"][name].flatten()] == first
+    assert len(list(tmp_path.glob("*.ranks/*rank*"))) == 2
+
+
+def saved_by_time(folder: Path) -> dict[str, Any]:
+    saver = ModelCheckpoint(folder, filename="{step}", train_time_interval=timedelta(seconds=0.5), save_top_k=-1)
+    return fit(max_epochs=-1, max_steps=400, seconds=0.01, callbacks=[saver], enable_checkpointing=True)
+
+
+def test_checkpoints_by_the_clock_of_the_first_rank(tmp_path: Path) -> None:
+    found = both(saved_by_time, tmp_path)
+    assert len(found[0]["saved"]) >= 2
+    assert len(list(tmp_path.glob("*.ckpt"))) == len(found[0]["saved"])
+
+
+class ByHand(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def by_hand() -> dict[str, Any]:
+    return fit(ByHand(), max_steps=40, max_epochs=-1)
+
+
+def test_manual_optimisation_counts_too() -> None:
+    assert both(by_hand)[0]["global_step"] == 40
+
+
+def accumulated() -> dict[str, Any]:
+    return fit(max_steps=20, max_epochs=-1, accumulate_grad_batches=3)
+
+
+def test_accumulated_batches_make_one_step() -> None:
+    found = both(accumulated)
+    assert found[0]["global_step"] == 20
+    assert found[0]["batches"] + found[1]["batches"] >= 2 * 20 * 3 - 6
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "8"])
+def test_bad_samples_between_meetings(every: Any) -> None:
+    with pytest.raises(ValueError, match="`meet_every` must be an integer of at least 1"):
+        trainer(1, knobs={"meet_every": every})
+
+
+@pytest.mark.parametrize("grace", [-1, True, "8"])
+def test_bad_grace(grace: Any) -> None:
+    with pytest.raises(ValueError, match="`grace` must be a number of seconds of at least 0"):
+        trainer(1, knobs={"grace": grace})
