@@ -13,7 +13,7 @@ import heapq
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from lightning_async.progress.tally import Tally, Unit
@@ -59,6 +59,10 @@ class Appointment:
     def is_kept(self, tallies: Mapping[int, Tally]) -> bool:
         """Whether all that are there have done their parts."""
         return all(tally[self.unit] >= self.parts.get(rank, 0) for rank, tally in tallies.items())
+
+    def in_step(self) -> Appointment:
+        """The same for all: after the last of these steps."""
+        return replace(self, parts=dict.fromkeys(self.parts, max(self.parts.values())))
 
     def pack(self) -> bytes:
         """As bytes, for the board."""

@@ -25,6 +25,8 @@ from lightning_async.progress.tally import Tally, Unit, total
 
 LATENCY = 0.3
 """Seconds after which all that can hear have heard of an appointment."""
+LATENCY_IN_STEP = 2.0
+"""The same for members that wait for each other at every step: who heard too late would wait for ever."""
 LEAD = 1.5
 """Seconds, besides two batches of the slowest, by which an appointment is made ahead."""
 LOOK = 0.1
@@ -141,7 +143,9 @@ class Progress:
         self.wishes |= wishes
         if self.appointment is None and self._called < self.meetings:
             self._called = self.meetings
-            self._propose(soon(Unit.BATCHES, self._sights(Unit.BATCHES), LATENCY))
+            latency = LATENCY_IN_STEP if self._in_step else LATENCY
+            called = soon(Unit.BATCHES, self._sights(Unit.BATCHES), latency)
+            self._propose(called.in_step() if self._in_step else called)
 
     @property
     def appointment(self) -> Appointment | None:
@@ -222,7 +226,9 @@ class Progress:
         self._meeting = True
 
     def _at_once(self, reports: Mapping[int, Report]) -> Appointment | None:
-        """The next appointment, if its point is near already."""
+        """The next appointment, if its point is near already; members that go in step need nobody's speed."""
+        if self._in_step:
+            return self._in_equal_parts(reports)
         found: list[tuple[float, Appointment]] = []
         for unit, point in self.agenda.points(self.agreed, self.epoch):
             sights = {rank: report.sight(unit, age=0.0, live=True) for rank, report in reports.items()}
@@ -235,6 +241,17 @@ class Progress:
                 elsewhere = self.agreed[unit] - total(report.tally for report in reports.values())[unit]
                 found.append((seconds, appoint(unit, point, sights, 0.0, elsewhere)))
         return min(found, key=lambda one: one[0])[1] if found else None
+
+    def _in_equal_parts(self, reports: Mapping[int, Report]) -> Appointment | None:
+        """All stop after the same of their steps: one that went on would wait for one that stopped."""
+        found: list[tuple[float, Unit, int, int]] = []
+        for unit, point in self.agenda.points(self.agreed, self.epoch):
+            each = -(-(point - self.agreed[unit]) // len(reports))
+            found.append((each / (self._batch if unit == Unit.SAMPLES else 1), unit, point, each))
+        if not found:
+            return None
+        _, unit, point, each = min(found)
+        return Appointment(unit, point, {rank: report.tally[unit] + each for rank, report in reports.items()})
 
     # -- the others ---------------------------------------------------------------------------------------------------
 
@@ -254,7 +271,7 @@ class Progress:
     def _keep_agenda(self) -> None:
         """Make an appointment if a point is near and nobody has."""
         points = list(self.agenda.points(self.agreed, self.epoch))
-        if not points or self.appointment is not None:
+        if not points or self._in_step or self.appointment is not None:
             return
         reports = self._listen()
         found: list[tuple[float, Unit, int]] = []

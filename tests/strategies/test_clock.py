@@ -285,6 +285,20 @@ def test_meetings_by_samples() -> None:
     assert both(met_by_samples)[0]["global_step"] == 40
 
 
+def in_step(options: dict[str, Any]) -> dict[str, Any]:
+    knobs = {"mode": "sync", **options.pop("knobs", {})}
+    return fit(knobs=knobs, max_steps=50, max_epochs=-1, check_val_every_n_epoch=None, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"val_check_interval": 12}, {"val_check_interval": 25, "knobs": {"meet_every": 56}}]
+)
+def test_ranks_that_go_in_step_stop_after_the_same_step(options: dict[str, Any]) -> None:
+    found = both(in_step, options)
+    assert found[0]["validated"] == ([12, 24, 36, 48] if "knobs" not in options else [25, 50])
+    assert found[0]["batches"] == found[1]["batches"] == 50
+
+
 class Told(L.Callback):
     """Gets a signal at its tenth batch."""
 
@@ -317,8 +331,8 @@ def test_a_run_that_is_told_to_end_meets_and_saves_the_consensus(tmp_path: Path,
 
 
 def saved_by_time(folder: Path) -> dict[str, Any]:
-    saver = ModelCheckpoint(folder, filename="{step}", train_time_interval=timedelta(seconds=0.5), save_top_k=-1)
-    return fit(max_epochs=-1, max_steps=400, seconds=0.01, callbacks=[saver], enable_checkpointing=True)
+    saver = ModelCheckpoint(folder, filename="{step}", train_time_interval=timedelta(seconds=0.3), save_top_k=-1)
+    return fit(max_epochs=-1, max_steps=100, seconds=0.01, callbacks=[saver], enable_checkpointing=True)
 
 
 def test_checkpoints_by_the_clock_of_the_first_rank(tmp_path: Path) -> None:
