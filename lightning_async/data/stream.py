@@ -202,5 +202,5 @@ def length_of(loader: object) -> int | None:
     """The loader's number of batches; None if it has none."""
     try:
         return len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
+    except (TypeError, NotImplementedError):  # how loaders over streams say that they have no length
         return None

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 
-from lightning_async.progress.tally import Tally, Unit
+from lightning_async.progress.tally import Unit
 
 _HEAD = struct.Struct("<BQ")
 _PART = struct.Struct("<IQ")
@@ -55,10 +55,6 @@ class Appointment:
     unit: Unit
     target: int
     parts: Mapping[int, int]
-
-    def is_kept(self, tallies: Mapping[int, Tally]) -> bool:
-        """Whether all that are there have done their parts."""
-        return all(tally[self.unit] >= self.parts.get(rank, 0) for rank, tally in tallies.items())
 
     def in_step(self) -> Appointment:
         """The same for all: after the last of these steps."""

@@ -184,17 +184,24 @@ class Progress:
         """What this member brings to a meeting. Its note says that it stands still: nobody is to foresee more of it."""
         self._said = self.wishes
         self._desk.publish(replace(self._report(), ended=True).pack())
-        return self._report().pack()
+        return replace(self._report(), kept=self._kept()).pack()
+
+    def _kept(self) -> tuple[int, int]:
+        """What was appointed and done here: not all need to have heard of it, so each says it for itself."""
+        made = self.appointment
+        done = made is not None and self.own[made.unit] >= made.parts.get(self._desk.me, 0)
+        return (made.unit, made.target) if made is not None and done else (0, 0)
 
     def settle(self, words: Mapping[int, bytes]) -> Outcome:
         """Draw the same conclusion from all words on every member."""
         reports = {rank: Report.unpack(word) for rank, word in words.items()}
         self._began = self._began if self.meetings else self._desk.now()
         self._met |= {rank: report.tally for rank, report in reports.items()}
-        last, kept = self.agreed, self.appointment
+        last, kept = self.agreed, {report.kept for report in reports.values()}
         now = total([self.before, *self._met.values()])
-        if kept is not None and kept.target and kept.is_kept({rank: r.tally for rank, r in reports.items()}):
-            now = now.at_least(kept.unit, kept.target)
+        if len(kept) == 1:  # all did their parts of one appointment: its point is reached, even if a death left less
+            unit, target = next(iter(kept))
+            now = now.at_least(Unit(unit), target)
         self.agreed = Tally(*map(max, last, now))
         outcome = self._outcome(reports, self.agenda.due(last, self.agreed, self.epoch))
         self._begin_anew(reports, ended=outcome.ended or bool(outcome.due & Due.END_EPOCH))

@@ -12,7 +12,7 @@ from enum import Flag, auto
 from lightning_async.progress.appointment import Sight
 from lightning_async.progress.tally import ZERO, Tally, Unit
 
-_REPORT = struct.Struct("<QQQfffBBQI")
+_REPORT = struct.Struct("<QQQfffBBQIBQ")
 FORESIGHT = 1.0
 """Seconds for which a report is carried forward: whoever says nothing for longer may stand still."""
 
@@ -39,6 +39,7 @@ class Report:
         wishes: What it asks for.
         meetings: How many meetings it had had when it said so.
         batch: Its samples of a batch, as far as it knows.
+        kept: The unit and the target of the appointment of which it has done its part; a target of 0 for none.
     """
 
     tally: Tally = ZERO
@@ -47,16 +48,21 @@ class Report:
     wishes: Wish = Wish.NOTHING
     meetings: int = 0
     batch: int = 1
+    kept: tuple[int, int] = (0, 0)
 
     def pack(self) -> bytes:
         """As bytes, for notes and rounds."""
-        return _REPORT.pack(*self.tally, *self.rates, self.ended, self.wishes.value, self.meetings, self.batch)
+        return _REPORT.pack(
+            *self.tally, *self.rates, self.ended, self.wishes.value, self.meetings, self.batch, *self.kept
+        )
 
     @classmethod
     def unpack(cls, value: bytes) -> Report:
         """The reverse of `pack`."""
-        batches, updates, samples, b, u, s, ended, wishes, meetings, batch = _REPORT.unpack(value)
-        return cls(Tally(batches, updates, samples), (b, u, s), bool(ended), Wish(wishes), meetings, batch)
+        batches, updates, samples, b, u, s, ended, wishes, meetings, batch, *kept = _REPORT.unpack(value)
+        return cls(
+            Tally(batches, updates, samples), (b, u, s), bool(ended), Wish(wishes), meetings, batch, (kept[0], kept[1])
+        )
 
     def sight(self, unit: Unit, *, age: float, live: bool, most: float = 0.0) -> Sight:
         """This member as it will be by now; `most`: batches a second that one can have at most who has told none."""

@@ -406,7 +406,11 @@ class AsyncStrategy(DDPStrategy):
             self._together(self.office.rounds.barrier())
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Rank `src`'s object (text, numbers, lists, dictionaries); between meetings, one's own."""
+        """Rank `src`'s object (text, numbers, lists, dictionaries); between meetings, one's own.
+
+        Lightning's rank 0 is the one that speaks for all: where it is dead, the first that lives.
+        """
+        src = self.office.first if src == 0 else src
         return self._together(words.broadcast(self.office.rounds, obj, src)) if self._meeting else obj
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

@@ -181,6 +181,6 @@ def _tried(write: Callable[[], object]) -> Exception | None:
     """The exception that `write` ended with: the others must hear of it before it is raised."""
     try:
         write()
-    except Exception as error:
+    except Exception as error:  # `_no_trouble` raises it, on every rank
         return error
     return None

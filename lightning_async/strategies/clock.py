@@ -179,7 +179,7 @@ class Clock:
         self.progress.batch_started()
         if self.progress.is_last():
             trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
-        self._log_by(trainer, self.progress.about())
+        self._log_by(trainer, trainer.global_step)
 
     def batch_ended(self, trainer: Trainer, samples: int) -> bool:
         """Count a batch; whether this member stops here for a meeting."""
@@ -289,7 +289,7 @@ class Clock:
         for callback in compat.callbacks(trainer):
             if isinstance(callback, ModelCheckpoint) and compat.save_is_due(callback, now):
                 wishes |= Wish.SAVE
-            if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
+            if isinstance(callback, Timer) and compat.time_is_up(callback) and not trainer.should_stop:
                 wishes |= Wish.SAVE
         return wishes
 

@@ -16,7 +16,7 @@ from typing import Any
 import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from torch.optim.swa_utils import AveragedModel
 
 PRIVATE = {
@@ -140,6 +140,12 @@ def save_is_due(callback: ModelCheckpoint, now: float) -> bool:
     """Whether a ModelCheckpoint that goes by time is to save now."""
     interval, last = callback._train_time_interval, callback._last_time_checked
     return interval is not None and last is not None and now - last >= interval.total_seconds()
+
+
+def time_is_up(timer: Timer) -> bool:
+    """Whether a Timer that stops after a batch, not after an epoch, is to stop the run."""
+    left = timer.time_remaining()
+    return left is not None and left <= 0 and bool(timer._interval == "step")
 
 
 # -- the loop's counts ------------------------------------------------------------------------------------------------

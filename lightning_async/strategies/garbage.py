@@ -1,8 +1,8 @@
 """What lives as long as the run is kept out of the garbage collector's sight while it trains.
 
-A full collection walks every object of the process and holds Python's lock all the while: 0.2 to 0.4 s once torch and
-Lightning are loaded, in which this rank neither steps nor answers its peers. It comes after so many new objects, so in
-mid-run, on each rank at another time. Set aside, what was there before the first step is not walked any more.
+A full collection walks every object of the process and holds Python's lock all the while: many steps' time once torch
+and Lightning are loaded, in which this rank neither steps nor answers its peers. It comes after so many new objects, so
+in mid-run, on each rank at another time. Set aside, what was there before the first step is not walked any more.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -77,6 +77,10 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
     hourly.on_train_start(t, t.lightning_module)
     assert compat.save_is_due(hourly, time.monotonic() + 3601)
     assert not compat.save_is_due(hourly, time.monotonic() + 3599)
+    timer = Timer(duration={"seconds": 0})
+    assert compat.time_is_up(timer)
+    assert not compat.time_is_up(Timer(duration={"seconds": 0}, interval="epoch"))
+    assert not compat.time_is_up(Timer(duration={"hours": 1}))
     assert compat.log_every(t) == t.log_every_n_steps
     compat.set_log_step(t, 7)
     assert compat.log_step(t) == 7
