@@ -48,6 +48,7 @@ class Place:
         order: Update first, or forward first.
         wire: How tensors travel.
         device: Where this stage computes.
+        since: The last batch before the first one, where a run goes on.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class Place:
         order: Order = "update_first",
         wire: Wire = "as_is",
         device: torch.device | None = None,
+        since: int = 0,
     ) -> None:
         self.stage, self.mail, self.shrink, self.order = stage, mail, shrink, order
         self.updates = 0
         self.arrivals: list[Arrival] = []
         self._update = update
         self._ends: dict[int, bool] = {}
-        self._batch = self._since = 0
+        self._batch = self._since = since
         self._ended: dict[int, int] = {}
         before = ranks[stage.index - 1] if stage.index else None
         behind = None if stage.last else ranks[stage.index + 1]
@@ -158,19 +160,19 @@ class Place:
 
     # -- rests ---------------------------------------------------------------------------------------------------------
 
-    def rest(self) -> Wait[None]:
-        """Stop here together with the neighbours; gradients may stay on their way."""
+    def rest(self, done: int) -> Wait[None]:
+        """Stop here together with the neighbours, after so many batches; gradients may stay on their way."""
         unmarked = list(self._neighbours)
-        while unmarked := [r for r in unmarked if not self.mail.post(r, Message(MARKER, step=self._batch))]:
+        while unmarked := [r for r in unmarked if not self.mail.post(r, Message(MARKER, step=done))]:
             yield from _present(self.mail, unmarked[0])
-            yield f"rank {unmarked[0]} to hear of a rest after batch {self._batch}"
+            yield f"rank {unmarked[0]} to hear of a rest after batch {done}"
         for rank in self._neighbours:
             while (last := self._has_ended(rank)) is None:
                 yield from _present(self.mail, rank)
-                yield f"rank {rank} to rest after batch {self._batch}"
-            if last != self._batch:
+                yield f"rank {rank} to rest after batch {done}"
+            if last != done:
                 raise LostStageError(
-                    f"rank {self.mail.me} has come to the end of its batches after {self._batch}, rank {rank} after "
+                    f"rank {self.mail.me} has come to the end of its batches after {done}, rank {rank} after "
                     f"{last}: all stages must be given the same batches"
                 )
             del self._ended[rank]

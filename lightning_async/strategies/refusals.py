@@ -19,6 +19,28 @@ def refuse(trainer: Trainer, name: str) -> None:
         raise MisconfigurationException(f"strategy={name!r}: {conflict}")
 
 
+def refuse_pipeline(trainer: Trainer, name: str) -> None:
+    """Raise for what a pipeline of late gradients cannot do."""
+    module = trainer.lightning_module
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"strategy={name!r}: with manual optimisation the module steps by itself, but here a stage steps when the "
+            "gradient has come back to it; use automatic optimisation"
+        )
+    if trainer.precision in ("16-mixed", "16-true"):
+        raise MisconfigurationException(
+            f"strategy={name!r}: `precision={trainer.precision!r}` scales the loss on one stage and would have to skip "
+            "a step on all of them; use 'bf16-mixed'"
+        )
+    for callback in compat.callbacks(trainer):
+        kinds = {kind.__name__ for kind in type(callback).__mro__}
+        if found := kinds & {"WeightAveraging", "StochasticWeightAveraging"}:
+            raise MisconfigurationException(
+                f"strategy={name!r}: `{found.pop()}` copies the whole model, and here each rank has a part of it; "
+                "average checkpoints afterwards"
+            )
+
+
 def refuse_module(module: torch.nn.Module, name: str) -> None:
     """Raise for layers that exchange tensors in the forward pass."""
     for path, layer in module.named_modules():

@@ -192,9 +192,9 @@ def _life(
                 stage.after_step()
         if batch in rests:
             yield from place.drain()
-            yield from place.rest()
+            yield from place.rest(batch)
     yield from place.drain()
-    yield from place.rest()
+    yield from place.rest(len(batches))
     assert len(stage.stash) == 0
 
 

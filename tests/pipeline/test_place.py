@@ -76,7 +76,7 @@ def _turns(place: Place, batches: int) -> Any:
     for batch in range(1, batches + 1):
         yield from place.turn(batch, torch.zeros(2, 6) if place.stage.index == 0 else None, lambda x: x * 1.0)
     yield from place.drain()
-    yield from place.rest()
+    yield from place.rest(batches)
 
 
 def _last(place: Place, batches: int) -> Any:
@@ -86,7 +86,7 @@ def _last(place: Place, batches: int) -> Any:
         yield from place.give_back(batch, parcel.tensor)
         yield from place.end()
     yield from place.drain()
-    yield from place.rest()
+    yield from place.rest(batches)
 
 
 def _two(cluster: VirtualCluster) -> tuple[Place, Place]:
