@@ -24,6 +24,7 @@ def simulate(
     *,
     shrink: float = 1.0,
     every: int = 1,
+    ends: Callable[[int], bool] | None = None,
     order: Order = "update_first",
     wire: Wire = "as_is",
     watch: Callable[[Work], object] = lambda work: None,
@@ -37,7 +38,8 @@ def simulate(
         loss: The loss of a batch, given its number and the output of the last stage.
         update: Steps the optimizer of a stage; the gradients are there, and are cleared afterwards.
         shrink: The factor on each gradient that comes from behind.
-        every: Batches in an update; losses are divided by it, and a group that is left at the end counts too.
+        every: Batches in an update; losses are divided by it.
+        ends: Whether an update is due with a batch; None: with every `every`-th, and with the last one.
         order: Update first, or forward first.
         wire: How tensors travel.
         watch: Called with each piece of work after it is done.
@@ -47,7 +49,7 @@ def simulate(
     losses: list[float] = []
 
     def step(stage: Stage, batch: int) -> None:
-        if batch % every == 0 or batch == len(inputs):
+        if ends(batch) if ends is not None else batch % every == 0 or batch == len(inputs):
             if not stage.last:
                 stage.before_step()
             update(stage.index)

@@ -14,7 +14,8 @@ STRATEGIES: tuple[type[AsyncStrategy], ...] = (GossipRingStrategy,)
 
 def register() -> None:
     """Enter `name`, `name_spawn` and `name_fork` in Lightning's registry. Idempotent."""
-    for strategy in (*STRATEGIES, DelayedPipelineStrategy):
+    all_of_them: tuple[type[AsyncStrategy | DelayedPipelineStrategy], ...] = (*STRATEGIES, DelayedPipelineStrategy)
+    for strategy in all_of_them:
         for suffix, method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork")):
             name = strategy.name + suffix
             if name not in StrategyRegistry:

@@ -216,11 +216,12 @@ class DelayedPipelineStrategy(DDPStrategy):
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]  # no DDP wrapper
         """Make all ranks equal to rank 0, and keep the weights of the own stage."""
-        if not self.piped:
-            return model
         module, leash = self.trainer.lightning_module, self._leash
         if leash is None:
             raise RuntimeError("there is no pipeline before `setup_environment`")
+        self._wrap_log(module, leash)
+        if not self.piped:
+            return model
         self.handover = Handover(module, self.stages)
         self._drive(self._equalise(module))
         blocks = self.handover.blocks
@@ -230,7 +231,6 @@ class DelayedPipelineStrategy(DDPStrategy):
         if self._fitting:
             self.parts.send_away()
             compat.skip_backward(self.trainer, leash, self.index < self.world_size - 1)
-        self._wrap_log(module, leash)
         self._wrap_epoch_end(module, leash)
         return model
 
