@@ -39,12 +39,12 @@ class Piped(L.LightningModule):
         self.started = 0
 
     def prepare(self, x: Tensor) -> Tensor:
-        self.log("started", float(self.started), on_step=True)
         return self.norm(self.embed(x + 0.01 * torch.randn_like(x) * self.training))  # type: ignore[no-any-return]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.started += 1
         x, y = batch
+        self.log("started", float(self.started), on_step=True)
         hidden = self.net(self.prepare(x))
         loss = (self.head(hidden) - y).square().mean()
         self.losses.append(float(loss.detach()))
