@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,6 +13,9 @@ from torch.optim import Optimizer
 
 from lightning_async.strategies import compat
 
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
 
 def refuse(trainer: Trainer, name: str) -> None:
     """Raise for the first conflict between the Trainer's arguments and a strategy whose ranks run free."""
@@ -19,26 +23,12 @@ def refuse(trainer: Trainer, name: str) -> None:
         raise MisconfigurationException(f"strategy={name!r}: {conflict}")
 
 
-def refuse_pipeline(trainer: Trainer, name: str) -> None:
-    """Raise for what a pipeline of late gradients cannot do."""
-    module = trainer.lightning_module
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"strategy={name!r}: with manual optimisation the module steps by itself, but here a stage steps when the "
-            "gradient has come back to it; use automatic optimisation"
-        )
-    if trainer.precision in ("16-mixed", "16-true"):
-        raise MisconfigurationException(
-            f"strategy={name!r}: `precision={trainer.precision!r}` scales the loss on one stage and would have to skip "
-            "a step on all of them; use 'bf16-mixed'"
-        )
-    for callback in compat.callbacks(trainer):
-        kinds = {kind.__name__ for kind in type(callback).__mro__}
-        if found := kinds & {"WeightAveraging", "StochasticWeightAveraging"}:
-            raise MisconfigurationException(
-                f"strategy={name!r}: `{found.pop()}` copies the whole model, and here each rank has a part of it; "
-                "average checkpoints afterwards"
-            )
+def refuse_run(strategy: AsyncStrategy) -> None:
+    """Raise for what the module configured that cannot run free."""
+    refuse_optimizers(strategy.optimizers, strategy.name)
+    refuse_schedulers(strategy.lr_scheduler_configs, strategy.name)
+    if strategy.buffers == "reestimate":
+        refuse_manual(strategy.trainer.lightning_module, strategy.name)
 
 
 def refuse_module(module: torch.nn.Module, name: str) -> None:
