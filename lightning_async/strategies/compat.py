@@ -145,6 +145,25 @@ def skip_backward(trainer: Trainer, leash: Leash, skip: bool) -> None:
     leash.set(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", skip)
 
 
+def after_each_batch(trainer: Trainer, leash: Leash, act: Callable[[], None]) -> None:
+    """Call `act` when a batch is over, after all hooks and the validation that may follow it."""
+
+    def on_advance_end(fetcher: Any) -> None:
+        original(fetcher)
+        act()
+
+    original = leash.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", on_advance_end)
+
+
+def share_by_sampler(trainer: Trainer, leash: Leash) -> None:
+    """Let Lightning put its sampler on the training data, as it does for other strategies."""
+    connector = trainer._data_connector
+    leash.replace(
+        "_data_connector._requires_distributed_sampler",
+        lambda loader: type(connector)._requires_distributed_sampler(connector, loader),
+    )
+
+
 def saves_every(callback: ModelCheckpoint) -> int:
     """After how many steps a ModelCheckpoint saves; 0 for one that does not go by steps."""
     return int(callback._every_n_train_steps or 0)

@@ -53,16 +53,16 @@ class Handover:
                 self._pass_through(leash, block)
 
     @contextmanager
-    def answering(self, answer: Answer, step: str) -> Iterator[None]:
+    def answering(self, answer: Answer) -> Iterator[None]:
         """In here the call is answered; it must come once."""
-        self._answer, self._calls, self._step = answer, 0, step
+        self._answer, self._calls = answer, 0
         try:
             yield
         finally:
             self._answer = None
         if self._calls == 0:
             raise MisconfigurationException(
-                f"`{step}` has not called `{self.name}`: the stages part at its call, so each step must call it once"
+                f"a step has not called `{self.name}`: the stages part at its call, so each step must call it once"
             )
 
     def run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Handover:
         self._calls += 1
         if self._calls > 1:
             raise MisconfigurationException(
-                f"`{self._step}` calls `{self.name}` twice: each batch goes through the stages once; put both inputs "
+                f"a step calls `{self.name}` twice: each batch goes through the stages once; put both inputs "
                 "into one batch, or call the second network by another name outside of the stages"
             )
         if named or len(arguments) != 1 or not isinstance(arguments[0], Tensor):
