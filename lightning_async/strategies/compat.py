@@ -145,12 +145,15 @@ def skip_backward(trainer: Trainer, leash: Leash, skip: bool) -> None:
     leash.set(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", skip)
 
 
-def after_each_batch(trainer: Trainer, leash: Leash, act: Callable[[], None]) -> None:
-    """Call `act` when a batch is over, after all hooks and the validation that may follow it."""
+def around_ends_of_batches(
+    trainer: Trainer, leash: Leash, before: Callable[[], None], after: Callable[[], None]
+) -> None:
+    """Call `before` when all hooks of a batch are done, and `after` behind the validation that may follow it."""
 
     def on_advance_end(fetcher: Any) -> None:
+        before()
         original(fetcher)
-        act()
+        after()
 
     original = leash.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", on_advance_end)
 

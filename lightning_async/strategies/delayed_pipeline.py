@@ -310,7 +310,7 @@ class DelayedPipelineStrategy(Collectives):
             self.rest()
 
         original = leash.wrap(module, "on_train_epoch_end", on_train_epoch_end)
-        compat.after_each_batch(self.trainer, leash, self.batch_ended)
+        compat.around_ends_of_batches(self.trainer, leash, self._stop_together, self._stop_after_rest)
 
     def teardown(self) -> None:
         """Say farewell, stop all threads, put Lightning back as it was. Idempotent."""
@@ -435,15 +435,19 @@ class DelayedPipelineStrategy(Collectives):
         trainer.should_stop = self.together(words.decide(self.office.rounds, wish, False))
         self._rested = True
 
-    def batch_ended(self) -> None:
+    def _stop_together(self) -> None:
         """One that wishes to stop in mid-epoch may not do so alone: all stop after the same batch."""
         place, trainer = self.turns.place, self.trainer
-        rested, self._rested = self._rested, False
-        if rested:
-            trainer.should_stop = self.together(words.decide(self.office.rounds, trainer.should_stop, False))
-            return
-        place.wish = place.wish or trainer.should_stop
-        trainer.should_stop = 0 < place.halt <= self.turns.batches
+        if not (self._rested and trainer.should_stop):
+            place.wish = place.wish or trainer.should_stop
+            trainer.should_stop = 0 < place.halt <= self.turns.batches
+        self._rested = False
+
+    def _stop_after_rest(self) -> None:
+        """What a callback decided on a validation that all have seen."""
+        if self._rested:
+            self.trainer.should_stop = self.together(words.decide(self.office.rounds, self.trainer.should_stop, False))
+        self._rested = False
 
     def on_train_end(self) -> None:
         """Every rank takes the whole module home."""
