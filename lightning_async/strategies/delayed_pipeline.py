@@ -344,10 +344,8 @@ class DelayedPipelineStrategy(Collectives):
         """A new iterator draws its order next; where a run goes on, the one that it drew then."""
         if not self.piped or not self.trainer.training:
             return dataloader
-        self._fresh, turns = True, self.turns
-        if not self._resumed:
-            return dataloader
-        between = self._resumed["between_epochs"]
+        turns, between = self.turns, self._resumed.get("between_epochs", True)
+        self._fresh = between  # in mid-epoch no epoch starts next
         draws.reseed(turns.seed, turns.batches if between else self._epoch_began, draws.BETWEEN)
         return dataloader if between else FromMidEpoch(dataloader, turns.batches - self._epoch_began)
 

@@ -32,6 +32,10 @@ def _fit(devices: int, knobs: dict[str, Any], module: dict[str, Any], options: d
     }
 
 
+def _context(options: dict[str, Any]) -> Any:
+    return torch.autocast("cpu", torch.bfloat16, enabled="precision" in options)
+
+
 def _simulated(stages: int, knobs: dict[str, Any], module: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The same run by hand: two epochs of 8 batches, nothing drained between them."""
     lit, seed = Piped(**module), 5
@@ -48,11 +52,16 @@ def _simulated(stages: int, knobs: dict[str, Any], module: dict[str, Any], optio
         return [p for part in parts[stage] for p in part.parameters()]
 
     def compute(stage: int, x: Tensor) -> Tensor:
-        if stage == 0:
-            draws.reseed(seed, number[stage], 0)
-            x = lit.prepare(x)
-        draws.reseed(seed, number[stage], stage + 1)
-        return chains[stage](x)  # type: ignore[no-any-return]
+        with _context(options):
+            if stage == 0:
+                draws.reseed(seed, number[stage], 0)
+                x = lit.prepare(x)
+            draws.reseed(seed, number[stage], stage + 1)
+            return chains[stage](x)  # type: ignore[no-any-return]
+
+    def loss(batch: int, out: Tensor) -> Tensor:
+        with _context(options):
+            return (lit.head(out) - batches[batch - 1][1]).square().mean()  # type: ignore[no-any-return]
 
     def update(stage: int) -> None:
         if clip:
@@ -76,7 +85,7 @@ def _simulated(stages: int, knobs: dict[str, Any], module: dict[str, Any], optio
         places,
         [lambda x, s=s: compute(s, x) for s in range(stages)],
         [x for x, _ in batches],
-        lambda batch, out: (lit.head(out) - batches[batch - 1][1]).square().mean(),
+        loss,
         update,
         every=every,
         ends=lambda batch: ((batch - 1) % 8 + 1) % every == 0 or batch % 8 == 0,
@@ -98,6 +107,7 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (4, {"shrink": 0.5}, {}, {"gradient_clip_val": 0.1}),
     (3, {"order": "forward_first", "wire": "bf16"}, {"optimizer": "adam"}, {}),
     (3, {"shrink": 0.5}, {}, {"accumulate_grad_batches": 3}),
+    (2, {}, {}, {"precision": "bf16-mixed"}),
     (3, {"semantics": "hybrid"}, {"optimizer": "adam"}, {}),
 ]
 
