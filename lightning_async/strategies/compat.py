@@ -17,6 +17,7 @@ import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.utilities import CombinedLoader
 from torch.optim.swa_utils import AveragedModel
 
 PRIVATE = {
@@ -133,6 +134,14 @@ def log_every(trainer: Trainer) -> int:
 def synchronises_batchnorm(trainer: Trainer) -> bool:
     """Whether the Trainer was asked for `sync_batchnorm`."""
     return getattr(trainer.strategy, "_layer_sync", None) is not None
+
+
+def first_batch(trainer: Trainer) -> Any:
+    """The first batch of a training loader that is made for this alone."""
+    loader = trainer.fit_loop._data_source.dataloader()
+    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+    batch, *_ = next(iter(combined))
+    return trainer.precision_plugin.convert_input(batch)
 
 
 def ends_in_step(trainer: Trainer) -> bool:

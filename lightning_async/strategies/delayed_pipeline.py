@@ -38,6 +38,7 @@ from lightning_async.strategies import compat, whole, words
 from lightning_async.strategies.collectives import Collectives
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.handover import Handover
+from lightning_async.strategies.measuring import measured
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
 from lightning_async.strategies.parts import Parts
@@ -148,8 +149,9 @@ class DelayedPipelineStrategy(Collectives):
         self._leash: compat.Leash | None = None
         self._metrics: LedMetrics | None = None
         self._turns: Turns | None = None
-        self._fitting = self._fresh = self._rested = False
+        self._fitting = self._fresh = self._rested = self.measuring = False
         self._epoch_began = 0
+        self._found: tuple[int, ...] = ()
 
     # -- what callbacks may use, the same for every strategy -----------------------------------------------------------
 
@@ -289,15 +291,24 @@ class DelayedPipelineStrategy(Collectives):
         try:
             if isinstance(self.split, list):
                 return partition.check_cuts(self.split, blocks, self.depth)
-            return partition.even(blocks, self.depth)
+            if self.split == "auto" and self._fitting:
+                self._found = self.together(self._measured(handover))
+            return self._found or partition.even(blocks, self.depth)
         except ValueError as error:
             raise MisconfigurationException(f"strategy={self.name!r}: `{handover.name}`: {error}") from None
+
+    def _measured(self, handover: Handover) -> Wait[tuple[int, ...]]:
+        """The cuts by rank 0's measurement of the blocks, on its first batch."""
+        cuts: list[int] = []
+        if self.global_rank == 0:
+            cuts = list(partition.balanced(measured(self, handover), self.depth))
+        return tuple((yield from words.broadcast(self.office.rounds, cuts, 0)))
 
     def _wrap_log(self, module: LightningModule, leash: compat.Leash) -> None:
         """The last stage logs. Its values are the run's, so Lightning need not ask for `sync_dist`."""
 
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-            if self._last:
+            if self._last and not self.measuring:
                 original(name, value, *args, **{"sync_dist": True, **kwargs})
 
         original = leash.wrap(module, "log", log)
@@ -367,7 +378,7 @@ class DelayedPipelineStrategy(Collectives):
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Note what the batch is, while it is here."""
-        if self.piped and self.index in (0, self.depth - 1):
+        if self._turns is not None and self.index in (0, self.depth - 1):
             self.turns.stamp = stamp_of(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 

@@ -65,6 +65,10 @@ class Handover:
                 f"a step has not called `{self.name}`: the stages part at its call, so each step must call it once"
             )
 
+    def as_they_are(self) -> list[nn.Module]:
+        """The blocks, each to be called by itself."""
+        return [_Alone(self, block) for block in self.blocks]
+
     def run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
         """The blocks as they are, one after the other."""
         before, self._inside = self._inside, True
@@ -109,6 +113,18 @@ class Handover:
             f"`{self.name}` was called outside of a step: its layers are spread over the ranks, and only in "
             "`training_step`, `validation_step`, `test_step` and `predict_step` do all of them take part"
         )
+
+
+class _Alone(nn.Module):
+    """One block, whose call is not the user's."""
+
+    def __init__(self, handover: Handover, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self._handover = handover
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._handover.run([self.block], x)
 
 
 def _find(module: LightningModule, stages: str | None) -> tuple[str, list[nn.Module], nn.Module | None]:

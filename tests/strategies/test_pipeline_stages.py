@@ -248,6 +248,22 @@ class Configured(Piped):
         return [*self.net[0], self.net[1], self.net[2], self.net[3]]
 
 
+def _measures(knobs: dict[str, Any]) -> Any:
+    lit = Configured()
+    t = trainer(2, knobs=knobs, limit_val_batches=0)
+    t.fit(lit, loader(), loader(20))
+    return lit.losses, lit.started, t.strategy.turns.place.stage.stash.most
+
+
+def test_measuring_leaves_no_trace() -> None:
+    split = {"split": [1], "stages": None}
+    auto = run(2, _measures, {"split": "auto", "stages": None})
+    for cut in range(1, 6):
+        if run(2, _measures, {**split, "split": [cut]})[0][0] == auto[0][0]:
+            return
+    pytest.fail("no cut gives the same run")
+
+
 def test_a_list_of_blocks_trains_as_a_sequence_does() -> None:
     sequence = run(2, _works, 2, Piped, {"split": [1]})
     in_a_list = run(2, _works, 2, InAList, {"split": [1]})
