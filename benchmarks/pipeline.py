@@ -28,6 +28,7 @@ from benchmarks.launch import Ranks
 from benchmarks.repeat import Measures, repeat
 from benchmarks.table import Claim, Role, Row, Table
 from lightning_async import DelayedPipelineStrategy
+from lightning_async.pipeline.picture import draw
 
 STAGE, SHORT = 0.020, 0.012
 SHARE = 0.95
@@ -101,6 +102,17 @@ def rate(marks: Sequence[float]) -> float:
 
 def in_trainer(seconds: Seconds, batches: int, knobs: dict[str, Any] | None, accumulate: int) -> float:
     """Batches per second of a Trainer. `knobs` None: without a pipeline."""
+    return rate(_fit(seconds, batches, knobs, accumulate)[0].marks)
+
+
+def picture(seconds: Seconds, first: int, last: int) -> list[str]:
+    """Who computes which of these batches when."""
+    _, trainer = _fit(seconds, last + WARM, {}, 1)
+    strategy = trainer.strategy
+    return draw(strategy.timelines, first=first, last=last).splitlines()  # type: ignore[attr-defined]
+
+
+def _fit(seconds: Seconds, batches: int, knobs: dict[str, Any] | None, accumulate: int) -> tuple[_Clock, Trainer]:
     clock = _Clock()
     trainer = Trainer(
         accelerator="cpu",
@@ -115,7 +127,7 @@ def in_trainer(seconds: Seconds, batches: int, knobs: dict[str, Any] | None, acc
         logger=False,
     )
     trainer.fit(Module(seconds), DataLoader(TensorDataset(torch.randn(batches * BATCH, WIDTH)), BATCH))
-    return rate(clock.marks)
+    return clock, trainer
 
 
 def in_torch(seconds: Seconds, batches: int, schedule: str, micro: int) -> float:
@@ -162,7 +174,12 @@ def run(quick: bool) -> Table:
             found, claim = _compare(f"K={depth} {kind}", seconds, batches, times)
             rows += found
             claims.append(claim)
-    return Table("Pipelines: batches per second over those of the slowest stage alone", rows, claims)
+    with Ranks(picture, 3, arguments={"seconds": [STAGE] * 3, "first": 1, "last": 10}) as running:
+        notes = [
+            "three equal stages; a digit: a batch going forward, its letter: on its way back",
+            *running.values(timeout=LIMIT)[0],
+        ]
+    return Table("Pipelines: batches per second over those of the slowest stage alone", rows, claims, notes)
 
 
 def _compare(name: str, seconds: Seconds, batches: int, times: int) -> tuple[list[Row], Claim]:

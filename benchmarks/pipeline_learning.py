@@ -6,8 +6,9 @@
 
 Computed by the simulator, which a run on K ranks equals to the bit (a test of the package says so). Tasks: a residual
 convolutional network of 20 layers and a residual perceptron of 112 layers on scikit-learn's digits (8x8 pixels), and a
-small transformer on the sources of Python's standard library. Each with SGD and momentum, and with AdamW; learning rates
-rise over the first tenth and fall to nothing. The last rows take three times the learning rate, where shrinking is said to keep deep pipelines stable.
+small transformer on the sources of Python's standard library. Each with SGD and momentum, and with AdamW; learning
+rates rise over the first tenth and fall to nothing. The last rows take three times the learning rate, where shrinking
+is said to keep deep pipelines stable.
 """
 
 from __future__ import annotations
@@ -119,8 +120,8 @@ def jobs(quick: bool) -> list[Job]:
     """The tasks; with `quick`, one pass of the first."""
     task, text = digits(), characters(640 if quick else 6400)
     found = [
-        Job("convolutional", task.train, task.validation, convolutional, 0.05, 2e-3, 1 if quick else 8),
-        Job("112 layers", task.train, task.validation, deep, 0.02, 1e-3, 1 if quick else 8),
+        Job("convolutional", task.train, task.validation, convolutional, 0.05, 2e-3, 1 if quick else 16),
+        Job("112 layers", task.train, task.validation, deep, 0.02, 1e-3, 1 if quick else 16),
         Job("transformer", text.train, text.validation, transformer, 0.1, 2e-3, 1, 16),
     ]
     return found[:1] if quick else found

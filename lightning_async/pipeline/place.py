@@ -15,7 +15,6 @@ to each stage before it gets there: so all stop after the same one (`halt`).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -41,8 +40,8 @@ from lightning_async.transport.mail import MARKER, Mail, Message, Wait
 Shrink = Callable[[Arrival, Tensor, Tensor | None], float]
 WISH = 1 << 40
 """Beside the stamp of a batch: somebody on the way down wishes to stop."""
-REMEMBERED = 4096
-"""Passes of which the timeline tells."""
+REMEMBERED = 400
+"""So many passes are in the timeline: how a run begins says how it goes on."""
 
 
 class Place:
@@ -76,7 +75,7 @@ class Place:
         self.stage, self.mail, self.shrink, self.order = stage, mail, shrink, order
         self.updates = 0
         self.arrivals: list[Arrival] = []
-        self.timeline: deque[tuple[schedule.Pass, int, float, float]] = deque(maxlen=REMEMBERED)
+        self.timeline: list[tuple[schedule.Pass, int, float, float]] = []
         self.wish, self.halt = False, 0
         self._update = update
         self._ends: dict[int, bool] = {}
@@ -137,7 +136,8 @@ class Place:
 
     def note(self, direction: schedule.Pass, batch: int, start: float) -> None:
         """Enter a pass that ends now in the timeline."""
-        self.timeline.append((direction, batch, start, self.mail.now()))
+        if len(self.timeline) < REMEMBERED:
+            self.timeline.append((direction, batch, start, self.mail.now()))
 
     def turn(self, batch: int, x: Tensor | None, compute: Compute, *, ends: bool = True) -> Wait[None]:
         """A whole turn of a stage that is not the last; `x` is what the first one begins with."""

@@ -23,7 +23,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -35,7 +35,6 @@ from lightning_async.pipeline.place import Shrink
 from lightning_async.pipeline.schedule import Order
 from lightning_async.pipeline.stash import Semantics
 from lightning_async.strategies import compat, whole, words
-from lightning_async.strategies.collectives import Collectives
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.handover import Handover
 from lightning_async.strategies.measuring import measured
@@ -45,6 +44,7 @@ from lightning_async.strategies.parts import Parts
 from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of
 from lightning_async.strategies.pipeline_refusals import check_knobs, refuse_pipeline
 from lightning_async.strategies.refusals import refuse, refuse_optimizers, refuse_schedulers
+from lightning_async.strategies.resting import Resting
 from lightning_async.strategies.rests import Rests
 from lightning_async.strategies.turns import Turns, stash_limit
 from lightning_async.transport.mail import Wait
@@ -52,12 +52,12 @@ from lightning_async.transport.mail import Wait
 Split = Literal["even", "auto"]
 Baseline = Literal["none", "sync"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
-KEY = "delayed_pipeline"
-"""Our key in a checkpoint: what a plain run has no need of."""
 
 
-class DelayedPipelineStrategy(Collectives):
+class DelayedPipelineStrategy(Resting):
     """Delayed-gradient pipeline (FDG, ADL): each rank trains some layers and waits for no backward pass of the others.
+
+    After a fit `timelines` has the first passes of each stage: direction, batch, begin and end by its host's clock.
 
     Args:
         stages: Name of the `nn.Sequential` (or `nn.ModuleList`, called in order) that is cut; None: the module has a
@@ -140,17 +140,17 @@ class DelayedPipelineStrategy(Collectives):
         check_knobs(chosen, split=split, shrink=shrink, anneal=anneal, replicas=replicas, baseline=baseline)
         self.stages, self.split, self.semantics, self.order, self.wire = stages, split, semantics, order, wire
         self.compensate, self.anneal, self.replicas, self.baseline = compensate, anneal, replicas, baseline
+        self.timelines: dict[int, list[tuple[str, int, float, float]]] = {}
         self.office = Office(
             interface=interface, silence=silence, patience=patience, limit=waiting_timeout, grace=grace, record=None
         )
         self._shrink: float | Shrink = shrink
-        self._resumed: Mapping[str, Any] = {}
+        self.resumed = {}
         self._garbage = Garbage()
         self._leash: compat.Leash | None = None
         self._metrics: LedMetrics | None = None
         self._turns: Turns | None = None
-        self._fitting = self._fresh = self._rested = self.measuring = False
-        self._epoch_began = 0
+        self._fresh = self.measuring = False
         self._found: tuple[int, ...] = ()
 
     # -- what callbacks may use, the same for every strategy -----------------------------------------------------------
@@ -174,36 +174,7 @@ class DelayedPipelineStrategy(Collectives):
         if self.piped and self._turns is not None:
             self.turns.place.shrink = law
 
-    @property
-    def timeline(self) -> list[tuple[str, int, float, float]]:
-        """The newest passes of this stage: direction, batch, and when they began and ended, by the host's clock."""
-        return list(self.turns.place.timeline) if self._turns is not None else []
-
-    # -- who holds what ------------------------------------------------------------------------------------------------
-
-    @property
-    def depth(self) -> int:
-        """How many stages there are."""
-        return self.world_size // self.replicas
-
-    @property
-    def index(self) -> int:
-        """The stage of this rank: the last one is rank 0's."""
-        return self.depth - 1 - self.global_rank % self.depth
-
-    @property
-    def piped(self) -> bool:
-        """Whether there is more than one rank; a single one is plain training."""
-        return self.world_size > 1
-
-    def ranks_of_pipe(self) -> list[int]:
-        """Who holds which stage of this rank's pipeline, first to last."""
-        start = self.global_rank // self.depth * self.depth
-        return [start + self.depth - 1 - stage for stage in range(self.depth)]
-
-    def ranks_of_stage(self) -> list[int]:
-        """Who holds this rank's stage in each replica."""
-        return list(range(self.global_rank % self.depth, self.world_size, self.depth))
+    # -- set-up and teardown -------------------------------------------------------------------------------------------
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -213,8 +184,6 @@ class DelayedPipelineStrategy(Collectives):
             "num_replicas": self.replicas if training else 1,
             "rank": self.global_rank // self.depth if training else 0,
         }
-
-    # -- set-up and teardown -------------------------------------------------------------------------------------------
 
     def connect(self, model: LightningModule) -> None:
         """Stand first among the callbacks, once."""
@@ -231,9 +200,9 @@ class DelayedPipelineStrategy(Collectives):
         self.office.check_network(self.num_nodes)
         self.office.check_complete(self.world_size)
         super().setup_environment()
-        self._fitting = trainer.state.fn == TrainerFn.FITTING
+        self.fitting = trainer.state.fn == TrainerFn.FITTING
         self.office.open(
-            self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=self._fitting
+            self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=self.fitting
         )
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
         if self.replicas > 1:
@@ -244,14 +213,14 @@ class DelayedPipelineStrategy(Collectives):
         """Cut the network, and take this rank's place in the pipe."""
         super(DDPStrategy, self).setup(trainer)
         self._metrics = LedMetrics(trainer.lightning_module, lambda state: [state], lambda: False)
-        if self._fitting:
+        if self.fitting:
             refuse_optimizers(self.optimizers, self.name)
             refuse_schedulers(self.lr_scheduler_configs, self.name)
         if not self.piped:
             return
-        if self._fitting:
+        if self.fitting:
             self.turns.parts.keep_own(self.optimizers)
-        self.turns.begin(fitting=self._fitting)
+        self.turns.begin(fitting=self.fitting)
         rank_zero_info(self._first_line())
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]  # no DDP wrapper
@@ -268,12 +237,12 @@ class DelayedPipelineStrategy(Collectives):
         blocks = handover.blocks
         spans = partition.spans(self._cuts(handover), len(blocks))
         self._turns = Turns(self, handover, Parts(module, blocks, spans, self.index), seed=seed)
-        if self._fitting:
-            self.turns.batches = self._resumed.get("batches", 0)
-            self.turns.passes = self._resumed.get("passes", 0)
-            self._epoch_began = self._resumed.get("epoch_began", 0)
+        if self.fitting:
+            self.turns.batches = self.resumed.get("batches", 0)
+            self.turns.passes = self.resumed.get("passes", 0)
+            self.epoch_began = self.resumed.get("epoch_began", 0)
             self.turns.parts.send_away()
-            compat.skip_backward(self.trainer, leash, not self._last)
+            compat.skip_backward(self.trainer, leash, not self.last)
             self._watch_loop(module, leash)
         return model
 
@@ -284,14 +253,14 @@ class DelayedPipelineStrategy(Collectives):
         theirs = yield from whole.broadcast(self.office.rounds, mine, 0)
         module.load_state_dict(module.state_dict() | theirs["state"])
         torch.set_rng_state(theirs["random"])
-        return int(self._resumed.get("seed", theirs["seed"]))
+        return int(self.resumed.get("seed", theirs["seed"]))
 
     def _cuts(self, handover: Handover) -> tuple[int, ...]:
         blocks = len(handover.blocks)
         try:
             if isinstance(self.split, list):
                 return partition.check_cuts(self.split, blocks, self.depth)
-            if self.split == "auto" and self._fitting:
+            if self.split == "auto" and self.fitting:
                 self._found = self.together(self._measured(handover))
             return self._found or partition.even(blocks, self.depth)
         except ValueError as error:
@@ -308,7 +277,7 @@ class DelayedPipelineStrategy(Collectives):
         """The last stage logs. Its values are the run's, so Lightning need not ask for `sync_dist`."""
 
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-            if self._last and not self.measuring:
+            if self.last and not self.measuring:
                 original(name, value, *args, **{"sync_dist": True, **kwargs})
 
         original = leash.wrap(module, "log", log)
@@ -321,7 +290,7 @@ class DelayedPipelineStrategy(Collectives):
             self.rest()
 
         original = leash.wrap(module, "on_train_epoch_end", on_train_epoch_end)
-        compat.around_ends_of_batches(self.trainer, leash, self._stop_together, self._stop_after_rest)
+        compat.around_ends_of_batches(self.trainer, leash, self.stop_together, self.stop_after_rest)
 
     def teardown(self) -> None:
         """Say farewell, stop all threads, put Lightning back as it was. Idempotent."""
@@ -333,7 +302,7 @@ class DelayedPipelineStrategy(Collectives):
                 replaced.restore()
         if self._turns is not None:
             self._turns.place.stage.clear()
-        self._resumed = {}
+        self.resumed = {}
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
@@ -355,23 +324,23 @@ class DelayedPipelineStrategy(Collectives):
         """A new iterator draws its order next; where a run goes on, the one that it drew then."""
         if not self.piped or not self.trainer.training:
             return dataloader
-        turns, between = self.turns, self._resumed.get("between_epochs", True)
+        turns, between = self.turns, self.resumed.get("between_epochs", True)
         self._fresh = between  # in mid-epoch no epoch starts next
-        draws.reseed(turns.seed, turns.batches if between else self._epoch_began, draws.BETWEEN)
-        return dataloader if between else FromMidEpoch(dataloader, turns.batches - self._epoch_began)
+        draws.reseed(turns.seed, turns.batches if between else self.epoch_began, draws.BETWEEN)
+        return dataloader if between else FromMidEpoch(dataloader, turns.batches - self.epoch_began)
 
     def epoch_started(self) -> None:
         """The order of the data is drawn next, the same on all ranks."""
         if self.piped:
             fresh, self._fresh = self._fresh, False
-            self._epoch_began = self.turns.batches
+            self.epoch_began = self.turns.batches
             if not fresh:
                 draws.reseed(self.turns.seed, self.turns.batches, draws.BETWEEN)
 
     def on_train_start(self) -> None:
         """Right before the first batch."""
         self._garbage.set_aside()
-        if not self._last and self.lr_scheduler_configs:
+        if not self.last and self.lr_scheduler_configs:
             for optimizer in self.optimizers:  # its first real step comes late: without this torch would warn
                 optimizer.zero_grad()
                 optimizer.step()
@@ -411,7 +380,7 @@ class DelayedPipelineStrategy(Collectives):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """The step that Lightning's loop asks for: on the last stage as ever, elsewhere it comes with the gradient."""
-        if not self._last:
+        if not self.last:
             return closure()
 
         def closure_then_average() -> Any:
@@ -426,93 +395,12 @@ class DelayedPipelineStrategy(Collectives):
         with self.turns.around_step(optimizer):
             super().optimizer_step(optimizer, lambda: None)
 
-    # -- rests ---------------------------------------------------------------------------------------------------------
-
-    def rest(self, *, drain: bool = False) -> None:
-        """All stages are after the same batch; all know what the last one logged, and whether to stop."""
-        if not self.meeting:
-            return
-        turns, trainer = self.turns, self.trainer
-        if drain:
-            turns.drain()
-        self.together(turns.place.rest(turns.batches + turns.passes))
-        mine = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        known = self.together(words.broadcast(self.office.rounds, mine, 0))
-        if self.global_rank != 0:
-            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in known.items()})
-        wish = trainer.should_stop or turns.place.wish or turns.place.halt > 0
-        trainer.should_stop = self.together(words.decide(self.office.rounds, wish, False))
-        self._rested = True
-
-    def _stop_together(self) -> None:
-        """One that wishes to stop in mid-epoch may not do so alone: all stop after the same batch."""
-        place, trainer = self.turns.place, self.trainer
-        if not (self._rested and trainer.should_stop):
-            place.wish = place.wish or trainer.should_stop
-            trainer.should_stop = 0 < place.halt <= self.turns.batches
-        self._rested = False
-
-    def _stop_after_rest(self) -> None:
-        """What a callback decided on a validation that all have seen."""
-        if self._rested:
-            self.trainer.should_stop = self.together(words.decide(self.office.rounds, self.trainer.should_stop, False))
-        self._rested = False
-
     def on_train_end(self) -> None:
         """Every rank takes the whole module home."""
         if self.piped:
-            self.turns.parts.take_home(self.together(self._gathered(self.trainer.lightning_module.state_dict())))
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The state of the whole module. Called by all ranks; the pipe is drained, so that a run can go on from it."""
-        if not self.meeting or not self._fitting:
-            return super().lightning_module_state_dict()
-        self.turns.drain()
-        return self.together(self._gathered(super().lightning_module_state_dict()))
-
-    def _gathered(self, state: dict[str, Any]) -> Wait[dict[str, Any]]:
-        names = self.turns.parts.names() if self.global_rank < self.depth else set()
-        own = {name: value for name, value in state.items() if name in names}
-        for part in (yield from whole.gather(self.office.rounds, own)):
-            state |= part
-        return state
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state over all parameters, as that of the optimizer that the user made."""
-        if not self.meeting or not self._fitting:
-            return super().optimizer_state(optimizer)
-        return self.together(self.turns.parts.optimizer_state(optimizer, self.office.rounds))
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """What belongs to the parameters that live here."""
-        states = checkpoint["optimizer_states"]
-        if self.piped:
-            pairs = zip(self.optimizers, states, strict=True)
-            states = [self.turns.parts.own_state(optimizer, state) for optimizer, state in pairs]
-        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Rank 0 writes an ordinary checkpoint; after an exception there is nothing whole to write."""
-        if self.piped and self._fitting and self.alone:
-            rank_zero_warn(f"{self.name}: {filepath} is not written: after an exception a rank has its own stage only")
-            return
-        if self.piped and self._fitting:
-            checkpoint[KEY] = {
-                "batches": self.turns.batches,
-                "passes": self.turns.passes,
-                "epoch_began": self._epoch_began,
-                "between_epochs": self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
-                "seed": self.turns.seed,
-            }
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
-        """Read by all ranks."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
-        self._resumed = checkpoint.get(KEY, {}) if self._fitting else {}
-        return checkpoint
+            passes = self.together(whole.gather(self.office.rounds, list(self.turns.place.timeline)))
+            self.timelines = {self.depth - 1 - rank: line for rank, line in enumerate(passes[: self.depth])}
+            self.turns.parts.take_home(self.together(self.gathered(self.trainer.lightning_module.state_dict())))
 
     # -- the ranks as one ----------------------------------------------------------------------------------------------
 
@@ -523,26 +411,6 @@ class DelayedPipelineStrategy(Collectives):
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """There is one model, so one tensor."""
         return tensor.unsqueeze(0)
-
-    # -- inside --------------------------------------------------------------------------------------------------------
-
-    @property
-    def trainer(self) -> Trainer:
-        """The Trainer that this strategy serves."""
-        if self.lightning_module is None:
-            raise RuntimeError("there is no trainer before `connect`")
-        return self.lightning_module.trainer
-
-    @property
-    def turns(self) -> Turns:
-        """This rank's batches. There are none before `setup`."""
-        if self._turns is None:
-            raise RuntimeError("there is no pipeline outside of a run")
-        return self._turns
-
-    @property
-    def _last(self) -> bool:
-        return self.index == self.depth - 1
 
     def _first_line(self) -> str:
         own = sum(p.numel() * p.element_size() for p in self.turns.parts.own())

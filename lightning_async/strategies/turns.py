@@ -107,8 +107,11 @@ class Turns:
         ends = compat.ends_in_step(self._strategy.trainer)
         drive(place.begin(batch, ends=ends))
         if place.stage.last:
+            started = place.mail.now()
+            output = self._run_user(step, batch, self._enter)
+            place.note("F", batch, started)
             self._started = place.mail.now()
-            return self._run_user(step, batch, self._enter)
+            return output
         with self._ahead():
             if place.stage.index == 0:
                 with place.stage.stash.keeping():
@@ -129,7 +132,7 @@ class Turns:
         if self._first:
             self.parts.refuse_strays()
         entered, self._entered, place, batch = self._entered, None, self.place, self.batches
-        place.note("F", batch, self._started)
+        place.note("B", batch, self._started)
         self._strategy.together(place.give_back(batch, gradient_of(entered)))
         self._strategy.together(place.end())
         self._settle(batch)
