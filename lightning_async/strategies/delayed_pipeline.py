@@ -75,7 +75,6 @@ class DelayedPipelineStrategy(Resting):
         replicas: How many pipelines, which average their gradients; the number of ranks is divided among them.
         baseline: "sync": the pipe is drained after every update (1F1B over the accumulated batches), for comparison.
         wire: How tensors travel: "as_is", or float32 as "bf16".
-        grace: Seconds that a run which gets a SIGTERM may take to stop.
         interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
         silence: Seconds without a heartbeat after which a rank is no longer written to.
         patience: Seconds without a heartbeat after which a rank is declared dead, which ends the run.
@@ -105,7 +104,6 @@ class DelayedPipelineStrategy(Resting):
         replicas: int = 1,
         baseline: Baseline = "none",
         wire: Wire = "as_is",
-        grace: float = 10.0,
         interface: str | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
@@ -142,7 +140,7 @@ class DelayedPipelineStrategy(Resting):
         self.compensate, self.anneal, self.replicas, self.baseline = compensate, anneal, replicas, baseline
         self.timelines: dict[int, list[tuple[str, int, float, float]]] = {}
         self.office = Office(
-            interface=interface, silence=silence, patience=patience, limit=waiting_timeout, grace=grace, record=None
+            interface=interface, silence=silence, patience=patience, limit=waiting_timeout, record=None
         )
         self._shrink: float | Shrink = shrink
         self.resumed = {}

@@ -244,14 +244,16 @@ class Turns:
     @contextmanager
     def _noting_buffers(self) -> Iterator[None]:
         """In the first batch, note the buffers of the modules outside the blocks that run before the call."""
+        if self._looked or not self._fitting:
+            yield
+            return
         inside = {id(part) for block in self.handover.blocks for part in block.modules()}
         outside = [part for part in self.parts.module.modules() if id(part) not in inside]
-        wanted = self._fitting and not self._looked
 
         def note(part: Any, _: Any) -> None:
             self._noted.extend(part.buffers(recurse=False))
 
-        hooks = [part.register_forward_pre_hook(note) for part in outside] if wanted else []
+        hooks = [part.register_forward_pre_hook(note) for part in outside]
         try:
             yield
         finally:

@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from lightning_async import DelayedPipelineStrategy
 from tests.strategies.piped import WIDTH, Piped, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
@@ -72,8 +72,6 @@ class Unlike(Piped):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
-        if how == "tied":
-            self.net[3][0] = self.net[0]
         if how == "tied outside":
             self.head.weight = self.net[0][0].weight
         if how == "in place":
@@ -87,14 +85,10 @@ class Unlike(Piped):
         x, y = batch
         hidden = self.prepare(x)
         out = hidden
-        if self.how == "other data":
-            hidden = hidden + self.global_rank
-        if self.how not in ("no call", "two tensors"):
+        if self.how != "no call":
             out = self.net(hidden)
         if self.how == "two calls":
             out = self.net(out)
-        if self.how == "two tensors":
-            out = self.net(hidden, hidden)
         if self.how == "around":
             out = out + hidden
         loss = (self.head(out) - y).square().mean()
@@ -109,29 +103,42 @@ class Twice(nn.Module):
 
 
 def _refused(devices: int, how: str, knobs: dict[str, Any], options: dict[str, Any]) -> None:
-    data = DataLoader(list(range(8)), batch_size=2) if how == "numbers" else loader(shuffle=how == "shuffled")
-    torch.manual_seed(0)
-    trainer(devices, knobs=knobs, limit_val_batches=0, **options).fit(Unlike(how), data, loader(20))
+    trainer(devices, knobs=knobs, limit_val_batches=0, **options).fit(Unlike(how), loader(), loader(20))
 
 
 REFUSALS: list[tuple[int, str, dict[str, Any], dict[str, Any], str]] = [
-    (2, "tied", {}, {}, "tied weights must live in one stage"),
     (2, "tied outside", {}, {}, r"`head.weight` is shared between stage 0 and what is outside of the stages"),
     (2, "in place", {}, {}, "the first block of stage 1 changes what it gets in place"),
     (2, "a tuple", {}, {}, "stage 0 ends with a tuple"),
-    (2, "manual", {}, {}, "with manual optimisation the module steps by itself"),
     (2, "no call", {}, {}, "a step has not called `net`"),
     (2, "two calls", {}, {}, "a step calls `net` twice"),
-    (2, "two tensors", {}, {}, r"`net` must be called with one tensor, got \(Tensor, Tensor\)"),
     (2, "around", {}, {}, "`embed.weight` is used before the call of the stages"),
     (2, "penalty", {}, {}, "reaches the loss also on another way"),
     (3, "", {"split": [1]}, {}, "`split` must be 2 rising block numbers"),
-    (2, "", {"stages": "nett"}, {}, "`stages='nett'` names nothing in Unlike; it has these sequences: 'net'"),
-    (2, "", {"stages": "head"}, {}, "must name an `nn.Sequential`"),
-    (2, "", {"stages": None}, {}, "say where the stages are"),
-    (2, "", {}, {"precision": "16-true"}, "use 'bf16-mixed'"),
+    (3, "", {"replicas": 2}, {}, "3 ranks cannot be divided among 2 replicas"),
+    (2, "", {"replicas": 2}, {}, "use strategy='ddp'"),
+    (1, "manual", {}, {}, "with manual optimisation the module steps by itself"),
+    (1, "", {}, {"precision": "16-true"}, "use 'bf16-mixed'"),
     (5, "", {}, {}, "4 blocks cannot be cut into 5 stages"),
 ]
+
+
+KNOBS: list[tuple[dict[str, Any], str]] = [
+    ({"split": "best"}, "`split` must be 'even', 'auto' or a list of block numbers, got 'best'"),
+    ({"shrink": 0.0}, "`shrink` must be above 0 and at most 1, got 0.0"),
+    ({"semantics": "old"}, "`semantics` must be one of stash, recompute, hybrid, got 'old'"),
+    ({"order": "both"}, "`order` must be one of update_first, forward_first, got 'both'"),
+    ({"anneal": 0}, "`anneal` must be at least 1, got 0"),
+    ({"replicas": 0}, "`replicas` must be at least 1, got 0"),
+    ({"baseline": "sync", "shrink": 0.5}, "`shrink` must be 1 with baseline='sync'"),
+    ({"patience": 0.1}, "`patience` must be at least `silence`"),
+]
+
+
+@pytest.mark.parametrize(("knobs", "sentence"), KNOBS)
+def test_knobs_that_mean_nothing(knobs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        DelayedPipelineStrategy(stages="net", **knobs)
 
 
 @pytest.mark.parametrize(("devices", "how", "knobs", "options", "sentence"), REFUSALS)
