@@ -29,7 +29,8 @@ from lightning_async.transport.control import Control
 from lightning_async.transport.gloo import Clients, keys_of
 from lightning_async.transport.heartbeat import Silence
 from lightning_async.transport.link import Link
-from lightning_async.transport.mail import Letter, Loss, Message
+from lightning_async.transport.mail import Letter, Loss, Message, Service
+from lightning_async.transport.service import Loop, ServiceThread
 from lightning_async.transport.slots import HEADERS, Count, Here, Inbox, Slots
 
 
@@ -105,7 +106,10 @@ class ClusterCarrier:
         self._wished = set(peers)
         self._eager = 0.0
         self._losses: list[Loss] = []
+        self._service: ServiceThread | None = None
+        self._loop = Loop(me, self._deliver)
         self._refused: str | None = None
+        self._service_failed: str | None = None
         self._state = "made"
         for peer in self._wished:
             check_peer(me, world, peer)
@@ -135,7 +139,7 @@ class ClusterCarrier:
     @property
     def failed(self) -> str | None:
         """Why this member cannot go on, in words, or None: declared dead, the store lost, another version at a peer."""
-        return self._control.failed or self._refused
+        return self._control.failed or self._refused or self._service_failed
 
     def start(self) -> None:
         """Begin; again is nothing."""
@@ -156,6 +160,8 @@ class ClusterCarrier:
         before, self._state = self._state, "closed"
         if before == "started":
             self._control.stop()
+        if self._service is not None:
+            self._service.stop()
         for link in list(self._links.values()):
             link.close()
         self._links.clear()
@@ -171,15 +177,19 @@ class ClusterCarrier:
 
     def post(self, peer: int, message: Message) -> bool:
         """See `Mail.post`."""
-        check_message(self._me, self._world, peer, message)
+        check_message(self._me, self._world, peer, message, serves=self._service is not None)
+        if peer == self._me:
+            return self._loop.post(message)
         slots = self._slots[peer]
         slots.check(message)
         return self._reachable(peer) and slots.post(message)
 
     def free(self, peer: int, kind: int) -> bool:
         """See `Mail.free`."""
-        check_peer(self._me, self._world, peer)
+        check_peer(self._me, self._world, peer, serves=self._service is not None)
         check_kind(kind)
+        if peer == self._me:
+            return self._loop.free(kind)
         return self._reachable(peer) and self._slots[peer].free(kind)
 
     def take(self, kind: int) -> list[Letter]:
@@ -189,13 +199,25 @@ class ClusterCarrier:
 
     def folded(self, letter: Letter) -> None:
         """See `Mail.folded`."""
-        self._slots[letter.peer].folded(letter)
+        (self._loop if letter.peer == self._me else self._slots[letter.peer]).folded(letter)
 
     def lost(self) -> list[Loss]:
         """See `Mail.lost`."""
         with self._changed:
             losses, self._losses = self._losses, []
             return losses
+
+    def serve(self, kinds: Iterable[int], service: Service) -> None:
+        """See `Mail.serve`."""
+        kinds = list(kinds)
+        for kind in kinds:
+            check_kind(kind)
+        if self._service is None:
+            self._service = ServiceThread(
+                self._me, post=self.post, folded=self.folded, gone=self._is_gone, failed=self._fail_service
+            )
+        self._service.begin(service)
+        self._inbox.hand_over(kinds, self._service.put)
 
     def at(self, step: int) -> None:
         """See `Mail.at`."""
@@ -260,9 +282,23 @@ class ClusterCarrier:
         with self._changed:
             self._news_count += 1
             self._changed.notify_all()
+        if self._service is not None:
+            self._service.nudge()
+
+    def _deliver(self, peer: int, number: int, message: Message) -> None:
+        self._inbox.put(peer, number, message, self._here.nanoseconds())
+
+    def _is_gone(self, peer: int) -> bool:
+        return peer not in self._control.members()
+
+    def _fail_service(self, sentence: str) -> None:
+        self._service_failed = sentence
+        self._news()
 
     def _is_idle(self) -> bool:
         live = self._control.live()
+        if self._service is not None and not self._service.idle:
+            return False
         return all(slots.idle() for peer, slots in self._slots.items() if peer in live and peer in self._links)
 
     def _reachable(self, peer: int) -> bool:
@@ -287,7 +323,8 @@ class ClusterCarrier:
         link = self._links.pop(peer, None)
         if link is not None:
             link.close()
-        losses = self._slots[peer].bury()
+        served = self._service.kinds if self._service is not None else set()
+        losses = [loss for loss in self._slots[peer].bury() if loss.message.kind not in served]
         with self._changed:
             self._losses += losses
 
