@@ -109,7 +109,7 @@ class VirtualCarrier:
                 "it was never taken, or was folded before"
             )
         if packet.sender == self._me:
-            self.acknowledged(packet, self._step, self.now())
+            self._clock.at(self._clock.time, self.acknowledged, packet, self._step, self.now())
         else:
             self._wire.acknowledge(packet, self._step, self.now())
 
