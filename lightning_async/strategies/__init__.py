@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_async.strategies.async_global import AsyncGlobalStrategy
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.gossip_ring import GossipRingStrategy
 
-STRATEGIES: tuple[type[AsyncStrategy], ...] = (GossipRingStrategy,)
+STRATEGIES: tuple[type[AsyncStrategy], ...] = (GossipRingStrategy, AsyncGlobalStrategy)
 
 
 def register() -> None:
@@ -20,4 +21,4 @@ def register() -> None:
                 StrategyRegistry.register(name, strategy, f"{summary} ({method})", start_method=method)
 
 
-__all__ = ["AsyncStrategy", "GossipRingStrategy", "register"]
+__all__ = ["AsyncGlobalStrategy", "AsyncStrategy", "GossipRingStrategy", "register"]
