@@ -1,4 +1,4 @@
-"""`async_global` from a user's view: all ranks end equal, every sample is seen once an epoch, faults cost nobody time."""
+"""`async_global` from a user's view: all ranks end equal, every sample is seen once, faults cost nobody time."""
 
 from __future__ import annotations
 
