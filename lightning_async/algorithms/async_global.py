@@ -24,33 +24,26 @@ from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink
 from lightning_async.algorithms.exchange import Exchange
 from lightning_async.algorithms.local_steps import LocalSteps, Period, check_local_steps
 from lightning_async.algorithms.outer import Rule, outer_rule
+from lightning_async.algorithms.own_service import OwnService
 from lightning_async.algorithms.owners import Owners
+from lightning_async.algorithms.server_meeting import ServerMeeting
 from lightning_async.algorithms.shard_server import OnLate, Rules
-from lightning_async.algorithms.shard_service import ShardService, next_of
+from lightning_async.algorithms.shard_service import ShardService
 from lightning_async.algorithms.shards import (
     ANSWER,
     LAST,
     MANY,
-    NEWS,
     NOT_HERE,
     PUSH,
-    PUT,
-    RETIRE,
     SERVED,
-    SHOW,
-    SHOWN,
-    TAKE,
     cut,
 )
 from lightning_async.algorithms.weighting import Attenuation, law
 from lightning_async.algorithms.wire import Wire, codec
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
-from lightning_async.transport.mail import Letter, Mail, Message, Wait
+from lightning_async.transport.mail import Letter, Mail, Wait
 from lightning_async.transport.rounds import Rounds
-
-ALONE = 3
-"""So often a member alone pushes before a meeting: what the first one rounds off, the second one brings."""
 
 
 class AsyncGlobal(Algorithm):
@@ -108,7 +101,6 @@ class AsyncGlobal(Algorithm):
         self._beginnings += 1
         self._mass, self._rounds, self._step = mass, rounds, 0
         self._arrivals: list[Arrival] = []
-        self._commands: list[Message] = []
         self._images = torch.empty(0, dtype=torch.uint8)
         self.period = Period(self.local_steps, self.pace)
         flat, shards = replica.flat.cpu(), cut(replica.numel, min(self.shards or MANY, mail.world))
@@ -116,9 +108,9 @@ class AsyncGlobal(Algorithm):
         self.exchanges = [Exchange(shard, replica.flat, self.codec) for shard in shards]
         for exchange in self.exchanges:
             exchange.belongs_to(self.owners.owner(exchange.shard.number), self.owners.place(exchange.shard.number))
-        self._told = mail.members(), _or_none(next_of(mail.me, mail.members()))
         mine = {exchange.place: flat[exchange.shard.part] for exchange in self.exchanges if exchange.owner == mail.me}
         mail.serve(SERVED, self._service(mail, mine))
+        self._own = OwnService(mail)
 
     def _service(self, mail: Mail, mine: Mapping[int, Tensor]) -> ShardService:
         return ShardService(
@@ -140,27 +132,17 @@ class AsyncGlobal(Algorithm):
             exchange.samples += self._mass // UNIT
             if self._is_due(exchange):
                 if exchange.asked and self.on_late == "wait":
-                    yield from self._answered(exchange, replica, mail)
+                    yield from self._meeting(replica, mail).answered(exchange)
                 if not exchange.asked:
                     self._push(exchange, replica, mail, PUSH)
         return self.arrived()
 
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """Push what is left; when all have, pull: the consensus is the server's W."""
-        for exchange in self.exchanges:
-            yield from self._push_all(exchange, replica, mail)
-        yield from self._rounds.agree(b"", what="all is pushed")
-        behind = list(self.exchanges)
-        while True:
-            for exchange in behind:
-                yield from self._pull(exchange, replica, mail)
-            newest, agreed = yield from self._newest()
-            if agreed:
-                break
-            behind = [x for x, most in zip(self.exchanges, newest, strict=True) if self._lags(x, most)]
-        self._images = yield from self._own_images(mail)
+        consensus = yield from self._meeting(replica, mail).consensus(replica, mail)
+        self._images = yield from self._own.images()
         self.period.pause()
-        return torch.cat([exchange.base for exchange in self.exchanges])
+        return consensus
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
         """What was pulled is the base of what comes."""
@@ -200,7 +182,7 @@ class AsyncGlobal(Algorithm):
         for exchange, version, step in zip(self.exchanges, state["versions"], state["steps"], strict=True):
             exchange.version, exchange.step, exchange.clean = version, step, self._step
         self._images = state["images"].clone()
-        self._rounds.carrier.post(self._rounds.carrier.me, Message(PUT, self._images))
+        self._own.put(self._images)
 
     # -- between two steps --------------------------------------------------------------------------------------------
 
@@ -214,8 +196,8 @@ class AsyncGlobal(Algorithm):
             mail.folded(letter)
         for exchange in self.exchanges:
             if self.owners.look(exchange.shard.number):
-                self._move(exchange, mail)
-        self._tell(mail)
+                self._move(exchange)
+        self._own.tell()
 
     def _is_due(self, exchange: Exchange) -> bool:
         """The first pushes of the shards are spread over a period, so that they do not all travel at once."""
@@ -239,85 +221,22 @@ class AsyncGlobal(Algorithm):
             self.period.fastest = letter.message.step
         self._arrivals += exchange.fold(letter, replica)
 
-    # -- who owns what ------------------------------------------------------------------------------------------------
-
-    def _move(self, exchange: Exchange, mail: Mail) -> None:
-        """A shard has a new owner. If it is this member, its service takes over; if it was, its service forgets."""
+    def _move(self, exchange: Exchange) -> None:
+        """A shard has a new owner."""
         number, before = exchange.shard.number, exchange.place
         exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
-        self._commands.append(Message(RETIRE, reference=before))
-        if exchange.owner == mail.me:
-            first = exchange.base.cpu().clone()
-            self._commands.append(Message(TAKE, first, version=exchange.version, reference=exchange.place))
+        self._own.moved(exchange, before)
 
-    def _tell(self, mail: Mail) -> None:
-        """Let the own service know what it cannot know by letters."""
-        known = mail.members(), _or_none(next_of(mail.me, mail.live()))
-        if known != self._told:
-            self._told = known
-            self._commands.append(Message(NEWS, torch.tensor(known[0], dtype=torch.int64), version=known[1]))
-        while self._commands and mail.post(mail.me, self._commands[0]):
-            self._commands.pop(0)
-
-    # -- meeting ------------------------------------------------------------------------------------------------------
-
-    def _answered(self, exchange: Exchange, replica: Replica, mail: Mail) -> Wait[None]:
-        """Until nothing of this shard is under way."""
-        self._pump(replica, mail)
-        while exchange.asked:
-            yield f"rank {exchange.owner}'s answer on shard {exchange.shard.number}"
-            self._pump(replica, mail)
-
-    def _push_all(self, exchange: Exchange, replica: Replica, mail: Mail) -> Wait[None]:
-        """Until everything that this member moved is in the server's weights, unrounded."""
-        yield from self._answered(exchange, replica, mail)
-        alone = mail.members() == (mail.me,)
-        if self.on_late == "wait":  # the others must hear that this member pauses
-            exchange.clean = min(exchange.clean, self._step - 1)
-        for _ in range(ALONE if alone else 1):
-            while exchange.clean < self._step:
-                self._push(exchange, replica, mail, LAST)
-                if not exchange.asked:
-                    yield f"rank {exchange.owner} to take the last of shard {exchange.shard.number}"
-                yield from self._answered(exchange, replica, mail)
-            if alone and not torch.equal(replica.flat[exchange.shard.part], exchange.base):
-                exchange.clean = self._step - 1
-
-    def _pull(self, exchange: Exchange, replica: Replica, mail: Mail) -> Wait[None]:
-        """The newest weights of a shard, unrounded."""
-        before = exchange.pulls
-        while exchange.pulls == before:
-            exchange.pull(mail, self._step)
-            if not exchange.asked:
-                yield f"rank {exchange.owner} to be asked for shard {exchange.shard.number}"
-            yield from self._answered(exchange, replica, mail)
-
-    def _newest(self) -> Wait[tuple[list[tuple[int, int]], bool]]:
-        """The newest place and version of each shard that anybody pulled, and whether all pulled those."""
-        mine = [(exchange.place, exchange.version) for exchange in self.exchanges]
-        word = ",".join(f"{place}:{version}" for place, version in mine)
-        words = yield from self._rounds.agree(word.encode(), what="the same weights")
-        read = [
-            [(int(p), int(v)) for p, v in (one.split(":") for one in w.decode().split(","))] for w in words.values()
-        ]
-        return [max(column) for column in zip(*read, strict=True)], len(set(words.values())) == 1
-
-    def _lags(self, exchange: Exchange, newest: tuple[int, int]) -> bool:
-        if exchange.place < newest[0]:
-            self.owners.doubt(exchange.shard.number)
-        return (exchange.place, exchange.version) < newest
-
-    def _own_images(self, mail: Mail) -> Wait[Tensor]:
-        """What the shards are that this member owns."""
-        while not mail.post(mail.me, Message(SHOW)):
-            yield "the own service to hear"
-        while not (letters := mail.take(SHOWN)):
-            yield "the own service to show its shards"
-        image = letters[0].message.body
-        assert image is not None  # bytes, if only none
-        copy = image.clone()
-        mail.folded(letters[0])
-        return copy
+    def _meeting(self, replica: Replica, mail: Mail) -> ServerMeeting:
+        return ServerMeeting(
+            self.exchanges,
+            self.owners,
+            self._rounds,
+            self._step,
+            pump=lambda: self._pump(replica, mail),
+            push=lambda exchange: self._push(exchange, replica, mail, LAST),
+            pausing=self.on_late == "wait",
+        )
 
     def _current_shrink(self) -> Shrink:
         return self.shrink
@@ -326,10 +245,6 @@ class AsyncGlobal(Algorithm):
 def perfect() -> float:
     """Every correction counts alike."""
     return 1.0
-
-
-def _or_none(rank: int | None) -> int:
-    return -1 if rank is None else rank
 
 
 def _check_late(max_delay: object, on_late: object) -> None:
