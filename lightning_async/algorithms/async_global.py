@@ -28,7 +28,7 @@ from lightning_async.algorithms.own_service import OwnService
 from lightning_async.algorithms.owners import Owners
 from lightning_async.algorithms.server_meeting import ServerMeeting
 from lightning_async.algorithms.shard_server import OnLate, Rules
-from lightning_async.algorithms.shard_service import ShardService
+from lightning_async.algorithms.shard_service import ShardService, next_of
 from lightning_async.algorithms.shards import (
     ANSWER,
     LAST,
@@ -109,14 +109,20 @@ class AsyncGlobal(Algorithm):
         for exchange in self.exchanges:
             exchange.belongs_to(self.owners.owner(exchange.shard.number), self.owners.place(exchange.shard.number))
         mine = {exchange.place: flat[exchange.shard.part] for exchange in self.exchanges if exchange.owner == mail.me}
-        mail.serve(SERVED, self._service(mail, mine))
+        behind = {
+            exchange.place: flat[exchange.shard.part]
+            for exchange in self.exchanges
+            if next_of(exchange.owner, mail.members()) == mail.me
+        }
+        mail.serve(SERVED, self._service(mail, mine, behind))
         self._own = OwnService(mail)
 
-    def _service(self, mail: Mail, mine: Mapping[int, Tensor]) -> ShardService:
+    def _service(self, mail: Mail, mine: Mapping[int, Tensor], behind: Mapping[int, Tensor]) -> ShardService:
         return ShardService(
             mail.me,
             mail.members(),
             mine,
+            behind,
             rules=self.rules,
             codec=self.codec,
             mirror_every=self.mirror_every,

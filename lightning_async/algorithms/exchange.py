@@ -20,7 +20,6 @@ from lightning_async.algorithms.shards import (
     MILLION,
     NOT_FINITE,
     NOT_HERE,
-    NOT_INCLUDED,
     PULL,
     PUSH,
     Shard,
@@ -59,7 +58,7 @@ class Exchange:
         self._unanswered = 0
         self._sent = 0
         self._moved_in = False
-        self._mine: list[tuple[int, int]] = []
+        self._mine: list[tuple[int, int, int]] = []  # steps, versions and samples of own arrivals
 
     def belongs_to(self, owner: int, place: int) -> None:
         """The shard has another owner: what was asked of the old one will not be answered."""
@@ -74,7 +73,7 @@ class Exchange:
         self, replica: Replica, mail: Mail, step: int, *, kind: int, micros: int, weight: Callable[[], int]
     ) -> None:
         """Push all that is not pushed; first find out about a push that was never answered. If it cannot go: later."""
-        if self._unanswered:
+        if self._moved_in:
             self.pull(mail, step)
             return
         if not mail.free(self.owner, kind):
@@ -91,7 +90,7 @@ class Exchange:
 
     def pull(self, mail: Mail, step: int) -> None:
         """Ask for the newest weights."""
-        if mail.post(self.owner, Message(PULL, step=step, echo=self._unanswered, reference=self.place)):
+        if mail.post(self.owner, Message(PULL, step=step, echo=0, reference=self.place)):
             self.asked = PULL
 
     # -- folding ------------------------------------------------------------------------------------------------------
@@ -108,7 +107,8 @@ class Exchange:
         assert m.kind == ANSWER  # and who owns the shard answers with its weights
         assert m.body is not None
         server = m.body.to(self.base.device, self.base.dtype)
-        included = asked != PULL or (self._unanswered > 0 and m.weight != NOT_INCLUDED)
+        lost = self._lost(letter) if asked == PULL and self._moved_in else []
+        included = asked != PULL or (self._unanswered > 0 and m.samples >= self._unanswered)
         seen = self._pushed.add_(self.base) if included else self._pushed.copy_(self.base)
         replica.shift(seen.neg_().add_(server), at=self.shard.begin)
         if m.weight == NOT_FINITE:
@@ -117,25 +117,26 @@ class Exchange:
             self.clean = self.step if self._exact else self.step - 1
         elif self._unanswered:
             self.samples += self._sent
-        arrivals = self._lost(letter) + ([self._arrival(letter)] if included else [])
+        arrivals = [self._arrival(letter, asked)] if included else []
         self.base.copy_(server)
         self.version, self._unanswered = m.version, 0
         self.pulls += asked == PULL
-        return arrivals
+        return lost + arrivals
 
-    def _arrival(self, letter: Letter) -> Arrival:
+    def _arrival(self, letter: Letter, asked: int) -> Arrival:
         m = letter.message
-        fate = {NOT_FINITE: Fate.REFUSED, 0: Fate.REFUSED, MILLION: Fate.FOLDED}.get(m.weight, Fate.SHRUNK)
+        said = MILLION if asked == PULL else m.weight
+        fate = {NOT_FINITE: Fate.REFUSED, 0: Fate.REFUSED, MILLION: Fate.FOLDED}.get(said, Fate.SHRUNK)
         at = max(0, m.version - 1)
-        base, factor = min(self.version, at), max(0, m.weight) / MILLION
-        self._mine = [*self._mine, (m.version, self._sent)][-REMEMBERED:]
+        base, factor = min(self.version, at), max(0, said) / MILLION
+        if factor > 0:
+            self._mine = [*self._mine, (self.step, m.version, self._sent)][-REMEMBERED:]
         return Arrival(letter.peer, base, base, at, letter.seconds, self._sent, factor, fate)
 
     def _lost(self, letter: Letter) -> list[Arrival]:
-        """A new owner began at an older version: own arrivals behind that are in nobody's weights."""
-        if not self._moved_in:
-            return []
-        self._moved_in, began = False, letter.message.samples
-        lost = [(version, samples) for version, samples in self._mine if version > began]
+        """A new owner's weights are older: own arrivals that are not in them are in nobody's."""
+        self._moved_in, m = False, letter.message
+        known = m.samples >= 0
+        lost = [one for one in self._mine if (one[0] > m.samples if known else one[1] > m.weight)]
         self._mine = [one for one in self._mine if one not in lost]
-        return [Arrival(letter.peer, v, began, v, letter.seconds, n, 0.0, Fate.LOST) for v, n in lost]
+        return [Arrival(letter.peer, v, min(v, m.version), v, letter.seconds, n, 0.0, Fate.LOST) for _, v, n in lost]

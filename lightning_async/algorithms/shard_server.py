@@ -55,7 +55,8 @@ class ShardServer:
         weights: W.
         members: The ranks that live.
         version: How many arrivals there were.
-        began: The version at which the present owner took over.
+        orphaned: The version at which it was begun anew from some member's weights, because nobody had its books; -1
+            otherwise: then `pushed` is complete.
         bases: The version that each member started from.
         pausing: The members that push nothing until all have met.
         pushed: The step of each member's last arrival.
@@ -70,7 +71,7 @@ class ShardServer:
     weights: Tensor
     members: tuple[int, ...]
     version: int = 0
-    began: int = 0
+    orphaned: int = -1
     bases: dict[int, int] = field(default_factory=dict)
     pausing: dict[int, int] = field(default_factory=dict)
     pushed: dict[int, int] = field(default_factory=dict)
@@ -122,9 +123,9 @@ class ShardServer:
         self.bases[peer] = self.version
         self.pausing.pop(peer, None)
 
-    def includes(self, peer: int, step: int) -> bool:
-        """Whether the push that a member made at this step is in these weights."""
-        return step > 0 and self.pushed.get(peer, 0) >= step
+    def newest(self, peer: int) -> int:
+        """The step of a member's newest push in these weights; 0: none, -1: not known."""
+        return self.pushed.get(peer, 0 if self.orphaned < 0 else -1)
 
     def hear(self, members: Iterable[int]) -> None:
         """Who lives."""
@@ -169,7 +170,7 @@ class ShardServer:
     def image(self) -> Tensor:
         """It as bytes: numbers, then the weights and what the outer rule remembers."""
         maps: list[Mapping[int, int]] = [self.bases, self.pausing, self.pushed, self.paces]
-        head = [self.version, self.began, self.outer.count, len(self.recent), *(len(one) for one in maps)]
+        head = [self.version, self.orphaned, self.outer.count, len(self.recent), *(len(one) for one in maps)]
         rows = [number for one in maps for pair in sorted(one.items()) for number in pair]
         whole = torch.tensor([*head, *self.counts.values(), *rows], dtype=torch.int64)
         recent = torch.tensor(self.recent, dtype=torch.float64)
@@ -178,7 +179,7 @@ class ShardServer:
     def become(self, image: Tensor) -> None:
         """Be what an image says."""
         head = _integers(image, 0, 8 + len(self.counts))
-        self.version, self.began, self.outer.count = head[:3]
+        self.version, self.orphaned, self.outer.count = head[:3]
         self.counts = dict(zip(self.counts, head[8:], strict=True))
         at, maps = 8 * len(head), []
         for length in head[4:8]:

@@ -22,12 +22,10 @@ from lightning_async.algorithms.shard_server import Rules, ShardServer
 from lightning_async.algorithms.shards import (
     ANSWER,
     LAST,
-    MILLION,
     MIRROR,
     MIRRORED,
     NEWS,
     NOT_HERE,
-    NOT_INCLUDED,
     PULL,
     PUSH,
     PUT,
@@ -67,6 +65,7 @@ class ShardService:
         me: The member.
         members: Who lives.
         owned: The first weights of the shards that it owns, by their places.
+        mirrored: The same of those whose first mirrors it holds.
         rules: How arrivals are treated.
         codec: How corrections and answers travel; between a member and its own service nothing is cut off.
         mirror_every: Arrivals between two mirrors; None: as many as there are members.
@@ -78,6 +77,7 @@ class ShardService:
         me: int,
         members: tuple[int, ...],
         owned: Mapping[int, Tensor],
+        mirrored: Mapping[int, Tensor],
         *,
         rules: Rules,
         codec: Codec,
@@ -89,6 +89,8 @@ class ShardService:
         self._next = next_of(me, members)
         self._mirrors: dict[int, tuple[int, Tensor]] = {}
         self.owned = {at: Owned(self._new(weights.clone())) for at, weights in owned.items()}
+        for at, weights in mirrored.items():
+            self._mirrors[shard_of(at)] = at, self._new(weights.clone()).image()
 
     def __call__(self, letter: Letter) -> Answers:
         """Do what the letter asks for."""
@@ -139,21 +141,25 @@ class ShardService:
         return not owned.server.must_wait(letter.message.version)
 
     def _pulled(self, letter: Letter) -> Answers:
-        owned, m = self.owned.get(letter.message.reference), letter.message
+        owned = self.owned.get(letter.message.reference)
         if owned is None:
             return [_not_here(letter)]
-        owned.server.handed_out(letter.peer)
-        said = MILLION if owned.server.includes(letter.peer, m.echo) else NOT_INCLUDED
-        return [_answer(letter, owned.server, owned.server.weights, said)]
+        server = owned.server
+        server.handed_out(letter.peer)
+        newest = server.newest(letter.peer)
+        return [_answer(letter, server, server.weights, max(0, server.orphaned), newest)]
 
     # -- mirrors ------------------------------------------------------------------------------------------------------
 
     def _mirror(self, owned: Owned, at: int) -> Answers:
-        every = self._every if self._every is not None else len(self._members)
-        if self._next is None or owned.travelling or owned.since < every:
+        if self._next is None or owned.travelling or owned.since < self._arrivals_per_mirror:
             return []
         owned.since, owned.travelling = 0, True
         return [(self._next, Message(MIRROR, owned.server.image(), version=owned.server.version, reference=at))]
+
+    @property
+    def _arrivals_per_mirror(self) -> int:
+        return len(self._members) if self._every is None else self._every
 
     def _keep(self, letter: Letter) -> Answers:
         m = letter.message
@@ -181,7 +187,7 @@ class ShardService:
             owned.held = [held for held in owned.held if held.peer in self._members]
             answers += self._let_go(owned)
             if self._next != before:  # the new one has no mirror yet
-                owned.travelling, owned.since = False, max(owned.since, self._every or len(self._members))
+                owned.travelling, owned.since = False, self._arrivals_per_mirror
                 answers += self._mirror(owned, at)
         return answers
 
@@ -189,14 +195,14 @@ class ShardService:
         m = letter.message
         assert m.body is not None  # the weights to begin with, where there is no mirror
         server = self._new(m.body.clone())
-        server.version = m.version
         mirror = self._mirrors.pop(shard_of(m.reference), None)
-        if mirror is not None:
+        if mirror is None:
+            server.version = server.orphaned = m.version
+        else:
             server.become(mirror[1])
         server.hear(self._members)
-        server.began = server.version
-        self.owned[m.reference] = Owned(server)
-        return []
+        self.owned[m.reference] = owned = Owned(server, since=self._arrivals_per_mirror)
+        return self._mirror(owned, m.reference)
 
     def _retire(self, letter: Letter) -> Answers:
         owned = self.owned.pop(letter.message.reference, None)
@@ -234,7 +240,7 @@ def next_of(me: int, ranks: Iterable[int]) -> int | None:
     return next((rank for rank in others if rank > me), others[0] if others else None)
 
 
-def _answer(letter: Letter, server: ShardServer, weights: Tensor, said: int) -> tuple[int, Message]:
+def _answer(letter: Letter, server: ShardServer, weights: Tensor, said: int, newest: int = 0) -> tuple[int, Message]:
     m = letter.message
     answer = Message(
         ANSWER,
@@ -242,7 +248,7 @@ def _answer(letter: Letter, server: ShardServer, weights: Tensor, said: int) -> 
         step=server.fastest,
         version=server.version,
         echo=m.step,
-        samples=server.began,
+        samples=newest,
         weight=said,
         reference=m.reference,
     )

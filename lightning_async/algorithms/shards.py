@@ -23,10 +23,11 @@ PUSH = FIRST_FREE_KIND
 LAST = FIRST_FREE_KIND + 1
 """The same, and then nothing until the members have met."""
 PULL = FIRST_FREE_KIND + 2
-"""To the owner: give me the weights, to the bit. echo: the number of a push whose answer never came, or 0."""
+"""To the owner: give me the weights, to the bit."""
 ANSWER = FIRST_FREE_KIND + 3
 """From the owner: weights. version: theirs; echo: the request's step; step: microseconds of the fastest member's step;
-samples: the version at which this generation began; weight: millionths by which the push counted, or a word below."""
+weight: millionths by which the push counted, or a word below. To a PULL, samples: the step of the newest own push in
+these weights (-1: not known); weight: all up to this version are in them, if that is not known."""
 MIRROR, MIRRORED = FIRST_FREE_KIND + 4, FIRST_FREE_KIND + 5
 """From the owner to the next member: all that the shard is. And back: it is here."""
 NEWS = FIRST_FREE_KIND + 6
@@ -39,8 +40,8 @@ SHOW, SHOWN, PUT = FIRST_FREE_KIND + 9, FIRST_FREE_KIND + 10, FIRST_FREE_KIND + 
 """From the member to its own service: what are our shards? The answer. And: they are this (a run that goes on)."""
 SERVED = (PUSH, LAST, PULL, MIRROR, MIRRORED, NEWS, TAKE, RETIRE, SHOW, PUT)
 
-NOT_HERE, NOT_FINITE, NOT_INCLUDED = -1, -2, -3
-"""Words in the place of a factor: this member does not own that; it was refused; that push is not in these weights."""
+NOT_HERE, NOT_FINITE = -1, -2
+"""Words in the place of a factor: this member does not own that; it was refused."""
 MILLION = 1_000_000
 
 
