@@ -5,7 +5,13 @@ Importing this package registers the strategies' names: `Trainer(strategy="gossi
 
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.callbacks import SpeedFaults
-from lightning_async.strategies import AsyncGlobalStrategy, AsyncStrategy, GossipRingStrategy, register
+from lightning_async.strategies import (
+    AsyncGlobalStrategy,
+    AsyncStrategy,
+    DelayedPipelineStrategy,
+    GossipRingStrategy,
+    register,
+)
 from lightning_async.version import __version__
 
 register()
@@ -14,6 +20,7 @@ __all__ = [
     "Arrival",
     "AsyncGlobalStrategy",
     "AsyncStrategy",
+    "DelayedPipelineStrategy",
     "Fate",
     "GossipRingStrategy",
     "SpeedFaults",
