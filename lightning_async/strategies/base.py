@@ -106,8 +106,8 @@ class AsyncStrategy(Shown):
         self.feeding = Feeding(balance)
         self.clock = Clock(self, meet_every)
         self.checkpoints = Checkpoints(self)
-        self.checkpoints.parts["progress"] = self.clock
         self.stepping, self.consensus, self.statistics = Stepping(self), Consensus(self), Statistics()
+        self.checkpoints.parts |= {"progress": self.clock, "stepping": self.stepping}
         self._garbage = Garbage()
         self._leash: compat.Leash | None = None
         self._metrics: LedMetrics | None = None
