@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lightning_async.data.balance import Incremental
@@ -76,7 +77,7 @@ class KeptShare(IncrementalShare):
 
     def left_out(self) -> list[Range]:
         """The positions that are nobody's in this epoch: their samples are not allotted yet."""
-        return joined((position, 1) for position in self._nobodys)
+        return joined((position, 1) for position in self._nobodys.tolist())
 
     def memory(self) -> dict[str, Tensor]:
         """The speeds, and who owns what."""
@@ -92,7 +93,7 @@ class KeptShare(IncrementalShare):
 
     def _forget(self, epoch: int) -> None:
         super()._forget(epoch)
-        self._nobodys: list[int] = []
+        self._nobodys = torch.empty(0, dtype=torch.int64)
 
     def _offer(self) -> None:
         members, own = self._desk.members(), self.partition
@@ -108,7 +109,7 @@ class KeptShare(IncrementalShare):
         self.partition.add(self.epoch, opening.seats)
         members = [rank for rank, _ in opening.seats]
         owners = positions_of(self.partition.owners(), self._items, opening.span, ())
-        self._nobodys = (owners == NOBODY).nonzero().reshape(-1).tolist()
+        self._nobodys = (owners == NOBODY).nonzero().reshape(-1)
         for first, amount in self._done:
             owners[first : first + amount] = NOBODY
         self._rest = numbers = ByOwner(owners, members, least=self._unit)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -142,7 +143,7 @@ def _make_up(groups: dict[int, Tensor], least: int) -> None:
 
 def positions_of(owners: Tensor, items: Sequence[object] | Tensor, span: int, done: Iterable[Range]) -> Tensor:
     """The owner of each of the first `span` positions; nobody's is what is done."""
-    if not isinstance(items, (Tensor, range)) and not all(isinstance(item, int) for item in islice(items, 1000)):
+    if not isinstance(items, (Tensor, range)) and not all(isinstance(item, Integral) for item in islice(items, 1000)):
         raise ValueError(
             "`partition='kept'` gives samples to members for good, and the sampler yields no indices of samples: use a "
             "DataLoader with a sampler of indices (no batch sampler of your own), or `partition='redrawn'`"

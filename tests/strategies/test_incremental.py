@@ -1,4 +1,4 @@
-"""A run with IDPA: a rank that is four times slower gets what it can do, and each sample is trained on once an epoch."""
+"""A run with IDPA: a rank four times slower gets what it can do, and each sample is trained on once an epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -65,9 +64,9 @@ def of_epoch(ends: list[dict[str, Any]], epoch: int) -> Counter[int]:
     return Counter(index for end in ends for index in end["seen"][epoch])
 
 
-@pytest.mark.parametrize("balance", ["incremental", Incremental(parts=4, nominal=[1, 1, 1, 0.25]), "probe"])
+@pytest.mark.parametrize("balance", ["incremental", Incremental(parts=4, nominal="probe")])
 def test_every_sample_once_an_epoch_and_a_slow_rank_gets_less(balance: Any) -> None:
-    ends = run(4, _fit, 4, Incremental(nominal="probe") if balance == "probe" else balance)
+    ends = run(4, _fit, 4, balance)
     assert all(end["weights"] == ends[0]["weights"] for end in ends[1:])
     for epoch in range(3):
         assert of_epoch(ends, epoch) == Counter(range(240))
@@ -98,19 +97,17 @@ def test_the_others_go_on_after_a_death(balance: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not go on to the bit", "ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 2), (2, 3)])
-@pytest.mark.parametrize("balance", ["incremental", KEPT])
+@pytest.mark.parametrize(
+    ("balance", "before", "after"), [("incremental", 2, 2), ("incremental", 2, 3), (KEPT, 2, 2), (KEPT, 3, 2)]
+)
 def test_a_resumed_run_knows_speeds_and_owners(balance: Any, before: int, after: int, tmp_path: Path) -> None:
     first = run(before, _fit, before, balance, 2, None, str(tmp_path))
     second = run(after, _fit, after, balance, 4, str(tmp_path / "it.ckpt"))
     assert of_epoch(second, 1) == Counter(range(240))
-    state = torch.load(tmp_path / "it.ckpt", weights_only=True)
-    assert len(str(state)) > 0
     if balance is KEPT:
         assert sum(of_epoch(first, 1).values()) == 160
-        if after <= before:
-            owned = {rank: set(end["owned"][-1]) for rank, end in enumerate(first)}
-            assert all(owned[rank] <= set(second[rank]["owned"][0]) for rank in range(after))
-    else:
+        owned = {rank: set(end["owned"][-1]) for rank, end in enumerate(first)}
+        assert all(owned[rank] <= set(second[rank]["owned"][0]) for rank in range(after))
+    elif after == before:
         slow = [len(end["seen"][0]) for end in second]
         assert slow[-1] < 0.8 * max(slow)
