@@ -1,40 +1,33 @@
-"""A share kept by a ledger: numbers that are this member's, handed out in that order, and completed in that order.
+"""A share kept by a ledger: positions are handed out as they were claimed, and completed as they were handed out.
 
-    offer the opening -> opened, first claim -> hand out, complete, fetch more, ... -> nothing more: closed
+    work (which numbers are mine)  --hand out-->  on their way  --completed-->  ledger
 
-Which numbers those are is said by the balance: `claim.py` draws them from a counter, `incremental.py` has them
-allotted. The numbers are those of the epoch's rest (`ranges.Rest`). Ledgers, notes and tickets go by numbers; what is
-handed out, and what is said to be done, are positions.
+The numbers are those of the epoch's rest: of all its positions, but for what an interrupted run has done of them. What
+is handed out, and what is said to be done, are positions.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Protocol
+from typing import Generic, TypeVar
 
-import torch
+from torch import Tensor
 
-from lightning_async.data.crew import Crew, Desk
+from lightning_async.data.crew import Desk
 from lightning_async.data.handed import Handed
-from lightning_async.data.ledger import Ledger, Note
-from lightning_async.data.opening import Opening, refuse_other_order, refuse_second_order, stamp, usable
+from lightning_async.data.ledger import Ledger
+from lightning_async.data.opening import Opening, refuse_second_order, stamp, usable
 from lightning_async.data.order import Items
 from lightning_async.data.pace import Pace
 from lightning_async.data.ranges import Range, Rest, each, joined
+from lightning_async.data.work import Work
 from lightning_async.transport.mail import Wait
 
-
-class Numbered(Protocol):
-    """The positions of an epoch under the numbers by which they are shared out."""
-
-    def positions(self, first: int, amount: int) -> Iterable[Range]:
-        """The positions that have the `amount` numbers from `first` on."""
+W = TypeVar("W", bound=Work)
 
 
-class LedgerShare:
-    """One member's share of one epoch at a time; where its numbers come from is left to subclasses.
+class LedgerShare(Generic[W]):
+    """One member's share of one epoch at a time; by which rule it gets its numbers is said by subclasses.
 
     Args:
         desk: The board and who is there.
@@ -50,12 +43,8 @@ class LedgerShare:
         self._batch = batch
         self._drop_last = drop_last
         self._pace = pace
-        self._order = (0, 0)
-        self._done: tuple[Range, ...] = ()
-        self._opening = Opening(0, 0, 0, 0)
-        self._rest: Numbered = Rest(0)
-        self._crew: Crew | None = None
-        self._forget(-1)
+        self._work: W
+        self._open(-1, Opening(0, 0, 0, 0), order=(0, 0), done=(), items=())
 
     @property
     def epoch(self) -> int:
@@ -63,9 +52,19 @@ class LedgerShare:
         return self.ledger.epoch
 
     @property
+    def ledger(self) -> Ledger:
+        """What this member claimed and completed of the epoch."""
+        return self._work.ledger
+
+    @property
     def outstanding(self) -> int:
         """Samples handed out and not completed: in workers, prefetched, or being trained on."""
         return self._handed.outstanding
+
+    @property
+    def repeated(self) -> int:
+        """Samples this member took over from the dead, who may have trained on some of them."""
+        return self._work.repeated
 
     @property
     def rate(self) -> float:
@@ -75,7 +74,7 @@ class LedgerShare:
     @property
     def dry(self) -> bool:
         """Whether this member takes no more work in this epoch and has trained on all it took."""
-        return self._closed and not self.outstanding
+        return self._work.closed and not self.outstanding
 
     def begin_epoch(
         self,
@@ -94,13 +93,12 @@ class LedgerShare:
         if epoch == self.epoch:
             refuse_second_order(epoch, self._order, (total, digest))
             return
-        members = self._desk.members()
         span = total if limit is None else min(limit, total)
-        used = self._usable(len(Rest(span, done)), len(members), resumed=bool(done))
-        self._forget(epoch)
-        self._order, self._done = (total, digest), tuple(done)
-        self._opening = Opening(total, span, used, stamp(digest, done))
-        self._offer()
+        used = self._usable(len(Rest(span, done)), len(self._desk.members()), resumed=bool(done))
+        opening = Opening(total, span, used, stamp(digest, done))
+        items = range(total) if items is None else items
+        self._open(epoch, opening, order=(total, digest), done=tuple(done), items=items)
+        self._work.offer()
 
     def rewind(self) -> None:
         """Hand out again what was handed out and not completed."""
@@ -108,9 +106,9 @@ class LedgerShare:
 
     def next_batch(self, size: int) -> Wait[list[int] | None]:
         """The next at most `size` positions; None when this member has no more work in this epoch."""
-        yield from self._open()
-        while self._held < size and not self._closed:
-            more = yield from self._fetch(size)
+        yield from self._work.open()
+        while self._work.held < size and not self._work.closed:
+            more = yield from self._work.fetch(size)
             if not more:
                 break
         return self._hand_out(size)
@@ -120,10 +118,10 @@ class LedgerShare:
         samples = self._handed.trained(samples)
         self.ledger.complete(samples)
         self._pace.completed(samples, self._desk.now())
-        self._look()
-        if self._closed and not self.outstanding:
+        self._work.look()
+        if self.dry:
             self._pace.stop()
-        self._ask_ahead()
+        self._work.ask_ahead()
         return samples
 
     def done(self) -> list[Range]:
@@ -134,135 +132,60 @@ class LedgerShare:
         """The positions that are nobody's in this epoch."""
         return []
 
-    def abandoned(self) -> int:
-        """Samples of the epoch that nobody trained on, by all notes; too many as long as not `settled`.
+    def expected_batches(self) -> int:
+        """How many batches this member will probably have trained on at the end of the epoch."""
+        return self._work.expected_batches()
 
-        Nothing is left over while nobody died.
-        """
-        if self._crew is None or not self._crew.dead():
-            return 0
-        self._crew.listen()
-        return max(0, self._opening.used - self._crew.completed() - self.dropped)
+    def abandoned(self) -> int:
+        """Samples of the epoch that nobody trained on, by all notes; too many as long as not `settled`."""
+        return max(0, self._work.left_over() - self.dropped)
 
     def settled(self) -> bool:
         """Whether every living member is known to have ended the epoch."""
-        if self._crew is None:
-            return False
-        self._crew.listen()
-        return self._closed and not self.outstanding and self._crew.ended()
+        return self.dry and self._work.others_ended()
 
-    def memory(self) -> dict[str, torch.Tensor]:
+    def memory(self) -> dict[str, Tensor]:
         """What the next run may use of this one, whatever the epoch."""
         return {}
 
-    def recall(self, memory: dict[str, torch.Tensor]) -> None:
+    def recall(self, memory: dict[str, Tensor]) -> None:
         """Use it. Before the first epoch."""
 
-    # ---- what a balance says
+    # -- one epoch -----------------------------------------------------------------------------------------------------
 
-    def _offer(self) -> None:
-        """Propose the opening, once, as soon as that can be done."""
+    def _begun(self, epoch: int, opening: Opening, *, done: Sequence[Range], items: Items) -> W:
+        """The work of an epoch that is about to open."""
         raise NotImplementedError
 
-    def _opened(self, opening: Opening) -> None:
-        """All agreed on this opening: claim this member's first numbers."""
-        self._opening, self._rest = opening, Rest(opening.span, self._done)
-        self._crew = Crew(self._desk, self.epoch, opening)
-
-    def _fetch(self, size: int) -> Wait[bool]:
-        """Wait for more numbers; False when there are none for this member."""
-        raise NotImplementedError
-
-    def _ask_ahead(self) -> None:
-        """Ask for more before it is needed; never waits."""
-        raise NotImplementedError
-
-    @property
-    def _reach(self) -> int:
-        """The end of this member's claims from the epoch's own pool, if there is one."""
-        return 0
-
-    # ---- one epoch
-
-    def _forget(self, epoch: int) -> None:
-        self.ledger = Ledger(epoch)
+    def _open(
+        self, epoch: int, opening: Opening, *, order: tuple[int, int], done: tuple[Range, ...], items: Items
+    ) -> None:
         self.dropped = 0
+        self._order = order
         self._handed = Handed()
-        self._closed = self._offered = False
-        self._rest, self._crew = Rest(0), None
+        self._work = self._begun(epoch, opening, done=done, items=items)
 
     def _usable(self, left: int, members: int, *, resumed: bool) -> int:
         """How many of the numbers are handed out."""
-        unit = self._unit
+        unit = self._batch if self._drop_last else 1
         if resumed or left >= members * unit:
             return usable(left, members=members, unit=unit)
         if not self._drop_last:
             raise ValueError(f"{left} samples cannot be shared by {members} members: each needs at least one")
         return 0
 
-    @property
-    def _unit(self) -> int:
-        return self._batch if self._drop_last else 1
-
-    def _first(self, members: int) -> int:
-        """The samples that every member has for certain."""
-        used = self._opening.used
-        return max(1, min(self._batch, used // members)) if used else 0
-
-    def _propose(self, seats: Iterable[Range]) -> None:
-        self._offered = True
-        self._opening = replace(self._opening, seats=tuple(seats))
-        self._desk.propose(self._key("open"), self._opening.pack())
-
     def _positions(self, numbers: Iterable[Range]) -> list[Range]:
-        return [part for first, amount in numbers for part in self._rest.positions(first, amount)]
-
-    def _key(self, what: str) -> str:
-        return f"data/{what}/{self.epoch}"
-
-    def _open(self) -> Wait[None]:
-        """Learn what was decided about this epoch and take the first numbers."""
-        while self._crew is None:
-            if not self._offered:
-                self._offer()
-            value = self._desk.decided(self._key("open"))
-            if value is None:
-                yield f"the opening of epoch {self.epoch}"
-                continue
-            opening = Opening.unpack(value)
-            refuse_other_order(self.epoch, self._opening, opening)
-            self._opened(opening)
-            self._look()
-
-    @property
-    def _held(self) -> int:
-        return self.ledger.outstanding - self.outstanding
+        return [part for numbered in numbers for part in self._work.numbers.positions(*numbered)]
 
     def _hand_out(self, size: int) -> list[int] | None:
-        amount = min(size, self._held)
+        work = self._work
+        amount = min(size, work.held)
         if amount == 0 or (self._drop_last and amount < size):
-            self.dropped += 0 if self._closed else amount
-            self._close()
+            self.dropped += 0 if work.closed else amount
+            work.close()
             return None
         batch = each(self._positions(self.ledger.ahead(self.outstanding, amount)))
         self._handed.give(amount)
         self._pace.start(self._desk.now())
-        self._ask_ahead()
+        work.ask_ahead()
         return batch
-
-    def _close(self) -> None:
-        self._closed = True
-        self._look()
-
-    def _look(self) -> None:
-        """Hear the others, and let them know."""
-        if self._crew is None:
-            return
-        open_ranges, done, claimed = tuple(self.ledger.unfinished()), self.ledger.completed, self.ledger.claimed
-        note = Note(self.epoch, self._batch, self._pace.rate, self._closed, done, claimed, self._reach, open_ranges)
-        self._desk.publish(note.pack())
-        self._crew.listen()
-
-    def _equal_part(self) -> int:
-        """The batches of an equal part, while nothing better is known."""
-        return math.ceil(self._opening.used / max(1, len(self._desk.members())) / self._batch)

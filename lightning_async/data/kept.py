@@ -12,22 +12,63 @@ same way, from the next epoch on; in the epoch of its death it is drawn by those
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_async.data.allotting import Parts
 from lightning_async.data.balance import Incremental
 from lightning_async.data.crew import Crew, Desk
-from lightning_async.data.incremental import IncrementalShare
+from lightning_async.data.incremental import AllottedShare
 from lightning_async.data.opening import Opening
 from lightning_async.data.order import Items
 from lightning_async.data.partition import NOBODY, ByOwner, Partition, positions_of
 from lightning_async.data.ranges import Range, joined
 
 
-class KeptShare(IncrementalShare):
+class KeptParts(Parts):
+    """What one member owns of one epoch: all at once, when it is known who owns what.
+
+    Args:
+        partition: Who owned what in the epoch before; this epoch's part is added to it.
+        items: What the positions stand for.
+        least: Samples that every member must have.
+        rest: See `Parts`.
+    """
+
+    def __init__(self, *place: Any, partition: Partition, items: Items, least: int, **rest: Any) -> None:
+        super().__init__(*place, **rest)
+        self.nobodys = torch.empty(0, dtype=torch.int64)
+        self._partition, self._items, self._least = partition, items, least
+
+    def seats(self) -> Iterable[Range] | None:
+        """What each is to own besides: a part, once an epoch, and what those had that are gone."""
+        members, own = self._desk.members(), self._partition
+        if self._speeds.missing(members):
+            return None
+        more = own.epoch < self.ledger.epoch
+        new = self._part_of(own.size, given=own.given, members=len(members)) if more else 0
+        freed = sum(amount for _, amount in own.freed(members))
+        least = self._batch if not own.given else 0
+        return self._sizes(members, new + freed, own.kept(members), least=least)
+
+    def opened(self, opening: Opening) -> None:
+        """Add it, and number the epoch's positions member by member."""
+        self._partition.add(self.ledger.epoch, opening.seats)
+        owners = positions_of(self._partition.owners(), self._items, opening.span)
+        self.nobodys = (owners == NOBODY).nonzero().reshape(-1)
+        for first, amount in self._done:
+            owners[first : first + amount] = NOBODY
+        self.numbers = numbers = ByOwner(owners, [rank for rank, _ in opening.seats], least=self._least)
+        self.opening = replace(opening, used=len(numbers), seats=numbers.seats)
+        self._crew = Crew(self._desk, self.ledger.epoch, self.opening)
+        self._enter(numbers.seats)
+
+
+class KeptShare(AllottedShare[KeptParts]):
     """One member's share of every epoch: the samples it owns.
 
     Args:
@@ -56,28 +97,13 @@ class KeptShare(IncrementalShare):
         self.partition = Partition(size)
         super().__init__(desk, knobs, batch=batch, drop_last=drop_last, probe=probe)
 
-    def begin_epoch(
-        self,
-        epoch: int,
-        *,
-        total: int,
-        digest: int = 0,
-        done: Sequence[Range] = (),
-        limit: int | None = None,
-        items: Items | None = None,
-    ) -> None:
-        """Open `epoch`; `items` says which sample each position stands for."""
-        if epoch != self.epoch:
-            self._items: Items = range(total) if items is None else items
-        super().begin_epoch(epoch, total=total, digest=digest, done=done, limit=limit)
-
     def samples(self) -> Tensor:
         """The samples that this member owns by now, by their index in the data set."""
         return self.partition.samples(self._desk.me)
 
     def left_out(self) -> list[Range]:
         """The positions that are nobody's in this epoch: their samples are not allotted yet."""
-        return joined((position, 1) for position in self._nobodys.tolist())
+        return joined((position, 1) for position in self._work.nobodys.tolist())
 
     def memory(self) -> dict[str, Tensor]:
         """The speeds, and who owns what."""
@@ -89,30 +115,18 @@ class KeptShare(IncrementalShare):
         if "partition" in memory:
             self.partition.load_state_dict(memory)
 
-    # ---- one epoch
-
-    def _forget(self, epoch: int) -> None:
-        super()._forget(epoch)
-        self._nobodys = torch.empty(0, dtype=torch.int64)
-
-    def _offer(self) -> None:
-        members, own = self._desk.members(), self.partition
-        if self._speeds.missing(members):
-            return
-        more = own.epoch < self.epoch
-        new = self._part_of(own.size, given=own.given, members=len(members)) if more else 0
-        freed = sum(amount for _, amount in own.freed(members))
-        least = self._batch if not own.given else 0
-        self._propose(self._sizes(members, new + freed, own.kept(members), least=least))
-
-    def _opened(self, opening: Opening) -> None:
-        self.partition.add(self.epoch, opening.seats)
-        members = [rank for rank, _ in opening.seats]
-        owners = positions_of(self.partition.owners(), self._items, opening.span, ())
-        self._nobodys = (owners == NOBODY).nonzero().reshape(-1)
-        for first, amount in self._done:
-            owners[first : first + amount] = NOBODY
-        self._rest = numbers = ByOwner(owners, members, least=self._unit)
-        self._opening = replace(opening, used=len(numbers), seats=numbers.seats)
-        self._crew = Crew(self._desk, self.epoch, self._opening)
-        self._enter(self._opening.seats)
+    def _begun(self, epoch: int, opening: Opening, *, done: Sequence[Range], items: Items) -> KeptParts:
+        return KeptParts(
+            self._desk,
+            epoch,
+            opening,
+            done=done,
+            batch=self._batch,
+            pace=self._pace,
+            handed=self._handed,
+            speeds=self._speeds,
+            count=self._knobs.parts,
+            partition=self.partition,
+            items=items,
+            least=self._batch if self._drop_last else 1,
+        )

@@ -141,14 +141,11 @@ def _make_up(groups: dict[int, Tensor], least: int) -> None:
             groups[rank] = torch.cat([groups[rank], found])
 
 
-def positions_of(owners: Tensor, items: Sequence[object] | Tensor, span: int, done: Iterable[Range]) -> Tensor:
-    """The owner of each of the first `span` positions; nobody's is what is done."""
+def positions_of(owners: Tensor, items: Sequence[object] | Tensor, span: int) -> Tensor:
+    """The owner of each of the first `span` positions of an order."""
     if not isinstance(items, (Tensor, range)) and not all(isinstance(item, Integral) for item in islice(items, 1000)):
         raise ValueError(
             "`partition='kept'` gives samples to members for good, and the sampler yields no indices of samples: use a "
             "DataLoader with a sampler of indices (no batch sampler of your own), or `partition='redrawn'`"
         )
-    found = owners[torch.as_tensor(items[:span], dtype=torch.int64)]
-    for first, amount in done:
-        found[first : first + amount] = NOBODY
-    return found
+    return owners[torch.as_tensor(items[:span], dtype=torch.int64)]

@@ -108,10 +108,10 @@ def test_every_member_has_the_least() -> None:
 
 def test_positions_go_by_their_samples() -> None:
     owners = torch.tensor([0, 1, 0, 1, NOBODY], dtype=torch.int32)
-    assert positions_of(owners, [3, 3, 0, 4, 1], 5, ()).tolist() == [1, 1, 0, NOBODY, 1]
-    assert positions_of(owners, range(5), 3, [(1, 1)]).tolist() == [0, NOBODY, 0]
+    assert positions_of(owners, [3, 3, 0, 4, 1], 5).tolist() == [1, 1, 0, NOBODY, 1]
+    assert positions_of(owners, range(5), 3).tolist() == [0, 1, 0]
 
 
 def test_what_is_no_index_is_refused() -> None:
     with pytest.raises(ValueError, match="`partition='kept'` gives samples to members for good"):
-        positions_of(torch.tensor([0]), [[0, 1], [2]], 2, ())
+        positions_of(torch.tensor([0]), [[0, 1], [2]], 2)
