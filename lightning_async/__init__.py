@@ -5,6 +5,7 @@ Importing this package registers the strategies' names: `Trainer(strategy="gossi
 
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.callbacks import SpeedFaults
+from lightning_async.data.balance import Incremental
 from lightning_async.strategies import (
     AsyncGlobalStrategy,
     AsyncStrategy,
@@ -23,6 +24,7 @@ __all__ = [
     "DelayedPipelineStrategy",
     "Fate",
     "GossipRingStrategy",
+    "Incremental",
     "SpeedFaults",
     "__version__",
 ]
