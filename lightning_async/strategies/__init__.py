@@ -6,8 +6,9 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.gossip_ring import GossipRingStrategy
+from lightning_async.strategies.lazy_sign import LazySignStrategy
 
-STRATEGIES: tuple[type[AsyncStrategy], ...] = (GossipRingStrategy,)
+STRATEGIES: tuple[type[AsyncStrategy], ...] = (GossipRingStrategy, LazySignStrategy)
 
 
 def register() -> None:
@@ -20,4 +21,4 @@ def register() -> None:
                 StrategyRegistry.register(name, strategy, f"{summary} ({method})", start_method=method)
 
 
-__all__ = ["AsyncStrategy", "GossipRingStrategy", "register"]
+__all__ = ["AsyncStrategy", "GossipRingStrategy", "LazySignStrategy", "register"]
