@@ -297,6 +297,23 @@ class LazySign(Algorithm):
         self._notices.load_state_dict(state["notices"])
         self.trigger.load_state_dict(state["trigger"])
 
+    def inherit(self, replica: Replica, states: Iterable[Mapping[str, Any]], *, world: int) -> None:
+        """Take over what ranks of a run with `world` members had not sent: the mean over all of it stays what it was.
+
+        Called after `begin`, in the place of `load_state_dict`. With `innovation` nothing is held back: all begin anew.
+        """
+        for state in states:
+            if state.get("rule") != self.rule or "rest" not in state or self.rule == "innovation":
+                continue
+            rest, served = state["rest"], state["exchange"]
+            all_of_it = rest / world
+            if (slice_ := served.get("rest")) is not None:
+                all_of_it[served["base"] : served["base"] + slice_.numel()] += slice_
+            if not self._alone:
+                self._rest.vector.add_(all_of_it.to(self._rest.vector), alpha=len(self._members))
+            elif self.compress == "update":
+                replica.shift(all_of_it.to(replica.flat))
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _new_exchange(self, replica: Replica, flat: Tensor) -> Exchange:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import timedelta
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -21,6 +22,8 @@ from lightning_async.algorithms.signs import BLOCK
 from lightning_async.progress.report import Wish
 from lightning_async.strategies.base import AsyncStrategy, StartMethod
 from lightning_async.strategies.buffers import Buffers
+from lightning_async.strategies.inheritance import heirlooms
+from lightning_async.strategies.resuming import KEY
 
 
 class LazySignStrategy(AsyncStrategy):
@@ -143,6 +146,7 @@ class LazySignStrategy(AsyncStrategy):
             precision_plugin=precision_plugin,
         )
         self.exact = tuple(exact)
+        self._heirlooms: tuple[list[dict[str, Any]], int] = ([], 1)
 
     def setup(self, trainer: Trainer) -> None:
         """Refuse what a rank's gradients cannot be exchanged with."""
@@ -158,6 +162,16 @@ class LazySignStrategy(AsyncStrategy):
         names = {id(p): name for name, p in self.trainer.lightning_module.named_parameters()}
         self.algorithm.travels_whole = lambda parameter: _matches(names.get(id(parameter), ""), self.exact)
         super().on_train_start()
+        states, world = self._heirlooms
+        self.algorithm.inherit(self.replica, states, world=world)
+        self._heirlooms = ([], 1)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
+        """Where another number of ranks saved it, what they had not sent yet falls to these."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
+        if self.trainer.state.fn == TrainerFn.FITTING and KEY in checkpoint:
+            self._heirlooms = (heirlooms(self, checkpoint_path, checkpoint), checkpoint[KEY]["world"])
+        return checkpoint
 
     def meet(self) -> Wish:
         """Before the roll call, which waits for all, those who would wait for this rank's next step hear of its end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_async.transport.virtual import VirtualCluster
 from tests.algorithms.sign_twin import Twin
 from tests.algorithms.sign_twin import train as train_twin
-from tests.algorithms.sign_world import Member, members, on_real_links, on_virtual, quadratic
+from tests.algorithms.sign_world import Member, life, members, on_real_links, on_virtual, quadratic
 
 RULES = ["always", "accumulate", "periodic", "paper", "innovation"]
 KEEPING = ["always", "accumulate", "periodic"]
@@ -66,14 +68,11 @@ def test_weights_are_the_same_on_all_ranks_after_every_step(rule: str, form: str
         assert all(torch.equal(a, b) for a, b in zip(m.weights, some[0].weights, strict=True))
 
 
-@pytest.mark.parametrize("carrier", ["virtual", "real"])
+@pytest.mark.parametrize(("carrier", "ahead"), [("virtual", 0), ("virtual", 1), ("virtual", 2), ("real", 1)])
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_the_twin_takes_the_same_path(rule: str, form: str, carrier: str, ahead: int) -> None:
-    if carrier == "real" and ahead != 1:
-        pytest.skip("once is enough where time is real")
-    n, steps = 3, 50
+    n, steps = 3, 30
     knobs: dict[str, Any] = {"rule": rule, "history": 5, "max_skip": 3, "ahead": ahead, "threshold": 0.6}
     some = members(n, [(D,)], form=form, **SMALL, **knobs)
     gradient, _ = quadratic(n, D, noise=0.3)
@@ -151,20 +150,22 @@ def test_no_rank_is_silent_for_longer_than_max_skip(rule: str) -> None:
 # -- convergence -------------------------------------------------------------------------------------------------------
 
 
-def test_innovation_converges_linearly() -> None:
-    some = members(4, [(D,)], rule="innovation", history=5, max_skip=20, threshold=0.3, form="slices", **SMALL)
-    gradient, best = quadratic(4, D)
-    on_virtual(some, gradient, steps=900)
-    assert (some[0].flat() - best).norm() < 1e-12 * best.norm() * 10
-    fired = some[0].algorithm.trigger.fired
-    assert fired["skipped"] > 0
+@pytest.mark.parametrize(("form", "steps"), [("gather", 300), ("slices", 400)])
+def test_innovation_converges_linearly(form: str, steps: int) -> None:
+    """To the last bits of double precision, at a constant learning rate, with ranks that differ and stay silent."""
+    knobs = {"rule": "innovation", "history": 5, "max_skip": 20, "threshold": 0.3, "block": 8, "min_size": 0}
+    some = members(3, [(D,)], form=form, **knobs)
+    gradient, best = quadratic(3, D)
+    on_virtual(some, gradient, steps=steps, lr=lambda k: 0.2)
+    assert (some[0].flat() - best).norm() < 1e-12 * best.norm()
+    assert some[0].algorithm.trigger.fired["skipped"] > steps / 10
 
 
 def test_signs_with_feedback_come_close_where_the_ranks_differ() -> None:
     some = members(4, [(D,)], **SMALL)
     gradient, best = quadratic(4, D)
-    on_virtual(some, gradient, steps=400, lr=lambda k: 0.3 / (1 + k / 20))
-    assert (some[0].flat() - best).norm() < 0.03 * best.norm()
+    on_virtual(some, gradient, steps=150, lr=lambda k: 0.5 / (1 + k / 10))
+    assert (some[0].flat() - best).norm() < 0.05 * best.norm()
 
 
 def test_the_counter_example_to_signs_without_feedback() -> None:
@@ -175,10 +176,85 @@ def test_the_counter_example_to_signs_without_feedback() -> None:
 
     def gradient(rank: int, k: int, w: Tensor) -> Tensor:
         rare = torch.rand(8, generator=torch.Generator().manual_seed(k), dtype=torch.float64) < 0.25
-        return torch.where(rare, 4.0, -1.0)
+        return torch.where(rare, 4.0, -1.0).double()
 
     assert sum(gradient(0, k, torch.zeros(8)).sign().mean() for k in range(400)) < -100  # its signs point uphill
     some = members(2, [(8,)], block=8, min_size=0)
     start = some[0].flat()
     on_virtual(some, gradient, steps=400, lr=lambda k: 0.01)
     assert (some[0].flat() - start).mean() < -0.7
+
+
+# -- silence costs no wait ---------------------------------------------------------------------------------------------
+
+ROUND_TRIP = 0.05
+
+
+@pytest.mark.parametrize(
+    ("knobs", "step"),
+    [
+        ({"rule": "periodic"}, 0.001),
+        ({"rule": "accumulate", "ahead": 1}, 0.03),
+        ({"rule": "accumulate", "ahead": 6}, 0.005),
+        ({"rule": "paper", "ahead": 1}, 0.03),
+        ({"rule": "innovation", "ahead": 1}, 0.03),
+    ],
+)
+def test_a_round_in_which_nobody_sends_costs_no_wait(knobs: dict[str, Any], step: float) -> None:
+    """A message takes 25 ms: a silent round takes no longer than its computing, one that is sent two messages more."""
+    max_skip, history = 7, 6
+    some = members(3, [(D,)], form="slices", max_skip=max_skip, history=history, threshold=1e30, **SMALL, **knobs)
+    wires = {"latency": ROUND_TRIP / 2, "jitter": 0.0}
+    on_virtual(some, quadratic(3, D)[0], steps=80, seconds=lambda me, k: step, cluster=wires)
+    for m in some:
+        took = [b - a for a, b in itertools.pairwise(m.times[history:-1])]
+        silent = [seconds for seconds in took if seconds < step + 1e-9]
+        sent = [seconds for seconds in took if seconds >= step + 1e-9]
+        assert len(silent) >= len(took) * max_skip // (max_skip + 1) - 1
+        assert max(sent) <= step + ROUND_TRIP + 1e-6
+
+
+def test_without_notice_every_round_waits_for_a_word() -> None:
+    some = members(3, [(D,)], rule="accumulate", ahead=0, threshold=1e30, history=1, **SMALL)
+    wires = {"latency": ROUND_TRIP / 2, "jitter": 0.0}
+    on_virtual(some, quadratic(3, D)[0], steps=20, seconds=lambda me, k: 0.03, cluster=wires)
+    assert min(b - a for a, b in itertools.pairwise(some[0].times[:-1])) > 0.03 + 0.9 * ROUND_TRIP / 2
+
+
+def test_a_jitter_of_links_changes_no_weights() -> None:
+    ends = []
+    for seed in range(3):
+        some = members(3, [(D,)], rule="accumulate", history=3, threshold=0.5, **SMALL)
+        wires = {"latency": 0.02, "jitter": 5.0, "seed": seed, "bandwidth": 1e5}
+        on_virtual(some, quadratic(3, D, noise=0.3)[0], steps=40, cluster=wires)
+        ends.append(some[0].flat())
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+# -- those who end early or die ----------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_ends_early_stops_the_others_with_a_sentence() -> None:
+    some, gradient = members(3, [(D,)], **SMALL), quadratic(3, D)[0]
+    virtual = VirtualCluster(3, patience=5.0)
+    lives = {c.me: life(some[c.me], c, gradient, steps=20 - 5 * (c.me == 1)) for c in virtual.carriers}
+    with pytest.raises(RuntimeError, match=r"rank 1 has no more batches.*balance='equal'"):
+        virtual.run(lives)
+
+
+def test_silent_ranks_that_meet_after_different_rounds_are_told() -> None:
+    some, gradient = members(2, [(D,)], rule="periodic", max_skip=50, **SMALL), quadratic(2, D)[0]
+    virtual = VirtualCluster(2, patience=5.0)
+    lives = {c.me: life(some[c.me], c, gradient, steps=20 + c.me) for c in virtual.carriers}
+    with pytest.raises(RuntimeError, match=r"different numbers of rounds \(rank 0 after 20, rank 1 after 21\)"):
+        virtual.run(lives)
+
+
+@pytest.mark.parametrize("rule", ["always", "accumulate"])
+def test_a_rank_that_dies_stops_the_others_with_a_sentence(rule: str) -> None:
+    some, gradient = members(3, [(D,)], rule=rule, **SMALL), quadratic(3, D)[0]
+    virtual = VirtualCluster(3, patience=5.0)
+    virtual.kill(2, at=0.3)
+    with pytest.raises(RuntimeError, match="rank 2 is gone, and lazy_sign cannot go on without it"):
+        virtual.run({c.me: life(some[c.me], c, gradient, steps=200) for c in virtual.carriers})

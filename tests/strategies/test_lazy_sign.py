@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_async import LazySignStrategy
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
+from tests.strategies.resumable import Draws, Saves, samples, seed
+from tests.strategies.resumable import held_out as held_out_samples
 
 
 class Plain(Lit):
@@ -245,3 +248,36 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(MisconfigurationException, match=sentence):
         trainer(1, strategy=LazySignStrategy(**knobs), **options).fit(module(), loader(), held_out())
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def _through(n: int, knobs: dict[str, Any], path: str, resume: bool) -> Any:
+    """The losses from the save on and the end, of a run that goes through or of one that begins there."""
+    seed()
+    lit, save = Draws(), Saves(path, "batch", epoch=1, batch=4)
+    t = trainer(n, strategy=LazySignStrategy(**knobs), max_epochs=3, callbacks=[save])
+    seen: list[float] = []
+    begin = t.strategy.on_train_start
+    t.strategy.on_train_start = lambda: (begin(), seen.append(float(t.strategy.algorithm._rest.vector.norm())))[0]
+    t.fit(lit, samples(), held_out_samples(), ckpt_path=path if resume else None)
+    return lit.losses if resume else lit.losses[save.losses :], weights(lit), seen[0]
+
+
+@pytest.mark.parametrize("rule", ["always", "accumulate", "innovation"])
+def test_a_resumed_run_continues_as_if_it_had_not_stopped(rule: str, tmp_path: Path) -> None:
+    path, knobs = str(tmp_path / "x.ckpt"), {**SIGNS, "rule": rule, "form": "slices"}
+    through, resumed = run(2, _through, 2, knobs, path, False), run(2, _through, 2, knobs, path, True)
+    for one, other in zip(through, resumed, strict=True):
+        assert len(one[0]) > 5
+        assert one[:2] == other[:2]
+
+
+@pytest.mark.filterwarnings("ignore:.*the run does not go on to the bit")
+def test_a_resumed_run_with_more_ranks_takes_over_what_was_held_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    run(2, _through, 2, SIGNS, path, False)
+    ends = run(3, _through, 3, SIGNS, path, True)
+    assert [end[2] > 0 for end in ends] == [True, True, False]
+    assert ends[0][1] == ends[1][1] == ends[2][1]
