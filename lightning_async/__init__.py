@@ -11,6 +11,7 @@ from lightning_async.strategies import (
     AsyncStrategy,
     DelayedPipelineStrategy,
     GossipRingStrategy,
+    LazySignStrategy,
     register,
 )
 from lightning_async.version import __version__
@@ -25,6 +26,7 @@ __all__ = [
     "Fate",
     "GossipRingStrategy",
     "Incremental",
+    "LazySignStrategy",
     "SpeedFaults",
     "__version__",
 ]
