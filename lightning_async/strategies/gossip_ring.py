@@ -32,7 +32,8 @@ class GossipRingStrategy(AsyncStrategy):
         topology: "ring", or "exponential" (one peer at a time, at distances 1, 2, 4, ...), better above 16 members.
         mixing: How far the two ends of an edge move: 0.5 meets in the middle. None: 1/3, and 0.5 for two members.
         at_meeting: "adopt" (replicas go on from the consensus) or "keep" (each goes on from its own weights).
-        balance: "claim" (the share of the data follows the speed) or "equal" (every rank the same number of samples).
+        balance: "claim" (the share of the data follows the speed), "equal" (every rank the same number of samples), or
+            "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
             end of a run, on the last 8 batches of each rank), or "local" (each rank keeps its own).
         meet_every: Samples of all ranks between two meetings, also in mid-epoch; None: meetings where something is due.

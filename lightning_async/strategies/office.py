@@ -176,8 +176,8 @@ class Office:
         try:
             self._members = self._farewell(carrier)
         finally:
-            self.recording.close()
             carrier.close()
+            self.recording.close()  # behind the last letter that a service got
 
     def _farewell(self, carrier: ClusterCarrier) -> tuple[int, ...]:
         """Rank 0 waits for everybody's bye, a failed rank for rank 0's. Returns who did not die in this run.
