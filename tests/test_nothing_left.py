@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -48,13 +47,8 @@ def _pytest_in(folder: Path) -> str:
 
 
 def test_leaks_are_caught(tmp_path: Path) -> None:
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path / "conftest.py")
-    source = (
-        (tmp_path / "conftest.py")
-        .read_text()
-        .replace("GRACE = 5.0", "GRACE = 0.1")
-        .replace("TELLING = 30.0", "TELLING = 0.0")
-    )
+    source = Path(__file__).with_name("conftest.py").read_text()
+    source = source.replace("GRACE = 5.0", "GRACE = 0.1").replace("TELLING = 30.0", "TELLING = 0.0")
     (tmp_path / "conftest.py").write_text(source)
     (tmp_path / "test_leaks.py").write_text(LEAKS)
     (output,) = run(1, _pytest_in, tmp_path)
