@@ -37,6 +37,7 @@ class Replica:
         parts = [(p, self._flat[at : at + p.numel()].view(p.shape)) for p, at in starts]
         self._views = [(p, part, part.data_ptr()) for p, part in parts if p.dtype == dtype]
         self._rounded = Rounded((p, part) for p, part in parts if p.dtype != dtype)
+        self._places = [(at, p.numel()) for p, at in zip(self._parameters, ends[:-1], strict=True)]
         self._own: Tensor | None = None
         self._adopt_views()
 
@@ -71,6 +72,10 @@ class Replica:
         if any(p.data_ptr() != address for p, _, address in self._views):
             self._adopt_views()
         self._rounded.carry_over()
+
+    def parts(self, vector: Tensor) -> list[Tensor]:
+        """Of a vector like the flat one, what belongs to each parameter, in their order."""
+        return [vector[at : at + length] for at, length in self._places]
 
     def holds(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether the trainable ones among `parameters` are those that this replica was made of."""

@@ -25,6 +25,9 @@ HARMLESS = {
     "WeightAveraging",
     "EMAWeightAveraging",
     "SpeedFaults",
+    "DelayStats",
+    "TrafficStats",
+    "SpreadStats",
 }
 """Callbacks that change nothing that is not in the log."""
 

@@ -35,6 +35,7 @@ from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.data.share import Balance
 from lightning_async.progress.progress import Outcome
 from lightning_async.progress.report import Wish
+from lightning_async.progress.tally import ZERO, Tally
 from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
 from lightning_async.strategies.averages import Averages
@@ -45,7 +46,8 @@ from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.metrics import LedMetrics
-from lightning_async.strategies.office import Office
+from lightning_async.strategies.office import CALLBACKS, Office
+from lightning_async.strategies.own_state import Part
 from lightning_async.strategies.refusals import (
     refuse,
     refuse_manual,
@@ -56,8 +58,11 @@ from lightning_async.strategies.refusals import (
 from lightning_async.strategies.saved import agree_on_saved
 from lightning_async.strategies.scaling import SkippedSteps
 from lightning_async.strategies.statistics import Statistics
+from lightning_async.strategies.telling import Hear, Say, Telling
 from lightning_async.strategies.trainable import check_unchanged, renewed
-from lightning_async.transport.mail import Wait
+from lightning_async.transport.mail import KIND_NAMES, Wait
+from lightning_async.transport.pages import Desk
+from lightning_async.transport.traffic import plain
 
 T = TypeVar("T")
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
@@ -132,6 +137,7 @@ class AsyncStrategy(DDPStrategy):
         self._moments: dict[int, SecondMoment] = {}
         self._skipped = SkippedSteps()
         self.statistics = Statistics()
+        self.telling = Telling(self)
         self._free = False
         self._stepped = self._closing = False
         self._arrivals = ArrivalLog()
@@ -145,6 +151,43 @@ class AsyncStrategy(DDPStrategy):
     def traffic(self) -> Mapping[Any, Any]:
         """Bytes and messages by peer and kind, counted by the carrier."""
         return self.office.traffic()
+
+    def at_meetings(self, name: str, say: Say, hear: Hear) -> None:
+        """Tell something at every meeting of this fit, and hear what all ranks told under this name (see `telling`)."""
+        self.telling.join(name, say, hear)
+
+    def keep(self, name: str, part: Part) -> None:
+        """Save a state of this rank's own with every checkpoint, and put it back: on the same rank of as many."""
+        self.checkpoints.parts[name] = part
+
+    @property
+    def board(self) -> Desk:
+        """A page of this rank's note for callbacks, and the others': small, and as old as the last heartbeat."""
+        return self.office.desk(CALLBACKS)
+
+    @property
+    def healthy_delay(self) -> int:
+        """The delay that a message has among equal, healthy ranks; what is later is excess."""
+        return self.algorithm.healthy_delay(self.world_size)
+
+    @property
+    def shrinks(self) -> str:
+        """What the factors of `shrink` multiply: "corrections" of the weights, or "gradients" before the optimizer."""
+        return self.algorithm.shrinks
+
+    @property
+    def kinds(self) -> Mapping[int, str]:
+        """The names of the kinds of messages that `traffic` counts."""
+        return {**KIND_NAMES, **self.algorithm.kinds}
+
+    def accounts(self) -> dict[str, tuple[int, int]]:
+        """What this rank has and should have of what is conserved; over all ranks the sums are equal, at meetings."""
+        return self.algorithm.accounts()
+
+    @property
+    def skipped(self) -> int:
+        """How many exchanges were due and left out, because the one before was still under way."""
+        return self.algorithm.skipped
 
     @property
     def skipped_steps(self) -> int:
@@ -235,6 +278,7 @@ class AsyncStrategy(DDPStrategy):
         self.feeding.close()
         self.statistics.forget()
         self.checkpoints.forget()
+        self.telling.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
@@ -271,9 +315,7 @@ class AsyncStrategy(DDPStrategy):
 
         def closure_then_exchange() -> Any:
             result = closure()
-            self._arrivals.add(
-                self._together(self.algorithm.before_step(self.replica, self.office.mail, self.steps + 1))
-            )
+            self._enter(self._together(self.algorithm.before_step(self.replica, self.office.mail, self.steps + 1)))
             return result
 
         self._stepped = True
@@ -300,7 +342,7 @@ class AsyncStrategy(DDPStrategy):
         self.steps += 1
         mail = self.office.mail
         mail.at(self.steps)
-        self._arrivals.add(self._together(self.algorithm.after_step(self.replica, mail, self.steps)))
+        self._enter(self._together(self.algorithm.after_step(self.replica, mail, self.steps)))
         self.office.recording.stepped(self.steps, self.replica)
 
     # -- meetings ------------------------------------------------------------------------------------------------------
@@ -316,12 +358,14 @@ class AsyncStrategy(DDPStrategy):
             return Wish.NOTHING
         check_unchanged(self.trainer.lightning_module, self.replica)
         waited = self.office.carrier.now()
+        self.telling.arrive(self._trained)
         self.clock.summon(self.trainer)
         outcome = self._roll_call()
         self.office.recording.meeting(self.replica)
         consensus = self._together(self.algorithm.meet(self.replica, self.office.mail))
-        self._arrivals.add(self.algorithm.arrived())
-        apart = self._together(words.mean_square(self.office.rounds, self.replica.flat.cpu(), consensus.cpu()))
+        self._enter(self.algorithm.arrived())
+        apart = self._together(self.telling.exchange(self.replica.flat.cpu(), consensus.cpu(), self.replica.parts))
+        self._tell_people(apart)
         if self.buffers != "local":
             self._together(average_buffers(self.trainer.lightning_module, self.office.rounds))
         self.feeding.epoch_ended(deaths=len(self.office.carrier.members()) < self.world_size)
@@ -329,7 +373,8 @@ class AsyncStrategy(DDPStrategy):
         self.office.recording.met(self.replica)
         if self.at_meeting == "adopt":
             self.replica.stay()
-        self.last_meeting = {"spread": apart**0.5, "seconds": self.office.carrier.now() - waited}
+        seconds = self.office.carrier.now() - waited
+        self.last_meeting = {"spread": apart**0.5, "seconds": seconds, "idle": self.telling.idle}
         self._free = False
         self.clock.conclude(self.trainer, outcome)
         return outcome.wishes
@@ -360,6 +405,7 @@ class AsyncStrategy(DDPStrategy):
         self.replica.come_back()
         self.algorithm.resume(self.replica, adopted=adopted)
         self.office.recording.set_off(self.trainer)
+        self.telling.set_off(self._trained)
         self._free = True
 
     def on_train_end(self) -> None:
@@ -464,6 +510,20 @@ class AsyncStrategy(DDPStrategy):
     def moment(self, optimizer: Optimizer) -> SecondMoment | None:
         """What corrects the steps of this optimizer, if it is one of those that need it."""
         return self._moments.get(id(optimizer))
+
+    def _tell_people(self, apart: float) -> None:
+        recording = self.office.recording
+        recording.tell("accounts", self.accounts())
+        recording.tell("spread", apart**0.5)
+        recording.tell("traffic", plain(self.traffic(), self.kinds))
+
+    def _enter(self, arrivals: list[Arrival]) -> None:
+        self._arrivals.add(arrivals)
+        self.office.recording.arrived(arrivals)
+
+    @property
+    def _trained(self) -> Tally:
+        return self.clock.progress.own if self.clock.progress is not None else ZERO
 
     @property
     def _meeting(self) -> bool:

@@ -30,7 +30,8 @@ from lightning_async.transport.gloo import Clients, keys_of
 from lightning_async.transport.heartbeat import Silence
 from lightning_async.transport.link import Link
 from lightning_async.transport.mail import Letter, Loss, Message
-from lightning_async.transport.slots import HEADERS, Count, Here, Inbox, Slots
+from lightning_async.transport.slots import Here, Inbox, Slots
+from lightning_async.transport.traffic import HEADERS, Count
 
 
 def refuse_loopback(addresses: Iterable[str], *, nodes: int) -> None:

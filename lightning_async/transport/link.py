@@ -50,7 +50,8 @@ from lightning_async.transport.header import (
     run_number,
     unpack,
 )
-from lightning_async.transport.slots import HEADERS, Here, Slot, Slots, nothing
+from lightning_async.transport.slots import Here, Slot, Slots, nothing
+from lightning_async.transport.traffic import HEADERS
 
 HEAD_TAG, BODY_TAG, HELLO_TAG = 1, 2, 3
 AHEAD = 8
