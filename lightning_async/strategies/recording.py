@@ -27,6 +27,7 @@ from lightning_async.strategies.facts import about, digest, knobs_of_groups, sta
 from lightning_async.transport import chance
 from lightning_async.transport.mail import Carrier
 from lightning_async.transport.record import RecordingCarrier
+from lightning_async.transport.traffic import plain
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
@@ -151,16 +152,18 @@ class Recording:
             self._compare_loss(self._loss, self._scribe.note_batch(self._loss))
             self._time("batch")
 
-    def tell(self, name: str, value: Any) -> None:
-        """Something for people; a replay finds it out by itself."""
-        if self._scribe is not None:
-            self._scribe.note(name, value)
-
     def arrived(self, arrivals: Sequence[Arrival]) -> None:
         """These were folded, refused or lost."""
         if self._scribe is not None and arrivals:
             told = [(a.peer, a.base, a.launched, a.folded, round(a.seconds, 6), a.factor, a.fate) for a in arrivals]
             self._scribe.note("arrivals", told)
+
+    def met_with(self, strategy: AsyncStrategy, apart: float) -> None:
+        """What is known of a meeting: the accounts, how far apart the replicas were (squared), the traffic so far."""
+        if self._scribe is not None:
+            self._scribe.note("accounts", strategy.accounts())
+            self._scribe.note("spread", apart**0.5)
+            self._scribe.note("traffic", plain(strategy.traffic(), strategy.kinds))
 
     def stepped(self, step: int, replica: Replica) -> None:
         """A step was taken, and what came was folded."""

@@ -60,21 +60,23 @@ class Telling:
         self._began, self.idle = None, 0.0
         self._off = self._met = _Mark()
 
-    def set_off(self, trained: Tally) -> None:
+    def set_off(self) -> None:
         """This rank leaves a meeting."""
-        self._off = self._mark(trained)
+        self._off = self._mark()
         self._began = self._off.now if self._began is None else self._began
 
-    def arrive(self, trained: Tally) -> None:
+    def arrive(self) -> None:
         """This rank comes to a meeting."""
-        self._met = self._mark(trained)
+        self._met = self._mark()
 
-    def exchange(self, own: Tensor, consensus: Tensor, parts: Callable[[Tensor], list[Tensor]]) -> Wait[float]:
+    def exchange(self, consensus: Tensor) -> Wait[float]:
         """Tell and hear. Returns the mean over ranks and coordinates of the squared distance to the consensus."""
+        replica = self._strategy.replica
+        own = replica.flat.cpu()
         self.idle = self._strategy.office.flags.waited - self._met.waited
 
         def apart() -> list[float]:
-            pairs = zip(parts(own), parts(consensus), strict=True)
+            pairs = zip(replica.parts(own), replica.parts(consensus), strict=True)
             return [float((a - b).double().square().sum()) for a, b in pairs]
 
         stretch = self._stretch(apart)
@@ -99,8 +101,9 @@ class Telling:
             apart=apart,
         )
 
-    def _mark(self, trained: Tally) -> _Mark:
-        office = self._strategy.office
+    def _mark(self) -> _Mark:
+        office, progress = self._strategy.office, self._strategy.clock.progress
+        trained = ZERO if progress is None else progress.own
         return _Mark(office.carrier.now(), trained, office.flags.spent, office.flags.waited)
 
 
