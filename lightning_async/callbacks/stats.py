@@ -5,7 +5,7 @@
     rank 2  say(stretch) --+   one round       +    -> the journal (rank 0)               for `lightning-async report`
                                                     -> the progress bar, callback_metrics, at the end of the epoch
 
-Under a synchronous strategy the end of a training epoch is the meeting, and its own `all_gather` the round.
+Under a synchronous strategy the end of a training epoch is the meeting, and its own `reduce` the round.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_async.callbacks.journal import Journal
@@ -173,14 +174,22 @@ class Stats(Callback):
 
 
 def _all(trainer: Trainer, word: Any) -> dict[int, Any]:
-    """Every rank's word under a synchronous strategy; all ranks are here. Two calls: lengths, then bytes."""
+    """Every rank's word under a synchronous strategy; all ranks are here. Two sums: of lengths, then of bytes."""
     if trainer.world_size == 1:
         return {0: json.loads(json.dumps(word))}
-    device, gather = trainer.strategy.root_device, trainer.strategy.all_gather
-    mine = torch.frombuffer(bytearray(zlib.compress(json.dumps(word).encode())), dtype=torch.uint8).to(device)
-    lengths = gather(torch.tensor([len(mine)], device=device)).flatten().tolist()
-    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    mine = torch.frombuffer(bytearray(zlib.compress(json.dumps(word).encode())), dtype=torch.uint8)
+    lengths = _rows(trainer, torch.tensor([len(mine)])).flatten().tolist()
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: len(mine)] = mine
-    rows = gather(padded).reshape(len(lengths), -1).cpu()
-    found = [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
-    return {rank: json.loads(zlib.decompress(word)) for rank, word in enumerate(found)}
+    rows = zip(_rows(trainer, padded), lengths, strict=True)
+    return {
+        rank: json.loads(zlib.decompress(row[:length].numpy().tobytes())) for rank, (row, length) in enumerate(rows)
+    }
+
+
+def _rows(trainer: Trainer, mine: Tensor) -> Tensor:
+    """One row of each rank: the sum of tables in which all other rows are zero."""
+    table = torch.zeros(trainer.world_size, len(mine), dtype=mine.dtype)
+    table[trainer.global_rank] = mine
+    summed: Tensor = trainer.strategy.reduce(table.to(trainer.strategy.root_device), reduce_op="sum")
+    return summed.cpu()

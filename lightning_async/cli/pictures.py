@@ -19,6 +19,7 @@ from lightning_async.strategies.course import WrongInput
 SHADES = {"compute": "#1f4e79", "exchange": "#e69f00", "waiting": "#d2d2d2"}
 LINES = (("#1f4e79", "-", "o"), ("#d55e00", "--", "s"), ("#7a7a7a", ":", "^"), ("#009e73", "-.", "D"))
 MAP = "cividis"  # its lightness grows evenly
+DOTS = 110  # an inch
 BINS, PIXELS = 480, 480  # of the timeline, across and down; down, each rank has at least 12
 PANELS = 8  # ranks with a panel of their own
 ABOVE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False}  # a legend beside no curve
@@ -33,7 +34,7 @@ def draw(story: Story, folder: Path) -> dict[str, Path]:
         if has(story):
             figure = picture(plt, story)
             files[name] = folder / f"{name}.png"
-            figure.savefig(files[name], dpi=110, bbox_inches="tight", facecolor="white")
+            figure.savefig(files[name], dpi=DOTS, bbox_inches="tight", facecolor="white")
             plt.close(figure)
     return files
 
