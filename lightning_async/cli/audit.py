@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_async.cli.story import Story, tell, trained
+from lightning_async.cli.tell import many
 from lightning_async.strategies.course import WrongInput
 
 DESCRIPTION = "Check a finished run against what it promised: delays within the bound, masses and samples conserved."
@@ -98,8 +99,9 @@ def _accounts(story: Story) -> Iterator[Finding]:
                 break
         else:
             left_out = len(story.accounts) - checked
-            gone = f" ({left_out} without some rank were not checked)" if left_out else ""
-            yield Finding(name, True if checked else None, f"the same at {checked} meetings, to the last unit{gone}")
+            gone = f" ({left_out} without some rank not checked)" if left_out else ""
+            where = many(checked, "meeting")
+            yield Finding(name, True if checked else None, f"the same at {where}, to the last unit{gone}")
 
 
 def _samples(story: Story) -> Iterator[Finding]:
@@ -135,7 +137,9 @@ def _once(story: Story, epochs: dict[int, int], counts: dict[int, Counter[Any]])
             return Finding("samples", False, f"in epoch {epoch} {missing} of {size} samples were not trained on")
         whole += not missing
     again = "; those of ranks that ended early were repeated" if deaths else ""
-    return Finding("samples", True, f"each once in {whole} of {len(epochs)} epochs, none twice in the others{again}")
+    return Finding(
+        "samples", True, f"each once in {whole} of {many(len(epochs), 'epoch')}, none twice in the others{again}"
+    )
 
 
 def _weights(story: Story) -> Finding:
@@ -146,4 +150,4 @@ def _weights(story: Story) -> Finding:
         if len(set(found)) > 1:
             return Finding("weights", False, f"the ranks left meeting {number} with different weights")
     met = min(map(len, digests))
-    return Finding("weights", True if met else None, f"equal on all ranks after {met} meetings")
+    return Finding("weights", True if met else None, f"equal on all ranks after {many(met, 'meeting')}")

@@ -16,6 +16,7 @@ from typing import Any
 from lightning_async.callbacks.slowness import stragglers
 from lightning_async.cli.pictures import draw
 from lightning_async.cli.story import Story, tell
+from lightning_async.cli.tell import many
 from lightning_async.strategies.course import WrongInput
 
 CAPTIONS = {
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 def page(story: Story, pictures: Mapping[str, Path]) -> str:
     """The page, with everything inside."""
     name = story.strategy or "a run"
-    title = f"{name}, {_many(story.world, 'rank')}"
+    title = f"{name}, {many(story.world, 'rank')}"
     facts = "".join(f"<li>{escape(fact)}</li>" for fact in headlines(story))
     figures = "".join(_figure(name, file) for name, file in pictures.items())
     return (
@@ -78,7 +79,7 @@ def headlines(story: Story) -> Iterator[str]:
     steps, samples = story.steps.total(), story.samples.total()
     if story.end:
         rate = f", {samples / story.end:.0f} samples/s" if samples else ""
-        yield f"{_many(steps, 'step')} of all ranks, {_many(samples, 'sample')} in {story.end:.1f} s{rate}"
+        yield f"{many(steps, 'step')} of all ranks, {many(samples, 'sample')} in {story.end:.1f} s{rate}"
     shares = _shares(story, sorted(story.pieces))
     if sum(shares):
         yield f"{shares[0]:.0%} of all ranks' time was compute, {shares[1]:.0%} exchange, {shares[2]:.0%} waiting"
@@ -91,7 +92,7 @@ def headlines(story: Story) -> Iterator[str]:
         late.sort()
         fates = ", ".join(f"{n} {fate}" for fate, n in story.fates.items() if n)
         yield (
-            f"messages: {fates}; median delay {_many(late[len(late) // 2], 'step')}, 95 % within "
+            f"messages: {fates}; median delay {many(late[len(late) // 2], 'step')}, 95 % within "
             f"{late[int(0.95 * (len(late) - 1))]}, the latest {late[-1]}"
         )
     if story.spread:
@@ -133,7 +134,3 @@ def _shares(story: Story, ranks: Sequence[int]) -> tuple[float, float, float]:
     parts = (sum(p.compute for p in pieces), sum(p.exchange for p in pieces), sum(p.waited for p in pieces))
     total = sum(parts)
     return (parts[0] / total, parts[1] / total, parts[2] / total) if total else (0.0, 0.0, 0.0)
-
-
-def _many(number: int, one: str) -> str:
-    return f"{number:,} {one}{'' if number == 1 else 's'}"
