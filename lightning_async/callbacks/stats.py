@@ -131,7 +131,8 @@ class Stats(Callback):
         if self._strategy is None and self.needs is None:
             self.hear(_all(trainer, self.say(self.stretch(trainer))))
         for name in self.shown:
-            self._show(pl_module, name, self.figures.get(name, math.nan))
+            if math.isfinite(value := self.figures.get(name, math.nan)):
+                self._show(pl_module, name, value)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take away what was put in place."""
@@ -157,7 +158,7 @@ class Stats(Callback):
 
     def _show(self, module: LightningModule, name: str, value: float) -> None:
         """As a metric that is never synchronised: it is the same on every rank already."""
-        key, metric = f"{self.group}/{name}", MeanMetric(nan_strategy="disable", sync_on_compute=False)
+        key, metric = f"{self.group}/{name}", MeanMetric(sync_on_compute=False)
         metric.update(value)
         module.log(key, metric, prog_bar=True, logger=False, on_step=False, on_epoch=True, metric_attribute=key)
 

@@ -128,8 +128,8 @@ def test_alignment_shrinks_what_points_against_the_fresh_and_holds_still_in_nois
 
 def test_stability_rises_with_the_loss_and_relaxes() -> None:
     made, noise = Stability(), random.Random(1)
-    for step in range(300):
-        made.observe(3 * math.exp(-step / 100) + 0.05 * noise.random())
+    for step in range(1500):
+        made.observe(3 * math.exp(-step / 500) + 0.05 * noise.random())
     assert made.pressure < 0.05
     for step in range(60):
         made.observe(1 + step / 10)
@@ -141,6 +141,19 @@ def test_stability_rises_with_the_loss_and_relaxes() -> None:
     assert made.pressure < 0.2 * risen
     made.observe(math.inf)
     assert made.pressure >= 1
+
+
+def test_stability_without_a_loss_goes_by_the_size_of_what_arrives() -> None:
+    made = Stability()
+    for step in range(100):
+        made.factor(2, torch.full((4,), 1.0 + step))
+    assert made.pressure > 1
+    made.observe(1.0)
+    risen = made.pressure
+    for _ in range(300):
+        made.factor(2, torch.full((4,), 1e6))
+        made.observe(1.0)
+    assert made.pressure < risen
 
 
 @pytest.mark.parametrize("name", LAWS)

@@ -135,6 +135,7 @@ def test_the_journal_knows_what_was_logged(gossip: Any) -> None:
 
 def test_ddp_is_left_as_it_was(ddp: Any) -> None:
     assert not any(end["wrapped"] for end in ddp[0])
+    assert {name for name in ddp[0][0]["bar"] if "/" in name} == {"delay/straggler", "delay/wait_share"}
     assert ddp[0][0]["figures"]["traffic"] == ddp[0][0]["figures"]["spread"] == {}
 
 
