@@ -36,6 +36,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
 def test_all_are_here() -> None:
     assert {file.name for file in (ROOT / "examples").glob("*.py")} == {
+        "async_global.py",
         "cli.py",
         "demo.py",
         "gossip_ring.py",
@@ -57,6 +58,13 @@ def test_two_added_lines(strategy: str, script: Script, tmp_path: Path) -> None:
     said = script("watch.py", "--strategy", strategy, "--devices", "2", "--epochs", "1", "--out", str(out))
     assert "rank 1 is slow" in said or "lightning-async report" in said
     assert (out / "meetings.jsonl").is_file()
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_global_weights(mode: str, script: Script) -> None:
+    said = script("async_global.py", "--mode", mode, "--devices", "2", "--epochs", "1", "--start-method", "fork")
+    assert "validation loss" in said
+    assert "delays of rank 0's exchanges" in said
 
 
 def test_cli(script: Script) -> None:

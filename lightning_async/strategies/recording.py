@@ -165,6 +165,11 @@ class Recording:
             self._scribe.note("spread", apart**0.5)
             self._scribe.note("traffic", plain(strategy.traffic(), strategy.kinds))
 
+    def told(self, name: str, value: float) -> float:
+        """A number that the algorithm is told and no replay can find out; returns the recorded one."""
+        recorded = None if self._scribe is None else self._scribe.note(name, value)
+        return value if recorded is None else float(recorded)
+
     def stepped(self, step: int, replica: Replica) -> None:
         """A step was taken, and what came was folded."""
         if self._scribe is not None and step % EVERY == 0:
