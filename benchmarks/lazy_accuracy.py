@@ -217,5 +217,5 @@ def _parity(setting: Setting, always: Compared) -> Claim:
 
 NOTES = [
     "loss %, points: paired difference to ddp (loss above it, accuracy above it), with bootstrap 95 % intervals.",
-    f"{N} ranks; tensors below {SIGNS['min_size']} numbers travel whole; blocks of {SIGNS['block']}; max_skip {SILENT}.",
+    f"Tensors below {SIGNS['min_size']} numbers travel whole; blocks of {SIGNS['block']}; max_skip {SILENT}.",
 ]

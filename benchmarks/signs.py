@@ -4,9 +4,9 @@
     other     naive: the same packing by whole torch expressions, as one would write it first
     other     quantize: PyTorch's own quantisation to 8 bits (its communication hook's), without feedback
 
-`pack` reads values and rest, writes the new rest and the bits; `add` unpacks the sheets of 4 ranks and adds them up, and
-counts for one rank. One thread but for the last rows. Processor time of all threads, so that other work on the machine
-does not count; with two threads it is the time of a clock.
+`pack` reads values and rest, writes the new rest and the bits; `add` unpacks the sheets of 4 ranks and adds them up,
+and counts for one rank. One thread but for the last rows. Times are processor times, so that other work on the machine
+counts less; with two threads they are a clock's.
 """
 
 from __future__ import annotations

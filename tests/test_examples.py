@@ -35,7 +35,12 @@ def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
 
 def test_all_are_here() -> None:
-    assert {file.name for file in (ROOT / "examples").glob("*.py")} == {"cli.py", "demo.py", "gossip_ring.py"}
+    assert {file.name for file in (ROOT / "examples").glob("*.py")} == {
+        "cli.py",
+        "demo.py",
+        "gossip_ring.py",
+        "lazy_sign.py",
+    }
 
 
 @pytest.mark.parametrize("strategy", ["gossip_ring_fork", "ddp_fork"])
@@ -43,6 +48,12 @@ def test_one_changed_argument(strategy: str, script: Script) -> None:
     said = script("gossip_ring.py", "--strategy", strategy, "--devices", "2", "--epochs", "1")
     assert "validation loss" in said
     assert "accuracy" in said
+
+
+def test_bytes_of_a_step(script: Script) -> None:
+    said = script("lazy_sign.py", "--start-method", "fork", "--epochs", "1")
+    assert "accuracy" in said
+    assert "bytes a step" in said
 
 
 def test_cli(script: Script) -> None:
