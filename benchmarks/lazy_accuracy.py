@@ -40,6 +40,8 @@ Knobs = Mapping[str, Any]
 SIGNS: Knobs = {"min_size": 128, "block": 4096, "form": "slices", "max_skip": SILENT}
 VARIANTS: Mapping[str, Knobs] = {
     "always": {"rule": "always"},
+    "always, gather": {"rule": "always", "form": "gather"},
+    "always, gradient": {"rule": "always", "compress": "gradient"},
     "periodic": {"rule": "periodic"},
     "accumulate, change": {"rule": "accumulate", "threshold": 0.8},
     "accumulate, change x10": {"rule": "accumulate", "threshold": 8.0},
@@ -48,7 +50,8 @@ VARIANTS: Mapping[str, Knobs] = {
     "paper": {"rule": "paper", "threshold": 0.8},
     "innovation": {"rule": "innovation", "threshold": 0.8},
 }
-FEW = ("always", "periodic")
+FEW = ("always", "always, gather", "periodic")
+SOME = ("always", "always, gather", "always, gradient", "periodic", "accumulate, change", "accumulate, backlog x10")
 
 
 @dataclass(frozen=True)
@@ -153,10 +156,10 @@ def cnn() -> Task:
 def settings(quick: bool) -> list[Setting]:
     """What the table is made of."""
     if quick:
-        short = replace(cnn(), passes=4)
         return [
-            Setting("digits, CNN", short, range(2)),
-            Setting("digits, label skew", replace(digits(), passes=4), range(2), skew=True),
+            Setting("digits, CNN", cnn(), range(2), SOME),
+            Setting("digits, label skew", replace(digits(), passes=4), range(2), (*SOME, "paper", "innovation"), True),
+            Setting("characters", characters(1200), range(1), FEW),
         ]
     return [
         Setting("digits, CNN", cnn(), range(10)),

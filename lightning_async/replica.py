@@ -63,9 +63,16 @@ class Replica:
         return self.flat.clone()
 
     @torch.no_grad()
-    def shift(self, correction: Tensor, factor: float = 1.0) -> None:
-        """Add `factor * correction` to the weights."""
-        self.flat.add_(correction, alpha=factor)
+    def shift(self, correction: Tensor, factor: float = 1.0, *, at: int = 0) -> None:
+        """Add `factor * correction` to the weights, from element `at` on."""
+        self.flat[at : at + correction.numel()].add_(correction, alpha=factor)
+        self._rounded.show()
+
+    @torch.no_grad()
+    def mend(self, weights: Tensor, *, at: int = 0) -> None:
+        """Put `weights` where own ones are not finite: no sum would make them so again."""
+        part = self.flat[at : at + weights.numel()]
+        part.copy_(torch.where(torch.isfinite(part), part, weights))
         self._rounded.show()
 
     @property

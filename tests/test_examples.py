@@ -36,6 +36,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
 def test_all_are_here() -> None:
     assert {file.name for file in (ROOT / "examples").glob("*.py")} == {
+        "async_global.py",
         "cli.py",
         "demo.py",
         "gossip_ring.py",
@@ -54,6 +55,13 @@ def test_bytes_of_a_step(script: Script) -> None:
     said = script("lazy_sign.py", "--start-method", "fork", "--epochs", "1")
     assert "accuracy" in said
     assert "bytes a step" in said
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_global_weights(mode: str, script: Script) -> None:
+    said = script("async_global.py", "--mode", mode, "--devices", "2", "--epochs", "1", "--start-method", "fork")
+    assert "validation loss" in said
+    assert "delays of rank 0's exchanges" in said
 
 
 def test_cli(script: Script) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_async.strategies.async_global import AsyncGlobalStrategy
 from lightning_async.strategies.base import AsyncStrategy
+from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
 from lightning_async.strategies.gossip_ring import GossipRingStrategy
 from lightning_async.strategies.lazy_sign import LazySignStrategy
 
-STRATEGIES: tuple[type[AsyncStrategy], ...] = (GossipRingStrategy, LazySignStrategy)
+STRATEGIES: tuple[type[AsyncStrategy], ...] = (GossipRingStrategy, AsyncGlobalStrategy, LazySignStrategy)
+"""Those whose ranks have replicas, and whose runs can be recorded."""
 
 
 def register() -> None:
     """Enter `name`, `name_spawn` and `name_fork` in Lightning's registry. Idempotent."""
-    for strategy in STRATEGIES:
+    all_of_them: tuple[type[AsyncStrategy | DelayedPipelineStrategy], ...] = (*STRATEGIES, DelayedPipelineStrategy)
+    for strategy in all_of_them:
         for suffix, method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork")):
             name = strategy.name + suffix
             if name not in StrategyRegistry:
@@ -21,4 +25,11 @@ def register() -> None:
                 StrategyRegistry.register(name, strategy, f"{summary} ({method})", start_method=method)
 
 
-__all__ = ["AsyncStrategy", "GossipRingStrategy", "LazySignStrategy", "register"]
+__all__ = [
+    "AsyncGlobalStrategy",
+    "AsyncStrategy",
+    "DelayedPipelineStrategy",
+    "GossipRingStrategy",
+    "LazySignStrategy",
+    "register",
+]

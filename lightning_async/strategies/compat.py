@@ -17,6 +17,8 @@ import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 PRIVATE = {
@@ -28,6 +30,7 @@ PRIVATE = {
 IN_A_FIT = {
     "_signal_connector._slurm_sigusr_handler_fn": "it would save in a signal handler, on one rank",
     "fit_loop.epoch_loop._should_check_val_epoch": "whether an epoch is one with validation",
+    "fit_loop.epoch_loop.on_advance_end": "one rank alone would leave the loop right behind it",
 }
 """What `Clock` replaces or asks while it lasts."""
 _NOT_SET = object()
@@ -44,11 +47,15 @@ class Leash:
         """Replace a private attribute for the time of the run; returns what was there."""
         return self.wrap(*_resolve(self.trainer, path), value)
 
+    def set(self, owner: Any, name: str, value: object) -> None:
+        """Give an attribute another value for the time of the run."""
+        self._saved.append((owner, name, vars(owner).get(name, _NOT_SET)))
+        setattr(owner, name, value)
+
     def wrap(self, owner: Any, name: str, value: Callable[..., Any]) -> Callable[..., Any]:
         """Replace a method of one object for the time of the run; returns what was there."""
-        self._saved.append((owner, name, vars(owner).get(name, _NOT_SET)))
         original: Callable[..., Any] = getattr(owner, name)
-        setattr(owner, name, value)
+        self.set(owner, name, value)
         return original
 
     def restore(self) -> None:
@@ -131,6 +138,16 @@ def synchronises_batchnorm(trainer: Trainer) -> bool:
     return getattr(trainer.strategy, "_layer_sync", None) is not None
 
 
+def ends_in_step(trainer: Trainer) -> bool:
+    """Whether an optimizer step is due with this batch, as far as `accumulate_grad_batches` goes."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def skip_backward(trainer: Trainer, leash: Leash, skip: bool) -> None:
+    """Let the loop leave out its own backward pass and `zero_grad`, for the time of the run."""
+    leash.set(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", skip)
+
+
 def saves_every(callback: ModelCheckpoint) -> int:
     """After how many steps a ModelCheckpoint saves; 0 for one that does not go by steps."""
     return int(callback._every_n_train_steps or 0)
@@ -169,6 +186,12 @@ def log_step(trainer: Trainer) -> int:
 def set_log_step(trainer: Trainer, step: int) -> None:
     """Log under this step from here on."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def last_metric(trainer: Trainer, name: str) -> Tensor | None:
+    """A metric as it was computed last. (To read `callback_metrics` would compute some, and so wait for all ranks.)"""
+    found: Tensor | None = trainer._logger_connector._callback_metrics.get(name)
+    return found
 
 
 def take_val_seconds(trainer: Trainer) -> float | None:
@@ -211,6 +234,31 @@ def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:
 def average_of(callback: WeightAveraging) -> AveragedModel | None:
     """The averaged model of a WeightAveraging; there is none outside of `fit`."""
     return callback._average_model
+
+
+# -- checkpoints that are written later -------------------------------------------------------------------------------
+
+
+def writes_later(io: object) -> bool:
+    """Whether this CheckpointIO returns before its files are written."""
+    return _later(io) is not None
+
+
+def behind_writes(io: object, job: Callable[[], object]) -> None:
+    """Do this behind what a CheckpointIO has still to write: in its own thread if it has one, else now."""
+    later = _later(io)
+    if later is None or later._executor is None:
+        job()
+    else:
+        later._executor.submit(job)
+
+
+def _later(io: object) -> AsyncCheckpointIO | None:
+    while io is not None:
+        if isinstance(io, AsyncCheckpointIO):
+            return io
+        io = getattr(io, "checkpoint_io", None)
+    return None
 
 
 def _resolve(trainer: Trainer, path: str) -> tuple[Any, str]:

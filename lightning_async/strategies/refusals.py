@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
 from lightning_async.strategies import compat
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
 
 
 def refuse(trainer: Trainer, name: str) -> None:
     """Raise for the first conflict between the Trainer's arguments and a strategy whose ranks run free."""
     for conflict in _conflicts(trainer):
         raise MisconfigurationException(f"strategy={name!r}: {conflict}")
+
+
+def refuse_run(strategy: AsyncStrategy) -> None:
+    """Raise for what the module configured that cannot run free."""
+    refuse_optimizers(strategy.optimizers, strategy.name)
+    if strategy.buffers == "reestimate":
+        refuse_manual(strategy.trainer.lightning_module, strategy.name)
 
 
 def refuse_module(module: torch.nn.Module, name: str) -> None:
@@ -51,16 +61,6 @@ def refuse_manual(module: LightningModule, name: str) -> None:
             f"strategy={name!r}: `buffers='reestimate'` runs `training_step` once more without training, but with "
             "manual optimisation it takes steps itself; use buffers='average'"
         )
-
-
-def refuse_schedulers(configs: list[LRSchedulerConfig], name: str) -> None:
-    """Raise for learning rates that would go by what one rank sees in mid-epoch."""
-    for config in configs:
-        if config.interval == "step" and config.reduce_on_plateau:
-            raise MisconfigurationException(
-                f"strategy={name!r}: ReduceLROnPlateau with interval='step' goes by a metric that each rank sees "
-                "differently between meetings, and the ranks' learning rates would differ; use interval='epoch'"
-            )
 
 
 def _conflicts(trainer: Trainer) -> Iterator[str]:

@@ -52,7 +52,9 @@ class Resuming:
         path, ranks = main_file(path), shared["ranks"]
         self._files.names(path, shared["save"])
         own, trouble = self._read(rank_file(path, shared["save"], ranks[strategy.global_rank % len(ranks)]))
-        said = yield from strategy.office.rounds.agree((self._foreign(shared) or trouble).encode()[:2000])
+        said = yield from strategy.office.rounds.agree(
+            (self._foreign(shared) or trouble).encode()[:2000], what="how to go on"
+        )
         if reasons := dict.fromkeys(sentence.decode(errors="replace") for sentence in said.values() if sentence):
             own = _without_place(own, checkpoint)
             self._warn(path, ranks, list(reasons))
@@ -72,7 +74,7 @@ class Resuming:
         self._waiting = {}
         put_back_tensors(strategy, own)
         if "steps" in own:
-            strategy.steps = own["steps"]
+            strategy.stepping.taken = own["steps"]
             strategy.office.mail.at(strategy.steps)
         states = own.get("parts", {})
         for name, part in all_parts(strategy, self._parts).items():
