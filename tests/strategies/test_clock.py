@@ -272,6 +272,18 @@ def test_a_rank_that_runs_dry_leaves_the_others_running_and_meets_them() -> None
     assert found[0]["validated"] == [15, 30, 45]
 
 
+def dry_and_saved(folder: Path) -> dict[str, Any]:
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=12, save_top_k=-1)
+    options = {"max_epochs": 1, "callbacks": [saver], "enable_checkpointing": True}
+    return streamed([4 * 100, 4 * 8], options)
+
+
+def test_a_rank_that_runs_dry_saves_with_the_others(tmp_path: Path) -> None:
+    found = both(dry_and_saved, tmp_path)
+    assert found[0]["saved"] == [12, 24, 36, 48]
+    assert len(list(tmp_path.glob("*.ckpt"))) == 4
+
+
 def met_by_samples() -> dict[str, Any]:
     return fit(
         max_steps=40,
