@@ -108,8 +108,8 @@ class AsyncStrategy(Shown):
         self.feeding = Feeding(balance)
         self.clock = Clock(self, meet_every)
         self.checkpoints = Checkpoints(self)
-        self.checkpoints.parts["progress"] = self.clock
         self.stepping, self.consensus, self.statistics = Stepping(self), Consensus(self), Statistics()
+        self.checkpoints.parts |= {"progress": self.clock, "stepping": self.stepping}
         self._garbage = Garbage()
         self.inner_threads = inner_threads
         self._inner = InnerLayer(inner_threads)
@@ -180,6 +180,7 @@ class AsyncStrategy(Shown):
         self.feeding.close()
         self.statistics.forget()
         self.checkpoints.forget()
+        self.consensus.telling.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:

@@ -26,7 +26,6 @@ def refuse(trainer: Trainer, name: str) -> None:
 def refuse_run(strategy: AsyncStrategy) -> None:
     """Raise for what the module configured that cannot run free."""
     refuse_optimizers(strategy.optimizers, strategy.name)
-    refuse_schedulers(strategy.lr_scheduler_configs, strategy.name)
     if strategy.buffers == "reestimate":
         refuse_manual(strategy.trainer.lightning_module, strategy.name)
 
@@ -66,7 +65,7 @@ def refuse_manual(module: LightningModule, name: str) -> None:
 
 
 def refuse_schedulers(configs: list[LRSchedulerConfig], name: str) -> None:
-    """Raise for learning rates that would go by what one rank sees in mid-epoch."""
+    """Raise for learning rates that would go by what one rank sees in mid-epoch, where no meeting can agree on it."""
     for config in configs:
         if config.interval == "step" and config.reduce_on_plateau:
             raise MisconfigurationException(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_async.transport.gloo import Connection, Pending
 from lightning_async.transport.header import HEADER_BYTES, WIRE_BYTES, Header, pack_into, unpack
-from lightning_async.transport.slots import HEADERS, Here, Slots
+from lightning_async.transport.slots import Here, Slots
+from lightning_async.transport.traffic import HEADERS
 
 HEAD_TAG, HELLO_TAG = 1, 3
 AHEAD = 8

@@ -89,23 +89,6 @@ def test_reestimation_with_manual_optimisation() -> None:
         t.fit(Manual(), loader(), loader(10, shuffle=False))
 
 
-class PlateauByStep(Lit):
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), 0.1)
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "monitor": "train"},
-        }
-
-
-def test_a_plateau_by_step() -> None:
-    with pytest.raises(
-        MisconfigurationException, match=r"ReduceLROnPlateau with interval='step'.*use interval='epoch'"
-    ):
-        trainer(1).fit(PlateauByStep(), loader(), loader(10, shuffle=False))
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_foreign_checkpoint(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.ckpt")
