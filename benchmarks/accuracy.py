@@ -162,14 +162,15 @@ def asynchronous(
     *,
     points: int = 0,
     shards: Sequence[Tensor] | None = None,
+    moment: type[SecondMoment] = SecondMoment,
 ) -> Run:
-    """One replica a rank on the virtual cluster, one meeting at the end."""
+    """One replica a rank on the virtual cluster, one meeting at the end. `moment`: what corrects AdamW's steps."""
     n = len(speeds)
     hand_out = deal if knobs["mode"] == "sync" else claim
     plan = hand_out(task.batches(seed, n), speeds, seed)
     if shards is not None:
         plan = _from_shards(plan, shards, seed)
-    members = [_member(task, seed, knobs) for _ in range(n)]
+    members = [_member(task, seed, knobs, moment) for _ in range(n)]
     size = members[0].replica.flat.numel() * members[0].replica.flat.element_size()
     cluster = VirtualCluster(n, seed=seed, latency=LATENCY, bandwidth=size / (TRAVEL * STEP))
     watch = _Watch(task, members, cluster, sum(map(len, plan.batches)), points)
@@ -178,12 +179,12 @@ def asynchronous(
     return _outcome(task, members, trained, watch.curve)
 
 
-def _member(task: Task, seed: int, knobs: Mapping[str, object]) -> Member:
+def _member(task: Task, seed: int, knobs: Mapping[str, object], moment: type[SecondMoment] = SecondMoment) -> Member:
     model = task.model(seed)
     replica = Replica(model.parameters())
     optimizer = task.optimize(model.parameters(), task.lr)
     algorithm = gossip(**knobs)  # type: ignore[arg-type]
-    return Member(model, optimizer, replica, algorithm, SecondMoment(optimizer))
+    return Member(model, optimizer, replica, algorithm, moment(optimizer))
 
 
 def _program(task: Task, member: Member, cluster: VirtualCluster, plan: Plan, r: int, watch: _Watch) -> Training:

@@ -246,7 +246,7 @@ class Progress:
             few = bool(rates) and min(rates) <= 0 and left <= most
             if few or (seconds and seconds <= self._lead(reports)):
                 elsewhere = self.agreed[unit] - total(report.tally for report in reports.values())[unit]
-                found.append((seconds, appoint(unit, point, sights, 0.0, elsewhere)))
+                found.append((seconds or left / most, appoint(unit, point, sights, 0.0, elsewhere)))
         return min(found, key=lambda one: one[0])[1] if found else None
 
     def _in_equal_parts(self, reports: Mapping[int, Report]) -> Appointment | None:

@@ -69,9 +69,11 @@ class Clock:
         """Take over the counts that Lightning would read as one rank's. Before the loaders are made."""
         if compat.fast_dev_run(trainer) or trainer.limit_train_batches == 0:
             return
-        self._counts = {name: getattr(trainer, name) for name in ("limit_train_batches", "val_check_interval")}
         self._val_seconds = compat.take_val_seconds(trainer)
-        self._val_every = 1.0 if self._val_seconds else trainer.val_check_interval
+        if self._val_seconds is not None:
+            trainer.val_check_interval = 1.0  # else Lightning has no such attribute
+        self._counts = {name: getattr(trainer, name) for name in ("limit_train_batches", "val_check_interval")}
+        self._val_every = trainer.val_check_interval
         self._strategy.feeding.limit = trainer.limit_train_batches
         trainer.limit_train_batches = trainer.val_check_interval = 1.0
 

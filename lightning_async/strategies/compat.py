@@ -8,7 +8,8 @@ Both are replaced for the time of a run. Running on with a name missing would me
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -201,6 +202,17 @@ def validate(trainer: Trainer) -> None:
     loop.val_loop.run()
     trainer.training = True
     connector._first_loop_iter = first
+
+
+@contextmanager
+def as_after_a_batch(trainer: Trainer) -> Iterator[None]:
+    """Metrics that are read now are those of steps: those of the epoch would be combined over ranks still in it."""
+    connector = trainer._logger_connector
+    first, connector._first_loop_iter = connector._first_loop_iter, False
+    try:
+        yield
+    finally:
+        connector._first_loop_iter = first
 
 
 def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:

@@ -83,5 +83,15 @@ def _conflicts(trainer: Trainer) -> Iterator[str]:
 
 def _callback_conflicts(callback: object) -> Iterator[str]:
     kinds = {kind.__name__ for kind in type(callback).__mro__}
+    if "LearningRateFinder" in kinds:
+        yield (
+            "`LearningRateFinder` (`Tuner.lr_find`) sweeps the learning rate over steps that ranks take together; find "
+            "it on one device with `strategy='auto'`: it holds here as it does with `ddp`"
+        )
+    if "BatchSizeFinder" in kinds:
+        yield (
+            "`BatchSizeFinder` tries sizes until the memory of a device is full; find the size on one device with "
+            "`strategy='auto'`"
+        )
     if "SpikeDetection" in kinds:
         yield "`SpikeDetection` compares losses of all ranks at every step; leave it out, or use it with `ddp`"

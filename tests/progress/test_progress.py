@@ -89,6 +89,12 @@ def test_whatever_is_sooner_comes_first() -> None:
     assert [(o.now.updates, o.due) for o in outcomes] == [(300, Due.VALIDATE), (600, Due.VALIDATE), (700, Due.STOP)]
 
 
+def test_while_no_speed_is_known_the_nearest_point_comes_first() -> None:
+    agenda = Agenda([Item(Due.NOTHING, Unit.UPDATES, 48, once=True), Item(Due.VALIDATE, Unit.BATCHES, 20)])
+    outcomes = agreed(run(agenda, [0.001, 0.003], meetings=3))
+    assert [outcome.now.batches for outcome in outcomes] == [20, 40, 48]
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_any_speeds_any_points(seed: int) -> None:
     rng = random.Random(seed)

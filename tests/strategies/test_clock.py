@@ -272,6 +272,18 @@ def test_a_rank_that_runs_dry_leaves_the_others_running_and_meets_them() -> None
     assert found[0]["validated"] == [15, 30, 45]
 
 
+def streamed_and_saved(folder: Path) -> dict[str, Any]:
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=15, save_top_k=-1)
+    return streamed([4 * 60, 4 * 8], {"max_epochs": 1, "callbacks": [saver], "enable_checkpointing": True})
+
+
+def test_a_rank_that_ran_dry_saves_with_the_others(tmp_path: Path) -> None:
+    """It stands at the end of its epoch, where metrics of the epoch would be combined with ranks that are not there."""
+    found = both(streamed_and_saved, tmp_path)
+    assert found[0]["saved"][:2] == [15, 30]
+    assert (found[0]["batches"], found[1]["batches"]) == (60, 8)
+
+
 def met_by_samples() -> dict[str, Any]:
     return fit(
         max_steps=40,
