@@ -356,6 +356,7 @@ class AsyncStrategy(DDPStrategy):
         if new is not None:
             self._replica = new
             self.algorithm.begin(new, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
+        self.replica.check()  # a callback may have put other tensors in the place of the weights, and keep those
         adopted = not self.replica.away
         self.replica.come_back()
         self.algorithm.resume(self.replica, adopted=adopted)

@@ -78,8 +78,7 @@ PLUGGED = Scene(
         works(
             "CheckpointIO",
             "a class of the user's",
-            lambda a, b: "end.ckpt" in a["own"].objects
-            and sum(".rank" in name for name in a["own"].objects) == 2,
+            lambda a, b: "end.ckpt" in a["own"].objects and sum(".rank" in name for name in a["own"].objects) == 2,
             "the files of the ranks go through it too",
         ),
         works("DoublePrecision", "", lambda a, b: _of(a, b, "double", "float64")),

@@ -178,7 +178,12 @@ RESUMED = Scene(
         untried("ckpt_path", '"registry"', "needs Lightning's model registry"),
         untried("model_registry", "a name", "needs Lightning's model registry"),
     ],
-    warnings=["Checkpoint directory", "You.re resuming from a checkpoint that ended", "The dirpath has changed", "Be aware that when using `ckpt_path`"],
+    warnings=[
+        "Checkpoint directory",
+        "You.re resuming from a checkpoint that ended",
+        "The dirpath has changed",
+        "Be aware that when using `ckpt_path`",
+    ],
 )
 
 
