@@ -5,9 +5,17 @@ Importing this package registers the strategies' names: `Trainer(strategy="gossi
 
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.callbacks import SpeedFaults
-from lightning_async.strategies import AsyncStrategy, GossipRingStrategy, register
+from lightning_async.strategies import AsyncStrategy, DelayedPipelineStrategy, GossipRingStrategy, register
 from lightning_async.version import __version__
 
 register()
 
-__all__ = ["Arrival", "AsyncStrategy", "Fate", "GossipRingStrategy", "SpeedFaults", "__version__"]
+__all__ = [
+    "Arrival",
+    "AsyncStrategy",
+    "DelayedPipelineStrategy",
+    "Fate",
+    "GossipRingStrategy",
+    "SpeedFaults",
+    "__version__",
+]

@@ -20,12 +20,13 @@ HEIGHT = {**dict.fromkeys(TOP, 2), **dict.fromkeys(MIDDLE, 1), **dict.fromkeys(B
 
 LIGHTNING_PLACES = ("__init__.py", "strategies/", "callbacks/", "cli/", "data/loader.py")
 DISTRIBUTED_PLACES = (
-    "transport/link.py",
+    "transport/line.py",
+    "transport/sender.py",
+    "transport/receiver.py",
     "transport/control.py",
     "transport/cluster.py",
     "transport/gloo.py",
     "transport/header.py",
-    "strategies/base.py",
     "strategies/office.py",
 )
 PRIVATE_PLACE = "strategies/compat.py"
@@ -182,7 +183,7 @@ def test_an_offending_line_is_caught(path: str, line: str) -> None:
         ("data/loader.py", "from lightning.pytorch.utilities import rank_zero_info"),
         ("strategies/compat.py", "def f(trainer):\n    trainer._signal_connector"),
         ("strategies/office.py", "from torch.distributed import TCPStore"),
-        ("transport/link.py", "import torch.distributed as dist"),
+        ("transport/line.py", "import torch.distributed as dist"),
         ("cli/__init__.py", "from lightning_async.version import __version__"),
         ("replica.py", "from lightning_async.arrival import Arrival"),
         ("replica.py", "import torch\ntorch.distributions.Normal"),

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_async.cli.inputs import KINDS, arguments_of, load, made
 from lightning_async.strategies.averages import Averages
 from lightning_async.strategies.course import Course, WrongInput
-from lightning_async.strategies.replayed import Place, RecordedMeetings, seat, seated
+from lightning_async.strategies.replayed import RecordedMeetings, seat, seated
+from lightning_async.strategies.replayed_office import Place
 from lightning_async.strategies.replaying import Replaying
 from lightning_async.transport.hall import Hall
 from lightning_async.transport.log import Log

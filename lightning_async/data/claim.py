@@ -7,29 +7,22 @@ The numbers are those of the epoch's rest (`ranges.Rest`): of all its positions,
 done of them. Ledgers, notes and tickets go by numbers; what is handed out, and what is said to be done, are positions.
 
 Every member has its first batch for certain (Lightning skips the validation of a rank without batches, and then the
-others wait for it). A draw is under way before it is needed, so the training thread does not wait for the store, save
-at the end of the epoch: who stops while there is work left must first draw a ticket of leave, and the last one is
-refused. Without it, members that each count on the other would leave the rest to nobody.
-
-What a dead member left is taken over by those still in the epoch (`sources.py`); what nobody can take is `abandoned`.
+others wait for it). When more is drawn, and who leaves first, is `claiming.py`'s. What a dead member left is taken over
+by those still in the epoch (`sources.py`); what nobody can take is `abandoned`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
-from lightning_async.data.crew import Crew, Desk
+from lightning_async.data.claiming import Claims, key
+from lightning_async.data.crew import Desk
 from lightning_async.data.handed import Handed
-from lightning_async.data.ledger import Ledger, Note
-from lightning_async.data.opening import Opening, refuse_other_order, refuse_second_order, stamp, usable
-from lightning_async.data.pace import Pace, Worker, appetite, outlasts
+from lightning_async.data.ledger import Ledger
+from lightning_async.data.opening import Opening, refuse_second_order, stamp, usable
+from lightning_async.data.pace import Pace
 from lightning_async.data.ranges import Range, Rest, each, joined
-from lightning_async.data.sources import Sources
 from lightning_async.transport.mail import Wait
-
-_FRAGMENTS = 32
-"""No draws ahead while so many ranges are unfinished: they would not fit into the note."""
 
 
 class ClaimedShare:
@@ -52,15 +45,19 @@ class ClaimedShare:
         self._drop_last = drop_last
         self._seconds = seconds
         self._pace = Pace()
-        self._order = (0, 0)
-        self._done: tuple[Range, ...] = ()
-        self._opening = Opening(0, 0, 0, 0)
-        self._forget(-1)
+        self._rest: Rest | None = None
+        self._claims: Claims
+        self._open(-1, Opening(0, 0, 0, 0), order=(0, 0), done=())
 
     @property
     def epoch(self) -> int:
         """The epoch that was begun last, -1 before the first one."""
         return self.ledger.epoch
+
+    @property
+    def ledger(self) -> Ledger:
+        """What this member claimed and completed of the epoch."""
+        return self._claims.ledger
 
     @property
     def outstanding(self) -> int:
@@ -70,7 +67,7 @@ class ClaimedShare:
     @property
     def repeated(self) -> int:
         """Samples this member took over from the dead, who may have trained on some of them."""
-        return 0 if self._sources is None else self._sources.repeated
+        return self._claims.repeated
 
     @property
     def rate(self) -> float:
@@ -80,7 +77,7 @@ class ClaimedShare:
     @property
     def dry(self) -> bool:
         """Whether this member takes no more work in this epoch and has trained on all it took."""
-        return self._closed and not self.outstanding
+        return self._claims.closed and not self.outstanding
 
     def begin_epoch(
         self, epoch: int, *, total: int, digest: int = 0, done: Sequence[Range] = (), limit: int | None = None
@@ -95,11 +92,10 @@ class ClaimedShare:
         members = self._desk.members()
         span = total if limit is None else min(limit, total)
         used = self._usable(len(Rest(span, done)), len(members), resumed=bool(done))
-        self._forget(epoch)
-        self._order, self._done = (total, digest), tuple(done)
         first = max(1, min(self._batch, used // len(members))) if used else 0
-        self._opening = Opening(total, span, used, stamp(digest, done), tuple((rank, first) for rank in members))
-        self._desk.propose(self._key("open"), self._opening.pack())
+        opening = Opening(total, span, used, stamp(digest, done), tuple((rank, first) for rank in members))
+        self._open(epoch, opening, order=(total, digest), done=tuple(done))
+        self._desk.propose(key("open", epoch), opening.pack())
 
     def rewind(self) -> None:
         """Hand out again what was handed out and not completed."""
@@ -107,9 +103,11 @@ class ClaimedShare:
 
     def next_batch(self, size: int) -> Wait[list[int] | None]:
         """The next at most `size` positions; None when this member has no more work in this epoch."""
-        yield from self._open()
-        while self._held < size and not self._closed:
-            more = yield from self._fetch(size)
+        yield from self._claims.open()
+        if self._rest is None:
+            self._rest = Rest(self._claims.opening.span, self._done)
+        while self._claims.held < size and not self._claims.closed:
+            more = yield from self._claims.fetch(size)
             if not more:
                 break
         return self._hand_out(size)
@@ -119,10 +117,10 @@ class ClaimedShare:
         samples = self._handed.trained(samples)
         self.ledger.complete(samples)
         self._pace.completed(samples, self._desk.now())
-        self._look()
-        if self._closed and not self.outstanding:
+        self._claims.look()
+        if self.dry:
             self._pace.stop()
-        self._draw_ahead()
+        self._claims.draw_ahead()
         return samples
 
     def done(self) -> list[Range]:
@@ -131,42 +129,32 @@ class ClaimedShare:
 
     def expected_batches(self) -> int:
         """How many batches this member will probably have trained on at the end of the epoch."""
-        if self._crew is None:
-            return math.ceil(self._opening.used / max(1, len(self._desk.members())) / self._batch)
-        me, others = self._sight()
-        rates = [w.rate for w in others]
-        part = me.rate / (me.rate + sum(rates)) if me.rate > 0 else 1 / (1 + len(rates))
-        todo = max(0, self._opening.used - self._crew.completed())
-        mine = self.ledger.claimed if self._closed else self.ledger.completed + todo * part
-        return math.ceil(max(mine, self.ledger.completed + self.outstanding) / self._batch)
+        return self._claims.expected_batches()
 
     def abandoned(self) -> int:
-        """Samples of the epoch that nobody trained on, by all notes; too many as long as not `settled`.
-
-        Nothing is left over while nobody died: the last member may not leave before all is taken.
-        """
-        if self._crew is None or not self._crew.dead():
-            return 0
-        self._crew.listen()
-        return max(0, self._opening.used - self._crew.completed() - self.dropped)
+        """Samples of the epoch that nobody trained on, by all notes; too many as long as not `settled`."""
+        return max(0, self._claims.left_over() - self.dropped)
 
     def settled(self) -> bool:
         """Whether every living member is known to have ended the epoch."""
-        if self._crew is None:
-            return False
-        self._crew.listen()
-        return self._closed and not self.outstanding and self._crew.ended()
+        return self.dry and self._claims.others_ended()
 
-    # ---- one epoch
+    # -- one epoch -----------------------------------------------------------------------------------------------------
 
-    def _forget(self, epoch: int) -> None:
-        self.ledger = Ledger(epoch)
+    def _open(self, epoch: int, opening: Opening, *, order: tuple[int, int], done: tuple[Range, ...]) -> None:
         self.dropped = 0
+        self._order, self._done = order, done
+        self._rest = None
         self._handed = Handed()
-        self._closed = False
-        self._rest = Rest(0)
-        self._crew: Crew | None = None
-        self._sources: Sources | None = None
+        self._claims = Claims(
+            self._desk,
+            epoch,
+            opening,
+            batch=self._batch,
+            seconds=self._seconds,
+            pace=self._pace,
+            handed=self._handed,
+        )
 
     def _usable(self, left: int, members: int, *, resumed: bool) -> int:
         """How many of the numbers are handed out."""
@@ -178,124 +166,18 @@ class ClaimedShare:
         return 0
 
     def _positions(self, numbers: Iterable[Range]) -> list[Range]:
-        return [part for first, amount in numbers for part in self._rest.positions(first, amount)]
-
-    def _key(self, what: str) -> str:
-        return f"data/{what}/{self.epoch}"
-
-    def _open(self) -> Wait[None]:
-        """Learn what was decided about this epoch and take the first batch."""
-        while self._sources is None:
-            value = self._desk.decided(self._key("open"))
-            if value is None:
-                yield f"the opening of epoch {self.epoch}"
-                continue
-            opening = Opening.unpack(value)
-            refuse_other_order(self.epoch, self._opening, opening)
-            self._opening, self._rest = opening, Rest(opening.span, self._done)
-            self._crew = Crew(self._desk, self.epoch, opening)
-            self._sources = Sources(self._desk, self.epoch, opening, self._crew)
-            self.ledger.claim(*opening.first(self._desk.me))
-            self._look()
-
-    @property
-    def _held(self) -> int:
-        return self.ledger.outstanding - self.outstanding
+        rest = self._rest
+        return [] if rest is None else [part for numbered in numbers for part in rest.positions(*numbered)]
 
     def _hand_out(self, size: int) -> list[int] | None:
-        amount = min(size, self._held)
+        claims = self._claims
+        amount = min(size, claims.held)
         if amount == 0 or (self._drop_last and amount < size):
-            self.dropped += 0 if self._closed else amount
-            self._close()
+            self.dropped += 0 if claims.closed else amount
+            claims.close()
             return None
         batch = each(self._positions(self.ledger.ahead(self.outstanding, amount)))
         self._handed.give(amount)
         self._pace.start(self._desk.now())
-        self._draw_ahead()
+        claims.draw_ahead()
         return batch
-
-    def _close(self) -> None:
-        self._closed = True
-        if self._sources is not None:
-            self._sources.call()
-        self._look()
-
-    # ---- claiming
-
-    def _fetch(self, size: int) -> Wait[bool]:
-        """Wait for more claims; False when there are none for this member."""
-        self._look()
-        assert self._sources is not None
-        if self._held >= size:
-            return True
-        asked = self._sources.asked()
-        if asked is None:
-            asked = self._sources.choose()
-            if asked is None:
-                exhausted = yield from self._sources.exhausted()
-                return not exhausted
-            leaves = yield from self._leaves()
-            if leaves:
-                return False
-            asked.ask(max(self._appetite(), size - self._held))
-        held = self._held
-        while asked.asked and self._held == held:
-            yield f"the answer of the counter {asked.counter!r}"
-            self._look()
-        return True
-
-    def _draw_ahead(self) -> None:
-        """Have a draw under way before it is needed, if more is wanted and not better left to others."""
-        if self._closed or self._sources is None or self._sources.asked() is not None:
-            return
-        pool = self._sources.choose()
-        if pool is None or len(self.ledger.unfinished()) > _FRAGMENTS:
-            return
-        me, others = self._sight()
-        amount = self._modest(appetite(me, self._held, self._sources.left(), others, self._seconds))
-        if amount and not outlasts(me, min(amount, self._batch), self._sources.left(), others):
-            pool.ask(amount)
-
-    def _leaves(self) -> Wait[bool]:
-        """Whether to end this epoch here although work is left: the others finish it sooner and one of them stays."""
-        assert self._crew is not None
-        assert self._sources is not None
-        me, others = self._sight()
-        if self._held or not outlasts(me, self._batch, self._sources.left(), others):
-            return False
-        counter = self._key("leave")
-        self._desk.draw(counter, 1)
-        while not (answers := self._desk.drawn(counter)):
-            yield f"the answer of the counter {counter!r}"
-        # Who left before this ticket without its note having come may not be counted on: the fastest, for all we know.
-        ahead = answers[0][0]
-        me, others = self._sight()
-        stay = others[max(0, ahead - self._crew.gone()) :]
-        return ahead < len(others) + self._crew.gone() and outlasts(me, self._batch, self._sources.left(), stay)
-
-    def _look(self) -> None:
-        """Enter the answers that came, hear the others, and let them know."""
-        if self._crew is None or self._sources is None:
-            return
-        for first, amount in self._sources.answers():
-            self.ledger.claim(first, amount)
-        open_ranges, rate = tuple(self.ledger.unfinished()), self._pace.rate
-        done, claimed = self.ledger.completed, self.ledger.claimed
-        note = Note(self.epoch, self._batch, rate, self._closed, done, claimed, self._sources.reach, open_ranges)
-        self._desk.publish(note.pack())
-        self._crew.listen()
-
-    def _sight(self) -> tuple[Worker, list[Worker]]:
-        assert self._crew is not None
-        me = Worker(self._pace.rate, self.ledger.outstanding, self._batch)
-        return me, self._crew.others(me)
-
-    def _appetite(self) -> int:
-        assert self._sources is not None
-        me, others = self._sight()
-        return self._modest(appetite(me, self._held, self._sources.left(), others, self._seconds))
-
-    def _modest(self, amount: int) -> int:
-        """While a speed is unknown the fair part is too: a slow member that took half of it would hold up all."""
-        assert self._crew is not None
-        return amount if self._crew.paced() else min(amount, self._batch)

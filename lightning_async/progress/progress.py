@@ -18,21 +18,17 @@ from dataclasses import dataclass, replace
 
 from lightning_async.data.crew import Desk
 from lightning_async.data.pace import Pace
+from lightning_async.progress import planning
 from lightning_async.progress.agenda import Agenda, Due
-from lightning_async.progress.appointment import Appointment, Sight, appoint, soon
+from lightning_async.progress.appointment import Appointment, soon
+from lightning_async.progress.others import Others
 from lightning_async.progress.report import Report, Wish
-from lightning_async.progress.tally import Tally, Unit, total
+from lightning_async.progress.tally import Tally, Unit
 
-LATENCY = 0.3
-"""Seconds after which all that can hear have heard of an appointment."""
 LATENCY_IN_STEP = 2.0
-"""The same for members that wait for each other at every step: who heard too late would wait for ever."""
-LEAD = 1.5
-"""Seconds, besides two batches of the slowest, by which an appointment is made ahead."""
+"""`planning.LATENCY` of members that wait for each other at every step: who heard too late would wait for ever."""
 LOOK = 0.1
 """Seconds between looks at the others' notes."""
-FEW = 32
-"""Batches a member that are few enough to be shared out equally while no speed is known."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +86,12 @@ class Progress:
         self._desk = desk
         self._batch = batch
         self._in_step = in_step
-        self._began = desk.now()
+        self._others = Others(desk, self.before)
         self._pace = Pace()
         self._rates = (0.0, 0.0, 0.0)
-        self._met: dict[int, Tally] = {}
-        self._heard: dict[int, tuple[bytes, float]] = {}
-        self._reports: dict[int, Report] = {}
         self._appointment: Appointment | None = None
         self._next_look = 0.0
-        self._others = 0
+        self._told = 0
         self._said = Wish.NOTHING
         self._called = -1
         self._meeting = True
@@ -107,11 +100,10 @@ class Progress:
 
     def batch_started(self) -> None:
         """A batch begins; after a meeting all begin now."""
-        now = self._desk.now()
-        self._pace.start(now)
+        self._pace.start(self._desk.now())
         if self._meeting:
             self._meeting = False
-            self._heard = {rank: (raw, now) for rank, (raw, _) in self._heard.items()}
+            self._others.set_off()
             self._look_around()
 
     def batch_ended(self, *, updates: int, samples: int) -> None:
@@ -143,8 +135,8 @@ class Progress:
         self.wishes |= wishes
         if self.appointment is None and self._called < self.meetings:
             self._called = self.meetings
-            latency = LATENCY_IN_STEP if self._in_step else LATENCY
-            called = soon(Unit.BATCHES, self._sights(Unit.BATCHES), latency)
+            latency = LATENCY_IN_STEP if self._in_step else planning.LATENCY
+            called = soon(Unit.BATCHES, self._others.sights(Unit.BATCHES, self._report()), latency)
             self._propose(called.in_step() if self._in_step else called)
 
     @property
@@ -156,16 +148,15 @@ class Progress:
 
     def steps(self) -> int:
         """Steps of the run by now: never less than before, and not the next point before all are there."""
-        return self._steps(self._others)
+        return self._steps(self._told)
 
     def about(self) -> int:
         """Steps of the run by now, the others carried forward at their speeds: smoother, and perhaps too many."""
-        ahead = sum(sight.count for rank, sight in self._sights(Unit.UPDATES).items() if rank != self._desk.me)
-        return self._steps(self._elsewhere(Unit.UPDATES) + int(ahead))
+        return self._steps(self._others.about(Unit.UPDATES, self._report()))
 
     def _steps(self, others: int) -> int:
         if self._in_step:
-            others = self._elsewhere(Unit.UPDATES) + self.own.updates * (len(self._desk.members()) - 1)
+            others = self._others.elsewhere(Unit.UPDATES) + self.own.updates * (len(self._desk.members()) - 1)
         if self._meeting:
             return self.agreed.updates // self.n
         count = others + self.own.updates
@@ -178,7 +169,7 @@ class Progress:
 
     def sign(self) -> int:
         """Grows as long as somebody gets on."""
-        return sum(report.tally.batches for report in self._listen().values())
+        return sum(report.tally.batches for report in self._others.listen(self._report()).values())
 
     def word(self) -> bytes:
         """What this member brings to a meeting. Its note says that it stands still: nobody is to foresee more of it."""
@@ -195,10 +186,8 @@ class Progress:
     def settle(self, words: Mapping[int, bytes]) -> Outcome:
         """Draw the same conclusion from all words on every member."""
         reports = {rank: Report.unpack(word) for rank, word in words.items()}
-        self._began = self._began if self.meetings else self._desk.now()
-        self._met |= {rank: report.tally for rank, report in reports.items()}
         last, kept = self.agreed, {report.kept for report in reports.values()}
-        now = total([self.before, *self._met.values()])
+        now = self._others.met(reports)
         if len(kept) == 1:  # all did their parts of one appointment: its point is reached, even if a death left less
             unit, target = next(iter(kept))
             now = now.at_least(Unit(unit), target)
@@ -221,44 +210,18 @@ class Progress:
 
     def _begin_anew(self, reports: Mapping[int, Report], *, ended: bool) -> None:
         self.meetings += 1
-        self._appointment = None
         self.wishes &= ~self._said
         self._pace.stop()
         if ended:
             self.epoch = self.agreed
             self.ended = False
             reports = {rank: replace(report, ended=False) for rank, report in reports.items()}
-        self._reports |= reports
-        self._appointment = self._at_once(reports)
-        self._meeting = True
-
-    def _at_once(self, reports: Mapping[int, Report]) -> Appointment | None:
-        """The next appointment, if its point is near already; members that go in step need nobody's speed."""
+        self._others.go_on(reports)
         if self._in_step:
-            return self._in_equal_parts(reports)
-        found: list[tuple[float, Appointment]] = []
-        for unit, point in self.agenda.points(self.agreed, self.epoch):
-            sights = {rank: report.sight(unit, age=0.0, live=True) for rank, report in reports.items()}
-            rates = [sight.rate for sight in sights.values() if sight.goes_on]
-            left = point - self.agreed[unit]
-            seconds = left / sum(rates) if rates and min(rates) > 0 else 0.0
-            most = FEW * sum(report.batch if unit == Unit.SAMPLES else 1 for report in reports.values())
-            few = bool(rates) and min(rates) <= 0 and left <= most
-            if few or (seconds and seconds <= self._lead(reports)):
-                elsewhere = self.agreed[unit] - total(report.tally for report in reports.values())[unit]
-                found.append((seconds or left / most, appoint(unit, point, sights, 0.0, elsewhere)))
-        return min(found, key=lambda one: one[0])[1] if found else None
-
-    def _in_equal_parts(self, reports: Mapping[int, Report]) -> Appointment | None:
-        """All stop after the same of their steps: one that went on would wait for one that stopped."""
-        found: list[tuple[float, Unit, int, int]] = []
-        for unit, point in self.agenda.points(self.agreed, self.epoch):
-            each = -(-(point - self.agreed[unit]) // len(reports))
-            found.append((each / (self._batch if unit == Unit.SAMPLES else 1), unit, point, each))
-        if not found:
-            return None
-        _, unit, point, each = min(found)
-        return Appointment(unit, point, {rank: report.tally[unit] + each for rank, report in reports.items()})
+            self._appointment = planning.in_equal_parts(self.agenda, self.agreed, self.epoch, reports, self._batch)
+        else:
+            self._appointment = planning.at_once(self.agenda, self.agreed, self.epoch, reports)
+        self._meeting = True
 
     # -- the others ---------------------------------------------------------------------------------------------------
 
@@ -272,56 +235,23 @@ class Progress:
     def _look_around(self) -> None:
         """What the others have told: a little less than they have done, so that the run's steps are never too many."""
         self._next_look = self._desk.now() + LOOK
-        told = total(report.tally for rank, report in self._listen().items() if rank != self._desk.me)
-        self._others = told.updates + self._elsewhere(Unit.UPDATES)
+        self._told = self._others.told(Unit.UPDATES, self._report())
 
     def _keep_agenda(self) -> None:
         """Make an appointment if a point is near and nobody has."""
-        points = list(self.agenda.points(self.agreed, self.epoch))
-        if not points or self._in_step or self.appointment is not None:
+        if self._in_step or self.appointment is not None:
             return
-        reports = self._listen()
-        found: list[tuple[float, Unit, int]] = []
-        for unit, point in points:
-            sights = self._sights(unit)
-            rate = sum(sight.rate for sight in sights.values() if sight.goes_on)
-            left = point - self._elsewhere(unit) - sum(sight.count for sight in sights.values())
-            found.append((left / rate if rate else 0.0 if left <= 0 else float("inf"), unit, point))
-        seconds, unit, point = min(found)
-        if seconds <= self._lead(reports):
-            self._propose(appoint(unit, point, self._sights(unit), LATENCY, self._elsewhere(unit)))
+        others, mine = self._others, self._report()
+        made = planning.on_the_way(
+            self.agenda,
+            self.agreed,
+            self.epoch,
+            others.listen(mine),
+            lambda unit: others.sights(unit, mine),
+            others.elsewhere,
+        )
+        if made is not None:
+            self._propose(made)
 
     def _propose(self, appointment: Appointment) -> None:
         self._desk.propose(self._key, appointment.pack())
-
-    def _lead(self, reports: Mapping[int, Report]) -> float:
-        slowest = min((report.rates[0] for report in reports.values() if report.rates[0]), default=0.0)
-        return LEAD + (2.0 / slowest if slowest else 0.0)
-
-    def _listen(self) -> dict[int, Report]:
-        """The newest report of every living member, this one's included."""
-        for rank, raw in self._desk.notes().items():
-            if rank not in self._heard or self._heard[rank][0] != raw:
-                self._heard[rank] = (raw, self._desk.now())
-                report = Report.unpack(raw)
-                self._reports[rank] = report if report.meetings == self.meetings else replace(report, ended=False)
-        self._reports[self._desk.me] = self._report()
-        return {rank: self._reports.get(rank, Report()) for rank in self._desk.members()}
-
-    def _sights(self, unit: Unit) -> dict[int, Sight]:
-        """All that live, by now; who has told no speed has not ended a batch since the beginning."""
-        reports, live, now = self._listen(), {*self._desk.live(), self._desk.me}, self._desk.now()
-        most = 1 / max(1e-3, now - self._began)
-        return {
-            rank: report.sight(unit, age=self._age(rank, now), live=rank in live, most=most)
-            for rank, report in reports.items()
-        }
-
-    def _age(self, rank: int, now: float) -> float:
-        return now - self._heard[rank][1] if rank in self._heard and rank != self._desk.me else 0.0
-
-    def _elsewhere(self, unit: Unit) -> int:
-        """What nobody who is there did: the earlier part of the run, and the dead up to their last meeting."""
-        members = set(self._desk.members())
-        gone = total(tally for rank, tally in self._met.items() if rank not in members)
-        return self.before.plus(gone)[unit]

@@ -5,14 +5,17 @@ from __future__ import annotations
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_async.strategies.base import AsyncStrategy
+from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
 from lightning_async.strategies.gossip_ring import GossipRingStrategy
 
 STRATEGIES: tuple[type[AsyncStrategy], ...] = (GossipRingStrategy,)
+"""Those whose ranks have replicas, and whose runs can be recorded."""
 
 
 def register() -> None:
     """Enter `name`, `name_spawn` and `name_fork` in Lightning's registry. Idempotent."""
-    for strategy in STRATEGIES:
+    all_of_them: tuple[type[AsyncStrategy | DelayedPipelineStrategy], ...] = (*STRATEGIES, DelayedPipelineStrategy)
+    for strategy in all_of_them:
         for suffix, method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork")):
             name = strategy.name + suffix
             if name not in StrategyRegistry:
@@ -20,4 +23,4 @@ def register() -> None:
                 StrategyRegistry.register(name, strategy, f"{summary} ({method})", start_method=method)
 
 
-__all__ = ["AsyncStrategy", "GossipRingStrategy", "register"]
+__all__ = ["AsyncStrategy", "DelayedPipelineStrategy", "GossipRingStrategy", "register"]

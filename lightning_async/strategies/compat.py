@@ -45,11 +45,15 @@ class Leash:
         """Replace a private attribute for the time of the run; returns what was there."""
         return self.wrap(*_resolve(self.trainer, path), value)
 
+    def set(self, owner: Any, name: str, value: object) -> None:
+        """Give an attribute another value for the time of the run."""
+        self._saved.append((owner, name, vars(owner).get(name, _NOT_SET)))
+        setattr(owner, name, value)
+
     def wrap(self, owner: Any, name: str, value: Callable[..., Any]) -> Callable[..., Any]:
         """Replace a method of one object for the time of the run; returns what was there."""
-        self._saved.append((owner, name, vars(owner).get(name, _NOT_SET)))
         original: Callable[..., Any] = getattr(owner, name)
-        setattr(owner, name, value)
+        self.set(owner, name, value)
         return original
 
     def restore(self) -> None:
@@ -130,6 +134,16 @@ def log_every(trainer: Trainer) -> int:
 def synchronises_batchnorm(trainer: Trainer) -> bool:
     """Whether the Trainer was asked for `sync_batchnorm`."""
     return getattr(trainer.strategy, "_layer_sync", None) is not None
+
+
+def ends_in_step(trainer: Trainer) -> bool:
+    """Whether an optimizer step is due with this batch, as far as `accumulate_grad_batches` goes."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def skip_backward(trainer: Trainer, leash: Leash, skip: bool) -> None:
+    """Let the loop leave out its own backward pass and `zero_grad`, for the time of the run."""
+    leash.set(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", skip)
 
 
 def saves_every(callback: ModelCheckpoint) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_async.strategies.random_states import RandomStates
+from lightning_async.transport import chance
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
@@ -35,7 +35,8 @@ class Moments:
     """What `SecondMoment` remembers of each optimizer, by the optimizer's number."""
 
     def __init__(self, strategy: AsyncStrategy) -> None:
-        self._moments = {str(i): m for i, o in enumerate(strategy.optimizers) if (m := strategy.moment(o)) is not None}
+        moments = {str(i): strategy.stepping.moment(optimizer) for i, optimizer in enumerate(strategy.optimizers)}
+        self._moments = {number: moment for number, moment in moments.items() if moment is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """All of them."""
@@ -45,6 +46,21 @@ class Moments:
         """Those that were saved."""
         for number in self._moments.keys() & state.keys():
             self._moments[number].load_state_dict(state[number])
+
+
+class RandomStates:
+    """What training draws from, on this rank and its device: a resumed rank draws what it would have drawn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def state_dict(self) -> dict[str, Any]:
+        """All states as they are now."""
+        return chance.taken(self._device)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Draw on from `state`."""
+        chance.put_back(state, self._device)
 
 
 def own_keys(strategy: AsyncStrategy) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,11 +14,22 @@ from torch.optim import Optimizer
 
 from lightning_async.strategies import compat
 
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
 
 def refuse(trainer: Trainer, name: str) -> None:
     """Raise for the first conflict between the Trainer's arguments and a strategy whose ranks run free."""
     for conflict in _conflicts(trainer):
         raise MisconfigurationException(f"strategy={name!r}: {conflict}")
+
+
+def refuse_run(strategy: AsyncStrategy) -> None:
+    """Raise for what the module configured that cannot run free."""
+    refuse_optimizers(strategy.optimizers, strategy.name)
+    refuse_schedulers(strategy.lr_scheduler_configs, strategy.name)
+    if strategy.buffers == "reestimate":
+        refuse_manual(strategy.trainer.lightning_module, strategy.name)
 
 
 def refuse_module(module: torch.nn.Module, name: str) -> None:

@@ -72,7 +72,7 @@ class Resuming:
         self._waiting = {}
         put_back_tensors(strategy, own)
         if "steps" in own:
-            strategy.steps = own["steps"]
+            strategy.stepping.taken = own["steps"]
             strategy.office.mail.at(strategy.steps)
         states = own.get("parts", {})
         for name, part in all_parts(strategy, self._parts).items():

@@ -1,8 +1,10 @@
 """Chance is the state of the process's random generators: taken, put back, and written as text for a log.
 
     torch     dropout, initial weights, shuffling          numpy, python     augmentation in many data sets
+    cuda      the same as torch, on a device of that kind; passed over where there is none
 
-A program is repeated to the bit only if its draws are. These are states of generators, not weights: a few kilobytes.
+A program is repeated to the bit only if its draws are. Taken, these are tensors and numbers, so that a checkpoint can
+hold them; they are states of generators, not weights: a few kilobytes.
 """
 
 from __future__ import annotations
@@ -20,28 +22,42 @@ Chance = dict[str, Any]
 """The state of each generator, by name."""
 
 
-def taken() -> Chance:
-    """The generators as they are now."""
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(legacy=False), "python": random.getstate()}
+def taken(device: torch.device | None = None) -> Chance:
+    """The generators as they are now; with a CUDA device, its own too."""
+    version, words, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    chance = {
+        "torch": torch.get_rng_state(),
+        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *_numbers(*rest)),
+        "python": (version, torch.tensor(words), gauss),
+    }
+    if device is not None and device.type == "cuda":
+        chance["cuda"] = torch.cuda.get_rng_state(device)
+    return chance
 
 
-def put_back(chance: Chance) -> None:
+def put_back(chance: Chance, device: torch.device | None = None) -> None:
     """Let the generators go on from here; one that is not named stays as it is."""
     if "torch" in chance:
-        torch.set_rng_state(chance["torch"])
+        torch.set_rng_state(chance["torch"].cpu())
     if "numpy" in chance:
-        np.random.set_state(chance["numpy"])
+        kind, keys, *rest = chance["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     if "python" in chance:
-        random.setstate(chance["python"])
+        version, words, gauss = chance["python"]
+        random.setstate((version, tuple(words.tolist()), gauss))
+    if "cuda" in chance and device is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(chance["cuda"].cpu(), device)
 
 
 def write(chance: Chance) -> dict[str, str]:
-    """As text, each generator for itself."""
-    numpy = {**chance["numpy"], "state": {**chance["numpy"]["state"], "key": chance["numpy"]["state"]["key"].tolist()}}
+    """As text, each generator of the process for itself."""
+    kind, keys, *rest = chance["numpy"]
+    version, words, gauss = chance["python"]
     return {
         "torch": _pack(chance["torch"].numpy().tobytes()),
-        "numpy": _pack(json.dumps(numpy).encode()),
-        "python": _pack(json.dumps(chance["python"]).encode()),
+        "numpy": _pack(json.dumps([kind, keys.tolist(), *rest]).encode()),
+        "python": _pack(json.dumps([version, words.tolist(), gauss]).encode()),
     }
 
 
@@ -51,14 +67,15 @@ def read(text: dict[str, str]) -> Chance:
     chance: Chance = {}
     if "torch" in raw:
         chance["torch"] = torch.tensor(list(raw["torch"]), dtype=torch.uint8)
-    if "numpy" in raw:
-        chance["numpy"] = json.loads(raw["numpy"])
-        state = chance["numpy"]["state"]
-        state["key"] = np.array(state["key"], dtype=np.uint32)
-    if "python" in raw:
-        version, words, gauss = json.loads(raw["python"])
-        chance["python"] = (version, tuple(words), gauss)
+    for name in ("numpy", "python"):
+        if name in raw:
+            first, words, *rest = json.loads(raw[name])
+            chance[name] = (first, torch.tensor(words), *rest)
     return chance
+
+
+def _numbers(position: Any, has_gauss: Any, gauss: Any) -> tuple[int, int, float]:
+    return int(position), int(has_gauss), float(gauss)
 
 
 def _pack(raw: bytes) -> str:

@@ -4,21 +4,13 @@
     per link: sender, receiver ------------------>  gloo, one connection for each pair
     control thread ------------------------------>  store: beats, deaths, decisions, tickets; opens and closes links
 
-A link is made when somebody wants one: its beat says "generation g with you", the peer says the same, and both go to
-the rendezvous when they have seen each other's word, so that nobody blocks there for one who does not come. A link
-that broke is wanted again with the next generation. It comes to nothing if the peer is dead: then its silence is
-counted, it is declared dead, and what it never folded is reported as lost.
-
-Two that both beat but cannot reach each other (a cut between their hosts, a firewall) are told by the headers: each
-side sends one at least every half second. After `patience` without one the link is made anew, and after twice that the
-higher of the two is declared dead: a pair that never heals must end somehow, and all must agree how.
+Links are tended in the control thread (`links.py`), so nothing here waits for a store or a peer, but for `wait` itself.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import threading
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -27,10 +19,9 @@ from torch.distributed.distributed_c10d import Store
 from lightning_async.transport.checks import check_kind, check_message, check_peer
 from lightning_async.transport.control import Control
 from lightning_async.transport.gloo import Clients, keys_of
-from lightning_async.transport.heartbeat import Silence
-from lightning_async.transport.link import Link
+from lightning_async.transport.links import Links
 from lightning_async.transport.mail import Letter, Loss, Message
-from lightning_async.transport.slots import HEADERS, Count, Here, Inbox, Slots
+from lightning_async.transport.slots import Count, Here, Inbox, Slots
 
 
 def refuse_loopback(addresses: Iterable[str], *, nodes: int) -> None:
@@ -86,9 +77,7 @@ class ClusterCarrier:
         if fragment_bytes < 1:
             raise ValueError(f"`fragment_bytes` must be at least 1, got {fragment_bytes}")
         self._keys = keys_of(store, f"lightning_async/{run}")
-        self._clients = Clients(self._keys)
-        self._run, self._me, self._world = run, me, world
-        self._fragment, self._timeout, self._interface = fragment_bytes, connect_timeout, interface
+        self._me, self._world = me, world
         self._news_count = self._noticed = 0
         self._changed = threading.Condition()
         self._here = Here()
@@ -98,17 +87,25 @@ class ClusterCarrier:
             for peer in range(world)
             if peer != me
         }
-        self._links: dict[int, Link] = {}
-        self._patience = patience
-        self._lines = Silence(self._slots, silence=silence, patience=patience, start=self._here.now())
-        self._generations: dict[int, int] = {}
-        self._wished = set(peers)
-        self._eager = 0.0
         self._losses: list[Loss] = []
-        self._refused: str | None = None
         self._state = "made"
-        for peer in self._wished:
+        wished = set(peers)
+        for peer in wished:
             check_peer(me, world, peer)
+        self._links = Links(
+            Clients(self._keys),
+            me=me,
+            slots=self._slots,
+            here=self._here,
+            run=run,
+            wished=wished,
+            silence=silence,
+            patience=patience,
+            fragment_bytes=fragment_bytes,
+            connect_timeout=connect_timeout,
+            interface=interface,
+            news=self._news,
+        )
         self._control = Control(
             self._keys,
             me=me,
@@ -117,7 +114,7 @@ class ClusterCarrier:
             tick=tick,
             silence=silence,
             patience=patience,
-            look=self._look,
+            look=lambda: self._links.look(self._control),
             bury=self._bury,
             news=self._news,
         )
@@ -135,7 +132,7 @@ class ClusterCarrier:
     @property
     def failed(self) -> str | None:
         """Why this member cannot go on, in words, or None: declared dead, the store lost, another version at a peer."""
-        return self._control.failed or self._refused
+        return self._control.failed or self._links.refused
 
     def start(self) -> None:
         """Begin; again is nothing."""
@@ -156,9 +153,7 @@ class ClusterCarrier:
         before, self._state = self._state, "closed"
         if before == "started":
             self._control.stop()
-        for link in list(self._links.values()):
-            link.close()
-        self._links.clear()
+        self._links.close()
 
     def __enter__(self) -> ClusterCarrier:
         self.start()
@@ -262,85 +257,17 @@ class ClusterCarrier:
             self._changed.notify_all()
 
     def _is_idle(self) -> bool:
-        live = self._control.live()
-        return all(slots.idle() for peer, slots in self._slots.items() if peer in live and peer in self._links)
+        live, linked = self._control.live(), self._links.by_peer
+        return all(slots.idle() for peer, slots in self._slots.items() if peer in live and peer in linked)
 
     def _reachable(self, peer: int) -> bool:
-        link = self._links.get(peer)
-        if link is None and peer not in self._wished and self._state == "started":
-            self._wished.add(peer)
+        if self._state == "started" and self._links.wish(peer):
             self._control.soon()
-        return link is not None and link.state == "up" and peer in self._control.live()
-
-    # in the control thread
-
-    def _look(self) -> bool:
-        """Replace broken links, open wanted ones. True: something will happen soon."""
-        counts = {peer: slots.traffic[HEADERS].messages_in for peer, slots in self._slots.items()}
-        self._lines.look(now=self._here.now(), counts=counts)
-        for peer in self._control.members():
-            if peer != self._me:
-                self._tend(peer)
-        return time.monotonic() < self._eager
+        return self._links.is_up(peer) and peer in self._control.live()
 
     def _bury(self, peer: int) -> None:
-        link = self._links.pop(peer, None)
-        if link is not None:
-            link.close()
+        """In the control thread: the peer is dead, and what it had not folded is lost."""
+        self._links.drop(peer)
         losses = self._slots[peer].bury()
         with self._changed:
             self._losses += losses
-
-    def _tend(self, peer: int) -> None:
-        """One pair's generation only grows: to what the peer wants, or past a link that broke."""
-        link = self._links.get(peer)
-        generation = before = self._generations.get(peer, 0)
-        if link is None and generation == 0 and peer in self._wished:
-            generation = 1
-        if link is not None and link.state == "dead":
-            if link.refused:
-                self._refuse(link)
-                return
-            generation = max(generation, link.generation + 1)
-        if link is not None and link.state == "up" and self._lines.quiet(peer) >= self._patience:
-            generation = max(generation, link.generation + 1)  # a cut that nobody told us of
-        if generation and self._lines.quiet(peer) >= 2 * self._patience and self._me < peer:
-            self._control.condemn(peer, f"it beats, but no connection with member {self._me} could be made or kept")
-        generation = max(generation, self._control.wanted(peer))
-        if link is not None and link.state == "up":
-            self._control.broken(peer, False)
-        if generation > before:
-            self._renew(peer, generation)
-        if generation and peer not in self._links and self._control.wanted(peer) == generation:
-            self._open(peer, generation)
-
-    def _renew(self, peer: int, generation: int) -> None:
-        link = self._links.pop(peer, None)
-        if link is not None:
-            self._control.broken(peer, link.state == "dead")
-            link.close()
-        if generation == 1:
-            self._lines.reset(peer)
-        self._generations[peer] = generation
-        self._control.want(peer, generation)
-        self._eager = time.monotonic() + 1.0
-
-    def _open(self, peer: int, generation: int) -> None:
-        self._eager = time.monotonic() + 1.0
-        self._links[peer] = Link(
-            self._clients,
-            me=self._me,
-            slots=self._slots[peer],
-            here=self._here,
-            run=self._run,
-            generation=generation,
-            fragment_bytes=self._fragment,
-            connect_timeout=self._timeout,
-            interface=self._interface,
-            news=self._news,
-        )
-
-    def _refuse(self, link: Link) -> None:
-        if self._refused is None:
-            self._refused = link.error
-            self._news()

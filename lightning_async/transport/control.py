@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 
 from torch.distributed import DistError
 
 from lightning_async.transport.checks import check_amount, check_note
 from lightning_async.transport.gloo import Keys
-from lightning_async.transport.heartbeat import Beat, Silence
+from lightning_async.transport.heartbeat import Beat
+from lightning_async.transport.requests import Requests
+from lightning_async.transport.roll import NOBODY, Roll
 
-_NOBODY = b"-"
-WATCH_SECONDS = 10.0
-"""A key is looked for until this long after `decided` last asked for it."""
 HURRY_SECONDS = 0.003
 """The tick while somebody waits for an answer."""
 
@@ -62,41 +60,37 @@ class Control:
         bury: Callable[[int], None] = lambda peer: None,
         news: Callable[[], None] = lambda: None,
     ) -> None:
-        alive = sorted(range(world) if members is None else set(members))
-        if not 0 <= me < world or me not in alive or alive[0] < 0 or alive[-1] >= world:
-            raise ValueError(f"`me` ({me}) must be one of `members`, and these below `world` ({world}), got {alive}")
+        self.roll = Roll(me=me, world=world, members=members, silence=silence, patience=patience, bury=bury)
         if tick <= 0:
             raise ValueError(f"`tick` must be above 0, got {tick}")
         self.me, self.world = me, world
-        self.failed: str | None = None
-        self.reasons: dict[int, str] = {k: "not there at the start" for k in range(world) if k not in alive}
-        self._keys, self._look, self._bury, self._news = keys, look, bury, news
+        self.store_lost: str | None = None
+        self._keys, self._look, self._news = keys, look, news
         self._tick, self._beat = tick, min(0.5, silence / 4)
-        self._peers = tuple(k for k in alive if k != me)
-        self._judge = Silence(self._peers, silence=silence, patience=patience, start=time.monotonic())
-        self._changed = threading.Condition()
-        self._asked = False
+        self._requests = Requests()
+        self._changed = self._requests.changed
         self._stop = False
         self._waiting = False
-        self._members = tuple(alive)
-        self._live: tuple[int, ...] = (me,)
-        self._proposals: deque[tuple[str, bytes]] = deque()
-        self._draws: deque[tuple[str, int]] = deque()
-        self._drawn: dict[str, list[tuple[int, int]]] = {}
-        self._watched: dict[str, float] = {}
-        self._decided: dict[str, bytes] = {}
         self._notes: dict[int, bytes] = {}
         self._beats: dict[int, Beat] = {}
         self._wants: dict[int, int] = {}
         self._rings: set[int] = set()
-        self._broken: set[int] = set()
-        self._condemned: dict[int, str] = {}
         self._count = 0
         self._due = 0.0
         self._bell = b""
         self._thread = threading.Thread(target=self._run, name=f"control-{me}", daemon=True)
 
     # the training thread
+
+    @property
+    def failed(self) -> str | None:
+        """Why this member cannot go on, in words: declared dead, or the store lost."""
+        return self.roll.failed or self.store_lost
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """Why each dead member is."""
+        return self.roll.reasons
 
     def start(self) -> None:
         """Begin to look and to be seen."""
@@ -113,27 +107,20 @@ class Control:
 
     def propose(self, key: str, value: bytes) -> None:
         """See `Board.propose`."""
-        self._request(lambda: self._proposals.append((key, value)))
+        self._requests.propose(key, value)
 
     def decided(self, key: str) -> bytes | None:
         """See `Board.decided`."""
-        value = self._decided.get(key)
-        if value is None:
-            new = key not in self._watched
-            self._watched[key] = time.monotonic()
-            if new:
-                self._request(lambda: None)
-        return value
+        return self._requests.decided(key)
 
     def draw(self, counter: str, amount: int) -> None:
         """See `Board.draw`."""
         check_amount(amount)
-        self._request(lambda: self._draws.append((counter, amount)))
+        self._requests.draw(counter, amount)
 
     def drawn(self, counter: str) -> list[tuple[int, int]]:
         """See `Board.drawn`."""
-        with self._changed:
-            return self._drawn.pop(counter, [])
+        return self._requests.drawn(counter)
 
     def publish(self, note: bytes) -> None:
         """See `Board.publish`."""
@@ -148,27 +135,21 @@ class Control:
 
     def members(self) -> tuple[int, ...]:
         """Those not declared dead."""
-        return self._members
+        return self.roll.members
 
     def live(self) -> tuple[int, ...]:
         """Those heard of lately."""
-        return self._live
+        return self.roll.live
 
     def waiting(self, waits: bool) -> None:
         """Whether somebody waits now: then watched keys are looked for every few milliseconds."""
         self._waiting = waits
-        if waits and self._watched:
-            self._request(lambda: None)
+        if waits and self._requests.watched:
+            self.soon()
 
     def soon(self) -> None:
         """Ask for a tick now."""
-        self._request(lambda: None)
-
-    def _request(self, note: Callable[[], None]) -> None:
-        with self._changed:
-            note()
-            self._asked = True
-            self._changed.notify_all()
+        self._requests.hurry()
 
     # links, in the control thread only
 
@@ -181,14 +162,6 @@ class Control:
         """Which link the peer wants to us; 0 for none."""
         beat = self._beats.get(peer)
         return 0 if beat is None else beat.wants.get(self.me, 0)
-
-    def broken(self, peer: int, broken: bool) -> None:
-        """Whether the connection to `peer` was closed by the other side and is not up again."""
-        (self._broken.add if broken else self._broken.discard)(peer)
-
-    def condemn(self, peer: int, reason: str) -> None:
-        """Declare a peer dead for a reason of the carrier's."""
-        self._condemned[peer] = reason
 
     # the control thread
 
@@ -209,17 +182,18 @@ class Control:
             )
         finally:
             if ended and not self._stop:
-                self.failed = self.failed or ended
+                self.store_lost = ended
                 self._news()
 
     def _prepare(self, store: Keys) -> None:
         for k in range(self.world):
-            store.compare_set(f"beat/{k}", b"", _NOBODY)
-            store.compare_set(f"dead/{k}", b"", _NOBODY)
+            store.compare_set(f"beat/{k}", b"", NOBODY)
+            store.compare_set(f"dead/{k}", b"", NOBODY)
             store.add(f"bell/{k}", 0)
 
     def _one_tick(self, store: Keys) -> None:
-        self._answer(store)
+        if self._requests.answer(store):
+            self._news()
         if time.monotonic() >= self._due or self._bell_rang(store):
             self._read(store)
         soon = self._look()
@@ -228,32 +202,10 @@ class Control:
             self._ring(store, self._rings)
             self._rings = set()
         with self._changed:
-            hurry = soon or (self._waiting and bool(self._watched or self._proposals))
+            hurry = soon or (self._waiting and self._requests.open)
             timeout = HURRY_SECONDS if hurry else max(0.0, min(self._tick, self._due - time.monotonic()))
-            self._changed.wait_for(lambda: self._asked or self._stop, timeout)
-            self._asked = False
-
-    def _answer(self, store: Keys) -> None:
-        """Requests in the order in which they were made, kind by kind."""
-        found = bool(self._proposals or self._draws)
-        while self._proposals:
-            key, value = self._proposals[0]
-            # The mark in front keeps an empty value from looking like a missing one, which would be overwritten.
-            self._decided[key] = store.compare_set(f"say/{key}", b"", b"=" + value)[1:]
-            self._proposals.popleft()
-        while self._draws:
-            counter, amount = self._draws.popleft()
-            first = store.add(f"draw/{counter}", amount) - amount
-            with self._changed:
-                self._drawn.setdefault(counter, []).append((first, amount))
-        for key, asked in list(self._watched.items()):
-            if key not in self._decided and store.check([f"say/{key}"]):
-                self._decided[key] = store.get(f"say/{key}")[1:]
-                found = True
-            if key in self._decided or time.monotonic() - asked > WATCH_SECONDS:
-                self._watched.pop(key, None)
-        if found:
-            self._news()
+            self._changed.wait_for(lambda: self._requests.asked or self._stop, timeout)
+            self._requests.asked = False
 
     def _bell_rang(self, store: Keys) -> bool:
         bell = store.multi_get([f"bell/{self.me}"])[0]
@@ -270,42 +222,15 @@ class Control:
         self._write(store)
         keys = [f"beat/{k}" for k in range(self.world)] + [f"dead/{k}" for k in range(self.world)]
         values = store.multi_get(keys)
-        now = time.monotonic()
         beats = {k: beat for k in range(self.world) if (beat := Beat.unpack(values[k])) is not None}
-        self._judge.look(now=now, counts={k: beat.count for k, beat in beats.items()})
         with self._changed:
             self._beats = beats
             self._notes |= {k: beat.note for k, beat in beats.items() if beat.note is not None and k != self.me}
-        self._mourn({k: values[self.world + k] for k in range(self.world)})
-        self._declare(store)
-        self._settle()
-
-    def _mourn(self, flags: dict[int, bytes]) -> None:
-        for k, flag in flags.items():
-            if flag != _NOBODY and k not in self.reasons:
-                self.reasons[k] = flag.decode()
-                if k == self.me:
-                    self.failed = (
-                        f"member {k} (this one) was declared dead by the others ({self.reasons[k]}), and the dead do "
-                        "not come back: it must end, and may join the next run"
-                    )
-
-    def _declare(self, store: Keys) -> None:
-        for peer in self._peers:
-            reason = self._condemned.get(peer) or self._judge.verdict(peer, broken=peer in self._broken)
-            if reason is not None and peer not in self.reasons:
-                self._mourn({peer: store.compare_set(f"dead/{peer}", _NOBODY, reason.encode())})
-                self._ring(store, self._peers)
-
-    def _settle(self) -> None:
-        """Publish who is there; news for those who wait."""
-        peers = [k for k in self._peers if k not in self.reasons]
-        for dead in set(self._members).difference(peers, [self.me]):
-            self._bury(dead)
-        members = tuple(sorted([*peers, self.me]))
-        live = tuple(sorted([*(k for k in peers if self._judge.live(k)), self.me]))
-        if (members, live) != (self._members, self._live) or self.failed:
-            self._members, self._live = members, live
+        flags = {k: values[self.world + k] for k in range(self.world)}
+        self.roll.look({k: beat.count for k, beat in beats.items()}, flags)
+        if self.roll.declare(store):
+            self._ring(store, self.roll.peers)
+        if self.roll.settle():
             self._news()
 
     def _ring(self, store: Keys, peers: Iterable[int]) -> None:
@@ -315,5 +240,5 @@ class Control:
     def _leave(self, store: Keys) -> None:
         """Say that this is no accident: nobody needs to be patient with one who has left."""
         self._write(store)
-        store.compare_set(f"dead/{self.me}", _NOBODY, b"it left the run")
-        self._ring(store, self._peers)
+        store.compare_set(f"dead/{self.me}", NOBODY, b"it left the run")
+        self._ring(store, self.roll.peers)

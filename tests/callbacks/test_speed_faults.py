@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -19,8 +16,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async.callbacks import SpeedFaults
-
-ROOT = Path(__file__).resolve().parents[2]
+from lightning_async.callbacks.speed_faults import freeze_process
+from tests.strategies.ranks import run
 
 
 class FakeTrainer:
@@ -116,26 +113,27 @@ def test_holding_the_lock_costs_other_threads_and_sleeping_does_not() -> None:
     assert ticks_beside(SpeedFaults(hold_gil=True)) < 0.5 * ticks_beside(SpeedFaults())
 
 
-FREEZE = """
-import threading, time
-from lightning_async.callbacks.speed_faults import freeze_process
-gaps, last, over = [], [time.monotonic()], threading.Event()
-def tick():
-    while not over.is_set():
-        time.sleep(0.005)
-        now = time.monotonic(); gaps.append(now - last[0]); last[0] = now
-thread = threading.Thread(target=tick); thread.start()
-freeze_process(0.5)
-over.set(); thread.join()
-print(max(gaps))
-"""
+def _longest_gap_of_another_thread() -> float:
+    gaps, over = [0.0], threading.Event()
+
+    def tick() -> None:
+        last = time.monotonic()
+        while not over.is_set():
+            time.sleep(0.005)
+            last, before = time.monotonic(), last
+            gaps.append(last - before)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    freeze_process(0.5)
+    over.set()
+    thread.join()
+    return max(gaps)
 
 
 def test_a_freeze_stops_the_whole_process() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FREEZE], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
-    )
-    assert 0.45 < float(done.stdout) < 5
+    (gap,) = run(1, _longest_gap_of_another_thread)
+    assert 0.45 < gap < 5
 
 
 def test_a_freeze_comes_once_and_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:

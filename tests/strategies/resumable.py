@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import GossipRingStrategy
-from lightning_async.strategies.own_state import Moments
-from lightning_async.strategies.random_states import RandomStates
+from lightning_async.strategies.own_state import Moments, RandomStates
 from lightning_async.strategies.rank_files import rank_file
 from tests.strategies.lit import INPUTS, TARGETS, loader
 

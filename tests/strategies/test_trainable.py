@@ -73,7 +73,7 @@ def _thaws(mode: str, at_meeting: str) -> dict[str, Any]:
         "numel": list(dict.fromkeys(sizes.numel)),
         "views": all(sizes.views),
         "moved": not torch.equal(lit.backbone[0].weight, before),
-        "stretched": lit.backbone[0].weight in next(iter(strategy._moments.values()))._square,
+        "stretched": lit.backbone[0].weight in strategy.stepping.moment(strategy.optimizers[0])._square,
         "arrivals": len(strategy.arrivals()),
     }
 

@@ -85,8 +85,8 @@ def test_a_post_without_a_link_is_refused_and_asks_for_one(store: Store) -> None
         assert time.monotonic() - begin < 2
         letter = take([carriers[1]], carriers[1])
         assert (letter.peer, letter.number) == (0, 1)
-        assert set(carriers[0]._links) == {1}
-        assert set(carriers[2]._links) == set()
+        assert set(carriers[0]._links.by_peer) == {1}
+        assert set(carriers[2]._links.by_peer) == set()
 
 
 def test_mail_of_all_to_all(cluster: Cluster) -> None:
@@ -164,9 +164,9 @@ def test_a_link_that_breaks_is_mended_and_loses_nothing(cluster: Cluster) -> Non
     assert a.post(1, Message(KIND, torch.ones(1000)))
     letter = take([b], b)
     assert a.post(1, Message(KIND + 1, torch.ones(2000)))
-    a._links[1]._wire.cancel()  # type: ignore[union-attr]
+    a._links.by_peer[1].line.wire.cancel()  # type: ignore[union-attr]
     b.folded(letter)
-    until([a], lambda: a._links.get(1) is not None and a._links[1].generation > 1 and a.free(1, KIND))
+    until([a], lambda: a._links.by_peer.get(1) is not None and a._links.by_peer[1].generation > 1 and a.free(1, KIND))
     assert take([b], b, KIND + 1).message.body.numel() == 2000  # type: ignore[union-attr]
     assert not a.free(1, KIND + 1)
     assert a.lost() == b.lost() == []
@@ -175,8 +175,8 @@ def test_a_link_that_breaks_is_mended_and_loses_nothing(cluster: Cluster) -> Non
 
 def test_two_that_beat_but_cannot_talk_do_not_go_on_for_ever(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     carriers = cluster(3, silence=0.4, patience=0.6)
-    monkeypatch.setattr("lightning_async.transport.cluster.Link", lambda *args, **knobs: _Deaf())
-    carriers[0]._links[2]._wire.cancel()  # type: ignore[union-attr]
+    monkeypatch.setattr("lightning_async.transport.links.Link", lambda *args, **knobs: _Deaf())
+    carriers[0]._links.by_peer[2].line.wire.cancel()  # type: ignore[union-attr]
     until(carriers, lambda: carriers[2].failed is not None)
     assert "no connection with member 0" in (carriers[2].failed or "")
     until(carriers, lambda: carriers[0].members() == carriers[1].members() == (0, 1))
@@ -303,7 +303,7 @@ def mixed() -> Iterator[tuple[list[ClusterCarrier], int]]:
 def test_a_killed_member_is_buried(mixed: tuple[list[ClusterCarrier], int]) -> None:
     (a, b), pid = mixed
     assert a.post(2, Message(KIND, torch.full((16 << 20,), 3.0)))
-    until([a], lambda: a._links[2]._outgoing is not None)
+    until([a], lambda: a._links.by_peer[2].line.sending)
     os.kill(pid, signal.SIGKILL)
     begin = time.monotonic()
     until([a], lambda: a.members() == b.members() == (0, 1))

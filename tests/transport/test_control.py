@@ -140,7 +140,7 @@ def test_an_empty_value_is_a_value(store: Store) -> None:
         room.all[0].propose("key", b"")
         until(lambda: room.all[1].decided("key") == b"")
         room.all[1].propose("key", b"late")
-        until(lambda: not room.all[1]._proposals)
+        until(lambda: not room.all[1]._requests._proposals)
         assert room.all[1].decided("key") == b""
 
 
@@ -203,7 +203,7 @@ def test_the_silent_are_not_live_and_the_patient_bury_them(store: Store, monkeyp
 
 def test_one_that_was_declared_dead_is_told_and_never_comes_back(store: Store) -> None:
     with Room(store, 3) as room:
-        room.all[0].condemn(2, "for this test")
+        room.all[0].roll.condemn(2, "for this test")
         until(lambda: room.all[2].failed is not None)
         assert "for this test" in (room.all[2].failed or "")
         until(lambda: room.all[0].members() == room.all[1].members() == (0, 1))

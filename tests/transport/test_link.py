@@ -134,7 +134,7 @@ def test_buffers_are_kept(pair: tuple[End, End]) -> None:
         b.slots.folded(letter)
         until(lambda: a.slots.free(20))
     assert len(places) == 1
-    assert len(a.link._pages) + len(a.link._flying) < 20
+    assert len(a.link.sender.pages) + len(a.link.sender.flying) < 20
 
 
 def _chat(end: End, seed: int, count: int) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
@@ -244,7 +244,7 @@ def test_a_stranger_is_turned_away_in_words_on_both_sides(
             pack(buffer, header, run=run)
             buffer[8:16] = next(versions).to_bytes(8, "little")
 
-        monkeypatch.setattr("lightning_async.transport.link.pack_into", pack_one_of_each)
+        monkeypatch.setattr("lightning_async.transport.line.pack_into", pack_one_of_each)
         monkeypatch.setattr("lightning_async.transport.header.PROTOCOL", 3)
     with ExitStack() as stack:
         stack.callback(a.open(run="one").close)
@@ -270,7 +270,7 @@ def test_a_broken_connection_is_made_anew_and_nothing_is_lost_or_doubled(store: 
             until(lambda: a.link.state == b.link.state == "up")
             done.wait(chance.uniform(0.01, 0.06))
             if not done.is_set():
-                chance.choice([a, b]).link._wire.cancel()  # type: ignore[union-attr]
+                chance.choice([a, b]).link.line.wire.cancel()  # type: ignore[union-attr]
                 until(lambda: a.link.state == b.link.state == "dead")
             for end in (a, b):
                 assert end.link.close()
@@ -347,7 +347,7 @@ def far() -> Iterator[tuple[End, int]]:
         theirs.close()
 
 
-@pytest.mark.parametrize("direction", ["_send_fragment", "_receive_fragment"])
+@pytest.mark.parametrize("direction", ["sender", "receiver"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_peer_that_ends_or_stops_in_mid_transfer(
     far: tuple[End, int], how: signal.Signals, direction: str, monkeypatch: pytest.MonkeyPatch
@@ -355,7 +355,8 @@ def test_a_peer_that_ends_or_stops_in_mid_transfer(
     end, pid = far
     hit = threading.Event()
     link = end.open()
-    go_on = getattr(link, direction)
+    half, name = (link.sender, "send_fragment") if direction == "sender" else (link.receiver, "receive_fragment")
+    go_on = getattr(half, name)
 
     def strike_in_the_middle(about: object) -> None:
         number = getattr(about, "sent", None)
@@ -364,7 +365,7 @@ def test_a_peer_that_ends_or_stops_in_mid_transfer(
             hit.set()
         go_on(about)
 
-    monkeypatch.setattr(link, direction, strike_in_the_middle)
+    monkeypatch.setattr(half, name, strike_in_the_middle)
     try:
         until(lambda: link.state == "up")
         assert end.slots.post(Message(20, torch.ones(16 << 20)))

@@ -1,0 +1,213 @@
+"""One epoch's claims of one member: drawn before they are needed, ever smaller, and not by one whom the others outrun.
+
+    held enough ----------------------------------------> no draw
+    held little, work left:  others finish it sooner ---> a ticket of leave; the last one is refused
+                             else ----------------------> draw `appetite` numbers of a pool (`sources.py`)
+
+A draw is under way before it is needed, so the training thread does not wait for the store, save at the end of the
+epoch: who stops while there is work left must first draw a ticket of leave, and the last one is refused. Without it,
+members that each count on the other would leave the rest to nobody.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lightning_async.data.crew import Crew, Desk
+from lightning_async.data.handed import Handed
+from lightning_async.data.ledger import Ledger, Note
+from lightning_async.data.opening import Opening, refuse_other_order
+from lightning_async.data.pace import Pace, Worker, appetite, outlasts
+from lightning_async.data.sources import Sources
+from lightning_async.transport.mail import Wait
+
+_FRAGMENTS = 32
+"""No draws ahead while so many ranges are unfinished: they would not fit into the note."""
+
+
+class Claims:
+    """What one member claims of one epoch.
+
+    Args:
+        desk: The board and who is there.
+        epoch: The epoch.
+        opening: As this member would open it.
+        batch: This member's batch size in samples.
+        seconds: How much work is claimed ahead in mid-epoch.
+        pace: This member's speed.
+        handed: What of its claims is on its way.
+
+    Attributes:
+        opening: As all agreed on it, once they did.
+        ledger: What was claimed and completed.
+        closed: Whether this member takes nothing more.
+    """
+
+    def __init__(
+        self, desk: Desk, epoch: int, opening: Opening, *, batch: int, seconds: float, pace: Pace, handed: Handed
+    ) -> None:
+        self.opening = opening
+        self.ledger = Ledger(epoch)
+        self.closed = False
+        self._desk = desk
+        self._batch, self._seconds = batch, seconds
+        self._pace, self._handed = pace, handed
+        self._crew: Crew | None = None
+        self._sources: Sources | None = None
+
+    @property
+    def held(self) -> int:
+        """Samples claimed and not handed out."""
+        return self.ledger.outstanding - self._handed.outstanding
+
+    @property
+    def repeated(self) -> int:
+        """Samples taken over from the dead."""
+        return 0 if self._sources is None else self._sources.repeated
+
+    def open(self) -> Wait[None]:
+        """Learn what was decided about this epoch and take the first batch."""
+        epoch = self.ledger.epoch
+        while self._sources is None:
+            value = self._desk.decided(self._key("open"))
+            if value is None:
+                yield f"the opening of epoch {epoch}"
+                continue
+            opening = Opening.unpack(value)
+            refuse_other_order(epoch, self.opening, opening)
+            self.opening = opening
+            self._crew = Crew(self._desk, epoch, opening)
+            self._sources = Sources(self._desk, epoch, opening, self._crew)
+            self.ledger.claim(*opening.first(self._desk.me))
+            self.look()
+
+    def fetch(self, size: int) -> Wait[bool]:
+        """Wait for more claims, if less than `size` is held; False when there are none for this member."""
+        self.look()
+        assert self._sources is not None  # the epoch is open
+        if self.held >= size:
+            return True
+        asked = self._sources.asked()
+        if asked is None:
+            asked = self._sources.choose()
+            if asked is None:
+                exhausted = yield from self._sources.exhausted()
+                return not exhausted
+            leaves = yield from self._leaves()
+            if leaves:
+                return False
+            asked.ask(max(self._appetite(), size - self.held))
+        held = self.held
+        while asked.asked and self.held == held:
+            yield f"the answer of the counter {asked.counter!r}"
+            self.look()
+        return True
+
+    def draw_ahead(self) -> None:
+        """Have a draw under way before it is needed, if more is wanted and not better left to others."""
+        if self.closed or self._sources is None or self._sources.asked() is not None:
+            return
+        pool = self._sources.choose()
+        if pool is None or len(self.ledger.unfinished()) > _FRAGMENTS:
+            return
+        me, others = self._sight()
+        amount = self._modest(appetite(me, self.held, self._sources.left(), others, self._seconds))
+        if amount and not outlasts(me, min(amount, self._batch), self._sources.left(), others):
+            pool.ask(amount)
+
+    def close(self) -> None:
+        """Take nothing more in this epoch."""
+        self.closed = True
+        if self._sources is not None:
+            self._sources.call()
+        self.look()
+
+    def look(self) -> None:
+        """Enter the answers that came, hear the others, and let them know."""
+        if self._crew is None or self._sources is None:
+            return
+        for first, amount in self._sources.answers():
+            self.ledger.claim(first, amount)
+        ledger = self.ledger
+        note = Note(
+            ledger.epoch,
+            self._batch,
+            self._pace.rate,
+            self.closed,
+            ledger.completed,
+            ledger.claimed,
+            self._sources.reach,
+            tuple(ledger.unfinished()),
+        )
+        self._desk.publish(note.pack())
+        self._crew.listen()
+
+    # -- forecasts and findings ----------------------------------------------------------------------------------------
+
+    def expected_batches(self) -> int:
+        """How many batches this member will probably have trained on at the end of the epoch."""
+        if self._crew is None:
+            return math.ceil(self.opening.used / max(1, len(self._desk.members())) / self._batch)
+        me, others = self._sight()
+        rates = [w.rate for w in others]
+        part = me.rate / (me.rate + sum(rates)) if me.rate > 0 else 1 / (1 + len(rates))
+        todo = max(0, self.opening.used - self._crew.completed())
+        mine = self.ledger.claimed if self.closed else self.ledger.completed + todo * part
+        return math.ceil(max(mine, self.ledger.completed + self._handed.outstanding) / self._batch)
+
+    def left_over(self) -> int:
+        """Samples that nobody trained on, by all notes. Nothing is left over while nobody died: the last member may not
+        leave before all is taken."""
+        if self._crew is None or not self._crew.dead():
+            return 0
+        self._crew.listen()
+        return max(0, self.opening.used - self._crew.completed())
+
+    def others_ended(self) -> bool:
+        """Whether all others that live are known to have ended the epoch."""
+        if self._crew is None:
+            return False
+        self._crew.listen()
+        return self._crew.ended()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _key(self, what: str) -> str:
+        return key(what, self.ledger.epoch)
+
+    def _leaves(self) -> Wait[bool]:
+        """Whether to end this epoch here although work is left: the others finish it sooner and one of them stays."""
+        assert self._crew is not None  # the epoch is open
+        assert self._sources is not None
+        me, others = self._sight()
+        if self.held or not outlasts(me, self._batch, self._sources.left(), others):
+            return False
+        counter = self._key("leave")
+        self._desk.draw(counter, 1)
+        while not (answers := self._desk.drawn(counter)):
+            yield f"the answer of the counter {counter!r}"
+        # Who left before this ticket without its note having come may not be counted on: the fastest, for all we know.
+        ahead = answers[0][0]
+        me, others = self._sight()
+        stay = others[max(0, ahead - self._crew.gone()) :]
+        return ahead < len(others) + self._crew.gone() and outlasts(me, self._batch, self._sources.left(), stay)
+
+    def _sight(self) -> tuple[Worker, list[Worker]]:
+        assert self._crew is not None
+        me = Worker(self._pace.rate, self.ledger.outstanding, self._batch)
+        return me, self._crew.others(me)
+
+    def _appetite(self) -> int:
+        assert self._sources is not None
+        me, others = self._sight()
+        return self._modest(appetite(me, self.held, self._sources.left(), others, self._seconds))
+
+    def _modest(self, amount: int) -> int:
+        """While a speed is unknown the fair part is too: a slow member that took half of it would hold up all."""
+        assert self._crew is not None
+        return amount if self._crew.paced() else min(amount, self._batch)
+
+
+def key(what: str, epoch: int) -> str:
+    """What a claimed epoch's decisions and counters are called on the board."""
+    return f"data/{what}/{epoch}"

@@ -1,0 +1,79 @@
+"""Which point of the agenda comes first, and whether it is near enough for an appointment. Pure arithmetic.
+
+on the way       counts are foreseen, speeds are known: the point that comes soonest, `lead` seconds ahead
+at a meeting     all know all counts: a point that is near already is appointed there, by all alike
+in step          nobody's speed counts: all take the same number of steps to the next point
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from lightning_async.progress.agenda import Agenda
+from lightning_async.progress.appointment import Appointment, Sight, appoint
+from lightning_async.progress.report import Report
+from lightning_async.progress.tally import Tally, Unit, total
+
+LATENCY = 0.3
+"""Seconds after which all that can hear have heard of an appointment."""
+LEAD = 1.5
+"""Seconds, besides two batches of the slowest, by which an appointment is made ahead."""
+FEW = 32
+"""Batches a member that are few enough to be shared out equally while no speed is known."""
+
+
+def lead(reports: Mapping[int, Report]) -> float:
+    """How many seconds ahead of its point an appointment is made."""
+    slowest = min((report.rates[0] for report in reports.values() if report.rates[0]), default=0.0)
+    return LEAD + (2.0 / slowest if slowest else 0.0)
+
+
+def on_the_way(
+    agenda: Agenda,
+    now: Tally,
+    epoch: Tally,
+    reports: Mapping[int, Report],
+    sights: Callable[[Unit], Mapping[int, Sight]],
+    elsewhere: Callable[[Unit], int],
+) -> Appointment | None:
+    """The appointment for the next point, if it is near; `now` was agreed on at the last meeting."""
+    found: list[tuple[float, Unit, int]] = []
+    for unit, point in agenda.points(now, epoch):
+        seen = sights(unit)
+        rate = sum(sight.rate for sight in seen.values() if sight.goes_on)
+        left = point - elsewhere(unit) - sum(sight.count for sight in seen.values())
+        found.append((left / rate if rate else 0.0 if left <= 0 else float("inf"), unit, point))
+    if not found:
+        return None
+    seconds, unit, point = min(found)
+    return appoint(unit, point, sights(unit), LATENCY, elsewhere(unit)) if seconds <= lead(reports) else None
+
+
+def at_once(agenda: Agenda, now: Tally, epoch: Tally, reports: Mapping[int, Report]) -> Appointment | None:
+    """The next appointment, if its point is near already: made of what all said at a meeting."""
+    found: list[tuple[float, Appointment]] = []
+    for unit, point in agenda.points(now, epoch):
+        sights = {rank: report.sight(unit, age=0.0, live=True) for rank, report in reports.items()}
+        rates = [sight.rate for sight in sights.values() if sight.goes_on]
+        left = point - now[unit]
+        seconds = left / sum(rates) if rates and min(rates) > 0 else 0.0
+        most = FEW * sum(report.batch if unit == Unit.SAMPLES else 1 for report in reports.values())
+        few = bool(rates) and min(rates) <= 0 and left <= most
+        if few or (seconds and seconds <= lead(reports)):
+            elsewhere = now[unit] - total(report.tally for report in reports.values())[unit]
+            found.append((seconds or left / most, appoint(unit, point, sights, 0.0, elsewhere)))
+    return min(found, key=lambda one: one[0])[1] if found else None
+
+
+def in_equal_parts(
+    agenda: Agenda, now: Tally, epoch: Tally, reports: Mapping[int, Report], batch: int
+) -> Appointment | None:
+    """All stop after the same of their steps: one that went on would wait for one that stopped."""
+    found: list[tuple[float, Unit, int, int]] = []
+    for unit, point in agenda.points(now, epoch):
+        each = -(-(point - now[unit]) // len(reports))
+        found.append((each / (batch if unit == Unit.SAMPLES else 1), unit, point, each))
+    if not found:
+        return None
+    _, unit, point, each = min(found)
+    return Appointment(unit, point, {rank: report.tally[unit] + each for rank, report in reports.items()})

@@ -1,0 +1,119 @@
+"""The consensus is what all that live are one in: rank 0's weights at the start, the algorithm's at every meeting.
+
+alone      come              whoever comes out of turn says so; who is here, how far all are, what is due
+           reach             the mail is drained; weights: the algorithm's, buffers: means
+MEETING    the consensus stands in: validation, metrics, checkpoints see it; what is trained may change
+           leave             own weights again, unless the consensus was adopted
+alone
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_async.progress.progress import Outcome
+from lightning_async.progress.report import Wish
+from lightning_async.replica import Replica
+from lightning_async.strategies import words
+from lightning_async.strategies.buffers import average_buffers, broadcast_frozen
+from lightning_async.strategies.saved import agree_on_saved
+from lightning_async.strategies.trainable import check_unchanged, renewed
+from lightning_async.transport.mail import Wait
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
+
+class Consensus:
+    """One rank's way to a meeting and back.
+
+    Attributes:
+        last: Of the last meeting, how far the replicas were apart and how many seconds it took.
+    """
+
+    def __init__(self, strategy: AsyncStrategy) -> None:
+        self.last: dict[str, float] = {}
+        self._strategy = strategy
+
+    def begin(self, model: torch.nn.Module, replica: Replica) -> None:
+        """Give every rank the first one's weights and buffers."""
+        self._strategy.together(self._equalise(model, replica))
+
+    def _equalise(self, model: torch.nn.Module, replica: Replica) -> Wait[None]:
+        office = self._strategy.office
+        source = office.carrier.members()[0]
+        weights = yield from office.rounds.broadcast(replica.flat.cpu(), source)
+        replica.stand_in(weights)
+        replica.stay()
+        yield from broadcast_frozen(model, office.rounds, source)
+        yield from average_buffers(model, office.rounds, weight=int(office.carrier.me == source))
+
+    def come(self) -> Outcome:
+        """Who is here, how far all have come, and what is to be done. Whoever has ended its epoch waits for the others
+        as long as they get on."""
+        progress, office = self._strategy.clock.progress, self._strategy.office
+        if progress is None:
+            raise RuntimeError("there is nothing to meet for outside of `fit`")
+        words_of_all = office.rounds.agree(progress.word(), what="roll call")
+        return progress.settle(office.drive(words_of_all, sign=progress.sign))
+
+    def reach(self) -> Wish:
+        """All that live stop here and see the consensus; nothing is in flight. Returns what was asked for."""
+        strategy = self._strategy
+        recording, carrier = strategy.office.recording, strategy.office.carrier
+        check_unchanged(strategy.trainer.lightning_module, strategy.replica)
+        began = carrier.now()
+        strategy.clock.summon(strategy.trainer)
+        outcome = self.come()
+        recording.meeting(strategy.replica)
+        consensus = strategy.together(strategy.algorithm.meet(strategy.replica, strategy.office.mail))
+        strategy.stepping.arrived(strategy.algorithm.arrived())
+        apart = self._adopt(consensus)
+        recording.met(strategy.replica)
+        if strategy.at_meeting == "adopt":
+            strategy.replica.stay()
+        self.last = {"spread": apart**0.5, "seconds": carrier.now() - began}
+        strategy.alone = False
+        strategy.clock.conclude(strategy.trainer, outcome)
+        return outcome.wishes
+
+    def _adopt(self, consensus: Tensor) -> float:
+        """Let the consensus stand in, with buffers that fit; how far apart the replicas were, squared."""
+        strategy = self._strategy
+        rounds, carrier = strategy.office.rounds, strategy.office.carrier
+        apart = strategy.together(words.mean_square(rounds, strategy.replica.flat.cpu(), consensus.cpu()))
+        if strategy.buffers != "local":
+            strategy.together(average_buffers(strategy.trainer.lightning_module, rounds))
+        strategy.feeding.epoch_ended(deaths=len(carrier.members()) < strategy.world_size)
+        strategy.replica.stand_in(consensus)
+        return apart
+
+    def leave(self) -> Replica:
+        """Own weights again, unless they are the consensus; those that are trained from here on."""
+        strategy = self._strategy
+        office, algorithm = strategy.office, strategy.algorithm
+        replica = strategy.replica
+        new = strategy.together(renewed(strategy.trainer.lightning_module, replica, office.rounds))
+        if new is not None:
+            replica = new
+            algorithm.begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
+        replica.check()  # a callback may have put other tensors in the place of the weights, and keep those
+        adopted = not replica.away
+        replica.come_back()
+        algorithm.resume(replica, adopted=adopted)
+        office.recording.set_off(strategy.trainer)
+        return replica
+
+    def take_home(self) -> None:
+        """The run ends: every rank keeps the consensus, and the first one's names of the checkpoints."""
+        strategy = self._strategy
+        rounds = strategy.office.rounds
+        strategy.replica.stay()
+        strategy.office.recording.finish()
+        if strategy.buffers == "reestimate":
+            module = strategy.trainer.lightning_module
+            strategy.together(strategy.statistics.take_anew(module, strategy.training_step, rounds))
+        strategy.together(agree_on_saved(strategy.trainer, rounds))

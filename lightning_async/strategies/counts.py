@@ -1,0 +1,132 @@
+"""The Trainer's counts are taken from it for the time of a run, and become points at which all ranks have come so far.
+
+    max_steps, every_n_train_steps              steps of the run: so many updates of each member
+    val_check_interval, limit_train_batches     batches of each member; as a float, a part of the epoch
+    meet_every                                  samples of all
+
+Left to Lightning, each would be one rank's count. Callbacks that act by such a count are asked at meetings only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_async.progress.agenda import Due, Item
+from lightning_async.progress.tally import Unit
+from lightning_async.strategies import compat
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.feeding import Feeding
+
+NEVER = 2**62
+"""A batch before which Lightning never validates by itself."""
+
+
+class Counts:
+    """What one Trainer was told.
+
+    Args:
+        meet_every: Samples of all members between two meetings; None: only where something else asks for one.
+
+    Attributes:
+        val_seconds: The time between two validations, if they go by time.
+        at_end: Whether a validation stands at the end of an epoch.
+    """
+
+    def __init__(self, meet_every: int | None) -> None:
+        if meet_every is not None and (
+            not isinstance(meet_every, int) or isinstance(meet_every, bool) or meet_every < 1
+        ):
+            raise ValueError(f"`meet_every` must be an integer of at least 1 (samples), or None, got {meet_every!r}")
+        self.val_seconds: float | None = None
+        self.at_end = True
+        self._meet_every = meet_every
+        self._taken: dict[str, Any] = {}
+        self._val_every: int | float = 1.0
+
+    @property
+    def taken(self) -> bool:
+        """Whether the Trainer's counts are the run's: not in a trial run of a few batches."""
+        return bool(self._taken)
+
+    def take(self, trainer: Trainer, feeding: Feeding) -> None:
+        """Take over what Lightning would read as one rank's. Before the loaders are made."""
+        if compat.fast_dev_run(trainer) or trainer.limit_train_batches == 0:
+            return
+        self.val_seconds = compat.take_val_seconds(trainer)
+        if self.val_seconds is not None:
+            trainer.val_check_interval = 1.0  # Lightning has no such attribute then
+        self._taken = {name: getattr(trainer, name) for name in ("limit_train_batches", "val_check_interval")}
+        self._val_every = trainer.val_check_interval
+        feeding.limit = trainer.limit_train_batches
+        trainer.limit_train_batches = trainer.val_check_interval = 1.0
+
+    def put_back(self, trainer: Callable[[], Trainer]) -> None:
+        """They are Lightning's again. Idempotent."""
+        for name, value in self._taken.items():
+            setattr(trainer(), name, value)
+        if self.val_seconds is not None:
+            compat.give_val_seconds(trainer(), self.val_seconds)
+        self._taken, self.val_seconds = {}, None
+
+    def items(self, trainer: Trainer, feeding: Feeding, n: int) -> Iterator[Item]:
+        """What is due when `n` members have come so far together."""
+        if not self.taken:
+            return
+        if trainer.max_steps > 0:
+            yield Item(Due.NOTHING, Unit.UPDATES, trainer.max_steps * n, once=True)
+        for callback in compat.callbacks(trainer):
+            if isinstance(callback, ModelCheckpoint) and (every := compat.saves_every(callback)):
+                yield Item(Due.NOTHING, Unit.UPDATES, every * n)
+        if self._meet_every is not None:
+            yield Item(Due.NOTHING, Unit.SAMPLES, self._meet_every)
+        yield from self._validations(trainer, feeding.epoch_batches(), n)
+        if feeding.share is None and feeding.limit != 1.0:
+            if not isinstance(feeding.limit, int):
+                raise _part_of_unknown("limit_train_batches", feeding.limit)
+            yield Item(Due.END_EPOCH, Unit.BATCHES, feeding.limit * n, in_epoch=True)
+
+    def _validations(self, trainer: Trainer, length: int | None, n: int) -> Iterator[Item]:
+        every, in_epoch = self._val_every, trainer.check_val_every_n_epoch is not None
+        if isinstance(every, float) and every < 1.0:
+            if length is None:
+                raise _part_of_unknown("val_check_interval", every)
+            every = max(1, int(length * every))
+        self.at_end = self.val_seconds is None and (every == 1.0 and isinstance(every, float))
+        if isinstance(every, int):
+            self.at_end = in_epoch and length is not None and length % every == 0
+            below = length * n if length and in_epoch else None
+            yield Item(Due.VALIDATE, Unit.BATCHES, every * n, in_epoch=in_epoch, below=below)
+
+
+def ask_at_meetings(
+    leash: compat.Leash, callback: Callback, meeting: Callable[[], bool], ends: Callable[[], bool]
+) -> None:
+    """The callback saves, or stops, with all ranks or not at all.
+
+    All must see the same end of a batch there: `ends` says whether that is an epoch's, or has a validation behind it.
+    """
+    ask = callback.on_train_batch_end
+
+    def on_train_batch_end(trainer: Trainer, *batch: Any, **more: Any) -> None:
+        if not meeting():
+            return
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        last, progress.is_last_batch = progress.is_last_batch, ends()
+        try:
+            ask(trainer, *batch, **more)
+        finally:
+            progress.is_last_batch = last
+
+    leash.wrap(callback, "on_train_batch_end", on_train_batch_end)
+
+
+def _part_of_unknown(name: str, value: float) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"`{name}={value}` is a part of an epoch whose length nobody knows; give a number of batches"
+    )

@@ -1,0 +1,205 @@
+"""Which weights live on which stage: the blocks on theirs, the rest of the module on the first and on the last.
+
+    embedding -> [ b0 b1 | b2 b3 | b4 ] -> head        what is used before the call: the first stage's
+    first        first     1       last    last        everything else outside the blocks: the last stage's
+
+A rank holds the weights of its own stage. Those of the others keep their name and shape, and one number in place of
+all: so `configure_optimizers` runs as written, and the optimizer then keeps what lives here.
+
+What lies before the call shows in the first batch: there the input of the call knows which parameters it came from.
+Until then both ends hold what is outside the blocks; an optimizer does nothing to parameters without a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_async.strategies import whole
+from lightning_async.transport.mail import Wait
+from lightning_async.transport.rounds import Rounds
+
+OUTSIDE = -1
+
+
+class Parts:
+    """The parts of one module, seen from one stage."""
+
+    def __init__(self, module: nn.Module, blocks: Sequence[nn.Module], spans: Sequence[range], index: int) -> None:
+        self.module, self.index, self.last = module, index, len(spans) - 1
+        self.blocks = [blocks[i] for i in spans[index]]
+        self._stage_of = _stages(module, blocks, spans)
+        self._before: set[int] = set()
+        self._entered: set[int] = set()
+        self._away: list[nn.Parameter] = []
+        self._full: list[tuple[Optimizer, list[list[Tensor]]]] = []
+
+    def own(self) -> list[nn.Parameter]:
+        """The parameters that this rank's optimizer may change."""
+        return [p for p in self.module.parameters() if self._is_here(p)]
+
+    def buffers(self) -> list[Tensor]:
+        """What the forward pass of the own blocks may change."""
+        return [buffer for block in self.blocks for buffer in block.buffers()]
+
+    def names(self) -> set[str]:
+        """The entries of the module's state that this rank answers for."""
+        found = set()
+        for name, tensor in _tensors(self.module):
+            stage = self._stage_of.get(id(tensor), OUTSIDE)
+            before = id(tensor) in self._before
+            mine = stage == self.index
+            if stage == OUTSIDE:
+                mine = (before and self.index == 0) or (not before and self.index == self.last)
+            if mine:
+                found.add(name)
+        return found
+
+    # -- what lives elsewhere ------------------------------------------------------------------------------------------
+
+    def send_away(self) -> None:
+        """Free the weights of the other stages."""
+        for parameter in self.module.parameters():
+            if not self._is_here(parameter):
+                self._away.append(parameter)
+                parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+
+    def take_home(self, state: dict[str, Tensor]) -> None:
+        """Make the module whole again from the states of all stages."""
+        for parameter in self._away:
+            parameter.data = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
+        self._away = []
+        self.module.load_state_dict(state)
+
+    def keep_own(self, optimizers: Iterable[Optimizer]) -> None:
+        """Let the optimizers see what lives here only; their numbering of all parameters is remembered."""
+        for optimizer in optimizers:
+            self._full.append((optimizer, [list(group["params"]) for group in optimizer.param_groups]))
+            self._drop(
+                optimizer, [p for group in optimizer.param_groups for p in group["params"] if not self._is_here(p)]
+            )
+
+    def numbering(self, optimizer: Optimizer) -> list[list[Tensor]]:
+        """All parameters of an optimizer as the user made it, group by group."""
+        return next(groups for one, groups in self._full if one is optimizer)
+
+    def optimizer_state(self, optimizer: Optimizer, rounds: Rounds) -> Wait[dict[str, Any]]:
+        """The state over all parameters, numbered as the user made the optimizer."""
+        number = {id(p): at for at, p in enumerate(p for group in self.numbering(optimizer) for p in group)}
+        mine = [[number[id(p)], state] for p, state in optimizer.state.items()]
+        state = optimizer.state_dict()
+        entries: dict[int, Any] = {}
+        for part in (yield from whole.gather(rounds, mine)):
+            entries |= dict(part)
+        groups, at = state["param_groups"], 0
+        for group, parameters in zip(groups, self.numbering(optimizer), strict=True):
+            group["params"] = list(range(at, at + len(parameters)))
+            at += len(parameters)
+        return {"state": dict(sorted(entries.items())), "param_groups": groups}
+
+    def own_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a state over all parameters, what belongs to those that this optimizer has here."""
+        groups: list[dict[str, Any]] = []
+        entries: dict[int, Any] = {}
+        new = 0
+        for group, saved, parameters in zip(
+            optimizer.param_groups, state["param_groups"], self.numbering(optimizer), strict=True
+        ):
+            number = {id(p): at for p, at in zip(parameters, saved["params"], strict=True)}
+            olds = [number[id(p)] for p in group["params"]]
+            entries |= {new + i: state["state"][old] for i, old in enumerate(olds) if old in state["state"]}
+            groups.append({**saved, "params": list(range(new, new + len(olds)))})
+            new += len(olds)
+        return {"state": entries, "param_groups": groups}
+
+    # -- what lies before the call -------------------------------------------------------------------------------------
+
+    def saw_call(self, x: Tensor, used: Iterable[Tensor], optimizers: Iterable[Optimizer]) -> None:
+        """The first batch of a run has come to the call.
+
+        Args:
+            x: Its input.
+            used: Buffers of the modules that were used before it.
+            optimizers: They keep what lives here.
+        """
+        leaves = _leaves(x)
+        self._before = {id(leaf) for leaf in leaves} | {id(buffer) for buffer in used}
+        outside = [p for p in self.module.parameters() if self._stage_of.get(id(p), OUTSIDE) == OUTSIDE]
+        if self.index in (0, self.last):
+            others = [p for p in outside if (id(p) in self._before) != (self.index == 0)]
+            for optimizer in optimizers:
+                self._drop(optimizer, others)
+
+    def refuse_strays(self) -> None:
+        """After a backward pass of the last stage: gradients may be where its weights are, and nowhere else."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is None or (self._is_here(parameter) and id(parameter) not in self._before):
+                continue
+            raise MisconfigurationException(
+                f"`{name}` is used before the call of the stages, or inside another stage, and reaches the loss also on"
+                " another way: such a gradient would be lost. Let it reach the loss through the stages only (tied "
+                "weights and penalties on all parameters have to be taken apart; optimizers have `weight_decay`)"
+            )
+
+    def _is_here(self, parameter: Tensor) -> bool:
+        stage = self._stage_of.get(id(parameter), OUTSIDE)
+        return stage == self.index or (stage == OUTSIDE and self.index in (0, self.last))
+
+    def _drop(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+        gone = {id(p) for p in parameters}
+        for group in optimizer.param_groups:
+            kept = [at for at, p in enumerate(group["params"]) if id(p) not in gone]
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key] = [group[key][at] for at in kept]
+        for parameter in [p for p in optimizer.state if id(p) in gone]:
+            del optimizer.state[parameter]
+
+
+def _stages(module: nn.Module, blocks: Sequence[nn.Module], spans: Sequence[range]) -> dict[int, int]:
+    """The stage of each parameter and buffer inside the blocks. Refuses those that are in two places."""
+    inside: dict[int, int] = {}
+    for stage, span in enumerate(spans):
+        for i in span:
+            for name, tensor in _tensors(blocks[i]):
+                if inside.setdefault(id(tensor), stage) != stage:
+                    raise _tied(f"block {i}'s `{name}`", f"stages {inside[id(tensor)]} and {stage}")
+    owned = {id(part) for block in blocks for part in block.modules()}
+    for path, part in module.named_modules():
+        if id(part) not in owned:
+            for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+                if id(tensor) in inside:
+                    raise _tied(f"`{path}.{name}`", f"stage {inside[id(tensor)]} and what is outside of the stages")
+    return inside
+
+
+def _tied(what: str, where: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"{what} is shared between {where}: tied weights must live in one stage. Cut elsewhere, or untie them"
+    )
+
+
+def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _leaves(x: Tensor) -> list[Tensor]:
+    """The tensors at the beginning of the graph that `x` ends."""
+    found, seen, waiting = [], set(), [x.grad_fn]
+    if x.grad_fn is None and x.requires_grad:
+        return [x]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting += [before for before, _ in node.next_functions]
+    return found

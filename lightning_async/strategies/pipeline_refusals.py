@@ -1,0 +1,30 @@
+"""What a pipeline of late gradients cannot do is refused before it starts, by a sentence with a remedy."""
+
+from __future__ import annotations
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from lightning_async.strategies import compat
+
+
+def refuse_pipeline(trainer: Trainer, name: str) -> None:
+    """Raise for what a pipeline of late gradients cannot do."""
+    module = trainer.lightning_module
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"strategy={name!r}: with manual optimisation the module steps by itself, but here a stage steps when the "
+            "gradient has come back to it; use automatic optimisation"
+        )
+    if trainer.precision in ("16-mixed", "16-true"):
+        raise MisconfigurationException(
+            f"strategy={name!r}: `precision={trainer.precision!r}` scales the loss on one stage and would have to skip "
+            "a step on all of them; use 'bf16-mixed'"
+        )
+    for callback in compat.callbacks(trainer):
+        kinds = {kind.__name__ for kind in type(callback).__mro__}
+        if found := kinds & {"WeightAveraging", "StochasticWeightAveraging"}:
+            raise MisconfigurationException(
+                f"strategy={name!r}: `{found.pop()}` copies the whole model, and here each rank has a part of it; "
+                "average checkpoints afterwards"
+            )

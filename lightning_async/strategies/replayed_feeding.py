@@ -1,0 +1,78 @@
+"""A replay trains on the recorded batches: the user's loader with the log's samples in the place of its sampler's.
+
+log: batch 1 [4 8 1], batch 2 [0 7 3], ...  -->  the loader's data set, collate function and workers
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning_async.data.loader import is_shareable, recorded_loader
+from lightning_async.strategies.course import WrongInput
+from lightning_async.strategies.feeding import Feeding, size_of
+from lightning_async.strategies.office import Office
+from lightning_async.strategies.replaying import Replaying
+from lightning_async.transport.replay import ReplayCarrier
+
+
+class RecordedFeeding(Feeding):
+    """Feeds the recorded batches."""
+
+    def __init__(self, carrier: ReplayCarrier, replaying: Replaying, mass: int) -> None:
+        super().__init__("equal")
+        self._replaying, self._recorded_mass = replaying, mass
+        self._coming = iter(carrier.epochs())
+        self._fetched: deque[list[Any]] = deque()
+
+    @property
+    def mass(self) -> int:
+        """What a step of this member weighed."""
+        return self._recorded_mass
+
+    def share_out(self, loader: object, office: Office, epoch: Callable[[], int]) -> object:
+        """A loader like the user's, with the recorded batches."""
+        if not is_shareable(loader):
+            raise WrongInput(
+                f"the training data are a {type(loader).__name__} here, but the recorded samples are numbers: give a "
+                "DataLoader on a data set with numbered samples"
+            )
+        assert isinstance(loader, DataLoader)
+        size, single, recording = size_of(loader), loader.batch_sampler is None, office.recording
+
+        def began() -> None:
+            recording.epoch(epoch(), size)
+
+        return recorded_loader(loader, _Batches(self, began, recording.fetched, single=single))
+
+    def next_epoch(self) -> Iterator[list[Any]]:
+        """The batches of the next epoch; what was fetched before is not trained on any more."""
+        self._fetched.clear()
+        for batch in next(self._coming, []):
+            self._fetched.append(batch)
+            yield batch
+
+    def completed(self, batch: object = None) -> None:
+        """The oldest batch was trained on."""
+        if self._fetched:
+            self._replaying.samples = self._fetched.popleft()
+            self.batches += 1
+            self.samples += len(self._replaying.samples)
+
+
+class _Batches:
+    """A batch sampler that says what it does. It has no length, as in the run: Lightning fetches ahead."""
+
+    def __init__(
+        self, feeding: RecordedFeeding, began: Callable[[], None], fetched: Callable[[Any], None], *, single: bool
+    ) -> None:
+        self._feeding, self._began, self._fetched, self._single = feeding, began, fetched, single
+
+    def __iter__(self) -> Iterator[Any]:
+        self._began()
+        for batch in self._feeding.next_epoch():
+            self._fetched(batch)
+            yield batch[0] if self._single else batch

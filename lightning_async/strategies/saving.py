@@ -1,0 +1,50 @@
+"""What Lightning saves, loads and removes is a checkpoint of all ranks at meetings, and of one rank alone between them.
+
+save_checkpoint      MEETING: the consensus, and beside it each rank's own (`checkpoints.py`)
+                     alone: this rank's weights, and a warning that says so
+load_checkpoint      MEETING: all decide together how the run goes on
+remove_checkpoint    the main file, then the files of all ranks
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_async.strategies.checkpoints import Checkpoints
+from lightning_async.strategies.collectives import Collectives
+
+
+class Saving(Collectives):
+    """Gives Lightning's file operations their meaning.
+
+    Attributes:
+        checkpoints: Saves and restores the run, seen from this rank.
+    """
+
+    checkpoints: Checkpoints
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """The consensus, and beside it what each rank has of its own. Between meetings there is none: say so."""
+        if self.meeting and self.checkpoints.holds_all(checkpoint):
+            self.together(self.checkpoints.save(checkpoint, filepath, storage_options))
+            return
+        if not self.meeting and self.office.is_open:
+            rank_zero_warn(
+                f"{self.name}: a checkpoint between meetings holds the weights of one rank, not the consensus; save at "
+                "the end of an epoch"
+            )
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
+        """What Lightning restores on this rank. Read by all ranks."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
+        return self.together(self.checkpoints.load(checkpoint_path, checkpoint)) if self.meeting else checkpoint
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """The main file, then the files of all ranks."""
+        path = self.checkpoints.agreed(filepath)
+        super().remove_checkpoint(path)
+        if self.is_global_zero:
+            self.checkpoints.remove(path)

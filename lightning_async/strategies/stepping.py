@@ -1,0 +1,94 @@
+"""One step is one batch, however many optimizers stepped in it; the algorithm stands on both sides of it.
+
+closure: backward -> before_step   the gradients, this rank's own and not clipped (under fp16's scaler: scaled)
+clipping -> optimizer              counted if fp16's scaler skipped it; Adam's second moment corrected for n ranks
+batch ended -> after_step          what came is folded, what is asked is answered; an accumulated batch: nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from lightning_async.algorithms.adam import SecondMoment
+from lightning_async.arrival import Arrival, ArrivalLog
+from lightning_async.strategies.scaling import SkippedSteps
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
+
+class Stepping:
+    """The steps of one rank.
+
+    Attributes:
+        taken: How many.
+        skipped: Those of them that moved nothing.
+    """
+
+    def __init__(self, strategy: AsyncStrategy) -> None:
+        self.taken = 0
+        self.skipped = SkippedSteps()
+        self._strategy = strategy
+        self._moments: dict[int, SecondMoment] = {}
+        self._arrivals = ArrivalLog()
+        self._stepped = False
+
+    def begin(self) -> None:
+        """A fit begins."""
+        self.taken = self.skipped.count = 0
+
+    def look_at(self, optimizers: list[Optimizer]) -> None:
+        """These are the run's optimizers."""
+        self._moments = {id(o): SecondMoment(o) for o in optimizers if SecondMoment.concerns(o)}
+
+    def moment(self, optimizer: Optimizer) -> SecondMoment | None:
+        """What corrects the steps of this optimizer, if it is one of those that need it."""
+        return self._moments.get(id(optimizer))
+
+    def arrivals(self, reader: object) -> list[Arrival]:
+        """What came since this reader's last call."""
+        return self._arrivals.read(reader)
+
+    def arrived(self, arrivals: list[Arrival]) -> None:
+        """Something came."""
+        self._arrivals.add(arrivals)
+
+    def with_exchange(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, after which the algorithm sees the gradients."""
+        strategy = self._strategy
+
+        def closure_then_exchange() -> Any:
+            result = closure()
+            exchange = strategy.algorithm.before_step(strategy.replica, strategy.office.mail, self.taken + 1)
+            self.arrived(strategy.together(exchange))
+            return result
+
+        return closure_then_exchange
+
+    @contextmanager
+    def around(self, optimizer: Optimizer) -> Iterator[None]:
+        """An optimizer steps inside of this block."""
+        strategy = self._strategy
+        self._stepped = True
+        strategy.office.recording.step_with(optimizer, strategy.optimizers)
+        with self.skipped.watch(strategy.precision_plugin, optimizer):
+            yield
+        if (moment := self.moment(optimizer)) is not None:
+            moment.stretch(strategy.algorithm.averaged_over(len(strategy.office.mail.members())))
+
+    def batch_ended(self) -> None:
+        """A batch is over; it was a step if an optimizer stepped in it."""
+        strategy = self._strategy
+        strategy.office.recording.batch()
+        if not self._stepped:
+            return
+        self._stepped = False
+        self.taken += 1
+        mail = strategy.office.mail
+        mail.at(self.taken)
+        self.arrived(strategy.together(strategy.algorithm.after_step(strategy.replica, mail, self.taken)))
+        strategy.office.recording.stepped(self.taken, strategy.replica)

@@ -1,0 +1,64 @@
+"""What no count foresees calls a meeting of its own: whoever sees it says so, and all come as soon as all can hear it.
+
+should_stop, a signal                                            any rank
+max_time, train_time_interval, val_check_interval as a time      the first rank that lives: its clock speaks for all
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+
+from lightning_async.progress.report import Wish
+from lightning_async.strategies import compat
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
+
+class Wishes:
+    """What one rank wishes for.
+
+    Attributes:
+        requeue: Whether SLURM's signal came: save, and ask for a new place in the queue.
+    """
+
+    def __init__(self, strategy: AsyncStrategy) -> None:
+        self.requeue = False
+        self._strategy = strategy
+        self._validated = 0.0
+
+    def want_requeue(self, *signal: object) -> None:
+        """From the signal handler: only a flag is set."""
+        self.requeue = True
+
+    def validated(self) -> None:
+        """A validation begins now; the time to the next one counts from here."""
+        self._validated = time.monotonic()
+
+    def now(self, trainer: Trainer, *, counts: bool, val_seconds: float | None) -> Wish:
+        """All of them. With `counts` the Trainer's clocks are the run's."""
+        wishes = Wish.NOTHING
+        if trainer.should_stop and compat.can_stop_early(trainer):
+            wishes |= Wish.STOP
+        if self.requeue:
+            wishes |= Wish.REQUEUE
+        if self._strategy.office.flags.terminating:
+            wishes |= Wish.TERMINATE
+        if counts and self._strategy.is_global_zero:
+            wishes |= self._by_time(trainer, val_seconds)
+        return wishes
+
+    def _by_time(self, trainer: Trainer, val_seconds: float | None) -> Wish:
+        wishes, now = Wish.NOTHING, time.monotonic()
+        if val_seconds is not None and now - self._validated >= val_seconds:
+            wishes |= Wish.VALIDATE
+        for callback in compat.callbacks(trainer):
+            if isinstance(callback, ModelCheckpoint) and compat.save_is_due(callback, now):
+                wishes |= Wish.SAVE
+            if isinstance(callback, Timer) and compat.time_is_up(callback) and not trainer.should_stop:
+                wishes |= Wish.SAVE
+        return wishes

@@ -1,0 +1,96 @@
+"""A line is what the two threads of a link share: the wire, how far each side has read, and whether an answer is owed.
+
+    sender thread     headers written 1 2 3 4 5 6     what is up to `peer_seen` has arrived: its pages are free again
+    receiver thread   headers read    1 2 3 4         said in every header that goes back: `seen`; at once if `owe`
+
+Both change it under the lock of the slots, whose condition the sender waits on.
+
+state: opening -> up -> dead (the peer is gone: `error`) | closed (by us)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import Work
+
+from lightning_async.transport.gloo import Wire
+from lightning_async.transport.header import HEADER_BYTES, WIRE_BYTES, Header, pack_into, unpack
+from lightning_async.transport.slots import HEADERS, Here, Slots
+
+HEAD_TAG, BODY_TAG, HELLO_TAG = 1, 2, 3
+AHEAD = 8
+"""Header receives that are always posted, so that a header leaves at once; more headers wait in their sender's gloo."""
+
+
+@dataclass(slots=True)
+class Page:
+    """A kept header on the wire, as gloo and as Python see it."""
+
+    tensor: Tensor = field(default_factory=lambda: torch.zeros(WIRE_BYTES, dtype=torch.uint8))
+    short: Tensor = field(init=False)
+    view: memoryview = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.short = self.tensor[:HEADER_BYTES]
+        self.view = memoryview(self.tensor.numpy())  # type: ignore[arg-type]
+
+
+class Line:
+    """One connection's state.
+
+    Args:
+        slots: What the two members owe each other.
+        here: This member as its headers describe it.
+        run: The run's number: a header of another run is refused.
+        fragment: The longest piece in which a body travels, in bytes.
+
+    Attributes:
+        state: See above.
+        seen: Headers read here.
+        peer_seen: Headers of ours that the peer has read, as far as it told.
+        owe: Whether the peer waits for a header of ours.
+        sending: Whether a long body is on its way to the peer.
+    """
+
+    def __init__(self, *, slots: Slots, here: Here, run: int, fragment: int) -> None:
+        self.slots, self.here, self.fragment = slots, here, fragment
+        self.state = "opening"
+        self.wire: Wire | None = None
+        self.seen = self.peer_seen = 0
+        self.owe = self.sending = False
+        self._run = run
+
+    def running(self) -> Wire:
+        """The wire, as long as there is one."""
+        wire = self.wire
+        if wire is None:
+            raise RuntimeError("the link is closed")
+        return wire
+
+    def expect(self, page: Page) -> tuple[Page, Work]:
+        """Post the receive of a header."""
+        return page, self.running().receive(page.tensor, HEAD_TAG)
+
+    def write(self, page: Page, header: Header) -> None:
+        """Put a header on a page, with this member's step and clock."""
+        header.own_step, header.own_clock = self.here.step, self.here.nanoseconds()
+        pack_into(page.view, header, run=self._run)
+
+    def read(self, page: Page) -> Header:
+        """The header on a page."""
+        return unpack(page.view, run=self._run)
+
+    def count_out(self) -> None:
+        """A header left."""
+        count = self.slots.traffic[HEADERS]
+        count.messages_out += 1
+        count.bytes_out += HEADER_BYTES
+
+    def count_in(self) -> None:
+        """A header came."""
+        count = self.slots.traffic[HEADERS]
+        count.messages_in += 1
+        count.bytes_in += HEADER_BYTES

@@ -1,0 +1,106 @@
+"""Requests are what the training thread wants of the store: it leaves them here, and reads later what was found.
+
+    training thread            control thread                      store
+    propose, draw, decided --> answer: in order, kind by kind -->  compare_set say/..., add draw/..., check + get
+    decided, drawn         <-- the first value stays; each ticket goes to one member
+
+Neither thread waits for the other one: there is a lock for appending, and none is held while the store is asked.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from lightning_async.transport.gloo import Keys
+
+WATCH_SECONDS = 10.0
+"""A key is looked for until this long after `decided` last asked for it."""
+
+
+class Requests:
+    """One member's decisions and tickets.
+
+    Attributes:
+        changed: Notified when there is something to do for the control thread.
+        asked: Whether there is.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.asked = False
+        self._proposals: deque[tuple[str, bytes]] = deque()
+        self._draws: deque[tuple[str, int]] = deque()
+        self._drawn: dict[str, list[tuple[int, int]]] = {}
+        self._watched: dict[str, float] = {}
+        self._decided: dict[str, bytes] = {}
+
+    # the training thread
+
+    def propose(self, key: str, value: bytes) -> None:
+        """See `Board.propose`."""
+        self._leave(lambda: self._proposals.append((key, value)))
+
+    def decided(self, key: str) -> bytes | None:
+        """See `Board.decided`."""
+        value = self._decided.get(key)
+        if value is None:
+            new = key not in self._watched
+            self._watched[key] = time.monotonic()
+            if new:
+                self.hurry()
+        return value
+
+    def draw(self, counter: str, amount: int) -> None:
+        """See `Board.draw`."""
+        self._leave(lambda: self._draws.append((counter, amount)))
+
+    def drawn(self, counter: str) -> list[tuple[int, int]]:
+        """See `Board.drawn`."""
+        with self.changed:
+            return self._drawn.pop(counter, [])
+
+    def hurry(self) -> None:
+        """Wake the control thread up."""
+        self._leave(lambda: None)
+
+    @property
+    def open(self) -> bool:
+        """Whether something is not answered yet."""
+        return bool(self._watched or self._proposals)
+
+    @property
+    def watched(self) -> bool:
+        """Whether a decision is looked for."""
+        return bool(self._watched)
+
+    def _leave(self, note: Callable[[], None]) -> None:
+        with self.changed:
+            note()
+            self.asked = True
+            self.changed.notify_all()
+
+    # the control thread
+
+    def answer(self, store: Keys) -> bool:
+        """Requests in the order in which they were made, kind by kind; whether anything was found."""
+        found = bool(self._proposals or self._draws)
+        while self._proposals:
+            key, value = self._proposals[0]
+            # The mark in front keeps an empty value from looking like a missing one, which would be overwritten.
+            self._decided[key] = store.compare_set(f"say/{key}", b"", b"=" + value)[1:]
+            self._proposals.popleft()
+        while self._draws:
+            counter, amount = self._draws.popleft()
+            first = store.add(f"draw/{counter}", amount) - amount
+            with self.changed:
+                self._drawn.setdefault(counter, []).append((first, amount))
+        for key, asked in list(self._watched.items()):
+            if key not in self._decided and store.check([f"say/{key}"]):
+                self._decided[key] = store.get(f"say/{key}")[1:]
+                found = True
+            if key in self._decided or time.monotonic() - asked > WATCH_SECONDS:
+                self._watched.pop(key, None)
+        return found

@@ -1,0 +1,125 @@
+"""The sender's half of a link: what to send next, in which pieces, and when a send is over. It never waits on the wire.
+
+    DATA ---> GOT <---   FRAGMENT 0 --->  FRAGMENT 1 --->   GOT <---  FRAGMENT 2 --->        at most 2 not answered
+    short body: in DATA  long body: 4 MiB before each header, into receives that GOT told us are posted
+
+A header of any kind tells what was folded here and how far we have read. A send is waited on when the peer is known to
+have read a later header: a formality that gloo wants, which takes no time then.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+from torch.distributed.distributed_c10d import Work
+
+from lightning_async.transport.header import FOLDS, FRAGMENT, GOT, HEADER_BYTES, INLINE_BYTES, Header
+from lightning_async.transport.line import AHEAD, BODY_TAG, HEAD_TAG, Line, Page
+from lightning_async.transport.slots import Slot, nothing
+
+WINDOW = 2
+"""Fragments on the wire: one being written while the answer to the other travels; more would only delay answers."""
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """A long body on its way: what is sent, and which headers must be seen before more may be."""
+
+    slot: Slot
+    nbytes: int
+    announced: int
+    sent: int = 0
+    trailers: deque[int] = field(default_factory=deque)
+
+
+class Sender:
+    """What the sender thread of one link does."""
+
+    def __init__(self, line: Line) -> None:
+        self.pages: list[Page] = []
+        self.flying: deque[tuple[int, Page, Work | None]] = deque()
+        self._line, self._slots = line, line.slots
+        self._sent = 0
+        self._outgoing: Outgoing | None = None
+
+    def next(self) -> Callable[[], None] | None:
+        """What to send next; called with the lock held. Whatever it is, it says what was folded and received too."""
+        if self._line.state != "up":
+            return nothing
+        if self._outgoing is not None:
+            if self._window_is_open(self._outgoing):
+                return partial(self.send_fragment, self._outgoing)
+        elif self._slots.queue:
+            return partial(self._send_message, self._slots.queue.popleft())
+        return partial(self._send_header, Header(GOT)) if self._line.owe or self._slots.acks else None
+
+    def ping(self) -> None:
+        """A header for its own sake."""
+        if len(self.flying) < AHEAD:  # else the peer does not even read: do not pile up more
+            self._send_header(Header(GOT))
+
+    def forget(self) -> None:
+        """The link is closed, and the thread gone."""
+        self._outgoing, self.pages = None, []
+        self.flying.clear()
+
+    def _window_is_open(self, outgoing: Outgoing) -> bool:
+        while outgoing.trailers and outgoing.trailers[0] <= self._line.peer_seen:
+            outgoing.trailers.popleft()
+        return outgoing.announced <= self._line.peer_seen and len(outgoing.trailers) < WINDOW
+
+    def _send_message(self, slot: Slot) -> None:
+        header = slot.header
+        if header is None:  # buried while it was queued
+            return
+        count = self._slots.count(header.kind)
+        count.messages_out += 1
+        count.bytes_out += header.nbytes
+        if header.nbytes <= INLINE_BYTES:
+            self._send_header(header, inline=slot.view(header.nbytes))
+        else:
+            self._line.sending = True
+            self._send_header(header)
+            self._outgoing = Outgoing(slot, header.nbytes, announced=self._sent)
+
+    def send_fragment(self, outgoing: Outgoing) -> None:
+        """The next piece of a long body, and its header behind it."""
+        begin = outgoing.sent * self._line.fragment
+        end = min(begin + self._line.fragment, outgoing.nbytes)
+        body = outgoing.slot.view(outgoing.nbytes)[begin:end]
+        work = self._line.running().send(body, BODY_TAG)
+        self._send_header(Header(FRAGMENT, fragment=outgoing.sent), work=work)
+        outgoing.sent += 1
+        outgoing.trailers.append(self._sent)
+        if end == outgoing.nbytes:
+            self._outgoing, self._line.sending = None, False
+
+    def _send_header(self, header: Header, *, inline: Tensor | None = None, work: Work | None = None) -> None:
+        page = self.pages.pop() if self.pages else Page()
+        with self._slots.changed:
+            header.seen, self._line.owe = self._line.seen, False
+            header.folded = self._slots.told(FOLDS)
+        self._line.write(page, header)
+        message = page.short
+        if inline is not None and inline.numel():
+            message = page.tensor[: HEADER_BYTES + inline.numel()]
+            message[HEADER_BYTES:].copy_(inline)
+        self._sent += 1
+        if work is not None:
+            self.flying.append((self._sent, page, work))
+        self.flying.append((self._sent, page, self._line.running().send(message, HEAD_TAG)))
+        self._line.count_out()
+        self._land()
+
+    def _land(self) -> None:
+        """Sends that the peer has seen are over: waiting for them takes no time, and only now may they be dropped."""
+        while self.flying and self.flying[0][0] <= self._line.peer_seen:
+            index, page, work = self.flying.popleft()
+            if work is not None:
+                work.wait()
+            if not self.flying or self.flying[0][0] != index:
+                self.pages.append(page)

@@ -1,0 +1,81 @@
+"""A checkpoint of a pipeline is an ordinary one, and a run goes on from it to the bit."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tests.strategies.piped import Piped, loader, trainer, weights
+from tests.strategies.ranks import run
+
+SAVING = {"enable_checkpointing": True}
+MISSING = "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"
+
+
+def _train(
+    folder: str, devices: int, epochs: int, resume: str | None, module: dict[str, Any], every: int | None
+) -> Any:
+    warnings.filterwarnings("ignore", "The dirpath has changed")
+    lit = Piped(**module)
+    saved = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=every)
+    t = trainer(devices, max_epochs=epochs, callbacks=[saved], **SAVING)
+    t.fit(lit, loader(shuffle=True), loader(20), ckpt_path=resume)
+    return weights(lit), lit.losses
+
+
+@pytest.mark.parametrize(("devices", "module"), [(2, {"optimizer": "adam"}), (3, {"schedule": "step"})])
+def test_a_run_goes_on_to_the_bit(devices: int, module: dict[str, Any], tmp_path: Path) -> None:
+    whole = run(devices, _train, str(tmp_path / "a"), devices, 3, None, module, None)
+    run(devices, _train, str(tmp_path / "b"), devices, 1, None, module, None)
+    file = str(tmp_path / "b" / "epoch=0-step=8.ckpt")
+    rest = run(devices, _train, str(tmp_path / "c"), devices, 3, file, module, None)
+    assert rest[0][1] == whole[0][1][8:]
+    assert rest[0][0] == whole[0][0]
+    assert rest[-1][0] == whole[0][0]
+
+
+def _load(file: str) -> Any:
+    warnings.filterwarnings("ignore", MISSING)
+    lit = Piped()
+    checkpoint = torch.load(file, weights_only=True)
+    lit.load_state_dict(checkpoint["state_dict"])
+    plain = L.Trainer(
+        max_epochs=2, enable_progress_bar=False, logger=False, enable_checkpointing=False, accelerator="cpu"
+    )
+    plain.fit(lit, loader(), loader(20), ckpt_path=file)
+    return weights(Piped.load_from_checkpoint(file)), plain.global_step
+
+
+def test_plain_lightning_loads_it_and_goes_on_from_it(tmp_path: Path) -> None:
+    ends = run(3, _train, str(tmp_path), 3, 1, None, {"optimizer": "sgd"}, None)
+    ((loaded, steps),) = run(1, _load, str(tmp_path / "epoch=0-step=8.ckpt"))
+    assert loaded == ends[0][0]
+    assert steps == 16
+
+
+def _two_then_three(file: str, devices: int) -> Any:
+    warnings.filterwarnings("ignore", MISSING)
+    lit = Piped()
+    trainer(devices, max_epochs=2).fit(lit, loader(), loader(20), ckpt_path=file)
+    return weights(lit)
+
+
+def test_another_number_of_stages_goes_on_from_it(tmp_path: Path) -> None:
+    run(2, _train, str(tmp_path), 2, 1, None, {}, None)
+    ends = run(3, _two_then_three, str(tmp_path / "epoch=0-step=8.ckpt"), 3)
+    assert ends[0] == ends[1] == ends[2]
+
+
+def test_saves_in_mid_epoch_are_whole(tmp_path: Path) -> None:
+    run(3, _train, str(tmp_path), 3, 1, None, {}, 3)
+    assert {file.name for file in tmp_path.iterdir()} == {"epoch=0-step=3.ckpt", "epoch=0-step=6.ckpt"}
+    state = torch.load(tmp_path / "epoch=0-step=3.ckpt", weights_only=True)
+    assert len(state["optimizer_states"][0]["state"]) == len(list(Piped().parameters()))
+    fresh = Piped().state_dict()
+    assert all(not torch.equal(value, fresh[name]) for name, value in state["state_dict"].items())

@@ -1,0 +1,255 @@
+"""What a user expects of any strategy: validate, test, predict, callbacks that monitor, stops, sentences."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tests.strategies.piped import WIDTH, Piped, loader, trainer, weights
+from tests.strategies.ranks import Forked, run
+
+SECONDS = 20.0
+
+
+def _all_stages(devices: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    lit = Piped(0.01, schedule="plateau")
+    best = ModelCheckpoint(folder, monitor="val", save_last=True)
+    callbacks = [best, EarlyStopping("train_epoch", patience=1, mode="max")]
+    t = trainer(devices, callbacks=callbacks, enable_checkpointing=True, max_epochs=9, **options)
+    t.validate(lit, loader(20))
+    untrained = float(t.callback_metrics["val"])
+    t.fit(lit, loader(shuffle=True), loader(20))
+    fitted, epochs, lr = weights(lit), t.current_epoch, t.optimizers[0].param_groups[0]["lr"]
+    t.validate(lit, loader(20))
+    t.test(lit, loader(20), ckpt_path="best")
+    tested = float(t.callback_metrics["test"])
+    predicted = t.predict(lit, loader(20))
+    return {
+        "untrained": untrained,
+        "fitted": fitted,
+        "epochs": epochs,
+        "lr": lr,
+        "test": tested,
+        "predicted": [p.tolist() for p in predicted if p is not None],
+        "best": best.best_model_path,
+    }
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_all_that_a_trainer_does(devices: int, tmp_path: Path) -> None:
+    ends = run(devices, _all_stages, devices, str(tmp_path / "many"), {})
+    for end in ends[1:]:
+        for key in ("untrained", "fitted", "epochs", "lr", "test", "best"):
+            assert end[key] == ends[0][key], key
+        assert end["predicted"] == []
+    first = ends[0]
+    assert first["epochs"] == 2  # what falls is not what EarlyStopping was told to wait for
+    assert first["lr"] < 0.01
+    lit = Piped()
+    lit.load_state_dict(torch.load(first["best"], weights_only=True)["state_dict"])
+    lit.eval()
+    lit.log = lambda *a, **k: None  # type: ignore[method-assign]
+    with torch.no_grad():
+        expected = [lit.head(lit.net(lit.prepare(x))) for x, _ in loader(20)]
+    assert first["predicted"] == [p.tolist() for p in expected]
+
+
+class Unlike(Piped):
+    """A module that is wrong in one way."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        if how == "tied":
+            self.net[3][0] = self.net[0]
+        if how == "tied outside":
+            self.head.weight = self.net[0][0].weight
+        if how == "in place":
+            self.net[2] = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH))
+        if how == "a tuple":
+            self.net[1] = Twice()
+        if how == "manual":
+            self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        hidden = self.prepare(x)
+        out = hidden
+        if self.how == "other data":
+            hidden = hidden + self.global_rank
+        if self.how not in ("no call", "two tensors"):
+            out = self.net(hidden)
+        if self.how == "two calls":
+            out = self.net(out)
+        if self.how == "two tensors":
+            out = self.net(hidden, hidden)
+        if self.how == "around":
+            out = out + hidden
+        loss = (self.head(out) - y).square().mean()
+        if self.how == "penalty":
+            loss = loss + sum(p.square().sum() for p in self.parameters())
+        return loss  # type: ignore[no-any-return]
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+def _refused(devices: int, how: str, knobs: dict[str, Any], options: dict[str, Any]) -> None:
+    data = DataLoader(list(range(8)), batch_size=2) if how == "numbers" else loader(shuffle=how == "shuffled")
+    torch.manual_seed(0)
+    trainer(devices, knobs=knobs, limit_val_batches=0, **options).fit(Unlike(how), data, loader(20))
+
+
+REFUSALS: list[tuple[int, str, dict[str, Any], dict[str, Any], str]] = [
+    (2, "tied", {}, {}, "tied weights must live in one stage"),
+    (2, "tied outside", {}, {}, r"`head.weight` is shared between stage 0 and what is outside of the stages"),
+    (2, "in place", {}, {}, "the first block of stage 1 changes what it gets in place"),
+    (2, "a tuple", {}, {}, "stage 0 ends with a tuple"),
+    (2, "manual", {}, {}, "with manual optimisation the module steps by itself"),
+    (2, "no call", {}, {}, "`training_step` has not called `net`"),
+    (2, "two calls", {}, {}, "`training_step` calls `net` twice"),
+    (2, "two tensors", {}, {}, r"`net` must be called with one tensor, got \(Tensor, Tensor\)"),
+    (2, "around", {}, {}, "`embed.weight` is used before the call of the stages"),
+    (2, "penalty", {}, {}, "reaches the loss also on another way"),
+    (3, "", {"split": [1]}, {}, "`split` must be 2 rising block numbers"),
+    (2, "", {"stages": "nett"}, {}, "`stages='nett'` names nothing in Unlike; it has these sequences: 'net'"),
+    (2, "", {"stages": "head"}, {}, "must name an `nn.Sequential`"),
+    (2, "", {"stages": None}, {}, "say where the stages are"),
+    (2, "", {}, {"precision": "16-true"}, "use 'bf16-mixed'"),
+    (5, "", {}, {}, "4 blocks cannot be cut into 5 stages"),
+]
+
+
+@pytest.mark.parametrize(("devices", "how", "knobs", "options", "sentence"), REFUSALS)
+def test_what_is_refused(devices: int, how: str, knobs: Any, options: Any, sentence: str) -> None:
+    with Forked(devices, _refused, devices, how, knobs, options) as forked:
+        results = forked.results(SECONDS)
+    assert all(result.kind not in (None, "silent", "gone") for result in results), results
+    assert any(re.search(sentence, result.error) for result in results), results
+    assert all(re.search(sentence, r.error) or "stops because of it" in r.error for r in results), [
+        r.error for r in results
+    ]
+
+
+class Say(Callback):
+    """Touch a file once this rank trains."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.current_epoch > 0:
+            (Path(self.folder) / f"rank{trainer.global_rank}").touch()
+        time.sleep(0.005)
+
+
+def _for_ever(folder: str, knobs: dict[str, Any]) -> None:
+    saved = ModelCheckpoint(folder, filename="one", enable_version_counter=False)
+    t = trainer(3, knobs=knobs, max_epochs=10000, callbacks=[Say(folder), saved], enable_checkpointing=True)
+    t.fit(Piped(), loader(), loader(20))
+
+
+def _until_training(folder: Path) -> None:
+    end = time.monotonic() + SECONDS
+    while len(list(folder.glob("rank*"))) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_stage_that_is_killed_stops_all_with_a_sentence_and_leaves_a_checkpoint(rank: int, tmp_path: Path) -> None:
+    with Forked(3, _for_ever, str(tmp_path), {"silence": 0.5, "patience": 2.0}, store=True) as forked:
+        _until_training(tmp_path)
+        forked.signal(rank, signal.SIGKILL)
+        start = time.monotonic()
+        results = forked.results(SECONDS)
+        assert time.monotonic() - start < 10.0
+    for r, result in enumerate(results):
+        if r != rank:
+            assert result.kind in ("LostStageError", "PeerFailedError"), result
+            assert f"rank {rank} died" in result.error
+    Piped().load_state_dict(torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"])
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_sigterm_stops_all_cleanly(rank: int, tmp_path: Path) -> None:
+    with Forked(3, _for_ever, str(tmp_path), {}) as forked:
+        _until_training(tmp_path)
+        forked.signal(rank, signal.SIGTERM)
+        results = forked.results(SECONDS)
+    assert [r.kind for r in results] == ["SIGTERMException"] * 3, results
+
+
+def _unequal(devices: int) -> None:
+    lit = Piped()
+    trainer(devices, limit_val_batches=0).fit(lit, loader(n=40 + 16 * int(os.environ["RANK"])), loader(20))
+
+
+def test_unequal_numbers_of_batches_are_no_hang() -> None:
+    with Forked(2, _unequal, 2) as forked:
+        results = forked.results(SECONDS)
+    assert any("must be given the same batches" in r.error for r in results), results
+
+
+def _different() -> None:
+    data = loader()
+    if int(os.environ["RANK"]):
+        data.dataset.tensors[0].neg_()  # type: ignore[attr-defined]
+    trainer(2, limit_val_batches=0).fit(Piped(), data, loader(20))
+
+
+def test_different_batches_are_noticed_at_once() -> None:
+    with Forked(2, _different) as forked:
+        results = forked.results(SECONDS)
+    assert any("were given different data in batch 1" in r.error for r in results), results
+
+
+def _works(devices: int, make: Callable[[], Piped], knobs: dict[str, Any]) -> list[float]:
+    lit = make()
+    trainer(devices, knobs=knobs, limit_val_batches=0).fit(lit, loader(), loader(20))
+    return lit.losses
+
+
+class InAList(Piped):
+    """Blocks called one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleList(self.net)  # type: ignore[assignment]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        x = self.prepare(x)
+        for block in self.net:
+            x = block(x)
+        loss = (self.head(x) - y).square().mean()
+        self.losses.append(float(loss.detach()))
+        return loss  # type: ignore[no-any-return]
+
+
+class Configured(Piped):
+    """A list of its own making."""
+
+    def configure_stages(self) -> list[nn.Module]:
+        return [*self.net[0], self.net[1], self.net[2], self.net[3]]
+
+
+def test_a_list_of_blocks_trains_as_a_sequence_does() -> None:
+    sequence = run(2, _works, 2, Piped, {"split": [1]})
+    in_a_list = run(2, _works, 2, InAList, {"split": [1]})
+    assert in_a_list[0] == sequence[0]
+    assert len(sequence[0]) == 16
