@@ -219,14 +219,36 @@ def validate(trainer: Trainer) -> None:
 
 
 @contextmanager
-def as_after_a_batch(trainer: Trainer) -> Iterator[None]:
-    """Metrics that are read now are those of steps: those of the epoch would be combined over ranks still in it."""
-    connector = trainer._logger_connector
+def within_epoch(trainer: Trainer) -> Iterator[None]:
+    """Whoever is at the end of its epoch stands where the others are: behind a batch.
+
+    Metrics that are read now are those of steps, since those of the epoch would be combined over ranks still in it; and
+    what is saved now is resumed in mid-epoch, as on the others.
+    """
+    connector, epochs = trainer._logger_connector, trainer.fit_loop.epoch_progress
+    counts: list[Any] = [epochs.current, epochs.total]
     first, connector._first_loop_iter = connector._first_loop_iter, False
+    for count in counts:
+        count.processed -= 1
     try:
         yield
     finally:
+        for count in counts:
+            count.processed += 1
         connector._first_loop_iter = first
+
+
+@contextmanager
+def within_batch(trainer: Trainer) -> Iterator[None]:
+    """The last batch is not counted as completed yet, as in the hooks at its end."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    for count in (batches.current, batches.total):
+        count.completed -= 1
+    try:
+        yield
+    finally:
+        for count in (batches.current, batches.total):
+            count.completed += 1
 
 
 def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:

@@ -29,9 +29,11 @@ class Meetings(Callback):
 
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.strategy = strategy
+        self._began = False
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Free again; foresee the end of the epoch now and then."""
+        self._began = True
         self.strategy.set_off()
         self.strategy.listen()
         self.strategy.clock.batch_started(trainer)
@@ -61,12 +63,18 @@ class Meetings(Callback):
         self.strategy.listen()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Epochs that ended without a meeting (a -1 of the user's) meet too; who ended early waits for the others."""
+        """Epochs that ended without a meeting (a -1 of the user's) meet too.
+
+        Whoever ended early waits for the others, and so does whoever had nothing to begin with.
+        """
         progress, clock = self.strategy.clock.progress, self.strategy.clock
         if progress is not None and self.strategy.free:
             progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
             self._meet(trainer)
             self._attend(trainer, module)
+        elif progress is not None and not self._began:
+            progress.ended, clock.over = True, False
+        self._began = False
         while progress is not None and progress.ended and not clock.over and not trainer.should_stop:
             self.strategy.set_off()
             self._meet(trainer)
@@ -91,9 +99,10 @@ class Meetings(Callback):
 
     def _attend(self, trainer: Trainer, module: LightningModule) -> None:
         """What the loop does for those who met after a batch."""
-        with compat.as_after_a_batch(trainer):
-            for callback in compat.callbacks(trainer):
-                if isinstance(callback, (ModelCheckpoint, Timer)):
-                    callback.on_train_batch_end(trainer, module, None, None, 0)
+        with compat.within_epoch(trainer):
+            with compat.within_batch(trainer):
+                for callback in compat.callbacks(trainer):
+                    if isinstance(callback, (ModelCheckpoint, Timer)):
+                        callback.on_train_batch_end(trainer, module, None, None, 0)
             if self.strategy.clock.validating:
                 compat.validate(trainer)

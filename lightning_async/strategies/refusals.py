@@ -102,7 +102,7 @@ def _callback_conflicts(callback: object) -> Iterator[str]:
             "it on one device with `strategy='auto'`: it holds here as it does with `ddp`"
         )
     if isinstance(callback, ModelPruning):
-        method = getattr(callback.pruning_fn, "func", callback.pruning_fn).__name__
+        method: str = getattr(callback.pruning_fn, "func", callback.pruning_fn).__name__  # type: ignore[union-attr]
         if "random" in method.lower():
             yield (
                 f"`ModelPruning` with `{method}` draws another mask on each rank; use 'l1_unstructured' or "

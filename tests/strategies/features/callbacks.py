@@ -201,6 +201,12 @@ STOPPING = Scene(
             lambda a, b: a["lambda"].calls.count("batch") == a["lambda"].batches and "val" in a["lambda"].calls,
         ),
         works("Callback", "as a base class", lambda a, b: a["lambda"].batches > 0),
+        works(
+            "callbacks",
+            "one, or several",
+            lambda a, b: alike(a["lambda"], b["lambda"]),
+            "two of the strategy's own come before them, so that theirs find all ranks together",
+        ),
         differs(
             "OnExceptionCheckpoint",
             "",

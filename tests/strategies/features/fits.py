@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
 from lightning_async import SpeedFaults
 from tests.strategies.lit import Lit, loader, trainer, weights

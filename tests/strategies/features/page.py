@@ -48,7 +48,7 @@ one of them 3x slower, whose outcome is compared with what the row says. With `g
 
 - **works**: as with `ddp`, where nothing else is said.
 - **differs**: the words say how.
-- **refused**: before training starts, on every rank, with this sentence.
+- **refused**: on every rank, with this sentence; before training starts, if it can be known by then.
 - **not tried**: nobody has seen it run here.
 """
 
@@ -85,13 +85,14 @@ def page() -> str:
 def summary() -> str:
     """How many of each."""
     found = [row.verdict for _, row in rows()]
-    return ", ".join(f"{found.count(verdict)} {verdict.value}" for verdict in Verdict) + ".\n"
+    works, differs, refused, untried = (found.count(verdict) for verdict in Verdict)
+    return f"{works} work, {differs} differ, {refused} are refused, {untried} were not tried.\n"
 
 
 def _section(name: str, found: list[Row]) -> str:
     order = {of: place for place, of in enumerate(LISTS.get(name, ()))}
     found = sorted(found, key=lambda row: order.get(row.of, len(order)))  # stable: others stay as they come
-    head = f"## {name}\n\n| feature | value | | |\n| --- | --- | --- | --- |\n"
+    head = f"## {name}\n\n| feature | value | here | how |\n| --- | --- | --- | --- |\n"
     return head + "".join(_line(row) for row in found)
 
 

@@ -116,7 +116,11 @@ ELSEWHERE: list[Row] = [
     untried("BitsandbytesPrecision", "", "needs a GPU"),
     untried("accelerator", '"gpu", "mps", "tpu", "hpu"', "nothing but CPUs was there"),
     shown(
-        "strategy", '"gossip_ring"', Verdict.WORKS, "processes started by Lightning", f"{LAUNCHERS}::test_popen_by_name"
+        "strategy",
+        '"gossip_ring"',
+        Verdict.WORKS,
+        "processes started by Lightning",
+        f"{LAUNCHERS}::test_popen_by_name_and_a_child_that_fails_is_named_by_rank_0",
     ),
     shown(
         "strategy",
