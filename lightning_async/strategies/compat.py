@@ -186,6 +186,16 @@ def set_log_step(trainer: Trainer, step: int) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
+def logs_now(trainer: Trainer) -> bool:
+    """Whether Lightning logs the batch under way."""
+    return trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
+
+
+def log(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
+    """Give the loggers numbers under this step."""
+    trainer._logger_connector.log_metrics(metrics, step)  # type: ignore[arg-type]
+
+
 def take_val_seconds(trainer: Trainer) -> float | None:
     """The time between validations, if that is how the Trainer was told to validate; it forgets it."""
     seconds: float | None = getattr(trainer, "_val_check_time_interval", None)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator
+from weakref import WeakKeyDictionary
 
 import pytest
 
 from lightning_async.progress.agenda import Agenda, Due, Item
 from lightning_async.progress.progress import Outcome, Progress
 from lightning_async.progress.report import Wish
-from lightning_async.progress.tally import Tally, Unit
+from lightning_async.progress.tally import Tally, Unit, total
 from lightning_async.transport.pages import Pages
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import VirtualCluster
 
 Met = list[tuple[float, float, Outcome, Tally]]
 """When a member came to a meeting, when it left it, the outcome, and its own count."""
+
+
+truth: WeakKeyDictionary[VirtualCluster, dict[int, Tally]] = WeakKeyDictionary()
+"""What each member of a cluster has really done."""
 
 
 def member(
@@ -36,11 +41,15 @@ def member(
     progress.settle((yield from rounds.agree(progress.word())))
     met: Met = []
     steps = [0]
+    done = truth.setdefault(cluster, {})
     while len(met) < meetings:
         if not progress.ended:
             progress.batch_started()
             yield seconds
             progress.batch_ended(updates=1, samples=8)
+            done[rank] = progress.own
+            told = zip(progress.told(), total(done.values()), strict=True)
+            assert all(a <= b for a, b in told) or len(carrier.members()) < carrier.world, "never more than was done"
             progress.ended = progress.own.batches == end
             steps.append(progress.steps())
         if wish and progress.own.batches == wish[0]:
