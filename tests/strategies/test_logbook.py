@@ -100,5 +100,5 @@ def unlogged(options: dict[str, Any]) -> int:
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize("options", [{"logger": False}, {"logger": None, "barebones": True}])
 def test_without_a_logger_there_are_no_entries(options: dict[str, Any]) -> None:
-    bare = {name: None for name in ("enable_progress_bar", "enable_model_summary", "enable_checkpointing")}
+    bare = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"))
     assert run(2, unlogged, {**(bare if "barebones" in options else {}), **options}) == [0, 0]
