@@ -14,22 +14,47 @@ from pathlib import Path
 import lightning.pytorch as L
 from lightning.pytorch import callbacks, loggers, plugins, profilers
 
-from tests.strategies.features import callbacks as stock
-from tests.strategies.features import counts, feeding, logged, optimising, stages
+from tests.strategies.features import (
+    lengths,
+    limits,
+    loaders,
+    modes,
+    optimizers,
+    precisions,
+    savers,
+    schedules,
+    stages,
+    steps,
+    streams,
+    watchers,
+    weighers,
+)
+from tests.strategies.features import loggers as logged
 from tests.strategies.features import plugins as plugged
+from tests.strategies.features import profilers as profiled
 from tests.strategies.features.table import Row, Scene, Verdict
 
 FILE = Path(__file__).resolve().parents[3] / "docs" / "features.md"
 COMMAND = "python -m tests.strategies.features.page"
-SCENES: list[Scene] = [
-    *counts.SCENES,
-    *optimising.SCENES,
-    *feeding.SCENES,
-    *stages.SCENES,
-    *logged.SCENES,
-    *stock.SCENES,
-    *plugged.SCENES,
-]
+ROOMS = (
+    lengths,
+    limits,
+    modes,
+    steps,
+    optimizers,
+    schedules,
+    precisions,
+    loaders,
+    streams,
+    stages,
+    logged,
+    profiled,
+    savers,
+    weighers,
+    watchers,
+    plugged,
+)
+SCENES: list[Scene] = [scene for room in ROOMS for scene in room.SCENES]
 ELSEWHERE: list[Row] = [*plugged.ELSEWHERE]
 
 STAGES = ("fit", "validate", "test", "predict")
