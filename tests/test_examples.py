@@ -35,7 +35,12 @@ def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
 
 def test_all_are_here() -> None:
-    assert {file.name for file in (ROOT / "examples").glob("*.py")} == {"cli.py", "demo.py", "gossip_ring.py"}
+    assert {file.name for file in (ROOT / "examples").glob("*.py")} == {
+        "async_global.py",
+        "cli.py",
+        "demo.py",
+        "gossip_ring.py",
+    }
 
 
 @pytest.mark.parametrize("strategy", ["gossip_ring_fork", "ddp_fork"])
@@ -43,6 +48,13 @@ def test_one_changed_argument(strategy: str, script: Script) -> None:
     said = script("gossip_ring.py", "--strategy", strategy, "--devices", "2", "--epochs", "1")
     assert "validation loss" in said
     assert "accuracy" in said
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_global_weights(mode: str, script: Script) -> None:
+    said = script("async_global.py", "--mode", mode, "--devices", "2", "--epochs", "1", "--start-method", "fork")
+    assert "validation loss" in said
+    assert "delays of rank 0's exchanges" in said
 
 
 def test_cli(script: Script) -> None:

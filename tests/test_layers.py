@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lightning_async"
 
 TOP = {"strategies", "callbacks", "cli", "__init__"}
-MIDDLE = {"algorithms", "pipeline", "transport", "data", "metrics", "progress"}
+MIDDLE = {"algorithms", "pipeline", "transport", "data", "metrics", "progress", "inner"}
 BASE = {"replica", "rounding", "arrival", "version"}
 HEIGHT = {**dict.fromkeys(TOP, 2), **dict.fromkeys(MIDDLE, 1), **dict.fromkeys(BASE, 0)}
 

@@ -18,6 +18,8 @@ import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 PRIVATE = {
@@ -29,6 +31,7 @@ PRIVATE = {
 IN_A_FIT = {
     "_signal_connector._slurm_sigusr_handler_fn": "it would save in a signal handler, on one rank",
     "fit_loop.epoch_loop._should_check_val_epoch": "whether an epoch is one with validation",
+    "fit_loop.epoch_loop.on_advance_end": "one rank alone would leave the loop right behind it",
 }
 """What `Clock` replaces or asks while it lasts."""
 _NOT_SET = object()
@@ -196,6 +199,12 @@ def log(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
     trainer._logger_connector.log_metrics(metrics, step)  # type: ignore[arg-type]
 
 
+def last_metric(trainer: Trainer, name: str) -> Tensor | None:
+    """A metric as it was computed last. (To read `callback_metrics` would compute some, and so wait for all ranks.)"""
+    found: Tensor | None = trainer._logger_connector._callback_metrics.get(name)
+    return found
+
+
 def take_val_seconds(trainer: Trainer) -> float | None:
     """The time between validations, if that is how the Trainer was told to validate; it forgets it."""
     seconds: float | None = getattr(trainer, "_val_check_time_interval", None)
@@ -269,6 +278,31 @@ def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:
 def average_of(callback: WeightAveraging) -> AveragedModel | None:
     """The averaged model of a WeightAveraging; there is none outside of `fit`."""
     return callback._average_model
+
+
+# -- checkpoints that are written later -------------------------------------------------------------------------------
+
+
+def writes_later(io: object) -> bool:
+    """Whether this CheckpointIO returns before its files are written."""
+    return _later(io) is not None
+
+
+def behind_writes(io: object, job: Callable[[], object]) -> None:
+    """Do this behind what a CheckpointIO has still to write: in its own thread if it has one, else now."""
+    later = _later(io)
+    if later is None or later._executor is None:
+        job()
+    else:
+        later._executor.submit(job)
+
+
+def _later(io: object) -> AsyncCheckpointIO | None:
+    while io is not None:
+        if isinstance(io, AsyncCheckpointIO):
+            return io
+        io = getattr(io, "checkpoint_io", None)
+    return None
 
 
 def _resolve(trainer: Trainer, path: str) -> tuple[Any, str]:

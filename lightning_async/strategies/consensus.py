@@ -96,6 +96,7 @@ class Consensus:
         strategy = self._strategy
         office, algorithm = strategy.office, strategy.algorithm
         replica = strategy.replica
+        strategy.together(strategy.clock.leave(strategy.trainer))
         new = strategy.together(renewed(strategy.trainer.lightning_module, replica, office.rounds))
         if new is not None:
             replica = new
@@ -117,3 +118,4 @@ class Consensus:
             module = strategy.trainer.lightning_module
             strategy.together(strategy.statistics.take_anew(module, strategy.training_step, rounds))
         strategy.together(agree_on_saved(strategy.trainer, rounds))
+        strategy.together(strategy.checkpoints.settle())

@@ -29,11 +29,11 @@ class Meetings(Callback):
 
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.strategy = strategy
-        self._began = False
+        self._drew = False
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Free again; foresee the end of the epoch now and then."""
-        self._began = True
+        self._drew = True
         self.strategy.set_off()
         self.strategy.listen()
         self.strategy.clock.batch_started(trainer)
@@ -63,18 +63,14 @@ class Meetings(Callback):
         self.strategy.listen()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Epochs that ended without a meeting (a -1 of the user's) meet too.
-
-        Whoever ended early waits for the others, and so does whoever had nothing to begin with.
-        """
+        """Epochs that ended without a meeting (a -1 of the user's) meet too; who ended early waits for the others."""
         progress, clock = self.strategy.clock.progress, self.strategy.clock
+        if progress is not None and self._came_empty(trainer):
+            progress.ended, clock.over = True, False
         if progress is not None and self.strategy.free:
             progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
             self._meet(trainer)
             self._attend(trainer, module)
-        elif progress is not None and not self._began:
-            progress.ended, clock.over = True, False
-        self._began = False
         while progress is not None and progress.ended and not clock.over and not trainer.should_stop:
             self.strategy.set_off()
             self._meet(trainer)
@@ -96,6 +92,12 @@ class Meetings(Callback):
             self.strategy.clock.requeued(trainer)
         if wishes & Wish.TERMINATE:
             self.strategy.close_in_order()
+
+    def _came_empty(self, trainer: Trainer) -> bool:
+        """Whether this rank's loader yielded nothing at all in this epoch, and nobody has heard of it."""
+        drew, waited = self._drew, self.strategy.clock.waited
+        self._drew = self.strategy.clock.waited = False
+        return not drew and (waited or (self.strategy.feeding.dry and not trainer.fit_loop.restarting))
 
     def _attend(self, trainer: Trainer, module: LightningModule) -> None:
         """What the loop does for those who met after a batch."""

@@ -114,9 +114,11 @@ class Office:
         """The board with a page of the note for one's own."""
         return self._pages.desk(number)
 
-    def drive(self, waiting: Wait[T], sign: Callable[[], object] | None = None) -> T:
+    def drive(
+        self, waiting: Wait[T], sign: Callable[[], object] | None = None, heed: Callable[[], object] | None = None
+    ) -> T:
         """Run a `Wait` to its end; see `waiting.drive`."""
-        return drive(waiting, self.flags, limit=self.limit, sign=sign)
+        return drive(waiting, self.flags, limit=self.limit, sign=sign, heed=heed)
 
     def check_complete(self, world: int) -> None:
         """Refuse a further stage after a death: Lightning's own set-up would wait for the dead."""
@@ -176,8 +178,8 @@ class Office:
         try:
             self._members = self._farewell(carrier)
         finally:
-            self.recording.close()
             carrier.close()
+            self.recording.close()  # behind the last letter that a service got
 
     def _farewell(self, carrier: ClusterCarrier) -> tuple[int, ...]:
         """Rank 0 waits for everybody's bye, a failed rank for rank 0's. Returns who did not die in this run.

@@ -144,6 +144,11 @@ class Recording:
         if self._scribe is not None:
             self._compare_loss(self._loss, self._scribe.note_batch(self._loss))
 
+    def told(self, name: str, value: float) -> float:
+        """A number that the algorithm is told and no replay can find out; returns the recorded one."""
+        recorded = None if self._scribe is None else self._scribe.note(name, value)
+        return value if recorded is None else float(recorded)
+
     def stepped(self, step: int, replica: Replica) -> None:
         """A step was taken, and what came was folded."""
         if self._scribe is not None and step % EVERY == 0:

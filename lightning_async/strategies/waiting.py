@@ -68,8 +68,18 @@ class Flags:
             self.carrier.propose("abort", self.failed.encode()[:2000])
 
 
-def drive(waiting: Wait[T], flags: Flags, *, limit: float, sign: Callable[[], object] | None = None) -> T:
-    """Run a `Wait` to its end in this thread; with a `sign` the limit counts from its last change."""
+def drive(
+    waiting: Wait[T],
+    flags: Flags,
+    *,
+    limit: float,
+    sign: Callable[[], object] | None = None,
+    heed: Callable[[], object] | None = None,
+) -> T:
+    """Run a `Wait` to its end in this thread.
+
+    With a `sign` the limit counts from its last change; `heed` is called at every look, and may raise.
+    """
     carrier, start, seen = flags.carrier, time.monotonic(), None
     try:
         while True:
@@ -80,6 +90,8 @@ def drive(waiting: Wait[T], flags: Flags, *, limit: float, sign: Callable[[], ob
             if waited > limit:
                 raise TimeoutError(f"rank {carrier.me} waited {waited:.0f} s for {what}; the limit is {limit:.0f} s")
             flags.raise_if_set()
+            if heed is not None:
+                heed()
             carrier.wait(GLANCE)
     except StopIteration as end:
         result: T = end.value

@@ -17,8 +17,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ HEADERS = 0
 
 def nothing() -> None:
     """What is called where nobody wants to know."""
+
+
+def nobody(letter: Callable[[], Letter]) -> None:
+    """What takes letters where nobody serves."""
 
 
 @dataclass(slots=True)
@@ -90,20 +95,40 @@ class Inbox:
         self._here = here
         self._news = news
         self._kinds: dict[int, deque[_Arrived]] = {kind: deque() for kind in range(KINDS)}
+        self._gate = threading.Lock()
+        self._served: frozenset[int] = frozenset()
+        self._door: Callable[[Callable[[], Letter]], None] = nobody
 
     def put(self, peer: int, number: int, message: Message, clock: int) -> None:
-        """Called by receiver threads; a deque's append is atomic, so no lock."""
-        self._kinds[message.kind].append(_Arrived(peer, message, number, clock))
+        """Called by receiver threads; a deque's append is atomic, and the lock is for the moment of `hand_over`."""
+        arrived = _Arrived(peer, message, number, clock)
+        with self._gate:
+            if message.kind in self._served:
+                self._door(partial(self._letter, arrived))
+                return
+            self._kinds[message.kind].append(arrived)
         self._news()
+
+    def hand_over(self, kinds: Iterable[int], door: Callable[[Callable[[], Letter]], None]) -> None:
+        """From now on letters of these kinds go through `door`, those that are here before all others."""
+        with self._gate:
+            self._served, self._door = frozenset(kinds), door
+            early = [one for kind in self._served for one in self._kinds[kind]]
+            for kind in self._served:
+                self._kinds[kind].clear()
+            for arrived in sorted(early, key=lambda one: one.number):  # on each link, as they were posted
+                door(partial(self._letter, arrived))
 
     def take(self, kind: int) -> list[Letter]:
         """All letters of this kind; their age is counted from the last sign of ours that the sender had then."""
         waiting = self._kinds[kind]
         if not waiting:
             return []
-        now = self._here.now()
-        arrived = [waiting.popleft() for _ in range(len(waiting))]
-        return [Letter(one.peer, one.number, one.message, max(0.0, now - one.clock * 1e-9)) for one in arrived]
+        return [self._letter(waiting.popleft()) for _ in range(len(waiting))]
+
+    def _letter(self, arrived: _Arrived) -> Letter:
+        seconds = max(0.0, self._here.now() - arrived.clock * 1e-9)
+        return Letter(arrived.peer, arrived.number, arrived.message, seconds)
 
 
 class Slots:

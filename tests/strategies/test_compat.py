@@ -13,6 +13,7 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
@@ -42,12 +43,18 @@ def test_each_private_name_exists(t: L.Trainer, path: str) -> None:
         (L.Trainer, "_run_stage"),
         (_SignalConnector, "_slurm_sigusr_handler_fn"),
         (_TrainingEpochLoop, "_should_check_val_epoch"),
+        (_TrainingEpochLoop, "on_advance_end"),
     ],
 )
 def test_a_name_that_vanished_is_refused(t: L.Trainer, owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(owner, name)
     with pytest.raises(MisconfigurationException, match=f"does not know Lightning {L.__version__}.*{name}"):
         compat.check(t)
+
+
+def test_what_is_read_exists(t: L.Trainer) -> None:
+    assert t._logger_connector._callback_metrics == {}
+    assert AsyncCheckpointIO()._executor is None
 
 
 def test_everything_is_put_back(t: L.Trainer) -> None:
