@@ -16,8 +16,9 @@ from statistics import fmean, median
 from benchmarks.launch import Ranks
 from benchmarks.overhead import physical
 from benchmarks.repeat import Measures, repeat
+from benchmarks.subject import Knobs
 from benchmarks.table import Role, Row, Table
-from benchmarks.work import Knobs, Record, Work, fit
+from benchmarks.work import Record, Work, fit
 
 N = 2
 LIMIT = 300.0

@@ -180,6 +180,7 @@ class AsyncStrategy(Shown):
         self.feeding.close()
         self.statistics.forget()
         self.checkpoints.forget()
+        self.consensus.telling.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:

@@ -22,7 +22,8 @@ from lightning_async.transport.gloo import Clients, keys_of
 from lightning_async.transport.links import Links
 from lightning_async.transport.mail import Letter, Loss, Message, Service
 from lightning_async.transport.service import Loop, ServiceThread
-from lightning_async.transport.slots import Count, Here, Inbox, Slots
+from lightning_async.transport.slots import Here, Inbox, Slots
+from lightning_async.transport.traffic import Count
 
 
 def refuse_loopback(addresses: Iterable[str], *, nodes: int) -> None:

@@ -18,7 +18,8 @@ from torch.distributed.distributed_c10d import Work
 
 from lightning_async.transport.gloo import Wire
 from lightning_async.transport.header import HEADER_BYTES, WIRE_BYTES, Header, pack_into, unpack
-from lightning_async.transport.slots import HEADERS, Here, Slots
+from lightning_async.transport.slots import Here, Slots
+from lightning_async.transport.traffic import HEADERS
 
 HEAD_TAG, BODY_TAG, HELLO_TAG = 1, 2, 3
 AHEAD = 8

@@ -20,7 +20,8 @@ from lightning_async.transport.control import Control
 from lightning_async.transport.gloo import Clients
 from lightning_async.transport.heartbeat import Silence
 from lightning_async.transport.link import Link
-from lightning_async.transport.slots import HEADERS, Here, Slots
+from lightning_async.transport.slots import Here, Slots
+from lightning_async.transport.traffic import HEADERS
 
 EAGER = 1.0
 """Seconds in which something about a link is expected to happen soon."""
