@@ -1,5 +1,5 @@
 # make demo    the same small task with and without asynchrony, one of four local processes slowed 4x
-# make test    the whole test suite
+# make test    the whole test suite, several tests at a time (WORKERS=0: one by one)
 # make check   format, lint, types, layers
 # make bench   one benchmark:  make bench NAME=straggler      (make bench alone lists them)
 # make clean   remove what was built, the virtual environment included
@@ -14,6 +14,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEMO   := examples/demo.py
 NAME   ?=
+WORKERS ?= auto
 ARGS   ?=
 
 .PHONY: demo test check bench clean
@@ -22,7 +23,7 @@ demo: $(READY)
 	$(BIN)/python $(DEMO) $(ARGS)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

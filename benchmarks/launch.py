@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import IO, Any, Protocol
 
 from benchmarks.rank import FOLDER
-from benchmarks.store import Store, free_port
+from benchmarks.store import Held, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 2000  # characters of a failed rank's output that go into the error
@@ -85,13 +85,14 @@ class Ranks:
         self._n, self._extra, self._host_store, self._address = n, dict(env or {}), store, address
         self._spawn: Spawn = spawn or _spawn_here
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._meeting_place: Store | Held | None = None
 
     def __enter__(self) -> Ranks:
         self._temporary = tempfile.TemporaryDirectory(prefix="ranks-")
         self._folder = Path(self._temporary.name)
         try:
-            self._store = Store() if self._host_store else None
-            env = self._environment(self._store.port if self._store else free_port())
+            self._meeting_place = Store() if self._host_store else Held()
+            env = self._environment(self._meeting_place.port)
             for rank in range(self._n):
                 self._start(rank, env)
         except BaseException:
@@ -112,7 +113,9 @@ class Ranks:
             if process.stdin:
                 process.stdin.close()
         self._processes = []
-        self._store = None
+        if self._meeting_place is not None:
+            self._meeting_place.close()
+            self._meeting_place = None
         self._temporary.cleanup()
 
     # -- what happens to one rank ----------------------------------------------------------------------------------
@@ -195,7 +198,7 @@ class Ranks:
             "MASTER_ADDR": self._address,
             "MASTER_PORT": str(port),
             "TORCHELASTIC_RUN_ID": secrets.token_hex(4),
-            "TORCHELASTIC_USE_AGENT_STORE": str(self._store is not None),
+            "TORCHELASTIC_USE_AGENT_STORE": str(self._host_store),
         }
         return {
             "OMP_NUM_THREADS": "1",

@@ -1,6 +1,7 @@
 """A replica is this rank's trainable weights as one flat vector: reads copy, writes ADD.
 
-There is no `set_weights`: the rank may have taken steps while a message travelled, and folding must not erase them.
+There is no `set_weights`: the rank may have taken steps while a message travelled, and folding must not erase them
+(`go_to` is for those whose ranks wait for each other).
 The parameters are views of the flat vector, so optimizers, autograd and state dicts see every shift at no cost. The
 vector has the widest of their dtypes, at least float32; parameters that are narrower hold its rounding (`rounding.py`).
 Shifts happen between optimizer steps, by the training thread (a write between forward and backward raises no error
@@ -35,6 +36,7 @@ class Replica:
         self._flat = torch.zeros(ends[-1], dtype=dtype, device=self._parameters[0].device)
         starts = zip(self._parameters, ends[:-1], strict=True)
         parts = [(p, self._flat[at : at + p.numel()].view(p.shape)) for p, at in starts]
+        self._places = tuple((p, at) for p, at in zip(self._parameters, ends[:-1], strict=True))
         self._views = [(p, part, part.data_ptr()) for p, part in parts if p.dtype == dtype]
         self._rounded = Rounded((p, part) for p, part in parts if p.dtype != dtype)
         self._own: Tensor | None = None
@@ -61,9 +63,27 @@ class Replica:
         return self.flat.clone()
 
     @torch.no_grad()
-    def shift(self, correction: Tensor, factor: float = 1.0) -> None:
-        """Add `factor * correction` to the weights."""
-        self.flat.add_(correction, alpha=factor)
+    def shift(self, correction: Tensor, factor: float = 1.0, *, at: int = 0) -> None:
+        """Add `factor * correction` to the weights, from element `at` on."""
+        self.flat[at : at + correction.numel()].add_(correction, alpha=factor)
+        self._rounded.show()
+
+    @torch.no_grad()
+    def mend(self, weights: Tensor, *, at: int = 0) -> None:
+        """Put `weights` where own ones are not finite: no sum would make them so again."""
+        part = self.flat[at : at + weights.numel()]
+        part.copy_(torch.where(torch.isfinite(part), part, weights))
+        self._rounded.show()
+
+    @property
+    def places(self) -> tuple[tuple[nn.Parameter, int], ...]:
+        """The parameters in their order, each with where it begins in the flat vector."""
+        return self._places
+
+    @torch.no_grad()
+    def go_to(self, weights: Tensor) -> None:
+        """Be `weights`, to the bit. For methods in lock-step only: nothing is under way that this would erase."""
+        self.flat.copy_(weights)
         self._rounded.show()
 
     def check(self) -> None:
@@ -71,6 +91,10 @@ class Replica:
         if any(p.data_ptr() != address for p, _, address in self._views):
             self._adopt_views()
         self._rounded.carry_over()
+
+    def parts(self, vector: Tensor) -> list[Tensor]:
+        """Of a vector like the flat one, what belongs to each parameter, in their order."""
+        return [vector[at : at + p.numel()] for p, at in self._places]
 
     def holds(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether the trainable ones among `parameters` are those that this replica was made of."""

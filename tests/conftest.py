@@ -5,11 +5,13 @@ What a test forgot is put right where that is possible, and the test fails by na
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,8 +25,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.store import Held
+
 torch.set_num_threads(1)
 
+MOST_WORKERS = 8  # each loads torch and Lightning first
+WORTH_TELLING = 30.0  # seconds of tests from which on their sum by folder is told
 GRACE = 5.0  # seconds in which a thread or a process that is on its way out may go
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD, signal.SIGCONT]
 # Set by Lightning and torch for the processes they start, and never taken back by them.
@@ -46,6 +52,13 @@ HOUSEKEEPING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver"
 KNOWN_THREADS = ("TMonitor", "InductorSubproc", "pydevd", "_ChildProcessObserver")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: ranks wait more than they compute."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores + 1, MOST_WORKERS)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, with a sentence."""
     reasons = {"gpu": None if torch.cuda.is_available() else "needs a CUDA device, and torch finds none"}
@@ -57,6 +70,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Set aside what is loaded by now: walking all of torch costs each later `gc.collect()` a tenth of a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests of each folder cost, so that whoever adds to one sees it."""
+    seconds, tests = Counter[str](), Counter[str]()
+    for report in (r for reports in terminalreporter.stats.values() for r in reports):
+        if isinstance(report, pytest.TestReport):
+            parts = Path(report.nodeid.partition("::")[0]).parts
+            room = parts[1] if len(parts) > 2 else "(top)"
+            seconds[room] += report.duration
+            tests[room] += report.when == "call"
+    if sum(seconds.values()) > WORTH_TELLING:
+        terminalreporter.section("seconds by folder (of all workers together)")
+        for room, spent in seconds.most_common():
+            terminalreporter.line(f"{spent:7.1f} s  {tests[room]:5} tests  {room}")
+
+
+@pytest.fixture(autouse=True)
+def port_of_its_own() -> Iterator[None]:
+    """Lightning finds a free port long before it listens there: another worker of the suite may be given the same."""
+    held = Held()
+    os.environ["MASTER_PORT"] = str(held.port)
+    yield
+    os.environ.pop("MASTER_PORT", None)
+    held.close()
 
 
 @pytest.fixture(autouse=True)
@@ -102,14 +146,17 @@ def _threads_beside(before: set[threading.Thread]) -> list[str]:
 def _children() -> dict[int, str]:
     """This process's living children and what they run; nothing where there is no /proc."""
     found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == os.getpid() and state != "Z":
-                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
-        except (OSError, ValueError):  # it ended while we looked
-            continue
+    for pid in (pid for listed in Path("/proc/self/task").glob("*/children") for pid in _read(listed).split()):
+        if _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[:1] not in ([], ["Z"]):
+            found[int(pid)] = _read(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip()
     return found
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:  # it ended while we looked
+        return ""
 
 
 def _children_beside(before: dict[int, str]) -> dict[int, str]:

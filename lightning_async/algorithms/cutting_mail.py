@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Generic, TypeVar
 
 from lightning_async.algorithms.cut import Part, copied, from_before
-from lightning_async.transport.mail import CUT, FIRST_FREE_KIND, Letter, Loss, Mail, Message, Wait
+from lightning_async.transport.mail import CUT, FIRST_FREE_KIND, Letter, Loss, Mail, Message, Service, Wait
 from lightning_async.transport.rounds import Rounds
 
 S = TypeVar("S")
@@ -138,6 +138,10 @@ class CuttingMail(Generic[S]):
         """See `Mail.lost`."""
         losses, self._losses = self._losses + self._new_losses(), []
         return losses
+
+    def serve(self, kinds: Iterable[int], service: Service) -> None:
+        """A service's state changes between any two letters, so it is whole at no step of its member: refused."""
+        raise NotImplementedError("methods with a service cannot be cut between meetings: save at meetings")
 
     def at(self, step: int) -> None:
         """See `Mail.at`."""

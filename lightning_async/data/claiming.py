@@ -12,74 +12,72 @@ members that each count on the other would leave the rest to nobody.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
-from lightning_async.data.crew import Crew, Desk
+from lightning_async.data.crew import Desk
 from lightning_async.data.handed import Handed
-from lightning_async.data.ledger import Ledger, Note
-from lightning_async.data.opening import Opening, refuse_other_order
+from lightning_async.data.opening import Opening
 from lightning_async.data.pace import Pace, Worker, appetite, outlasts
+from lightning_async.data.ranges import Range
 from lightning_async.data.sources import Sources
+from lightning_async.data.work import Work, key
 from lightning_async.transport.mail import Wait
 
 _FRAGMENTS = 32
 """No draws ahead while so many ranges are unfinished: they would not fit into the note."""
 
 
-class Claims:
+class Claims(Work):
     """What one member claims of one epoch.
 
     Args:
         desk: The board and who is there.
         epoch: The epoch.
-        opening: As this member would open it.
+        opening: As this member would open it, but for the seats.
+        done: The positions that are left out.
         batch: This member's batch size in samples.
         seconds: How much work is claimed ahead in mid-epoch.
         pace: This member's speed.
         handed: What of its claims is on its way.
-
-    Attributes:
-        opening: As all agreed on it, once they did.
-        ledger: What was claimed and completed.
-        closed: Whether this member takes nothing more.
     """
 
     def __init__(
-        self, desk: Desk, epoch: int, opening: Opening, *, batch: int, seconds: float, pace: Pace, handed: Handed
+        self,
+        desk: Desk,
+        epoch: int,
+        opening: Opening,
+        *,
+        done: Sequence[Range],
+        batch: int,
+        seconds: float,
+        pace: Pace,
+        handed: Handed,
     ) -> None:
-        self.opening = opening
-        self.ledger = Ledger(epoch)
-        self.closed = False
-        self._desk = desk
-        self._batch, self._seconds = batch, seconds
-        self._pace, self._handed = pace, handed
-        self._crew: Crew | None = None
+        super().__init__(desk, epoch, opening, done=done, batch=batch, pace=pace, handed=handed)
+        self._seconds = seconds
         self._sources: Sources | None = None
-
-    @property
-    def held(self) -> int:
-        """Samples claimed and not handed out."""
-        return self.ledger.outstanding - self._handed.outstanding
 
     @property
     def repeated(self) -> int:
         """Samples taken over from the dead."""
         return 0 if self._sources is None else self._sources.repeated
 
-    def open(self) -> Wait[None]:
-        """Learn what was decided about this epoch and take the first batch."""
-        epoch = self.ledger.epoch
-        while self._sources is None:
-            value = self._desk.decided(self._key("open"))
-            if value is None:
-                yield f"the opening of epoch {epoch}"
-                continue
-            opening = Opening.unpack(value)
-            refuse_other_order(epoch, self.opening, opening)
-            self.opening = opening
-            self._crew = Crew(self._desk, epoch, opening)
-            self._sources = Sources(self._desk, epoch, opening, self._crew)
-            self.ledger.claim(*opening.first(self._desk.me))
-            self.look()
+    @property
+    def reach(self) -> int:
+        """The end of what was drawn from the epoch's own pool."""
+        return 0 if self._sources is None else self._sources.reach
+
+    def seats(self) -> Iterable[Range]:
+        """A batch for each."""
+        members = self._desk.members()
+        return [(rank, self.first(len(members))) for rank in members]
+
+    def opened(self, opening: Opening) -> None:
+        """Take the first batch."""
+        super().opened(opening)
+        assert self._crew is not None  # the epoch is open
+        self._sources = Sources(self._desk, self.ledger.epoch, opening, self._crew)
+        self.ledger.claim(*opening.first(self._desk.me))
 
     def fetch(self, size: int) -> Wait[bool]:
         """Wait for more claims, if less than `size` is held; False when there are none for this member."""
@@ -103,7 +101,7 @@ class Claims:
             self.look()
         return True
 
-    def draw_ahead(self) -> None:
+    def ask_ahead(self) -> None:
         """Have a draw under way before it is needed, if more is wanted and not better left to others."""
         if self.closed or self._sources is None or self._sources.asked() is not None:
             return
@@ -117,37 +115,20 @@ class Claims:
 
     def close(self) -> None:
         """Take nothing more in this epoch."""
-        self.closed = True
         if self._sources is not None:
             self._sources.call()
-        self.look()
+        super().close()
 
     def look(self) -> None:
         """Enter the answers that came, hear the others, and let them know."""
-        if self._crew is None or self._sources is None:
-            return
-        for first, amount in self._sources.answers():
+        for first, amount in self._sources.answers() if self._sources is not None else ():
             self.ledger.claim(first, amount)
-        ledger = self.ledger
-        note = Note(
-            ledger.epoch,
-            self._batch,
-            self._pace.rate,
-            self.closed,
-            ledger.completed,
-            ledger.claimed,
-            self._sources.reach,
-            tuple(ledger.unfinished()),
-        )
-        self._desk.publish(note.pack())
-        self._crew.listen()
-
-    # -- forecasts and findings ----------------------------------------------------------------------------------------
+        super().look()
 
     def expected_batches(self) -> int:
         """How many batches this member will probably have trained on at the end of the epoch."""
         if self._crew is None:
-            return math.ceil(self.opening.used / max(1, len(self._desk.members())) / self._batch)
+            return super().expected_batches()
         me, others = self._sight()
         rates = [w.rate for w in others]
         part = me.rate / (me.rate + sum(rates)) if me.rate > 0 else 1 / (1 + len(rates))
@@ -155,25 +136,7 @@ class Claims:
         mine = self.ledger.claimed if self.closed else self.ledger.completed + todo * part
         return math.ceil(max(mine, self.ledger.completed + self._handed.outstanding) / self._batch)
 
-    def left_over(self) -> int:
-        """Samples that nobody trained on, by all notes. Nothing is left over while nobody died: the last member may not
-        leave before all is taken."""
-        if self._crew is None or not self._crew.dead():
-            return 0
-        self._crew.listen()
-        return max(0, self.opening.used - self._crew.completed())
-
-    def others_ended(self) -> bool:
-        """Whether all others that live are known to have ended the epoch."""
-        if self._crew is None:
-            return False
-        self._crew.listen()
-        return self._crew.ended()
-
     # -- inside --------------------------------------------------------------------------------------------------------
-
-    def _key(self, what: str) -> str:
-        return key(what, self.ledger.epoch)
 
     def _leaves(self) -> Wait[bool]:
         """Whether to end this epoch here although work is left: the others finish it sooner and one of them stays."""
@@ -182,7 +145,7 @@ class Claims:
         me, others = self._sight()
         if self.held or not outlasts(me, self._batch, self._sources.left(), others):
             return False
-        counter = self._key("leave")
+        counter = key("leave", self.ledger.epoch)
         self._desk.draw(counter, 1)
         while not (answers := self._desk.drawn(counter)):
             yield f"the answer of the counter {counter!r}"
@@ -206,8 +169,3 @@ class Claims:
         """While a speed is unknown the fair part is too: a slow member that took half of it would hold up all."""
         assert self._crew is not None
         return amount if self._crew.paced() else min(amount, self._batch)
-
-
-def key(what: str, epoch: int) -> str:
-    """What a claimed epoch's decisions and counters are called on the board."""
-    return f"data/{what}/{epoch}"

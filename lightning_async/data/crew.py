@@ -53,6 +53,7 @@ class Crew:
         self._opening = opening
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._notes: dict[int, Note] = {}
+        self._begun = desk.now()
         self.roster = tuple(rank for rank, _ in opening.seats)
 
     def listen(self) -> None:
@@ -67,6 +68,10 @@ class Crew:
         if rank not in self._notes:
             self._notes[rank] = self._unwritten(rank)
         return self._notes[rank]
+
+    def age(self, rank: int) -> float:
+        """Seconds since the newest word of `rank` was first seen, or since the epoch opened."""
+        return self._desk.now() - (self._heard[rank][1] if rank in self._heard else self._begun)
 
     def others(self, fallback: Worker) -> list[Worker]:
         """The others that can be counted on, fastest first; who never told its speed counts as fast as this one."""

@@ -13,10 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from lightning_async.data.crew import Desk
 from lightning_async.data.handed import Handed
 from lightning_async.data.ledger import Note
 from lightning_async.data.opening import Opening, refuse_other_order, refuse_second_order, stamp, usable
+from lightning_async.data.order import Items
 from lightning_async.data.ranges import Range, Rest, joined
 from lightning_async.transport.mail import Wait
 
@@ -59,7 +62,14 @@ class EqualShare:
         return self._agreed and self._completed >= self._goal()
 
     def begin_epoch(
-        self, epoch: int, *, total: int, digest: int = 0, done: Sequence[Range] = (), limit: int | None = None
+        self,
+        epoch: int,
+        *,
+        total: int,
+        digest: int = 0,
+        done: Sequence[Range] = (),
+        limit: int | None = None,
+        items: Items | None = None,
     ) -> None:
         """Open `epoch`; the members are those of the construction: a death shifts nobody's positions.
 
@@ -106,6 +116,10 @@ class EqualShare:
         numbers = self._numbers(self._desk.me)[: self._completed]
         return joined((self._rest.position(number), 1) for number in numbers)
 
+    def left_out(self) -> list[Range]:
+        """None: every position is somebody's, but for a surplus that is dropped."""
+        return []
+
     def expected_batches(self) -> int:
         """This member's number of batches; exact."""
         return math.ceil(self._goal() / self._batch)
@@ -122,6 +136,13 @@ class EqualShare:
         notes = {rank: Note.unpack(raw) for rank, raw in self._desk.notes().items()}
         living = set(self._members) & set(self._desk.members())
         return all(r in notes and (notes[r].epoch, notes[r].closed) >= (self.epoch, True) for r in living)
+
+    def memory(self) -> dict[str, Tensor]:
+        """Nothing: speeds do not count."""
+        return {}
+
+    def recall(self, memory: dict[str, Tensor]) -> None:
+        """See `memory`."""
 
     def _numbers(self, rank: int) -> range:
         return range(self._members.index(rank), self._opening.used, len(self._members))

@@ -119,7 +119,7 @@ def shared_loader(
         return drive(share.next_batch(size))
 
     def begin_all(order: Order) -> None:
-        share.begin_epoch(order.epoch, total=len(order), digest=order.digest)
+        share.begin_epoch(order.epoch, total=len(order), digest=order.digest, items=order.items)
         share.rewind()
 
     return _remade(loader, SharedBatches(order, begin or begin_all, pull, whole=whole, tell=tell))

@@ -38,8 +38,12 @@ class Pace:
     def completed(self, samples: int, now: float) -> None:
         """A batch of `samples` was finished; the next one begins."""
         if self._since is not None and now > self._since and samples > 0:
-            self._seconds.append((now - self._since) / samples)
+            self.enter((now - self._since) / samples)
         self._since = now
+
+    def enter(self, seconds: float) -> None:
+        """A batch took so many seconds a sample."""
+        self._seconds.append(seconds)
 
     @property
     def rate(self) -> float:

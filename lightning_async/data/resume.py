@@ -61,8 +61,8 @@ class Interrupted:
         return self._done if order.epoch == self._epoch else []
 
     def state(self, share: Share) -> State:
-        """What is done of the share's epoch, as far as this member knows."""
-        done = [*(self._done if share.epoch == self._epoch else []), *share.done()]
+        """What is done of the share's epoch, as far as this member knows, and what need not be."""
+        done = [*(self._done if share.epoch == self._epoch else []), *share.done(), *share.left_out()]
         total, digest = self._order
         return {"epoch": share.epoch, "done": as_tensor(united(done)), "total": total, "digest": digest}
 

@@ -76,6 +76,15 @@ class Others:
         ahead = sum(sight.count for rank, sight in self.sights(unit, mine).items() if rank != self._desk.me)
         return int(ahead) + self.elsewhere(unit)
 
+    def stuck(self, mine: Report) -> tuple[int, int] | None:
+        """Who has nothing more to train on while this member is in a step that takes all of them; and after how many
+        batches."""
+        others = ((rank, report) for rank, report in self.listen(mine).items() if rank != self._desk.me)
+        for rank, report in others:
+            if report.ended and report.meetings == mine.meetings and report.tally.batches <= mine.tally.batches:
+                return rank, report.tally.batches
+        return None
+
     def elsewhere(self, unit: Unit) -> int:
         """What nobody who is there did: the earlier part of the run, and the dead up to their last meeting."""
         members = set(self._desk.members())

@@ -3,6 +3,7 @@
 on the way       counts are foreseen, speeds are known: the point that comes soonest, `lead` seconds ahead
 at a meeting     all know all counts: a point that is near already is appointed there, by all alike
 in step          nobody's speed counts: all take the same number of steps to the next point
+in the dark      nobody has told a speed: each goes no further than its equal part of the way
 """
 
 from __future__ import annotations
@@ -55,14 +56,27 @@ def at_once(agenda: Agenda, now: Tally, epoch: Tally, reports: Mapping[int, Repo
     for unit, point in agenda.points(now, epoch):
         sights = {rank: report.sight(unit, age=0.0, live=True) for rank, report in reports.items()}
         rates = [sight.rate for sight in sights.values() if sight.goes_on]
-        left = point - now[unit]
-        seconds = left / sum(rates) if rates and min(rates) > 0 else 0.0
-        most = FEW * sum(report.batch if unit == Unit.SAMPLES else 1 for report in reports.values())
-        few = bool(rates) and min(rates) <= 0 and left <= most
-        if few or (seconds and seconds <= lead(reports)):
+        if not rates:
+            continue
+        known, left = min(rates) > 0, point - now[unit]
+        batches = left / sum(report.batch if unit == Unit.SAMPLES else 1 for report in reports.values())
+        ahead = left / sum(rates) if known else batches
+        if ahead <= (lead(reports) if known else FEW):
             elsewhere = now[unit] - total(report.tally for report in reports.values())[unit]
-            found.append((seconds, appoint(unit, point, sights, 0.0, elsewhere)))
+            found.append((ahead, appoint(unit, point, sights, 0.0, elsewhere)))
     return min(found, key=lambda one: one[0])[1] if found else None
+
+
+def in_the_dark(agenda: Agenda, now: Tally, epoch: Tally, reports: Mapping[int, Report]) -> dict[Unit, int]:
+    """While speeds are unknown: how much of each unit a member may do, so that all together pass no point."""
+    going = [report for report in reports.values() if not report.ended]
+    if not any(report.rates[0] <= 0 for report in going):
+        return {}
+    parts: dict[Unit, int] = {}
+    for unit, point in agenda.points(now, epoch):
+        part = (point - now[unit]) // len(going)
+        parts[unit] = min(part, parts.get(unit, part))
+    return parts
 
 
 def in_equal_parts(

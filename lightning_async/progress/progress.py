@@ -18,15 +18,13 @@ from dataclasses import dataclass, replace
 
 from lightning_async.data.crew import Desk
 from lightning_async.data.pace import Pace
-from lightning_async.progress import planning
 from lightning_async.progress.agenda import Agenda, Due
-from lightning_async.progress.appointment import Appointment, soon
 from lightning_async.progress.others import Others
 from lightning_async.progress.report import Report, Wish
+from lightning_async.progress.stops import Stops
 from lightning_async.progress.tally import Tally, Unit
+from lightning_async.transport.mail import Wait
 
-LATENCY_IN_STEP = 2.0
-"""`planning.LATENCY` of members that wait for each other at every step: who heard too late would wait for ever."""
 LOOK = 0.1
 """Seconds between looks at the others' notes."""
 
@@ -41,6 +39,7 @@ class Outcome:
         due: What is due.
         wishes: What anybody asked for.
         first: What the first member asked for.
+        empty: The members that have not trained in this epoch.
     """
 
     ended: bool
@@ -48,6 +47,7 @@ class Outcome:
     due: Due
     wishes: Wish
     first: Wish
+    empty: tuple[int, ...] = ()
 
 
 class Progress:
@@ -87,13 +87,13 @@ class Progress:
         self._batch = batch
         self._in_step = in_step
         self._others = Others(desk, self.before)
+        self._stops = Stops(desk, self._others, agenda, in_step=in_step)
         self._pace = Pace()
         self._rates = (0.0, 0.0, 0.0)
-        self._appointment: Appointment | None = None
         self._next_look = 0.0
         self._told = 0
         self._said = Wish.NOTHING
-        self._called = -1
+        self._began: dict[int, int] = {}
         self._meeting = True
 
     # -- the training thread, between meetings --------------------------------------------------------------------
@@ -115,36 +115,25 @@ class Progress:
         self._desk.publish(self._report().pack())
         if self._desk.now() >= self._next_look:
             self._look_around()
-            self._keep_agenda()
+            self._stops.look_ahead(self._report())
 
     def is_last(self) -> bool:
         """Whether the batch under way is this member's last before the epoch ends by the agenda."""
-        kept = self.appointment
-        if kept is None or not kept.target or kept.unit != Unit.BATCHES:
-            return False
-        mine = kept.parts.get(self._desk.me, 0)
-        return self.own.batches + 1 >= mine and self.agenda.ends_epoch(kept.unit, kept.target, self.epoch)
+        return self._stops.ends_epoch(self.own)
 
-    def is_due(self) -> bool:
-        """Whether this member has done its part and stops for the others now."""
-        kept = self.appointment
-        return kept is not None and self.own[kept.unit] >= kept.parts.get(self._desk.me, 0)
+    def comes(self) -> Wait[bool]:
+        """Whether this member stops for the others now; waits only where all take their steps together."""
+        return self._stops.comes(self._report())
+
+    def heed(self) -> None:
+        """To be called by who waits inside of a step: see `Stops.heed`."""
+        if self._in_step:
+            self._stops.heed(self._report())
 
     def call(self, wishes: Wish) -> None:
         """Ask for a meeting as soon as all can hear of it."""
         self.wishes |= wishes
-        if self.appointment is None and self._called < self.meetings:
-            self._called = self.meetings
-            latency = LATENCY_IN_STEP if self._in_step else planning.LATENCY
-            called = soon(Unit.BATCHES, self._others.sights(Unit.BATCHES, self._report()), latency)
-            self._propose(called.in_step() if self._in_step else called)
-
-    @property
-    def appointment(self) -> Appointment | None:
-        """The one that was made, if any: the same on every member."""
-        if self._appointment is None and (value := self._desk.decided(self._key)) is not None:
-            self._appointment = Appointment.unpack(value)
-        return self._appointment
+        self._stops.ask(self._report())
 
     def steps(self) -> int:
         """Steps of the run by now: never less than before, and not the next point before all are there."""
@@ -154,6 +143,14 @@ class Progress:
         """Steps of the run by now, the others carried forward at their speeds: smoother, and perhaps too many."""
         return self._steps(self._others.about(Unit.UPDATES, self._report()))
 
+    def told(self) -> Tally:
+        """What all have done at least, by their own words; at a meeting, exactly."""
+        if self._meeting:
+            return self.agreed
+        mine = self._report()
+        done = (self.own[unit] + self._others.told(unit, mine) for unit in Unit)
+        return Tally(*map(max, self.agreed, done))
+
     def _steps(self, others: int) -> int:
         if self._in_step:
             others = self._others.elsewhere(Unit.UPDATES) + self.own.updates * (len(self._desk.members()) - 1)
@@ -161,9 +158,13 @@ class Progress:
             return self.agreed.updates // self.n
         count = others + self.own.updates
         for unit, point in self.agenda.points(self.agreed, self.epoch):
-            if unit == Unit.UPDATES:
-                count = min(count, point - self.n)
+            there = self.agreed.updates + int((point - self.agreed[unit]) * self._updates_for_one(unit))
+            count = min(count, there - self.n)
         return max(self.agreed.updates // self.n, count // self.n)
+
+    def _updates_for_one(self, unit: Unit) -> float:
+        """How many steps of an optimizer go with one of this unit, as seen here."""
+        return self.own.updates / self.own[unit] if self.own[unit] and unit != Unit.UPDATES else 1.0
 
     # -- meetings ---------------------------------------------------------------------------------------------------
 
@@ -175,13 +176,7 @@ class Progress:
         """What this member brings to a meeting. Its note says that it stands still: nobody is to foresee more of it."""
         self._said = self.wishes
         self._desk.publish(replace(self._report(), ended=True).pack())
-        return replace(self._report(), kept=self._kept()).pack()
-
-    def _kept(self) -> tuple[int, int]:
-        """What was appointed and done here: not all need to have heard of it, so each says it for itself."""
-        made = self.appointment
-        done = made is not None and self.own[made.unit] >= made.parts.get(self._desk.me, 0)
-        return (made.unit, made.target) if made is not None and done else (0, 0)
+        return replace(self._report(), kept=self._stops.kept(self.own)).pack()
 
     def settle(self, words: Mapping[int, bytes]) -> Outcome:
         """Draw the same conclusion from all words on every member."""
@@ -206,6 +201,7 @@ class Progress:
             due=due,
             wishes=wishes,
             first=reports[min(reports)].wishes,
+            empty=tuple(r for r, report in reports.items() if report.tally.batches == self._began.get(r, 0)),
         )
 
     def _begin_anew(self, reports: Mapping[int, Report], *, ended: bool) -> None:
@@ -215,19 +211,13 @@ class Progress:
         if ended:
             self.epoch = self.agreed
             self.ended = False
+            self._began = {rank: report.tally.batches for rank, report in reports.items()}
             reports = {rank: replace(report, ended=False) for rank, report in reports.items()}
         self._others.go_on(reports)
-        if self._in_step:
-            self._appointment = planning.in_equal_parts(self.agenda, self.agreed, self.epoch, reports, self._batch)
-        else:
-            self._appointment = planning.at_once(self.agenda, self.agreed, self.epoch, reports)
+        self._stops.begin(self.agreed, self.epoch, reports, self._report())
         self._meeting = True
 
-    # -- the others ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _key(self) -> str:
-        return f"appointment/{self.meetings}"
+    # -- inside -------------------------------------------------------------------------------------------------------
 
     def _report(self) -> Report:
         return Report(self.own, self._rates, self.ended, self.wishes, self.meetings, self._batch)
@@ -236,22 +226,3 @@ class Progress:
         """What the others have told: a little less than they have done, so that the run's steps are never too many."""
         self._next_look = self._desk.now() + LOOK
         self._told = self._others.told(Unit.UPDATES, self._report())
-
-    def _keep_agenda(self) -> None:
-        """Make an appointment if a point is near and nobody has."""
-        if self._in_step or self.appointment is not None:
-            return
-        others, mine = self._others, self._report()
-        made = planning.on_the_way(
-            self.agenda,
-            self.agreed,
-            self.epoch,
-            others.listen(mine),
-            lambda unit: others.sights(unit, mine),
-            others.elsewhere,
-        )
-        if made is not None:
-            self._propose(made)
-
-    def _propose(self, appointment: Appointment) -> None:
-        self._desk.propose(self._key, appointment.pack())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_async.strategies.async_global import AsyncGlobalStrategy
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
 from lightning_async.strategies.gossip_ring import GossipRingStrategy
+from lightning_async.strategies.lazy_sign import LazySignStrategy
 
-STRATEGIES: tuple[type[AsyncStrategy], ...] = (GossipRingStrategy,)
+STRATEGIES: tuple[type[AsyncStrategy], ...] = (GossipRingStrategy, AsyncGlobalStrategy, LazySignStrategy)
 """Those whose ranks have replicas, and whose runs can be recorded."""
 
 
@@ -23,4 +25,11 @@ def register() -> None:
                 StrategyRegistry.register(name, strategy, f"{summary} ({method})", start_method=method)
 
 
-__all__ = ["AsyncStrategy", "DelayedPipelineStrategy", "GossipRingStrategy", "register"]
+__all__ = [
+    "AsyncGlobalStrategy",
+    "AsyncStrategy",
+    "DelayedPipelineStrategy",
+    "GossipRingStrategy",
+    "LazySignStrategy",
+    "register",
+]

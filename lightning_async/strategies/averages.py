@@ -101,7 +101,7 @@ def mean_of_averages(average: AveragedModel, module: nn.Module, rounds: Rounds, 
     averaged = list(average.module.parameters())
     pairs = zip(averaged, module.parameters(), strict=True)
     moved = "".join(str(int(not torch.equal(a, p.to(a.device)))) for a, p in pairs)
-    words = yield from rounds.agree(f"{int(average.n_averaged > 0)}{moved}".encode())
+    words = yield from rounds.agree(f"{int(average.n_averaged > 0)}{moved}".encode(), what="averages over time")
     begun = [rank for rank, word in words.items() if word[:1] == b"1"] or [min(words)]
     weight = int(rounds.carrier.me in begun)
     anywhere = [a for i, a in enumerate(averaged, start=1) if any(word[i : i + 1] == b"1" for word in words.values())]

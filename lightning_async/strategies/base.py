@@ -40,6 +40,7 @@ from lightning_async.strategies.clock import Clock
 from lightning_async.strategies.consensus import Consensus
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.garbage import Garbage
+from lightning_async.strategies.inner_layer import InnerLayer
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
@@ -69,6 +70,7 @@ class AsyncStrategy(Shown):
         patience: float = 30.0,
         meeting_timeout: float = 1800.0,
         record: str | None = None,
+        inner_threads: int | None = None,
         start_method: StartMethod = "popen",
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
@@ -106,9 +108,11 @@ class AsyncStrategy(Shown):
         self.feeding = Feeding(balance)
         self.clock = Clock(self, meet_every)
         self.checkpoints = Checkpoints(self)
-        self.checkpoints.parts["progress"] = self.clock
         self.stepping, self.consensus, self.statistics = Stepping(self), Consensus(self), Statistics()
+        self.checkpoints.parts |= {"progress": self.clock, "stepping": self.stepping}
         self._garbage = Garbage()
+        self.inner_threads = inner_threads
+        self._inner = InnerLayer(inner_threads)
         self._leash: compat.Leash | None = None
         self._metrics: LedMetrics | None = None
         self._replica: Replica | None = None
@@ -134,7 +138,7 @@ class AsyncStrategy(Shown):
         self.office.recording.introduce(self)
         self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=fitting)
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
-        self.alone = self._closing = False
+        self.alone = self.apart = self._closing = False
         self.office.flags.patient = lambda: self._closing or (self.alone and self.clock.progress is not None)
         if fitting:
             self.clock.take(trainer)
@@ -157,6 +161,7 @@ class AsyncStrategy(Shown):
         """Flatten the weights and make all replicas equal to rank 0's."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             refuse_module(model, self.name)
+            self._inner.begin(model)
             self._replica = Replica(model.parameters())
             self.consensus.begin(model, self._replica)
             self.stepping.begin()
@@ -171,9 +176,11 @@ class AsyncStrategy(Shown):
         for replaced in (self._leash, self._metrics):
             if replaced is not None:
                 replaced.restore()
+        self._inner.end()
         self.feeding.close()
         self.statistics.forget()
         self.checkpoints.forget()
+        self.consensus.telling.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
@@ -238,7 +245,7 @@ class AsyncStrategy(Shown):
         """Leave a meeting: own weights again, unless they are the consensus. Free from here to the next one."""
         if not self.alone:
             self._replica = self.consensus.leave()
-            self.alone = True
+            self.alone, self.apart = True, False
 
     def close_in_order(self) -> None:
         """The run was told to end, all have met: stop here, with the meeting open for those who save."""

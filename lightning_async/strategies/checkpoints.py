@@ -16,12 +16,13 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_async.data.resume import unite
-from lightning_async.strategies import words
+from lightning_async.strategies import compat, words
 from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_tensors
 from lightning_async.strategies.rank_files import RankFiles, rank_file
 from lightning_async.strategies.resuming import KEY, VERSION, Resuming
@@ -93,6 +94,18 @@ class Checkpoints:
         self._begun = True
         self._resuming.put_back()
 
+    def settle(self) -> Wait[None]:
+        """The run ends: where files are written later, wait for them, so that nothing of older saves is left over."""
+        io, written = self._strategy.checkpoint_io, Event()
+        if not self._begun or not compat.writes_later(io):
+            return
+        compat.behind_writes(io, written.set)
+        while not written.is_set():
+            yield "this rank's checkpoints to be written"
+        here = yield from self._strategy.office.rounds.barrier()
+        if self._strategy.global_rank == here[0]:
+            self._files.settle(io)
+
     def forget(self) -> None:
         """The run is over."""
         self._begun = False
@@ -125,7 +138,7 @@ class Checkpoints:
     def _plan(self, filepath: str) -> Wait[Plan]:
         """The first rank's path and name for this save."""
         mine = json.dumps([filepath, secrets.token_hex(4)])
-        said = yield from self._strategy.office.rounds.agree(mine.encode())
+        said = yield from self._strategy.office.rounds.agree(mine.encode(), what="where to save")
         path, save = json.loads(said[min(said)])
         self._agreed[filepath] = path
         return Plan(path, save, tuple(sorted(said)))
@@ -133,7 +146,7 @@ class Checkpoints:
     def _no_trouble(self, plan: Plan, trouble: Exception | None) -> Wait[tuple[int, ...]]:
         """Who is there, and wrote. Raises on all if one could not; what was written of the save is cleared away."""
         word = "" if trouble is None else f"{type(trouble).__name__}: {trouble}"
-        said = yield from self._strategy.office.rounds.agree(word.encode()[:2000])
+        said = yield from self._strategy.office.rounds.agree(word.encode()[:2000], what="whether all could save")
         failed = {rank: sentence.decode(errors="replace") for rank, sentence in said.items() if sentence}
         if not failed:
             return tuple(sorted(said))

@@ -20,8 +20,10 @@ from lightning_async.progress.tally import Tally
 from lightning_async.strategies import compat
 from lightning_async.strategies.counts import NEVER, Counts, ask_at_meetings
 from lightning_async.strategies.log_steps import LogSteps
+from lightning_async.strategies.logbook import Logbook
 from lightning_async.strategies.schedules import Schedules
 from lightning_async.strategies.wishes import Wishes
+from lightning_async.transport.mail import Wait
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
@@ -41,14 +43,17 @@ class Clock:
         progress: How far all are; None outside of a run.
         over: Whether the epoch ended at the last meeting, or the run.
         validating: Whether a validation follows the last meeting.
+        empty: The ranks that had not trained in the epoch when all met last.
+        waited: Whether this rank had nothing more to train on in its epoch, and others had, when the run was saved.
     """
 
     def __init__(self, strategy: AsyncStrategy, meet_every: int | None) -> None:
         self.progress: Progress | None = None
-        self.over = self.validating = False
+        self.over = self.validating = self.waited = False
+        self.empty: tuple[int, ...] = ()
         self._strategy = strategy
         self._counts, self._wishes = Counts(meet_every), Wishes(strategy)
-        self._schedules, self._log_steps = Schedules(), LogSteps()
+        self._schedules, self._log_steps, self._logbook = Schedules(), LogSteps(), Logbook()
         self._restored: dict[str, Any] = {}
         self._written = 0
 
@@ -65,7 +70,12 @@ class Clock:
             setup_data()
             self.expect(trainer)
 
+        def then_keep_wishes(fetcher: Any) -> None:
+            advance_end(fetcher)
+            self._wishes.keep_stop(trainer)
+
         setup_data = leash.wrap(trainer.fit_loop, "setup_data", then_expect)
+        advance_end = leash.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", then_keep_wishes)
         self._requeue = leash.replace("_signal_connector._slurm_sigusr_handler_fn", self._wishes.want_requeue)
         for callback in compat.callbacks(trainer):
             if isinstance(callback, (ModelCheckpoint, Timer)):
@@ -83,11 +93,15 @@ class Clock:
         if self._counts.taken and feeding.epoch_batches() is not None:
             trainer.fit_loop.max_batches = float("inf")
         self._written = trainer.global_step
+        self.waited = self._restored.get("ended", False)
+        if self.waited and feeding.share is not None:  # what was left of the epoch is shared out anew
+            self.waited = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
         agenda = Agenda(self._counts.items(trainer, feeding, n))
         before, epoch = self._earlier(trainer, n)
         desk, batch = strategy.office.desk(PROGRESS), feeding.batch
         self.progress = Progress(desk, n=n, agenda=agenda, batch=batch, in_step=in_step, before=before, epoch=epoch)
         self._log_steps.begin(trainer, self.progress.steps())
+        self._logbook.begin(self.progress)
         self._wishes.validated()
         if trainer.lightning_module.automatic_optimization:
             self._schedules.take(strategy.lr_scheduler_configs, self.progress.steps())
@@ -98,7 +112,7 @@ class Clock:
         self._schedules.give_back()
         self._restored = {}
         self.progress = None
-        self.over = self._wishes.requeue = False
+        self.over = self._wishes.requeue = self._wishes.stop = False
 
     def _earlier(self, trainer: Trainer, n: int) -> tuple[Tally, Tally]:
         """What an earlier part of the run did, as if it had been done by so many members as there are now."""
@@ -131,7 +145,15 @@ class Clock:
         progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         self.summon(trainer)
         trainer.val_check_batch = NEVER if self._counts.taken else trainer.val_check_batch
-        return progress.ended or progress.is_due()
+        meets = progress.ended or self._strategy.together(progress.comes())
+        if not meets:
+            self._logbook.stepped(trainer, progress)
+        return meets
+
+    def heed(self) -> None:
+        """To be called by who waits inside of a step."""
+        if self.progress is not None:
+            self.progress.heed()
 
     def summon(self, trainer: Trainer) -> None:
         """Call a meeting if this member wishes for something: the others must know if it comes out of turn."""
@@ -146,14 +168,18 @@ class Clock:
         self._write(trainer)
         if self._counts.taken and not self._log_steps.is_logged(trainer):
             self._log_steps.follow(trainer, trainer.global_step - 1)
+        if self.progress is not None:
+            self._logbook.met(trainer, self.progress)
         loop = trainer.fit_loop.epoch_loop
         if outcome.due & Due.END_EPOCH and not loop.batch_progress.is_last_batch:
             loop.batch_progress.is_last_batch = True
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         if outcome.wishes & Wish.STOP:
-            trainer.should_stop = True
+            trainer.should_stop, self._wishes.stop = True, False
+        self.empty = outcome.empty
         reached = 0 <= trainer.max_steps <= trainer.global_step
         self.over = outcome.ended or bool(outcome.due & Due.END_EPOCH) or bool(outcome.wishes & Wish.STOP) or reached
+        self._schedules.meet(trainer.global_step)
         self.validating = self._validates(trainer, outcome)
         if self.validating:
             self._wishes.validated()
@@ -165,6 +191,10 @@ class Clock:
         due = outcome.due & Due.VALIDATE or outcome.first & Wish.VALIDATE or (outcome.ended and self._counts.at_end)
         stopped = outcome.wishes & Wish.STOP
         return self._counts.taken and bool(due or stopped) and compat.validates_in_this_epoch(trainer)
+
+    def leave(self, trainer: Trainer) -> Wait[None]:
+        """A meeting ends, with its validation behind it."""
+        yield from self._schedules.ask_plateaus(trainer, self._strategy.office.rounds)
 
     def requeued(self, trainer: Trainer) -> None:
         """Save and ask for a new place in the queue, as Lightning would have done in the signal handler."""
@@ -178,7 +208,8 @@ class Clock:
         progress = self.progress
         if progress is None:
             return {}
-        return {"n": progress.n, "agreed": list(progress.agreed), "epoch": list(progress.epoch)}
+        counts = {name: list(getattr(progress, name)) for name in ("agreed", "epoch")}
+        return {"n": progress.n, "ended": progress.ended, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Before `begin`."""
@@ -187,10 +218,15 @@ class Clock:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _write(self, trainer: Trainer) -> None:
-        """The run's steps become Lightning's; schedules, which have an end, never go by more than was told."""
+        """The run's steps become Lightning's; schedules, which have an end, never go by more than was told.
+
+        Between meetings the steps are foreseen, and never fewer than before. A meeting knows them exactly: where it was
+        called out of turn it may find a few less.
+        """
         assert self.progress is not None  # only a member that counts writes
         if self._counts.taken:
-            compat.set_global_step(trainer, self.progress.about())
+            foreseen = self.progress.about()
+            compat.set_global_step(trainer, foreseen if self._strategy.meeting else max(foreseen, self._written))
         self._written = trainer.global_step
         self._schedules.follow(trainer, self.progress.steps() if self._counts.taken else self._written)
 

@@ -8,7 +8,8 @@ Both are replaced for the time of a run. Running on with a name missing would me
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -17,7 +18,9 @@ import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 PRIVATE = {
@@ -29,6 +32,7 @@ PRIVATE = {
 IN_A_FIT = {
     "_signal_connector._slurm_sigusr_handler_fn": "it would save in a signal handler, on one rank",
     "fit_loop.epoch_loop._should_check_val_epoch": "whether an epoch is one with validation",
+    "fit_loop.epoch_loop.on_advance_end": "one rank alone would leave the loop right behind it",
 }
 """What `Clock` replaces or asks while it lasts."""
 _NOT_SET = object()
@@ -216,6 +220,22 @@ def set_log_step(trainer: Trainer, step: int) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
+def logs_now(trainer: Trainer) -> bool:
+    """Whether Lightning logs the batch under way."""
+    return trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
+
+
+def log(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
+    """Give the loggers numbers under this step."""
+    trainer._logger_connector.log_metrics(metrics, step)  # type: ignore[arg-type]
+
+
+def last_metric(trainer: Trainer, name: str) -> Tensor | None:
+    """A metric as it was computed last. (To read `callback_metrics` would compute some, and so wait for all ranks.)"""
+    found: Tensor | None = trainer._logger_connector._callback_metrics.get(name)
+    return found
+
+
 def take_val_seconds(trainer: Trainer) -> float | None:
     """The time between validations, if that is how the Trainer was told to validate; it forgets it."""
     seconds: float | None = getattr(trainer, "_val_check_time_interval", None)
@@ -248,6 +268,39 @@ def validate(trainer: Trainer) -> None:
     connector._first_loop_iter = first
 
 
+@contextmanager
+def within_epoch(trainer: Trainer) -> Iterator[None]:
+    """Whoever is at the end of its epoch stands where the others are: behind a batch.
+
+    Metrics that are read now are those of steps, since those of the epoch would be combined over ranks still in it; and
+    what is saved now is resumed in mid-epoch, as on the others.
+    """
+    connector, epochs = trainer._logger_connector, trainer.fit_loop.epoch_progress
+    counts: list[Any] = [epochs.current, epochs.total]
+    first, connector._first_loop_iter = connector._first_loop_iter, False
+    for count in counts:
+        count.processed -= 1
+    try:
+        yield
+    finally:
+        for count in counts:
+            count.processed += 1
+        connector._first_loop_iter = first
+
+
+@contextmanager
+def within_batch(trainer: Trainer) -> Iterator[None]:
+    """The last batch is not counted as completed yet, as in the hooks at its end."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    for count in (batches.current, batches.total):
+        count.completed -= 1
+    try:
+        yield
+    finally:
+        for count in (batches.current, batches.total):
+            count.completed += 1
+
+
 def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:
     """What Lightning does in its handler of SLURM's signal: save, and ask for a new place in the queue."""
     original(signal.SIGUSR1, None)
@@ -256,6 +309,31 @@ def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:
 def average_of(callback: WeightAveraging) -> AveragedModel | None:
     """The averaged model of a WeightAveraging; there is none outside of `fit`."""
     return callback._average_model
+
+
+# -- checkpoints that are written later -------------------------------------------------------------------------------
+
+
+def writes_later(io: object) -> bool:
+    """Whether this CheckpointIO returns before its files are written."""
+    return _later(io) is not None
+
+
+def behind_writes(io: object, job: Callable[[], object]) -> None:
+    """Do this behind what a CheckpointIO has still to write: in its own thread if it has one, else now."""
+    later = _later(io)
+    if later is None or later._executor is None:
+        job()
+    else:
+        later._executor.submit(job)
+
+
+def _later(io: object) -> AsyncCheckpointIO | None:
+    while io is not None:
+        if isinstance(io, AsyncCheckpointIO):
+            return io
+        io = getattr(io, "checkpoint_io", None)
+    return None
 
 
 def _resolve(trainer: Trainer, path: str) -> tuple[Any, str]:

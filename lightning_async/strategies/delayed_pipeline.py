@@ -42,8 +42,8 @@ from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
 from lightning_async.strategies.parts import Parts
 from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of
-from lightning_async.strategies.pipeline_refusals import check_knobs, refuse_pipeline
-from lightning_async.strategies.refusals import refuse, refuse_optimizers, refuse_schedulers
+from lightning_async.strategies.pipeline_refusals import check_knobs, refuse_pipeline, refuse_schedulers
+from lightning_async.strategies.refusals import refuse, refuse_optimizers
 from lightning_async.strategies.resting import Resting
 from lightning_async.strategies.rests import Rests
 from lightning_async.strategies.turns import Turns, stash_limit

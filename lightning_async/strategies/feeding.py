@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.data.balance import Balance, knobs_of, name_of, refuse_unknown
 from lightning_async.data.counts import epoch_batches, limited, samples_in
+from lightning_async.data.kept import KeptShare
 from lightning_async.data.loader import counts_samples, drops_last, is_shareable, samples_per_batch, shared_loader
 from lightning_async.data.opening import usable
 from lightning_async.data.order import Order
 from lightning_async.data.ranges import Range, Rest
 from lightning_async.data.resume import Interrupted, State, as_ranges, as_tensor
-from lightning_async.data.share import Balance, Share, make_share
+from lightning_async.data.share import Share, make_share
 from lightning_async.data.stream import Stream, Streams, is_stateful, source_of
 
 if TYPE_CHECKING:
@@ -42,23 +45,20 @@ class Feeding:
     """
 
     def __init__(self, balance: Balance) -> None:
-        if balance == "incremental":
-            raise ValueError(
-                "`balance='incremental'` comes with the async_global strategy; use 'claim' or 'equal' here"
-            )
-        if balance not in get_args(Balance):
-            raise ValueError(f"`balance` must be 'claim' or 'equal', got {balance!r}")
-        self.balance = balance
+        refuse_unknown(balance)
+        self.balance = name_of(balance)
+        self._balance = balance
         self.limit: int | float = 1.0
         self.batches = self.samples = 0
         self.share: Share | None = None
-        self._kept: tuple[Share, int, bool] | None = None
+        self._kept: tuple[Share, int, bool, int] | None = None
         self._batch, self._drop_last, self._world = 1, False, 1
         self._total: int | None = None
         self._by_sample = False
         self._begun = True
         self._streams = Streams(self._drawn)
         self._interrupted = Interrupted(rank_zero_warn)
+        self._memory: dict[str, Any] = {}
         self._tell_epoch: Callable[[int], None] | None = None
 
     @property
@@ -80,6 +80,10 @@ class Feeding:
         fed = self.share is not None or len(self._streams) > 0
         return fed and self._streams.dry and (self.share is None or self.share.dry)
 
+    def partition(self) -> Tensor | None:
+        """The samples that this rank owns by now, by index in the data set; None where none are kept."""
+        return self.share.samples() if isinstance(self.share, KeptShare) else None
+
     def share_out(self, loader: object, office: Office, epoch: Callable[[], int]) -> object:
         """The training loader, fed by this rank's share; a stream as it is, but watched."""
         if not is_shareable(loader):
@@ -96,8 +100,8 @@ class Feeding:
                 "set `use_distributed_sampler=False` and give each rank its part of each"
             )
         self._drop_last, self._world = drops_last(loader), office.carrier.world
-        self.share = self._share(office)
         recording, size = office.recording, size_of(loader)
+        self.share = self._share(office, size)
         self._tell_epoch = lambda number: recording.epoch(number, size)
         return shared_loader(
             loader,
@@ -147,6 +151,7 @@ class Feeding:
         self._begun, self._by_sample, self._tell_epoch = True, False, None
         self._streams.clear()
         self._interrupted = Interrupted(rank_zero_warn)
+        self._memory = {}
 
     # -- an epoch that goes on -----------------------------------------------------------------------------------------
 
@@ -154,11 +159,12 @@ class Feeding:
         """The epoch and what is done of it, as far as this rank knows; `resume.unite` makes one of those of all."""
         if self.share is None:
             return {"epoch": -1, "done": as_tensor([])}
-        return self._interrupted.state(self.share)
+        return {**self._interrupted.state(self.share), **self.share.memory()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what all ranks of an interrupted run have done. To be called before the loader is shared out."""
         self._interrupted.load(state)
+        self._memory = dict(state)
 
     def left(self, state: Mapping[str, Any]) -> int:
         """How many samples of this epoch are left to a run that goes on from such a state; 0: its epoch is over."""
@@ -196,8 +202,8 @@ class Feeding:
             rank_zero_info(
                 f"{left} samples are left of epoch {order.epoch}: some come again, so that each rank has a batch"
             )
-        span = self._span(self._total)
-        self.share.begin_epoch(order.epoch, total=self._total, digest=order.digest, done=done, limit=span)
+        span, items = self._span(self._total), order.items
+        self.share.begin_epoch(order.epoch, total=self._total, digest=order.digest, done=done, limit=span, items=items)
         self.share.rewind()
 
     @property
@@ -211,12 +217,14 @@ class Feeding:
     def _left(self, total: int, done: Sequence[Range]) -> int:
         return usable(len(Rest(self._span(total), done)), members=1, unit=self._unit)
 
-    def _share(self, office: Office) -> Share:
+    def _share(self, office: Office, size: int) -> Share:
         """The share of the loader before, if that was like this one: its epoch goes on."""
         batch, drop_last = self._batch, self._drop_last
-        if self._kept is None or self._kept[1:] != (batch, drop_last):
-            share = make_share(self.balance, office.desk(DATA), batch=batch, drop_last=drop_last)
-            self._kept = share, batch, drop_last
+        size = size if self._by_sample and knobs_of(self._balance).partition == "kept" else 0
+        if self._kept is None or self._kept[1:] != (batch, drop_last, size):
+            share = make_share(self._balance, office.desk(DATA), batch=batch, drop_last=drop_last, size=size)
+            share.recall(self._memory)
+            self._kept = share, batch, drop_last, size
         return self._kept[0]
 
 

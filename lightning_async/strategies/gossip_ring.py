@@ -32,7 +32,8 @@ class GossipRingStrategy(AsyncStrategy):
         topology: "ring", or "exponential" (one peer at a time, at distances 1, 2, 4, ...), better above 16 members.
         mixing: How far the two ends of an edge move: 0.5 meets in the middle. None: 1/3, and 0.5 for two members.
         at_meeting: "adopt" (replicas go on from the consensus) or "keep" (each goes on from its own weights).
-        balance: "claim" (the share of the data follows the speed) or "equal" (every rank the same number of samples).
+        balance: "claim" (the share of the data follows the speed), "equal" (every rank the same number of samples), or
+            "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
             end of a run, on the last 8 batches of each rank), or "local" (each rank keeps its own).
         meet_every: Samples of all ranks between two meetings, also in mid-epoch; None: meetings where something is due.
@@ -42,6 +43,7 @@ class GossipRingStrategy(AsyncStrategy):
         patience: Seconds without a heartbeat after which a rank is declared dead for good.
         meeting_timeout: The longest a meeting may wait for a living rank, in seconds.
         record: Folder for each rank's event log, from which the run can be replayed to the bit; None: no log.
+        inner_threads: On CPU, convolutions in tiles on so many threads of our own; None: by ATen's pool, as ever.
         start_method: How local processes start: "popen", "spawn", "fork" or "forkserver".
         timeout: For the default process group, which is used at start-up only.
         process_group_backend: Backend of the default process group.
@@ -73,6 +75,7 @@ class GossipRingStrategy(AsyncStrategy):
         patience: float = 30.0,
         meeting_timeout: float = 1800.0,
         record: str | None = None,
+        inner_threads: int | None = None,
         start_method: StartMethod = "popen",
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
@@ -96,6 +99,7 @@ class GossipRingStrategy(AsyncStrategy):
             patience=patience,
             meeting_timeout=meeting_timeout,
             record=record,
+            inner_threads=inner_threads,
             start_method=start_method,
             timeout=timeout,
             process_group_backend=process_group_backend,

@@ -33,8 +33,10 @@ T = TypeVar("T")
 CONNECT = 10.0  # seconds to reach a store that is known to be there
 FAREWELL = 15.0  # seconds that leaving may take
 FAREWELL_FAILED = 5.0
-PAGES = 2
-"""The pages of a member's note: the share's (`feeding.DATA`), the progress's (`clock.PROGRESS`)."""
+PAGES = 3
+"""The pages of a member's note: the share's (`feeding.DATA`), the progress's (`clock.PROGRESS`), the callbacks'."""
+CALLBACKS = 2
+"""The page that is the callbacks'."""
 BYE, DIED = b"bye", b"died"
 
 
@@ -107,6 +109,7 @@ class Office:
         self.flags = Flags(self._carrier, grace=self.grace)
         self._pages = Pages(self._carrier, PAGES)
         self.rounds = Rounds(self._carrier)
+        self.recording.flags = self.flags
         self.mail = self.recording.of(self._carrier, fitting=fitting, run=f"{self._run}.{self._count}")
         self.algorithms_rounds = Rounds(self.mail, channel=1)
 
@@ -114,9 +117,11 @@ class Office:
         """The board with a page of the note for one's own."""
         return self._pages.desk(number)
 
-    def drive(self, waiting: Wait[T], sign: Callable[[], object] | None = None) -> T:
+    def drive(
+        self, waiting: Wait[T], sign: Callable[[], object] | None = None, heed: Callable[[], object] | None = None
+    ) -> T:
         """Run a `Wait` to its end; see `waiting.drive`."""
-        return drive(waiting, self.flags, limit=self.limit, sign=sign)
+        return drive(waiting, self.flags, limit=self.limit, sign=sign, heed=heed)
 
     def check_complete(self, world: int) -> None:
         """Refuse a further stage after a death: Lightning's own set-up would wait for the dead."""
@@ -176,8 +181,8 @@ class Office:
         try:
             self._members = self._farewell(carrier)
         finally:
-            self.recording.close()
             carrier.close()
+            self.recording.close()  # behind the last letter that a service got
 
     def _farewell(self, carrier: ClusterCarrier) -> tuple[int, ...]:
         """Rank 0 waits for everybody's bye, a failed rank for rank 0's. Returns who did not die in this run.

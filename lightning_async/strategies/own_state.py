@@ -17,8 +17,9 @@ from lightning_async.transport import chance
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
 
-BEGUN_ANEW = ("algorithm", "random")
-"""Parts that only the same rank of the same world can use: a part of a sum, and numbers that nobody else draws."""
+BEGUN_ANEW = ("algorithm", "random", "stepping")
+"""Parts that only the same rank of the same world can use: a part of a sum, numbers that nobody else draws, counts of
+its own."""
 
 
 class Part(Protocol):

@@ -7,17 +7,23 @@
 
 The files of an older save go when the main file that names the new one is there; the first rank clears them away. All
 goes through the CheckpointIO that the user chose, so it works wherever that one writes, and nothing is ever listed.
+
+Where files are written later (AsyncCheckpointIO) a file is removed behind what its rank has still to write. Another
+rank's may come after that: so the last save but one stays until the run ends, and then, when all ranks have written
+all, what was cleared away is cleared away once more.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+from lightning_async.strategies.compat import behind_writes, writes_later
 
 Saves = dict[str, list[int]]
 """The ranks of each save, by the save's name, oldest first."""
@@ -29,6 +35,7 @@ class RankFiles:
     def __init__(self) -> None:
         self._saves: dict[str, Saves] = {}
         self._named: dict[str, str] = {}
+        self._late: list[str] = []
 
     def begin(self, io: CheckpointIO, path: str, save: str, ranks: Sequence[int], options: Any) -> None:
         """Write down that `save` is under way, before any of its files is there."""
@@ -57,6 +64,16 @@ class RankFiles:
         self._saves.pop(path, None)
         self._named.pop(path, None)
 
+    def settle(self, io: CheckpointIO) -> None:
+        """All ranks have written all: only what the main files name stays."""
+        for path, save in self._named.items():
+            self._clear(io, path, keep={save})
+        for file in self._late:
+            _discard(io, file)
+        for folder in {os.path.dirname(file) for file in self._late}:
+            _discard_folder(io, folder)
+        self._late.clear()
+
     def names(self, path: str, save: str) -> None:
         """The main file at `path` was read, and names `save`."""
         self._named[path] = save
@@ -75,11 +92,12 @@ class RankFiles:
         gone = [save for save in saves if save not in keep]
         for save in gone:
             for rank in saves.pop(save):
-                _discard(io, rank_file(path, save, rank))
+                _discard(io, file := rank_file(path, save, rank))
+                if writes_later(io):
+                    self._late.append(file)
         if gone and not saves:
             _discard(io, _index(path))
-            with contextlib.suppress(OSError):  # an empty folder, where there are folders
-                os.rmdir(_folder(path))
+            _discard_folder(io, _folder(path))
 
 
 def rank_file(path: str, save: str, rank: int) -> str:
@@ -92,15 +110,6 @@ def main_file(path: str) -> str:
     return os.path.realpath(path) if os.path.islink(path) else path
 
 
-def writes_later(io: object) -> bool:
-    """Whether this CheckpointIO returns before its files are written."""
-    while io is not None:
-        if isinstance(io, AsyncCheckpointIO):
-            return True
-        io = getattr(io, "checkpoint_io", None)
-    return False
-
-
 def _folder(path: str) -> str:
     return f"{path}.ranks"
 
@@ -111,5 +120,14 @@ def _index(path: str) -> str:
 
 def _discard(io: CheckpointIO, path: str) -> None:
     """Remove a file that may not be there, which each CheckpointIO takes in its own way."""
+    behind_writes(io, partial(_quietly, io.remove_checkpoint, path))
+
+
+def _discard_folder(io: CheckpointIO, path: str) -> None:
+    """Remove a folder if it is empty, where there are folders."""
+    behind_writes(io, partial(_quietly, os.rmdir, path))
+
+
+def _quietly(remove: Callable[[str], object], path: str) -> None:
     with contextlib.suppress(Exception):
-        io.remove_checkpoint(path)
+        remove(path)

@@ -42,6 +42,9 @@ class RecordedClock(Clock):
         """See `RecordedMeetings`."""
         return False
 
+    def heed(self) -> None:
+        """Nobody is waited for who might not come."""
+
     def summon(self, trainer: Trainer) -> None:
         """All come to where they met."""
 

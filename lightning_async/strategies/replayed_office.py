@@ -48,7 +48,9 @@ class ReplayedOffice(Office):
         self.mail: Carrier = self._replayed
         self.algorithms_rounds = Rounds(self._replayed, channel=1)
 
-    def drive(self, waiting: Wait[T], sign: Callable[[], object] | None = None) -> T:
+    def drive(
+        self, waiting: Wait[T], sign: Callable[[], object] | None = None, heed: Callable[[], object] | None = None
+    ) -> T:
         """What waits for the log goes on at once, what waits for the hall lets the others do something."""
         asked = self._replayed.asked
         try:

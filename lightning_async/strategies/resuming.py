@@ -52,7 +52,9 @@ class Resuming:
         path, ranks = main_file(path), shared["ranks"]
         self._files.names(path, shared["save"])
         own, trouble = self._read(rank_file(path, shared["save"], ranks[strategy.global_rank % len(ranks)]))
-        said = yield from strategy.office.rounds.agree((self._foreign(shared) or trouble).encode()[:2000])
+        said = yield from strategy.office.rounds.agree(
+            (self._foreign(shared) or trouble).encode()[:2000], what="how to go on"
+        )
         if reasons := dict.fromkeys(sentence.decode(errors="replace") for sentence in said.values() if sentence):
             own = _without_place(own, checkpoint)
             self._warn(path, ranks, list(reasons))

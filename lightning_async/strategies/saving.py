@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_async.strategies import compat
 from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.collectives import Collectives
 
@@ -44,7 +45,7 @@ class Saving(Collectives):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """The main file, then the files of all ranks."""
-        path = self.checkpoints.agreed(filepath)
-        super().remove_checkpoint(path)
+        path, remove = self.checkpoints.agreed(filepath), super().remove_checkpoint
+        compat.behind_writes(self.checkpoint_io, lambda: remove(path))
         if self.is_global_zero:
             self.checkpoints.remove(path)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_async.algorithms.adam import SecondMoment
 from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.strategies.scaling import SkippedSteps
+from lightning_async.transport.mail import Wait
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
@@ -41,6 +42,14 @@ class Stepping:
         """A fit begins."""
         self.taken = self.skipped.count = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """A part of the rank's own state. (`taken` is saved beside it: the mail counts by it too.)"""
+        return {"skipped": self.skipped.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count on from `state`."""
+        self.skipped.count = state["skipped"]
+
     def look_at(self, optimizers: list[Optimizer]) -> None:
         """These are the run's optimizers."""
         self._moments = {id(o): SecondMoment(o) for o in optimizers if SecondMoment.concerns(o)}
@@ -56,6 +65,7 @@ class Stepping:
     def arrived(self, arrivals: list[Arrival]) -> None:
         """Something came."""
         self._arrivals.add(arrivals)
+        self._strategy.office.recording.arrived(arrivals)
 
     def with_exchange(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, after which the algorithm sees the gradients."""
@@ -64,7 +74,7 @@ class Stepping:
         def closure_then_exchange() -> Any:
             result = closure()
             exchange = strategy.algorithm.before_step(strategy.replica, strategy.office.mail, self.taken + 1)
-            self.arrived(strategy.together(exchange))
+            self._exchange(exchange)
             return result
 
         return closure_then_exchange
@@ -90,5 +100,9 @@ class Stepping:
         self.taken += 1
         mail = strategy.office.mail
         mail.at(self.taken)
-        self.arrived(strategy.together(strategy.algorithm.after_step(strategy.replica, mail, self.taken)))
+        self._exchange(strategy.algorithm.after_step(strategy.replica, mail, self.taken))
         strategy.office.recording.stepped(self.taken, strategy.replica)
+
+    def _exchange(self, waiting: Wait[list[Arrival]]) -> None:
+        """An algorithm in lock-step waits here: for whoever comes, and with an ear for who cannot."""
+        self.arrived(self._strategy.office.drive(waiting, heed=self._strategy.clock.heed))

@@ -37,7 +37,8 @@ def renewed(module: nn.Module, replica: Replica, rounds: Rounds) -> Wait[Replica
     """A replica of what is trained from here on; None if that is what it was."""
     names = sorted(name for name, p in module.named_parameters() if p.requires_grad)
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    words = yield from rounds.agree(f"{int(replica.holds(module.parameters()))}{digest}".encode())
+    word = f"{int(replica.holds(module.parameters()))}{digest}".encode()
+    words = yield from rounds.agree(word, what="what is trained")
     if len({word[1:] for word in words.values()}) > 1:
         yield from _refuse(names, tuple(words), rounds)
     if all(word[:1] == b"1" for word in words.values()):

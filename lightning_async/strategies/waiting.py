@@ -33,6 +33,8 @@ class Flags:
         sigterm: Whether this rank's process got a SIGTERM.
         failed: Why this rank stopped, if it did.
         patient: Whether this rank is on its way to such a meeting.
+        spent: Seconds that this rank's thread was in `drive`.
+        waited: Seconds of these in which there was nothing to do but wait.
     """
 
     carrier: Carrier
@@ -40,6 +42,8 @@ class Flags:
     sigterm: bool = False
     failed: str | None = None
     patient: Callable[[], bool] = field(default=lambda: False)
+    spent: float = 0.0
+    waited: float = 0.0
     _stopping: float | None = None
 
     @property
@@ -68,9 +72,20 @@ class Flags:
             self.carrier.propose("abort", self.failed.encode()[:2000])
 
 
-def drive(waiting: Wait[T], flags: Flags, *, limit: float, sign: Callable[[], object] | None = None) -> T:
-    """Run a `Wait` to its end in this thread; with a `sign` the limit counts from its last change."""
+def drive(
+    waiting: Wait[T],
+    flags: Flags,
+    *,
+    limit: float,
+    sign: Callable[[], object] | None = None,
+    heed: Callable[[], object] | None = None,
+) -> T:
+    """Run a `Wait` to its end in this thread.
+
+    With a `sign` the limit counts from its last change; `heed` is called at every look, and may raise.
+    """
     carrier, start, seen = flags.carrier, time.monotonic(), None
+    began = start
     try:
         while True:
             what = next(waiting)
@@ -80,7 +95,12 @@ def drive(waiting: Wait[T], flags: Flags, *, limit: float, sign: Callable[[], ob
             if waited > limit:
                 raise TimeoutError(f"rank {carrier.me} waited {waited:.0f} s for {what}; the limit is {limit:.0f} s")
             flags.raise_if_set()
+            if heed is not None:
+                heed()
+            before = time.monotonic()
             carrier.wait(GLANCE)
+            flags.waited += time.monotonic() - before
     except StopIteration as end:
         result: T = end.value
+        flags.spent += time.monotonic() - began
         return result

@@ -23,17 +23,23 @@ class Wishes:
     """What one rank wishes for.
 
     Attributes:
+        stop: Whether this rank was told to stop.
         requeue: Whether SLURM's signal came: save, and ask for a new place in the queue.
     """
 
     def __init__(self, strategy: AsyncStrategy) -> None:
-        self.requeue = False
+        self.stop = self.requeue = False
         self._strategy = strategy
         self._validated = 0.0
 
     def want_requeue(self, *signal: object) -> None:
         """From the signal handler: only a flag is set."""
         self.requeue = True
+
+    def keep_stop(self, trainer: Trainer) -> None:
+        """Between meetings `should_stop` is a wish: Lightning would leave the loop at once, and this rank alone."""
+        if self._strategy.free and trainer.should_stop and compat.can_stop_early(trainer):
+            trainer.should_stop, self.stop = False, True
 
     def validated(self) -> None:
         """A validation begins now; the time to the next one counts from here."""
@@ -42,7 +48,7 @@ class Wishes:
     def now(self, trainer: Trainer, *, counts: bool, val_seconds: float | None) -> Wish:
         """All of them. With `counts` the Trainer's clocks are the run's."""
         wishes = Wish.NOTHING
-        if trainer.should_stop and compat.can_stop_early(trainer):
+        if self.stop or (trainer.should_stop and compat.can_stop_early(trainer)):
             wishes |= Wish.STOP
         if self.requeue:
             wishes |= Wish.REQUEUE

@@ -25,9 +25,12 @@ _ALLOWED = frozenset(DTYPES)
 _LOWEST, _HIGHEST = -(2**63), 2**63 - 1
 
 
-def check_message(me: int, world: int, peer: int, message: Message) -> None:
-    """Raise `ValueError` if `message` cannot be posted by `me` to `peer`, whatever the state of the link."""
-    check_peer(me, world, peer)
+def check_message(me: int, world: int, peer: int, message: Message, *, serves: bool = False) -> None:
+    """Raise `ValueError` if `message` cannot be posted by `me` to `peer`, whatever the state of the link.
+
+    Only a member that `serves` may write to itself.
+    """
+    check_peer(me, world, peer, serves=serves)
     check_kind(message.kind)
     m = message
     numbers = (m.step, m.version, m.echo, m.samples, m.weight, m.reference)
@@ -37,12 +40,12 @@ def check_message(me: int, world: int, peer: int, message: Message) -> None:
         _check_body(m)
 
 
-def check_peer(me: int, world: int, peer: int) -> None:
-    """Raise `ValueError` unless `peer` is another member."""
+def check_peer(me: int, world: int, peer: int, *, serves: bool = False) -> None:
+    """Raise `ValueError` unless `peer` is another member, or this one where it `serves`."""
     if not 0 <= peer < world:
         raise ValueError(f"`peer` must be a rank from 0 to {world - 1}, got {peer}")
-    if peer == me:
-        raise ValueError(f"member {me} posted to itself: there is no link from a member to itself")
+    if peer == me and not serves:
+        raise ValueError(f"member {me} posted to itself: there is no link from a member to itself, unless it serves")
 
 
 def check_kind(kind: int) -> None:

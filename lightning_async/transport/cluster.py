@@ -20,8 +20,10 @@ from lightning_async.transport.checks import check_kind, check_message, check_pe
 from lightning_async.transport.control import Control
 from lightning_async.transport.gloo import Clients, keys_of
 from lightning_async.transport.links import Links
-from lightning_async.transport.mail import Letter, Loss, Message
-from lightning_async.transport.slots import Count, Here, Inbox, Slots
+from lightning_async.transport.mail import Letter, Loss, Message, Service
+from lightning_async.transport.service import Loop, ServiceThread
+from lightning_async.transport.slots import Here, Inbox, Slots
+from lightning_async.transport.traffic import Count
 
 
 def refuse_loopback(addresses: Iterable[str], *, nodes: int) -> None:
@@ -50,6 +52,7 @@ class ClusterCarrier:
         fragment_bytes: The longest piece in which a body travels.
         connect_timeout: The longest that a rendezvous may take when the peer dies on its way to it.
         interface: The network interface of the links; by default GLOO_SOCKET_IFNAME's, else the one of the host's name.
+        shared_memory: Whether long bodies to members of this host go through memory.
         tick: Seconds between looks at the store's bell.
     """
 
@@ -68,6 +71,7 @@ class ClusterCarrier:
         fragment_bytes: int = 4 << 20,
         connect_timeout: float = 30.0,
         interface: str | None = None,
+        shared_memory: bool = True,
         tick: float = 0.1,
     ) -> None:
         if max_bytes < 0:
@@ -88,6 +92,9 @@ class ClusterCarrier:
             if peer != me
         }
         self._losses: list[Loss] = []
+        self._service: ServiceThread | None = None
+        self._service_failed: str | None = None
+        self._loop = Loop(me, self._deliver)
         self._state = "made"
         wished = set(peers)
         for peer in wished:
@@ -104,6 +111,7 @@ class ClusterCarrier:
             fragment_bytes=fragment_bytes,
             connect_timeout=connect_timeout,
             interface=interface,
+            shared_memory=shared_memory,
             news=self._news,
         )
         self._control = Control(
@@ -132,7 +140,7 @@ class ClusterCarrier:
     @property
     def failed(self) -> str | None:
         """Why this member cannot go on, in words, or None: declared dead, the store lost, another version at a peer."""
-        return self._control.failed or self._links.refused
+        return self._control.failed or self._links.refused or self._service_failed
 
     def start(self) -> None:
         """Begin; again is nothing."""
@@ -153,6 +161,8 @@ class ClusterCarrier:
         before, self._state = self._state, "closed"
         if before == "started":
             self._control.stop()
+        if self._service is not None:
+            self._service.stop()
         self._links.close()
 
     def __enter__(self) -> ClusterCarrier:
@@ -166,15 +176,19 @@ class ClusterCarrier:
 
     def post(self, peer: int, message: Message) -> bool:
         """See `Mail.post`."""
-        check_message(self._me, self._world, peer, message)
+        check_message(self._me, self._world, peer, message, serves=self._service is not None)
+        if peer == self._me:
+            return self._loop.post(message)
         slots = self._slots[peer]
         slots.check(message)
         return self._reachable(peer) and slots.post(message)
 
     def free(self, peer: int, kind: int) -> bool:
         """See `Mail.free`."""
-        check_peer(self._me, self._world, peer)
+        check_peer(self._me, self._world, peer, serves=self._service is not None)
         check_kind(kind)
+        if peer == self._me:
+            return self._loop.free(kind)
         return self._reachable(peer) and self._slots[peer].free(kind)
 
     def take(self, kind: int) -> list[Letter]:
@@ -184,13 +198,25 @@ class ClusterCarrier:
 
     def folded(self, letter: Letter) -> None:
         """See `Mail.folded`."""
-        self._slots[letter.peer].folded(letter)
+        (self._loop if letter.peer == self._me else self._slots[letter.peer]).folded(letter)
 
     def lost(self) -> list[Loss]:
         """See `Mail.lost`."""
         with self._changed:
             losses, self._losses = self._losses, []
             return losses
+
+    def serve(self, kinds: Iterable[int], service: Service) -> None:
+        """See `Mail.serve`."""
+        kinds = list(kinds)
+        for kind in kinds:
+            check_kind(kind)
+        if self._service is None:
+            self._service = ServiceThread(
+                self._me, post=self.post, folded=self.folded, gone=self._is_gone, failed=self._fail_service
+            )
+        self._service.begin(service)
+        self._inbox.hand_over(kinds, self._service.put)
 
     def at(self, step: int) -> None:
         """See `Mail.at`."""
@@ -255,9 +281,23 @@ class ClusterCarrier:
         with self._changed:
             self._news_count += 1
             self._changed.notify_all()
+        if self._service is not None:
+            self._service.nudge()
+
+    def _deliver(self, peer: int, number: int, message: Message) -> None:
+        self._inbox.put(peer, number, message, self._here.nanoseconds())
+
+    def _is_gone(self, peer: int) -> bool:
+        return peer not in self._control.members()
+
+    def _fail_service(self, sentence: str) -> None:
+        self._service_failed = sentence
+        self._news()
 
     def _is_idle(self) -> bool:
         live, linked = self._control.live(), self._links.by_peer
+        if self._service is not None and not self._service.idle:
+            return False
         return all(slots.idle() for peer, slots in self._slots.items() if peer in live and peer in linked)
 
     def _reachable(self, peer: int) -> bool:
@@ -268,6 +308,7 @@ class ClusterCarrier:
     def _bury(self, peer: int) -> None:
         """In the control thread: the peer is dead, and what it had not folded is lost."""
         self._links.drop(peer)
-        losses = self._slots[peer].bury()
+        served = self._service.kinds if self._service is not None else set()
+        losses = [loss for loss in self._slots[peer].bury() if loss.message.kind not in served]
         with self._changed:
             self._losses += losses

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from lightning_async.transport.mail import Letter, Loss, Message
+from lightning_async.transport.mail import Letter, Loss, Message, Service
 from lightning_async.transport.stage import Stage
 
 Slot = tuple[int, int, int]
@@ -95,6 +96,10 @@ class Seat:
     def lost(self) -> list[Loss]:
         """Nothing ever is."""
         return []
+
+    def serve(self, kinds: Iterable[int], service: Service) -> None:
+        """Nobody does: what services did is in the logs."""
+        raise NotImplementedError("a hall has no services")
 
     def at(self, step: int) -> None:
         """Nobody asks."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from lightning_async.transport.record import ACTS, ALWAYS, NOTE, SCHEMA, Guesses
+from lightning_async.transport.record import ACTS, ALWAYS, NOTE, SCHEMA, SERVED, Guesses
 
 
 class Divergence(RuntimeError):  # noqa: N818
@@ -27,11 +28,33 @@ class Divergence(RuntimeError):  # noqa: N818
         self.member, self.step = member, step
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A letter that reached a member's service, as it was written down.
+
+    Attributes:
+        service: Which of its services, from 1.
+        peer: Who had sent it; `kind`, `number`, `echo` and `seconds` are the letter's.
+        kind: See `peer`.
+        number: See `peer`.
+        echo: See `peer`.
+        seconds: See `peer`.
+    """
+
+    service: int
+    peer: int
+    kind: int
+    number: int
+    echo: int
+    seconds: float
+
+
 class Log:
     """Reads the events of one member in order, and says at which one a program strays from it.
 
     Attributes:
         header: What the recording carrier wrote first.
+        served: What reached its service, in this order.
         finished: Whether the member ended on its own.
         step: The last step that was replayed.
         count: How many questions were replayed.
@@ -46,7 +69,8 @@ class Log:
             raise ValueError(f"this log has schema {self.header.get('schema')}, this version reads schema {SCHEMA}")
         self.me = int(self.header["me"])
         self.world = int(self.header["world"])
-        self._lines: list[list[Any]] = parsed[1:]
+        self._lines: list[list[Any]] = [line for line in parsed[1:] if line[1] != SERVED]
+        self.served = [Served(*line[2:]) for line in parsed[1:] if line[1] == SERVED]
         self._events = [line for line in self._lines if line[1] != NOTE]
         self._notes = {(line[0], line[2]): line[3] for line in self._lines if line[1] == NOTE}
         self.finished = bool(self._events) and self._events[-1][1] == "finish"
@@ -83,9 +107,17 @@ class Log:
         """How many batches were trained on."""
         return sum(event[1] == "batch" for event in self._events)
 
+    def lines(self) -> list[list[Any]]:
+        """All events and notes, in order, each behind its number."""
+        return self._lines
+
     def first(self, name: str) -> Any:
         """The first note of this name; None without one."""
         return next((line[3] for line in self._lines if line[1:3] == [NOTE, name]), None)
+
+    def notes_of(self, name: str) -> list[Any]:
+        """All notes of this name, in order."""
+        return [line[3] for line in self._lines if line[1:3] == [NOTE, name]]
 
     def number_of_epochs(self) -> int:
         """How many epochs were begun."""

@@ -11,11 +11,16 @@ skipped messages, never time, and never more than one unfolded message of each k
 Nothing here waits. Code that must wait is a generator that yields the name of what it waits for (`Wait`); whoever
 drives it (a training thread, a virtual clock) decides how to pass the time and when to give up, and can say what was
 missing. Code that never yields never waits: that is how "nobody waits" is checked.
+
+    post -----> [ slot ] ~~~~ wire ~~~~> service(letter) -> answers, on arrival      what a member serves for all others
+
+A service is a function of the letters that reached it, in their order, and of nothing else: it owns its state, and runs
+beside the training. Whoever speaks to it, its own member too, does so by mail.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -36,6 +41,9 @@ CUT = 6
 `reference`, what is behind it after (cuts)."""
 FIRST_FREE_KIND = 16
 """Algorithms number their own kinds from here; a kind is below 64."""
+KIND_NAMES = {0: "headers", MARKER: "marker", CUT: "cut"}
+KIND_NAMES |= dict.fromkeys((CONTRIBUTION, RESULT, CONTRIBUTION + 2, RESULT + 2), "rounds")
+"""What kinds are called where people read them; algorithms name their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +100,10 @@ class Loss:
     message: Message
 
 
+Service = Callable[[Letter], Iterable[tuple[int, Message]]]
+"""What a member does on the arrival of a letter: it returns what is to be posted, and to whom."""
+
+
 class Mail(Protocol):
     """One member's end of all its links. All calls come from one thread and none of them blocks, except `wait`."""
 
@@ -125,6 +137,18 @@ class Mail(Protocol):
 
     def lost(self) -> list[Loss]:
         """The losses that became known since the last call."""
+
+    def serve(self, kinds: Iterable[int], service: Service) -> None:
+        """Give letters of these kinds to `service` from now on, in place of `take`; earlier ones that wait, first.
+
+        It is called on arrival, by a thread of the carrier's own, for one letter after the other. It must be a function
+        of the letters alone, in their order: then a recorded run can be replayed. The letter is folded when it returns.
+        What it returns is posted: what finds its slot taken or its peer silent waits until it can go, and ends with a
+        peer that dies; it is not among those `lost`. No kind may be posted by services and by members as well.
+
+        A member that serves may post to itself: such letters reach its own service, and the answers come by `take`.
+        Another call replaces the service. If a service raises, its member has failed.
+        """
 
     def at(self, step: int) -> None:
         """Tell the carrier this member's own step; acknowledgements echo it to the peers, who date their mail by it."""

@@ -11,24 +11,31 @@ not written: the polls of a member that waits cost no lines. `Guesses` says for 
 
 Beside the events there are notes, which are no part of the conversation: what a replay is compared with (a digest of
 the weights, the loss of a batch) or must be told (a learning rate). A note has the number of the question before it.
+
+A service is a function of the letters that reached it: their order is written, by numbers of its own.
+
+    [7, "served", 1, 3, 18, 40, 0, 0.25]     its 7th letter: to the 1st service, from member 3, kind 18, number 40, ...
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, SupportsIndex
 
 import torch
 
-from lightning_async.transport.mail import Carrier, Letter, Loss, Message
+from lightning_async.transport.mail import Carrier, Letter, Loss, Message, Service
 
-SCHEMA = 2
-ACTS = frozenset({"meet", "finish", "folded", "at", "propose", "draw", "publish"})
+SCHEMA = 3
+ACTS = frozenset({"meet", "finish", "folded", "at", "propose", "draw", "publish", "serve"})
 """Events that have no answer."""
 ALWAYS = frozenset({"post", "batch"})
 """Events that are written whatever the answer."""
 NOTE = "note"
+SERVED = "served"
+"""A letter that reached the member's service. These lines stand between the events in no order: two threads write."""
 
 
 class Sink(Protocol):
@@ -75,6 +82,8 @@ class RecordingCarrier:
         self._count = 0
         self._guesses = Guesses(carrier.world)
         self._noted: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._services = self._served = 0
         header = {"schema": SCHEMA, "me": carrier.me, "world": carrier.world, "seed": seed}
         versions = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
         self._line({**header, **versions, **(about or {})})
@@ -146,6 +155,21 @@ class RecordingCarrier:
     def wait(self, timeout: float) -> None:
         """Wait; not an answer, and not recorded."""
         self._carrier.wait(timeout)
+
+    def serve(self, kinds: Iterable[int], service: Service) -> None:
+        """Give letters of these kinds to `service`; each is written down before anything comes of it."""
+        kinds = sorted(kinds)
+        self._write("serve", kinds)
+        self._services += 1
+        number = self._services
+
+        def recorded(letter: Letter) -> Iterable[tuple[int, Message]]:
+            self._served += 1
+            m = letter.message
+            self._line([self._served, SERVED, number, letter.peer, m.kind, letter.number, m.echo, letter.seconds])
+            return service(letter)
+
+        self._carrier.serve(kinds, recorded)
 
     # -- the carrier's answers ----------------------------------------------------------------------------------------
 
@@ -221,7 +245,9 @@ class RecordingCarrier:
         self._line([self._count, *words])
 
     def _line(self, content: Any) -> None:
-        self._sink.write(json.dumps(content, separators=(",", ":"), default=repr) + "\n")
+        line = json.dumps(content, separators=(",", ":"), default=repr) + "\n"
+        with self._lock:
+            self._sink.write(line)
 
 
 def plain(sample_ids: Iterable[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ import torch
 
 from lightning_async.transport import checks
 from lightning_async.transport.log import Divergence, Log
-from lightning_async.transport.mail import Letter, Loss, Message
+from lightning_async.transport.mail import Letter, Loss, Message, Service
 from lightning_async.transport.record import length
 from lightning_async.transport.stage import Program, Stage, Stop
 
@@ -50,8 +50,10 @@ def replay(
     for rank, log in read.items():
         _check_log(rank, log)
     stage = Stage() if stage is None else stage
-    lives = {rank: _life(log, ReplayCarrier(log, stage), programs[rank]) for rank, log in read.items()}
-    return {actor.member: actor.result for actor in stage.run(lives, wanted) if actor.complete}
+    carriers = {rank: ReplayCarrier(log, stage) for rank, log in read.items()}
+    lives = {rank: _life(log, carriers[rank], programs[rank]) for rank, log in read.items()}
+    services = {rank: carriers[rank].service() for rank, log in read.items() if log.served}
+    return {actor.member: actor.result for actor in stage.run(lives, wanted, services) if actor.complete}
 
 
 def _life(log: Log, carrier: ReplayCarrier, program: Callable[[ReplayCarrier], Program]) -> Program:
@@ -85,6 +87,7 @@ class ReplayCarrier:
         self._posted: dict[tuple[int, int], int] = {}
         self._taken: dict[tuple[int, int], int] = {}
         self._newest: dict[tuple[int, int], Message] = {}  # by peer and kind: only that one can be lost
+        self._services: list[Service] = []
 
     @property
     def me(self) -> int:
@@ -134,6 +137,22 @@ class ReplayCarrier:
         """Say that a taken letter has been used."""
         self._act("folded", letter.peer, letter.number)
 
+    def serve(self, kinds: Iterable[int], service: Service) -> None:
+        """Letters reach `service` as they did."""
+        self._act("serve", sorted(kinds))
+        self._services.append(service)
+        self._stage.moved()
+
+    def service(self) -> Program:
+        """What the member's service did: a program of its own, which goes on as far as others need its answers."""
+        for served in self._log.served:
+            yield 0.0
+            while len(self._services) < served.service:
+                self._stage.rest(f"member {self.me} to serve")
+            letter = self._letter(served.peer, served.kind, served.number, served.echo, served.seconds)
+            for peer, message in self._services[served.service - 1](letter):
+                self._keep(peer, message)
+
     def at(self, step: int) -> None:
         """Tell the carrier this member's own step."""
         self._act("at", step)
@@ -157,15 +176,19 @@ class ReplayCarrier:
 
     def post(self, peer: int, message: Message) -> bool:
         """Whether the message was accepted; if so, it is kept for the peer's replay."""
-        checks.check_message(self.me, self.world, peer, message)
+        checks.check_message(self.me, self.world, peer, message, serves=bool(self._services))
         accepted: bool = self._answer("post", peer, message.kind, length(message))
         if accepted:
-            slot = (peer, message.kind)
-            place = self._posted[slot] = self._posted.get(slot, 0) + 1
-            body = None if message.body is None else message.body.detach().clone()
-            self._newest[slot] = replace(message, body=body)
-            self._stage.post((self.me, peer, message.kind, place), self._newest[slot])
+            self._keep(peer, message)
         return accepted
+
+    def _keep(self, peer: int, message: Message) -> None:
+        """For the peer's replay."""
+        slot = (peer, message.kind)
+        place = self._posted[slot] = self._posted.get(slot, 0) + 1
+        body = None if message.body is None else message.body.detach().clone()
+        self._newest[slot] = replace(message, body=body)
+        self._stage.post((self.me, peer, message.kind, place), self._newest[slot])
 
     def free(self, peer: int, kind: int) -> bool:
         """Whether `post` would have accepted a message."""
@@ -174,14 +197,18 @@ class ReplayCarrier:
 
     def take(self, kind: int) -> list[Letter]:
         """The recorded letters, with the bodies that their senders' replays posted."""
-        letters = []
-        for peer, number, echo, seconds in self._answer("take", kind):
-            place = self._taken[peer, kind] = self._taken.get((peer, kind), 0) + 1
-            name = (peer, self.me, kind, place)
-            message = self._stage.wait_for(name)
-            letters.append(Letter(peer, number, replace(message, echo=echo), seconds))
-            del self._stage.posts[name]
-        return letters
+        return [
+            self._letter(peer, kind, number, echo, seconds)
+            for peer, number, echo, seconds in self._answer("take", kind)
+        ]
+
+    def _letter(self, peer: int, kind: int, number: int, echo: int, seconds: float) -> Letter:
+        """The next one of its kind on this link, when its sender has posted it."""
+        place = self._taken[peer, kind] = self._taken.get((peer, kind), 0) + 1
+        name = (peer, self.me, kind, place)
+        message = self._stage.wait_for(name)
+        del self._stage.posts[name]
+        return Letter(peer, number, replace(message, echo=echo), seconds)
 
     def lost(self) -> list[Loss]:
         """The recorded losses, with this member's own posts."""

@@ -17,8 +17,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,13 +27,15 @@ from torch import Tensor
 from lightning_async.transport.checks import KINDS
 from lightning_async.transport.header import DATA, AnotherProtocolError, Header, dtype_code, dtype_of
 from lightning_async.transport.mail import Letter, Loss, Message
-
-HEADERS = 0
-"""The row of the traffic table that counts headers; no message has this kind."""
+from lightning_async.transport.traffic import HEADERS, Count, numbers_in
 
 
 def nothing() -> None:
     """What is called where nobody wants to know."""
+
+
+def nobody(letter: Callable[[], Letter]) -> None:
+    """What takes letters where nobody serves."""
 
 
 @dataclass(slots=True)
@@ -51,22 +54,13 @@ class Here:
 
 
 @dataclass(slots=True)
-class Count:
-    """Traffic of one kind with one peer: payload bytes (for the row `HEADERS`: header bytes)."""
-
-    messages_out: int = 0
-    bytes_out: int = 0
-    messages_in: int = 0
-    bytes_in: int = 0
-
-
-@dataclass(slots=True)
 class Slot:
-    """One posted message: the sender's own copy and its header; without a header it is free."""
+    """One posted message: the sender's own copy, its header, and since when; without a header it is free."""
 
     buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     header: Header | None = None
     message: Message | None = None
+    since: float = 0.0
 
     def view(self, nbytes: int) -> Tensor:
         """The first `nbytes` of the kept buffer, which grows when it must."""
@@ -90,20 +84,40 @@ class Inbox:
         self._here = here
         self._news = news
         self._kinds: dict[int, deque[_Arrived]] = {kind: deque() for kind in range(KINDS)}
+        self._gate = threading.Lock()
+        self._served: frozenset[int] = frozenset()
+        self._door: Callable[[Callable[[], Letter]], None] = nobody
 
     def put(self, peer: int, number: int, message: Message, clock: int) -> None:
-        """Called by receiver threads; a deque's append is atomic, so no lock."""
-        self._kinds[message.kind].append(_Arrived(peer, message, number, clock))
+        """Called by receiver threads; a deque's append is atomic, and the lock is for the moment of `hand_over`."""
+        arrived = _Arrived(peer, message, number, clock)
+        with self._gate:
+            if message.kind in self._served:
+                self._door(partial(self._letter, arrived))
+                return
+            self._kinds[message.kind].append(arrived)
         self._news()
+
+    def hand_over(self, kinds: Iterable[int], door: Callable[[Callable[[], Letter]], None]) -> None:
+        """From now on letters of these kinds go through `door`, those that are here before all others."""
+        with self._gate:
+            self._served, self._door = frozenset(kinds), door
+            early = [one for kind in self._served for one in self._kinds[kind]]
+            for kind in self._served:
+                self._kinds[kind].clear()
+            for arrived in sorted(early, key=lambda one: one.number):  # on each link, as they were posted
+                door(partial(self._letter, arrived))
 
     def take(self, kind: int) -> list[Letter]:
         """All letters of this kind; their age is counted from the last sign of ours that the sender had then."""
         waiting = self._kinds[kind]
         if not waiting:
             return []
-        now = self._here.now()
-        arrived = [waiting.popleft() for _ in range(len(waiting))]
-        return [Letter(one.peer, one.number, one.message, max(0.0, now - one.clock * 1e-9)) for one in arrived]
+        return [self._letter(waiting.popleft()) for _ in range(len(waiting))]
+
+    def _letter(self, arrived: _Arrived) -> Letter:
+        seconds = max(0.0, self._here.now() - arrived.clock * 1e-9)
+        return Letter(arrived.peer, arrived.number, arrived.message, seconds)
 
 
 class Slots:
@@ -166,6 +180,8 @@ class Slots:
             self._posted += 1
             header.number = self._posted
             slot.header, slot.message = header, replace(message, body=body, echo=header.echo)
+            slot.since = self._here.now()
+            self.count(message.kind).numbers_out += numbers_in(body)
             self.queue.append(slot)
             self.changed.notify_all()
         return True
@@ -221,7 +237,7 @@ class Slots:
                 if slot.header is not None and slot.header.number > received:
                     again.append((slot.header.number, slot))
                 elif slot.header is not None and slot.header.number not in unfolded:
-                    slot.header = slot.message = None
+                    self._free(slot)
             self.queue = deque(slot for _, slot in sorted(again, key=lambda one: one[0]))
             self.changed.notify_all()
 
@@ -236,7 +252,7 @@ class Slots:
             for number in numbers:
                 if number not in held:
                     raise AnotherProtocolError(f"member {self.peer} folded message {number}, which it does not hold")
-                held[number].header = held[number].message = None
+                self._free(held[number])
         self._news()
 
     def box(self, header: Header) -> Tensor:
@@ -267,6 +283,11 @@ class Slots:
             count.messages_in += 1
             count.bytes_in += header.nbytes
         self._inbox.put(self.peer, header.number, message, header.echo_clock)
+
+    def _free(self, slot: Slot) -> None:
+        assert slot.header is not None  # a free slot is not freed again
+        self.count(slot.header.kind).seconds_out += self._here.now() - slot.since
+        slot.header = slot.message = None
 
     def count(self, kind: int) -> Count:
         """The traffic of one kind."""

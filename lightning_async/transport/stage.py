@@ -12,7 +12,7 @@ The process's random generators are each actor's own while it is on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Mapping
 from typing import Any
 
 import torch
@@ -144,12 +144,22 @@ class Stage:
             self._on.parked = True
             self._on.pause()
 
-    def run(self, programs: dict[int, Program], wanted: Collection[int] | None = None) -> list[Actor]:
-        """Run until all that are wanted (None: all) have ended or parked; the first error ends all and is raised."""
+    def run(
+        self,
+        programs: dict[int, Program],
+        wanted: Collection[int] | None = None,
+        services: Mapping[int, Program] | None = None,
+    ) -> list[Actor]:
+        """Run until all that are wanted (None: all) have ended or parked; the first error ends all and is raised.
+
+        The members' services go on as far as others need them. Returns the programs without those.
+        """
         back = threading.Semaphore(0)
-        self._actors = actors = [Actor(member, program, back) for member, program in programs.items()]
+        members = [Actor(member, program, back) for member, program in programs.items()]
+        beside = [Actor(member, program, back) for member, program in (services or {}).items()]
+        self._actors = actors = members + beside
         for actor in actors:
-            actor.parked = wanted is not None and actor.member not in wanted
+            actor.parked = actor in beside or (wanted is not None and actor.member not in wanted)
         try:
             while not all(actor.ended or actor.parked for actor in actors):
                 self._on = self._choose([actor for actor in actors if not actor.ended])
@@ -163,7 +173,7 @@ class Stage:
                 self._on = actor
                 actor.stop()
             self._on = None
-        return actors
+        return members
 
     def _give_way(self) -> None:
         """Who has done all that is wanted of it does only what the others need."""

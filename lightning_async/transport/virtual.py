@@ -8,6 +8,7 @@
     virtual_programs   who computes, who waits
     virtual_carrier    a member's end of everything: the contract
     virtual_wire       links, uplinks, buffers          virtual_board   keys, counters, notes
+    virtual_service    what is done on arrival
     virtual_health     joins, faults, silence, patience, death
     virtual_clock      the event heap
 
@@ -164,6 +165,7 @@ class VirtualCluster:
     def thawed(self, member: int) -> None:
         """Its time goes on."""
         self._programs.thawed(member)
+        self.carriers[member].look()
 
     def joined(self, member: int) -> None:
         """It is there from now on."""
@@ -189,6 +191,7 @@ class VirtualCluster:
         """Who waits looks again."""
         for carrier in self.carriers:
             self._stir(carrier.me)
+            carrier.look()
 
     # -- checks -----------------------------------------------------------------------------------------------------
 

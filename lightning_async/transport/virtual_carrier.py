@@ -6,13 +6,14 @@ here first. Until the first acknowledgement a link counts from the start of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lightning_async.transport import checks
-from lightning_async.transport.mail import Letter, Loss, Message
+from lightning_async.transport.mail import Letter, Loss, Message, Service
 from lightning_async.transport.virtual_board import VirtualBoard
 from lightning_async.transport.virtual_clock import VirtualClock
 from lightning_async.transport.virtual_health import Health
+from lightning_async.transport.virtual_service import VirtualService
 from lightning_async.transport.virtual_wire import Link, Packet, Wire
 
 
@@ -50,6 +51,7 @@ class VirtualCarrier:
         self._drawn: dict[str, list[tuple[int, int]]] = {}
         self._notes: dict[int, bytes] = {}
         self._note: bytes | None = None
+        self._service: VirtualService | None = None
 
     # -- mail -------------------------------------------------------------------------------------------------------
 
@@ -65,7 +67,7 @@ class VirtualCarrier:
 
     def post(self, peer: int, message: Message) -> bool:
         """Send `message` to `peer` if the slot is free."""
-        checks.check_message(self._me, len(self._offsets), peer, message)
+        checks.check_message(self._me, len(self._offsets), peer, message, serves=self._service is not None)
         if not self._reaches(peer):
             return False
         link = self._link(peer)
@@ -77,12 +79,15 @@ class VirtualCarrier:
         sealed = Message(m.kind, body, m.step, m.version, echo, m.samples, m.weight, m.reference)
         link.number += 1
         link.out[m.kind] = packet = Packet(self._me, peer, link.number, sealed, link.clock)
-        self._wire.send(link, packet)
+        if peer == self._me:
+            self._clock.at(link.follow(self._clock.time), self.receive, packet)
+        else:
+            self._wire.send(link, packet)
         return True
 
     def free(self, peer: int, kind: int) -> bool:
         """Whether `post` would accept a message now."""
-        checks.check_peer(self._me, len(self._offsets), peer)
+        checks.check_peer(self._me, len(self._offsets), peer, serves=self._service is not None)
         checks.check_kind(kind)
         link = self._links.get(peer)
         return self._reaches(peer) and (link is None or kind not in link.out)
@@ -93,12 +98,7 @@ class VirtualCarrier:
         packets = self._inbox.pop(kind, None)
         if packets is None:
             return []
-        now = self.now()
-        letters = []
-        for p in packets:
-            self._lent[p.sender, p.number] = p
-            letters.append(Letter(p.sender, p.number, p.message, now - p.clock))
-        return letters
+        return [self.lend(packet) for packet in packets]
 
     def folded(self, letter: Letter) -> None:
         """Say that a taken letter has been used."""
@@ -108,12 +108,24 @@ class VirtualCarrier:
                 f"letter {letter.number} of member {letter.peer} is not in the hands of member {self._me}: "
                 "it was never taken, or was folded before"
             )
-        self._wire.acknowledge(packet, self._step, self.now())
+        if packet.sender == self._me:
+            self._clock.at(self._clock.time, self.acknowledged, packet, self._step, self.now())
+        else:
+            self._wire.acknowledge(packet, self._step, self.now())
 
     def lost(self) -> list[Loss]:
         """The losses that became known since the last call."""
         losses, self._losses = self._losses, []
         return losses
+
+    def serve(self, kinds: Iterable[int], service: Service) -> None:
+        """Give letters of these kinds to `service` from now on."""
+        kinds = list(kinds)
+        for kind in kinds:
+            checks.check_kind(kind)
+        self._service = self._service or VirtualService(self)
+        early = [packet for kind in kinds for packet in self._inbox.pop(kind, [])]
+        self._service.begin(kinds, service, sorted(early, key=lambda packet: packet.number))
 
     def at(self, step: int) -> None:
         """Tell the carrier this member's own step."""
@@ -175,9 +187,28 @@ class VirtualCarrier:
 
     def receive(self, packet: Packet) -> None:
         """A message arrived."""
-        if packet.sender not in self._dead and not self._health.is_stopped(self._me):
-            self._inbox.setdefault(packet.message.kind, []).append(packet)
-            self._stir(self._me)
+        if packet.sender in self._dead or self._health.is_stopped(self._me):
+            return
+        if self._service is not None and packet.message.kind in self._service.kinds:
+            self._service.put(packet)
+            return
+        self._inbox.setdefault(packet.message.kind, []).append(packet)
+        self._stir(self._me)
+
+    def look(self) -> None:
+        """Something changed that a service may have waited for: this member's thaw, a slot, who is heard."""
+        if self._service is not None and self.can_serve:
+            self._service.go_on()
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether this member's time goes on."""
+        return not self._health.is_frozen(self._me) and not self._health.is_stopped(self._me)
+
+    def lend(self, packet: Packet) -> Letter:
+        """A packet as a letter, which is in this member's hands from now on."""
+        self._lent[packet.sender, packet.number] = packet
+        return Letter(packet.sender, packet.number, packet.message, self.now() - packet.clock)
 
     def acknowledged(self, packet: Packet, step: int, clock: float) -> None:
         """A message of this member was folded."""
@@ -190,6 +221,7 @@ class VirtualCarrier:
         if packet.message.body is not None:
             self._wire.pool.give(packet.message.body)
         self._stir(self._me)
+        self.look()
 
     def learn_death(self, member: int) -> None:
         """A member was declared dead: what it has not folded is lost."""
@@ -199,7 +231,9 @@ class VirtualCarrier:
         link = self._links.get(member)
         if link is not None:
             unfolded = sorted(link.out.values(), key=lambda packet: packet.number)
-            self._losses += [Loss(member, packet.number, packet.message) for packet in unfolded]
+            served = self._service.posted if self._service is not None else set()
+            lost = [packet for packet in unfolded if packet.message.kind not in served]
+            self._losses += [Loss(member, packet.number, packet.message) for packet in lost]
             link.out = {}
         self._stir(self._me)
 
@@ -212,7 +246,7 @@ class VirtualCarrier:
 
     def _reaches(self, peer: int) -> bool:
         me, health = self._me, self._health
-        return peer not in self._dead and health.hears(me, peer) and not health.is_stopped(me)
+        return peer not in self._dead and (peer == me or health.hears(me, peer)) and not health.is_stopped(me)
 
     def _link(self, peer: int) -> Link:
         link = self._links.get(peer)

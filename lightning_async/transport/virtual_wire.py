@@ -51,6 +51,11 @@ class Link:
         self.arrival = 0.0
         self.departs = 0.0
 
+    def follow(self, when: float) -> float:
+        """Arrive at this time, or right behind what was sent before."""
+        self.arrival = when if when > self.arrival else math.nextafter(self.arrival, math.inf)
+        return self.arrival
+
 
 class End(Protocol):
     """Where wires end: a member's carrier."""
@@ -111,11 +116,7 @@ class Wire:
         size = 0 if body is None else body.numel() * body.element_size()
         departs = self._leave(packet.sender, size)
         packet.departs = link.departs = max(departs, link.departs)
-        arrival = departs + self.lag()
-        if arrival <= link.arrival:
-            arrival = math.nextafter(link.arrival, math.inf)
-        link.arrival = arrival
-        self._clock.at(arrival, self._arrive, packet)
+        self._clock.at(link.follow(departs + self.lag()), self._arrive, packet)
 
     def acknowledge(self, packet: Packet, step: int, clock: float) -> None:
         """Tell the sender of a packet that it was folded."""

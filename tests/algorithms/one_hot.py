@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_async.algorithms.algorithm import UNIT, Shrink
-from lightning_async.algorithms.gossip import Gossip, gossip
+from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink
+from lightning_async.algorithms.gossip import gossip
 from lightning_async.algorithms.training import Trained, train
 from lightning_async.replica import Replica
 from lightning_async.transport.rounds import Rounds
@@ -22,7 +23,7 @@ from lightning_async.transport.virtual import VirtualCluster
 @dataclass
 class Outcome:
     cluster: VirtualCluster
-    algorithms: list[Gossip]
+    algorithms: list[Any]
     replicas: list[Replica]
     trained: dict[int, Trained]
     steps: list[int]
@@ -52,6 +53,7 @@ def run(
     cluster: dict[str, float] | None = None,
     shrink: Shrink | None = None,
     meets: bool = True,
+    make: Callable[..., Algorithm] = gossip,
     **knobs: object,
 ) -> Outcome:
     """Train `len(speeds)` members for about `seconds`; member r takes `speeds[r]` times `step` a step."""
@@ -63,7 +65,7 @@ def run(
     for r, carrier in enumerate(virtual.carriers):
         first = torch.zeros(n) if start is None else start(r)
         parameters = [nn.Parameter(first[q : q + 1].clone()) for q in range(n)]
-        algorithms.append(gossip(**knobs))  # type: ignore[arg-type]
+        algorithms.append(make(**knobs))
         if shrink is not None:
             algorithms[r].shrink = shrink
         replicas.append(Replica(parameters))

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import signal
 import sys
 import time
+from contextlib import ExitStack, closing
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import TCPStore
 
 from benchmarks.__main__ import benchmarks, machine, main
-from benchmarks.launch import ROOT, Ranks
-from benchmarks.rank import say
+from benchmarks.launch import Ranks
 from benchmarks.repeat import repeat
+from benchmarks.store import Held
 from benchmarks.table import Claim, Role, Row, Table
+from tests.benchmarks.jobs import counts_for_ever, counts_in_the_store, environment, fails_on_1
+from tests.strategies.ranks import FORK
 
 LIMIT = Row("sum of rates", Role.LIMIT, {"share": 1.0})
 CONTROL = Row("alone", Role.CONTROL, {"share": 0.99, "messages": 0})
@@ -108,33 +112,14 @@ class TestCommand:
         assert "no_such_benchmark" in capsys.readouterr().err
 
 
-# -- what the ranks below run ------------------------------------------------------------------------------------------
-
-
-def environment(*, more: int) -> dict[str, Any]:
-    return {"rank": int(os.environ["RANK"]), "world": int(os.environ["WORLD_SIZE"]), "more": more}
-
-
-def fails_on_1() -> str:
-    if os.environ["RANK"] == "1":
-        raise OSError("no more paper")
-    return "fine"
-
-
-def counts_for_ever() -> None:
-    say("begun")
-    number = 0
-    while True:
-        time.sleep(0.01)
-        number += 1
-        say(str(number))
-
-
-def counts_in_the_store() -> None:
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    while True:
-        say(str(store.add(os.environ["RANK"], 1)))
-        time.sleep(0.01)
+def test_a_held_port_is_given_to_nobody_and_a_store_may_listen_there() -> None:
+    with closing(Held()) as held, ExitStack() as others:
+        given = [others.enter_context(closing(Held())).port for _ in range(200)]
+        assert held.port not in given
+        assert len(set(given)) == 200
+        server = TCPStore("127.0.0.1", held.port, is_master=True, wait_for_workers=False)
+        assert TCPStore("127.0.0.1", held.port, is_master=False).add("visits", 1) == 1
+        del server
 
 
 class TestRanks:
@@ -181,18 +166,14 @@ class TestRanks:
             ranks.wait_for(1, str(len(ranks.heard(1)) + 5), timeout=10)
 
     def test_ranks_end_with_their_launcher(self) -> None:
-        code = (
-            "import time\nfrom benchmarks.launch import Ranks\n"
-            "from tests.benchmarks.test_harness import counts_for_ever\n"
-            "with Ranks(counts_for_ever, 1) as ranks:\n"
-            "    ranks.wait_for(0, 'begun', timeout=30)\n"
-            "    print(ranks._processes[0].pid, flush=True)\n    time.sleep(60)\n"
-        )
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        with subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) as launcher:
-            assert launcher.stdout is not None
-            pid = int(launcher.stdout.readline())
+        mine, theirs = FORK.Pipe(duplex=False)
+        with mine, theirs:
+            launcher = FORK.Process(target=_launches, args=(theirs,))
+            launcher.start()
+            pid = mine.recv() if mine.poll(30) else None
             launcher.kill()
+            launcher.join()
+        assert pid is not None
         end = time.monotonic() + 10
         while _alive(pid) and time.monotonic() < end:
             time.sleep(0.02)
@@ -203,6 +184,13 @@ class TestRanks:
             Ranks(environment, 0)
         with pytest.raises(ValueError, match="cannot be imported"):
             Ranks(lambda: None, 1)
+
+
+def _launches(out: Connection) -> None:
+    with Ranks(counts_for_ever, 1) as ranks:
+        ranks.wait_for(0, "begun", timeout=30)
+        out.send(ranks._processes[0].pid)
+        signal.pause()
 
 
 def _alive(pid: int) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import hosts as hosts_module
 from benchmarks.hosts import Hosts, available
 from benchmarks.launch import Ranks
+from tests.benchmarks.jobs import average
 
 PING = "import socket, sys; socket.create_connection((sys.argv[1], 7), timeout=1).close()"
 SINK = """
@@ -96,17 +97,6 @@ def test_a_link_carries_what_it_is_given() -> None:
         start = time.monotonic()
         assert hosts.run(0, [sys.executable, "-c", send, hosts.address(1)]).wait(60) == 0
         assert 0.3 < time.monotonic() - start < 5  # 2 MB at 40 Mbit/s: 0.4 s, and the time to start a process
-
-
-def average() -> float:
-    import torch
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    mine = torch.tensor([float(os.environ["GROUP_RANK"])])
-    dist.all_reduce(mine)
-    dist.destroy_process_group()
-    return mine.item() / 2
 
 
 @pytest.mark.netns

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -19,8 +16,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async.callbacks import SpeedFaults
-
-ROOT = Path(__file__).resolve().parents[2]
+from lightning_async.callbacks.speed_faults import freeze_process
+from tests.strategies.ranks import run
 
 
 class FakeTrainer:
@@ -63,6 +60,21 @@ def test_slow_ranks_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     faults = SpeedFaults(step_seconds=0.02, slow={3: 4.0})
     assert pauses(faults, 0, 3, monkeypatch) == [0.02] * 3
     assert pauses(faults, 3, 3, monkeypatch) == [0.08] * 3
+
+
+def test_schedules_come_and_go_and_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = SpeedFaults(step_seconds=0.5, slow={1: 3.0}, schedule={1: [(2, 4.0), (4, 1.0)]}, repeat=6)
+    assert pauses(faults, 0, 8, monkeypatch) == [0.5] * 8
+    assert pauses(faults, 1, 8, monkeypatch) == [1.5, 1.5, 2.0, 2.0, 0.5, 0.5, 1.5, 1.5]
+
+
+def test_stalls_come_as_often_as_asked_and_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = SpeedFaults(stall={2: (20, 0.5)})
+    slept = pauses(faults, 2, 4000, monkeypatch)
+    assert set(slept) == {0.0, 0.5}
+    assert slept.count(0.5) == pytest.approx(200, rel=0.2)
+    assert slept == pauses(SpeedFaults(stall={2: (20, 0.5)}), 2, 4000, monkeypatch)
+    assert set(pauses(faults, 1, 100, monkeypatch)) == {0.0}
 
 
 def test_spread_keeps_the_mean_and_follows_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,26 +128,27 @@ def test_holding_the_lock_costs_other_threads_and_sleeping_does_not() -> None:
     assert ticks_beside(SpeedFaults(hold_gil=True)) < 0.5 * ticks_beside(SpeedFaults())
 
 
-FREEZE = """
-import threading, time
-from lightning_async.callbacks.speed_faults import freeze_process
-gaps, last, over = [], [time.monotonic()], threading.Event()
-def tick():
-    while not over.is_set():
-        time.sleep(0.005)
-        now = time.monotonic(); gaps.append(now - last[0]); last[0] = now
-thread = threading.Thread(target=tick); thread.start()
-freeze_process(0.5)
-over.set(); thread.join()
-print(max(gaps))
-"""
+def _longest_gap_of_another_thread() -> float:
+    gaps, over = [0.0], threading.Event()
+
+    def tick() -> None:
+        last = time.monotonic()
+        while not over.is_set():
+            time.sleep(0.005)
+            last, before = time.monotonic(), last
+            gaps.append(last - before)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    freeze_process(0.5)
+    over.set()
+    thread.join()
+    return max(gaps)
 
 
 def test_a_freeze_stops_the_whole_process() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FREEZE], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
-    )
-    assert 0.45 < float(done.stdout) < 5
+    (gap,) = run(1, _longest_gap_of_another_thread)
+    assert 0.45 < gap < 5
 
 
 def test_a_freeze_comes_once_and_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +180,12 @@ def test_a_rank_that_is_not_there() -> None:
         ({"slow": {-1: 2.0}, "step_seconds": 1.0}, "ranks count from 0, got -1"),
         ({"freeze": {0: (-1, 1.0)}}, "`freeze` must hold"),
         ({"freeze": {0: (1, 0.0)}}, "`freeze` must hold"),
+        ({"schedule": {0: [(0, 2.0)]}}, "`slow`, `schedule` and `sigma` act on `step_seconds`, which is 0"),
+        ({"schedule": {0: [(5, 2.0), (3, 1.0)]}, "step_seconds": 1.0}, "`schedule` must hold batches from 0 that grow"),
+        ({"schedule": {0: []}, "step_seconds": 1.0}, "`schedule` must hold batches from 0 that grow, got"),
+        ({"schedule": {0: [(0, 0.0)]}, "step_seconds": 1.0}, "`schedule` must hold positive factors, got 0.0 at 0"),
+        ({"repeat": 5}, "`repeat` must be at least 1 and needs a `schedule`, got 5"),
+        ({"stall": {1: (0.5, 1.0)}}, "`stall` must hold .* got .0.5, 1.0. for rank 1"),
         ({"fail": {0: -1}}, "`fail` must hold batches, counted from 0, got -1"),
     ],
 )

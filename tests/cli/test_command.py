@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,10 @@ def test_prints(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "strategies/nope"]) == 2
-    assert "there is no config 'strategies/nope'; there are: callbacks/speed_faults" in capsys.readouterr().err
+    assert (
+        "there is no config 'strategies/nope'; there are: callbacks/adaptive_shrink, callbacks/delay"
+        in capsys.readouterr().err
+    )
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,10 +41,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lightning-async {__version__}\n"
 
 
-def test_as_a_module() -> None:
-    argv = [sys.executable, "-m", "lightning_async.cli", "config", "callbacks/speed_faults"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == read("callbacks/speed_faults")
+def test_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["cli", "config", "callbacks/speed_faults"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("lightning_async.cli", run_name="__main__")
+    assert capsys.readouterr().out == read("callbacks/speed_faults")
 
 
 def test_every_config_is_in_its_folder_s_table() -> None:

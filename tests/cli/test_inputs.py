@@ -55,7 +55,7 @@ def _start(**changes: Any) -> Callable[[dict[int, list[Any]]], object]:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (_header(schema=1), "cannot be read: this log has schema 1, this version reads schema 2"),
+        (_header(schema=1), "cannot be read: this log has schema 1, this version reads schema 3"),
         (_header(strategy="tournament"), "the run's strategy 'tournament' is not among gossip_ring"),
         (_header(device="cuda", trainer={"precision": "16-mixed"}), "the run's precision was 16-mixed, which a CPU"),
         (

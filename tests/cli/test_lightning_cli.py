@@ -114,6 +114,19 @@ def test_print_config_can_be_read_again(build: Build, capsys: pytest.CaptureFixt
     assert strategy.algorithm.max_delay is None  # type: ignore[attr-defined]
 
 
+def test_idpas_knobs(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    knobs = ["balance.parts=4", "balance.partition=kept", "balance.nominal=[1.0,0.5]"]
+    argv = ["--config", CONFIG, *(f"--trainer.strategy.init_args.{knob}" for knob in knobs)]
+    with pytest.raises(SystemExit, match="0"):
+        build(*argv, "--print_config")
+    Path("printed.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    cli = build("--config", "printed.yaml", "--trainer.strategy.init_args.balance.nominal=equal")
+    cli.trainer.fit(cli.model, cli.datamodule)
+    share = strategy_of(cli).feeding
+    assert share.balance == "incremental"
+    assert cli.trainer.global_step == 4
+
+
 def test_the_config_is_saved_beside_the_logs(build: Build) -> None:
     """LightningCLI's own callback, on by default, broadcasts while it is set up."""
     fork = "--trainer.strategy.init_args.start_method=fork"
@@ -134,6 +147,8 @@ def test_the_config_is_saved_beside_the_logs(build: Build) -> None:
         ("wire=fp16", "wire"),
         ("mixing=0.7", "`mixing` must be above 0 and at most 0.5 (0.5: a pair meets in the middle), got 0.7"),
         ("balance=speed", "balance"),
+        ("balance.parts=0", "`parts` must be an integer of at least 1, got 0"),
+        ("balance.partition=moved", "partition"),
         ("silence=0", "`silence` must be a number of seconds above 0, got 0"),
         ("perod=2", "perod"),
     ],

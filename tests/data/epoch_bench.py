@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Generator
 from typing import Any, TypeVar
 
+from lightning_async.data.order import Items
 from lightning_async.data.ranges import Range
 from lightning_async.data.share import Balance, make_share
 from lightning_async.transport.mail import Wait
@@ -160,23 +161,30 @@ def crew(
     beat: float = 0.0,
     drop_last: bool = False,
     balance: Balance = "claim",
+    size: int = 0,
 ) -> tuple[FakeBoard, list[Member]]:
     """Members by their seconds per batch."""
     board = FakeBoard(Clock(), len(seconds), latency=latency, beat=beat)
     sizes = batches or [8] * len(seconds)
     members = [
-        Member(make_share(balance, d, batch=b, drop_last=drop_last), d, batch=b, seconds=s, ahead=ahead)
+        Member(make_share(balance, d, batch=b, drop_last=drop_last, size=size), d, batch=b, seconds=s, ahead=ahead)
         for d, b, s in zip(board.desks(), sizes, seconds, strict=True)
     ]
     return board, members
 
 
 def begin(
-    members: list[Member], total: int, epoch: int = 0, *, done: list[Range] | None = None, limit: int | None = None
+    members: list[Member],
+    total: int,
+    epoch: int = 0,
+    *,
+    done: list[Range] | None = None,
+    limit: int | None = None,
+    items: Items | None = None,
 ) -> None:
     for member in members:
         member.ended, member.finished, member.trained = False, None, []
-        member.share.begin_epoch(epoch, total=total, digest=7, done=done or [], limit=limit)
+        member.share.begin_epoch(epoch, total=total, digest=7, done=done or [], limit=limit, items=items)
 
 
 def gap(members: list[Member]) -> float:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.store import Store, free_port
+from benchmarks.store import Held, Store
 
 FORK = multiprocessing.get_context("fork")
 
@@ -37,8 +37,7 @@ class Forked:
 
     def __init__(self, n: int, function: Callable[..., Any], *arguments: Any, store: bool = False) -> None:
         gc.collect()  # a store server that a child would collect hangs the child: its threads were not forked
-        self._store = Store() if store else None
-        port = self._store.port if self._store else free_port()
+        self._meeting_place = Store() if store else Held()
         self._pipes, self.processes = [], []
         for rank in range(n):
             mine, theirs = FORK.Pipe(duplex=False)
@@ -49,7 +48,7 @@ class Forked:
                 "LOCAL_WORLD_SIZE": str(n),
                 "GROUP_RANK": "0",
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": str(self._meeting_place.port),
                 "TORCHELASTIC_RUN_ID": "test",
                 "TORCHELASTIC_USE_AGENT_STORE": str(store),
             }
@@ -68,7 +67,7 @@ class Forked:
             process.join()
         for pipe in self._pipes:
             pipe.close()
-        self._store = None
+        self._meeting_place.close()
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         """Send a signal to one rank."""
@@ -108,6 +107,8 @@ def run(n: int, function: Callable[..., Any], *arguments: Any, timeout: float = 
 def _life(
     pipe: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    gc.unfreeze()  # conftest's: a strategy sets aside what there is itself
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     os.environ.update(environment)
     try:
         result = Result(function(*arguments))

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_async import GossipRingStrategy
+from lightning_async import AsyncStrategy
 from lightning_async.strategies.own_state import Moments, RandomStates
 from lightning_async.strategies.rank_files import rank_file
 from tests.strategies.lit import INPUTS, TARGETS, loader
@@ -169,7 +169,7 @@ def held_out() -> DataLoader[Any]:
 def look_when_put_back(trainer: L.Trainer, at: Callable[[L.Trainer], Any] | None = None) -> list[Any]:
     """What the run looks like when everything is restored, right before its first batch."""
     strategy, seen = trainer.strategy, []
-    assert isinstance(strategy, GossipRingStrategy)
+    assert isinstance(strategy, AsyncStrategy)
     put_back = strategy.checkpoints.put_back
 
     def and_look() -> None:
@@ -183,7 +183,7 @@ def look_when_put_back(trainer: L.Trainer, at: Callable[[L.Trainer], Any] | None
 def look(trainer: L.Trainer) -> dict[str, Any]:
     """All that a rank has of its own, and what it shows."""
     strategy = trainer.strategy
-    assert isinstance(strategy, GossipRingStrategy)
+    assert isinstance(strategy, AsyncStrategy)
     return plain(
         {
             "shown": trainer.lightning_module.state_dict(),

@@ -29,7 +29,14 @@ class Failing(Lit):
 
 
 def main(name: str, mode: str, folder: str, nodes: str = "1", devices: str = "2") -> None:
-    lit = Failing() if mode == "fails" else Lit()
+    lit = Lit()
+    rank = fit(lit, name, folder, nodes, devices)
+    (Path(folder) / f"rank{rank}.txt").write_text(repr(weights(lit)))
+    if mode == "works, then fails":
+        fit(Failing(), name, folder, nodes, devices)
+
+
+def fit(lit: Lit, name: str, folder: str, nodes: str, devices: str) -> int:
     faults = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
     t = L.Trainer(
         accelerator="cpu",
@@ -44,7 +51,7 @@ def main(name: str, mode: str, folder: str, nodes: str = "1", devices: str = "2"
         default_root_dir=folder,
     )
     t.fit(lit, loader(), loader(10, shuffle=False))
-    (Path(folder) / f"rank{t.global_rank}.txt").write_text(repr(weights(lit)))
+    return t.global_rank
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_async import SpeedFaults
 from tests.strategies.lit import Lit, trainer, weights
@@ -185,6 +186,50 @@ def test_files_may_be_written_later(tmp_path: Path) -> None:
     again, also = run(2, _rotates, str(tmp_path), "async", options, first["best"])
     assert again["start"] > 0
     assert again["end"] == also["end"]
+
+
+class Gated(TorchCheckpointIO):
+    """Writes nothing before the gate is open: as a disk that is slower than the training."""
+
+    def __init__(self, gate: Event) -> None:
+        self.gate = gate
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        assert self.gate.wait(30)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+class Opens(Callback):
+    """Opens the gate at the end: all was asked for by then."""
+
+    def __init__(self, gate: Event) -> None:
+        self.gate = gate
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        self.gate.set()
+
+
+def _lags(folder: str, slow: list[int], options: dict[str, Any]) -> str:
+    gate = Event()
+    if rank() not in slow:
+        gate.set()
+    saved = ModelCheckpoint(f"{folder}/saved", **{"filename": "{epoch}", **options})
+    io = AsyncCheckpointIO(Gated(gate))
+    t = trainer(2, enable_checkpointing=True, plugins=[io], callbacks=[saved, Opens(gate)], max_epochs=4)
+    t.fit(Draws(), samples(), held_out())
+    return saved.best_model_path
+
+
+@pytest.mark.parametrize("slow", [[0], [1], [0, 1]])
+@pytest.mark.parametrize(
+    "options", [{"save_top_k": 1}, {"save_top_k": 1, "filename": "same", "enable_version_counter": False}]
+)
+def test_what_is_written_after_it_rotated_out_is_removed_all_the_same(
+    slow: list[int], options: dict[str, Any], tmp_path: Path
+) -> None:
+    best, _ = run(2, _lags, str(tmp_path), slow, options)
+    assert sorted(files_of(Path(best))) == [0, 1]
+    assert_nothing_over(tmp_path / "saved")
 
 
 def test_files_may_lie_elsewhere(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
@@ -42,12 +43,19 @@ def test_each_private_name_exists(t: L.Trainer, path: str) -> None:
         (L.Trainer, "_run_stage"),
         (_SignalConnector, "_slurm_sigusr_handler_fn"),
         (_TrainingEpochLoop, "_should_check_val_epoch"),
+        (_TrainingEpochLoop, "on_advance_end"),
     ],
 )
 def test_a_name_that_vanished_is_refused(t: L.Trainer, owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(owner, name)
     with pytest.raises(MisconfigurationException, match=f"does not know Lightning {L.__version__}.*{name}"):
         compat.check(t)
+
+
+def test_what_is_read_exists(t: L.Trainer) -> None:
+    assert t._logger_connector._callback_metrics == {}
+    assert t._logger_connector._first_loop_iter is None
+    assert AsyncCheckpointIO()._executor is None
 
 
 def test_everything_is_put_back(t: L.Trainer) -> None:
@@ -84,6 +92,8 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
     assert compat.log_every(t) == t.log_every_n_steps
     compat.set_log_step(t, 7)
     assert compat.log_step(t) == 7
+    assert compat.logs_now(t)  # outside of a loop always
+    compat.log(t, {"a": 1.0}, 7)
     assert compat.wants_our_sampler(t)
     assert not compat.synchronises_batchnorm(t)
     assert not compat.fast_dev_run(t)

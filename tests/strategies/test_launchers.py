@@ -2,40 +2,71 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
+import runpy
 import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.strategies.lit import Lit, loader, trainer, weights
+from tests.strategies.ranks import FORK
 
 ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 90.0
 
 
-def script(name: str, mode: str, folder: Path, *, timeout: float = 90.0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.strategies.script", name, mode, str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+def script(name: str, mode: str, folder: Path) -> tuple[int | None, str]:
+    """The exit code and the words of a user's script, once none of its processes can say more.
+
+    The first one is forked, and what it then does is what `python -m` does; those that Lightning starts for the other
+    ranks are new interpreters.
+    """
+    mine, theirs = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=_run_as_main, args=(theirs, name, mode, str(folder)))
+    process.start()
+    theirs.close()
+    said, end = b"", time.monotonic() + LIMIT
+    with mine:
+        while mine.poll(max(0.0, end - time.monotonic())) and (words := os.read(mine.fileno(), 1 << 16)):
+            said += words
+    process.join(max(1.0, end - time.monotonic()))
+    process.kill()
+    process.join()
+    return process.exitcode, said.decode()
 
 
-def test_popen_by_name(tmp_path: Path) -> None:
-    done = script("gossip_ring", "works", tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+def _run_as_main(said: Connection, *argv: str) -> None:
+    for number in (1, 2):
+        os.dup2(said.fileno(), number)
+    said.close()
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.chdir(ROOT)
+    sys.argv = ["script", *argv]
+    try:
+        runpy.run_module("tests.strategies.script", run_name="__main__", alter_sys=True)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def test_popen_by_name_and_a_child_that_fails_is_named_by_rank_0(tmp_path: Path) -> None:
+    """A child's own exit would have rank 0 killed before it could say anything: so it lingers."""
+    code, said = script("gossip_ring", "works, then fails", tmp_path)
     ends = [(tmp_path / f"rank{r}.txt").read_text() for r in range(2)]
-    assert ends[0] == ends[1]
-
-
-def test_a_popen_child_that_fails_is_named_by_rank_0(tmp_path: Path) -> None:
-    """Its own exit would have rank 0 killed before it could say anything: so it lingers."""
-    done = script("gossip_ring", "fails", tmp_path)
-    assert done.returncode == 1, (done.returncode, done.stderr[-2000:])
-    assert "PeerFailedError: rank 1 stopped: ValueError: the fifth batch is too much" in done.stderr
+    assert ends[0] == ends[1], said[-2000:]
+    assert code == 1, (code, said[-2000:])
+    assert "PeerFailedError: rank 1 stopped: ValueError: the fifth batch is too much" in said
 
 
 def test_spawn_gives_the_caller_the_consensus(tmp_path: Path) -> None:
-    done = script("gossip_ring_spawn", "works", tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, said = script("gossip_ring_spawn", "works", tmp_path)
+    assert code == 0, said[-2000:]
     assert (tmp_path / "rank0.txt").exists()
 
 

@@ -156,7 +156,7 @@ def test_a_log_has_a_header_and_no_weights(tmp_path: Path) -> None:
         carrier.post(1, Message(KIND, torch.full((1000,), 0.123)))
     header, *events = [json.loads(line) for line in path.read_text().splitlines()]
     assert header == {
-        "schema": 2,
+        "schema": 3,
         "me": 0,
         "world": 2,
         "seed": 5,

@@ -1,0 +1,266 @@
+"""Asynchronous global update: members train on their own, push what they have moved, and pull the newest weights.
+
+    member j     x: own weights    base: the server's, as last pulled
+      step, step, step
+      push       c = x - base  ------------->  shard's owner, on arrival:  W += gamma * Q * c,  version + 1
+      step, step                               (its service: beside its own training)
+      x += W - (base + c),  base = W  <------  W
+
+The answer is folded as a correction, so the steps that were taken meanwhile stay. W - (base + c) is computed as the
+server computes it: with one member it is zero, to the bit. Each shard of the flat vector has its own owner, version and
+exchange; nobody waits between meetings. The consensus is W. After BPT-CNN (Chen et al. 2019, AGWU), and what
+asynchronous local SGD has learnt since (Liu et al. 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink
+from lightning_async.algorithms.exchange import Exchange
+from lightning_async.algorithms.local_steps import LocalSteps, Period, check_local_steps
+from lightning_async.algorithms.outer import Rule, outer_rule
+from lightning_async.algorithms.own_service import OwnService
+from lightning_async.algorithms.owners import Owners
+from lightning_async.algorithms.server_meeting import ServerMeeting
+from lightning_async.algorithms.shard_server import OnLate, Rules
+from lightning_async.algorithms.shard_service import ShardService, next_of
+from lightning_async.algorithms.shards import (
+    ANSWER,
+    LAST,
+    MANY,
+    NOT_HERE,
+    PUSH,
+    SERVED,
+    cut,
+)
+from lightning_async.algorithms.weighting import Attenuation, law
+from lightning_async.algorithms.wire import Wire, codec
+from lightning_async.arrival import Arrival
+from lightning_async.replica import Replica
+from lightning_async.transport.mail import Letter, Mail, Wait
+from lightning_async.transport.rounds import Rounds
+
+
+class AsyncGlobal(Algorithm):
+    """The member's side; what it serves is in `shard_service`.
+
+    Args:
+        local_steps: Steps between two pushes; "speed": `pace` for the fastest member, fewer for slower ones, so that
+            all push equally often; "epoch": at meetings only (the paper's).
+        pace: See `local_steps`.
+        attenuation: The law of late arrivals (see `weighting`).
+        strength: Its parameter.
+        max_delay: Arrivals with an excess of more than so many versions are late; None: none are.
+        on_late: What becomes of them: "shrink", "drop", or "wait" (fast members wait instead).
+        outer: The server's rule (see `outer`); None: "delayed_nesterov" with a momentum, else "sum".
+        outer_lr: Its learning rate.
+        outer_momentum: Its momentum.
+        shards: How many shards; None: as many as members, at most 8.
+        mirror_every: Arrivals of a shard between two mirrors of it; None: as many as members.
+        wire: What travels: "fp32" or "bf16".
+    """
+
+    def __init__(
+        self,
+        *,
+        local_steps: LocalSteps = "speed",
+        pace: int = 8,
+        attenuation: Attenuation = "poly",
+        strength: float | None = None,
+        max_delay: int | None = 1000,
+        on_late: OnLate = "shrink",
+        outer: Rule | None = None,
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
+        shards: int | None = None,
+        mirror_every: int | None = None,
+        wire: Wire = "fp32",
+    ) -> None:
+        check_local_steps(local_steps, pace)
+        _check_late(max_delay, on_late)
+        _check_count("shards", shards, "as many as members, at most 8")
+        _check_count("mirror_every", mirror_every, "as many as members")
+        self.local_steps, self.pace, self.shards, self.mirror_every = local_steps, pace, shards, mirror_every
+        self.attenuation, self.strength, self.max_delay, self.on_late = attenuation, strength, max_delay, on_late
+        self.outer, self.outer_lr, self.outer_momentum, self.wire = outer, outer_lr, outer_momentum, wire
+        make_outer = outer_rule(outer, lr=outer_lr, momentum=outer_momentum)
+        self.rules = Rules(attenuation, law(attenuation, strength), max_delay, on_late, make_outer)
+        self.codec = codec(wire)
+        self.accuracy: Callable[[], float] = perfect
+        self._beginnings = 0
+
+    # -- a run --------------------------------------------------------------------------------------------------------
+
+    def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
+        """All have the same weights: those are the server's, version 0."""
+        self._beginnings += 1
+        self._mass, self._rounds, self._step = mass, rounds, 0
+        self._arrivals: list[Arrival] = []
+        self._images = torch.empty(0, dtype=torch.uint8)
+        self.period = Period(self.local_steps, self.pace)
+        flat, shards = replica.flat.cpu(), cut(replica.numel, min(self.shards or MANY, mail.world))
+        self.owners = Owners(rounds.carrier, len(shards), self._beginnings)
+        self.exchanges = [Exchange(shard, replica.flat, self.codec) for shard in shards]
+        for exchange in self.exchanges:
+            exchange.belongs_to(self.owners.owner(exchange.shard.number), self.owners.place(exchange.shard.number))
+        mine = {exchange.place: flat[exchange.shard.part] for exchange in self.exchanges if exchange.owner == mail.me}
+        behind = {
+            exchange.place: flat[exchange.shard.part]
+            for exchange in self.exchanges
+            if next_of(exchange.owner, mail.members()) == mail.me
+        }
+        mail.serve(SERVED, self._service(mail, mine, behind))
+        self._own = OwnService(mail)
+
+    def _service(self, mail: Mail, mine: Mapping[int, Tensor], behind: Mapping[int, Tensor]) -> ShardService:
+        return ShardService(
+            mail.me,
+            mail.members(),
+            mine,
+            behind,
+            rules=self.rules,
+            codec=self.codec,
+            mirror_every=self.mirror_every,
+            shrink=self._current_shrink,
+        )
+
+    def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        """Fold what was answered, and push what is due."""
+        self._step = step
+        self._pump(replica, mail)
+        self.period.stepped(mail, step)
+        for exchange in self.exchanges:
+            exchange.samples += self._mass // UNIT
+            if self._is_due(exchange):
+                if exchange.asked and self.on_late == "wait":
+                    yield from self._meeting(replica, mail).answered(exchange)
+                if not exchange.asked:
+                    self._push(exchange, replica, mail, PUSH)
+        return self.arrived()
+
+    def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
+        """Push what is left; when all have, pull: the consensus is the server's W."""
+        consensus = yield from self._meeting(replica, mail).consensus(replica, mail)
+        self._images = yield from self._own.images()
+        self.period.pause()
+        return consensus
+
+    def resume(self, replica: Replica, *, adopted: bool) -> None:
+        """What was pulled is the base of what comes."""
+        for exchange in self.exchanges:
+            exchange.samples, exchange.clean = 0, self._step
+
+    def averaged_over(self, n: int) -> int:
+        """Each arrival counts one n-th."""
+        return n
+
+    def arrived(self) -> list[Arrival]:
+        """What became of own corrections since the last call."""
+        arrivals, self._arrivals = self._arrivals, []
+        return arrivals
+
+    # -- a state at a meeting -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The shards that this member owns. The bases are the consensus."""
+        return {
+            "method": type(self).__name__,
+            "step": self._step,
+            "images": self._images,
+            "versions": [exchange.version for exchange in self.exchanges],
+            "steps": [exchange.step for exchange in self.exchanges],
+            "micros": [self.period.micros, self.period.fastest],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of the same method, on the weights of that meeting."""
+        if state.get("method") != (mine := type(self).__name__):
+            raise ValueError(
+                f"the state of {state.get('method', 'another method')} does not fit {mine}: go on with the method that "
+                "the run was started with, or start anew from the weights alone"
+            )
+        self._step, (self.period.micros, self.period.fastest) = state["step"], state["micros"]
+        for exchange, version, step in zip(self.exchanges, state["versions"], state["steps"], strict=True):
+            exchange.version, exchange.step, exchange.clean = version, step, self._step
+        self._images = state["images"].clone()
+        self._own.put(self._images)
+
+    # -- between two steps --------------------------------------------------------------------------------------------
+
+    def _pump(self, replica: Replica, mail: Mail) -> None:
+        """Everything but asking: never waits."""
+        mail.lost()  # what was asked of the dead is asked of others
+        for letter in mail.take(ANSWER):
+            for exchange in self.exchanges:
+                if exchange.place == letter.message.reference and exchange.asked:
+                    self._fold(exchange, letter, replica)
+            mail.folded(letter)
+        for exchange in self.exchanges:
+            if self.owners.look(exchange.shard.number):
+                self._move(exchange)
+        self._own.tell()
+
+    def _is_due(self, exchange: Exchange) -> bool:
+        """The first pushes of the shards are spread over a period, so that they do not all travel at once."""
+        steps = self.period.steps
+        if steps is None:
+            return False
+        early = steps * exchange.shard.number // len(self.exchanges) if exchange.step == 0 else 0
+        return self._step - exchange.step >= steps - early
+
+    def _push(self, exchange: Exchange, replica: Replica, mail: Mail, kind: int) -> None:
+        exchange.push(replica, mail, self._step, kind=kind, micros=self.period.micros, weight=self._weight)
+
+    def _weight(self) -> int:
+        """What a push counts: the paper's law knows no samples."""
+        return max(1, round((UNIT if self.attenuation == "paper" else self._mass) * self.accuracy()))
+
+    def _fold(self, exchange: Exchange, letter: Letter, replica: Replica) -> None:
+        if letter.message.weight == NOT_HERE:
+            self.owners.doubt(exchange.shard.number)
+        else:
+            self.period.fastest = letter.message.step
+        self._arrivals += exchange.fold(letter, replica)
+
+    def _move(self, exchange: Exchange) -> None:
+        """A shard has a new owner."""
+        number, before = exchange.shard.number, exchange.place
+        exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
+        self._own.moved(exchange, before)
+
+    def _meeting(self, replica: Replica, mail: Mail) -> ServerMeeting:
+        return ServerMeeting(
+            self.exchanges,
+            self.owners,
+            self._rounds,
+            self._step,
+            pump=lambda: self._pump(replica, mail),
+            push=lambda exchange: self._push(exchange, replica, mail, LAST),
+            pausing=self.on_late == "wait",
+        )
+
+    def _current_shrink(self) -> Shrink:
+        return self.shrink
+
+
+def perfect() -> float:
+    """Every correction counts alike."""
+    return 1.0
+
+
+def _check_late(max_delay: object, on_late: object) -> None:
+    _check_count("max_delay", max_delay, "no bound")
+    if on_late not in get_args(OnLate):
+        raise ValueError(f"`on_late` must be 'shrink', 'drop' or 'wait', got {on_late!r}")
+    if on_late == "wait" and max_delay is None:
+        raise ValueError("on_late='wait' needs a `max_delay`: without a bound nobody has to wait for anybody")
+
+
+def _check_count(name: str, count: object, none: str) -> None:
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise ValueError(f"`{name}` must be an integer of at least 1, or None for {none}, got {count!r}")

@@ -1,0 +1,66 @@
+"""What a member tells its own service, by mail like everybody else: who lives, what it takes over, what it gives up.
+
+member's step:  NEWS  TAKE  RETIRE  --in order, as far as the slots are free-->  shard_service  (never waits)
+meeting:        SHOW  <-- all its shards as bytes            a run that goes on:  PUT --> they are that
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_async.algorithms.exchange import Exchange
+from lightning_async.algorithms.shard_service import next_of
+from lightning_async.algorithms.shards import NEWS, PUT, RETIRE, SHOW, SHOWN, TAKE
+from lightning_async.transport.mail import Mail, Message, Wait
+
+
+class OwnService:
+    """One member's way to its own service.
+
+    Args:
+        mail: Its mail; the service is there already, and knows who lives now.
+    """
+
+    def __init__(self, mail: Mail) -> None:
+        self._mail = mail
+        self._told = (mail.members(), next_of(mail.me, mail.members()))
+        self._commands: list[Message] = []
+
+    def tell(self) -> None:
+        """Say what is new."""
+        mail = self._mail
+        known = (mail.members(), next_of(mail.me, mail.live()))
+        if known != self._told:
+            self._told, (members, mirror) = known, known
+            ranks = torch.tensor(members, dtype=torch.int64)
+            self._commands.append(Message(NEWS, ranks, version=-1 if mirror is None else mirror))
+        while self._commands and mail.post(mail.me, self._commands[0]):
+            self._commands.pop(0)
+
+    def moved(self, exchange: Exchange, before: int) -> None:
+        """A shard has another place now than `before`: take it over, or forget it."""
+        self._commands.append(Message(RETIRE, reference=before))
+        if exchange.owner == self._mail.me:
+            first = exchange.base.cpu().clone()
+            self._commands.append(Message(TAKE, first, version=exchange.version, reference=exchange.place))
+
+    def put(self, images: Tensor) -> None:
+        """A run goes on: the service's shards are these."""
+        self._commands.append(Message(PUT, images))
+        self.tell()
+
+    def images(self) -> Wait[Tensor]:
+        """All shards of the service, as bytes."""
+        mail = self._mail
+        self.tell()
+        while self._commands or not mail.post(mail.me, Message(SHOW)):
+            yield "the own service to hear"
+            self.tell()
+        while not (letters := mail.take(SHOWN)):
+            yield "the own service to show its shards"
+        image = letters[0].message.body
+        assert image is not None  # bytes, if only none
+        copy = image.clone()
+        mail.folded(letters[0])
+        return copy

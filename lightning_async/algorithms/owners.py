@@ -1,0 +1,70 @@
+"""Who owns which shard is decided on the board, generation by generation; the first word written holds, for everybody.
+
+    generation 1    by a formula
+    generation g+1  "shard/<run>/<shard>/<g+1>" = the next live member after the owner, proposed by whoever finds the
+                    owner silent or is told by it that it does not own the shard
+
+Only who hears more than half of the members proposes: a member that is cut off must not take everything when it comes
+back. An owner looks for its own successor, so one that was frozen learns that it is none any more.
+"""
+
+from __future__ import annotations
+
+from lightning_async.algorithms.shards import first_owner, place
+from lightning_async.transport.mail import Carrier
+
+
+class Owners:
+    """One member's view of who owns what.
+
+    Args:
+        board: This member's end of the board, and who is live.
+        shards: How many shards.
+        run: A number that each beginning has of its own, the same on all members.
+    """
+
+    def __init__(self, board: Carrier, shards: int, run: int) -> None:
+        self._board, self._run = board, run
+        self._base = run * 2**20  # generations of one beginning are never those of another
+        self._owners = [first_owner(b, shards, board.world) for b in range(shards)]
+        self._generations = [1] * shards
+        self._doubted: set[int] = set()
+        self._proposed: set[str] = set()
+
+    def owner(self, shard: int) -> int:
+        """Who owns a shard, as far as is known here."""
+        return self._owners[shard]
+
+    def place(self, shard: int) -> int:
+        """The shard with its generation, as it travels."""
+        return place(shard, self._base + self._generations[shard])
+
+    def doubt(self, shard: int) -> None:
+        """Its owner said that it is not."""
+        self._doubted.add(shard)
+
+    def look(self, shard: int) -> bool:
+        """Find out whether there is a new owner; ask for one where there must be. True: there is a new one."""
+        board, before = self._board, self._generations[shard]
+        while self._is_doubtful(shard) or self.owner(shard) == board.me:
+            key = f"shard/{self._run}/{shard}/{self._generations[shard] + 1}"
+            heir = board.decided(key)
+            if heir is None:
+                self._propose(shard, key)
+                break
+            self._owners[shard] = int(heir)
+            self._generations[shard] += 1
+            self._doubted.discard(shard)
+        return self._generations[shard] > before
+
+    def _is_doubtful(self, shard: int) -> bool:
+        return shard in self._doubted or self.owner(shard) not in self._board.live()
+
+    def _propose(self, shard: int, key: str) -> None:
+        """The owner is silent: the next one that is heard."""
+        live, owner = self._board.live(), self.owner(shard)
+        if owner in live or key in self._proposed or 2 * len(live) <= len(self._board.members()):
+            return
+        self._proposed.add(key)
+        after = [rank for rank in live if rank > owner]
+        self._board.propose(key, str((after or list(live))[0]).encode())

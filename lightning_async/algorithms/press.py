@@ -1,0 +1,232 @@
+"""The press fills and reads whole sheets, block by block, so that each number passes through memory once.
+
+    source  values of this rank, or the mean of the sheets of several       p = source + rest
+    rest    what was not sent                                               rest <- p - sent
+            or, where it tracks, the negative of all that was sent          rest <- rest - sent
+
+Everything that is as long as the model is kept, nothing is allocated in a round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_async.algorithms.sheets import Cut, Sheet, Span
+from lightning_async.algorithms.signs import BLOCK, NotFinite, Signs, signs_for
+
+MANY = 8  # blocks a thread; with fewer it is not worth starting one
+
+
+class Source(Protocol):
+    """Where numbers come from, by block or whole span of a cut."""
+
+    def onto(self, base: Tensor, i: int, span: Span, out: Tensor, signs: Signs) -> None:
+        """out = base + block `i`; `out` may be `base`."""
+
+    def whole(self, i: int, span: Span, out: Tensor) -> None:
+        """out = whole span `i`."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """A vector, or how far it has moved since it was another one."""
+
+    vector: Tensor
+    since: Tensor | None = None
+
+    def onto(self, base: Tensor, i: int, span: Span, out: Tensor, signs: Signs) -> None:
+        """out = base + the values of a span."""
+        here = slice(span.start, span.stop)
+        if self.since is None:
+            torch.add(self.vector[here], base, out=out)
+        else:
+            moved = out if out.data_ptr() != base.data_ptr() else torch.empty_like(out)
+            torch.add(torch.sub(self.vector[here], self.since[here], out=moved), base, out=out)
+
+    def whole(self, i: int, span: Span, out: Tensor) -> None:
+        """out = the values of a span."""
+        here = slice(span.start, span.stop)
+        if self.since is None:
+            out.copy_(self.vector[here])
+        else:
+            torch.sub(self.vector[here], self.since[here], out=out)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """`factor` times the sum of several sheets of one cut, in the order given."""
+
+    sheets: Sequence[Sheet]
+    factor: float = 1.0
+
+    def onto(self, base: Tensor, i: int, span: Span, out: Tensor, signs: Signs) -> None:
+        """out = base + block `i` of the sum."""
+        for sheet in self.sheets:
+            signs.shift(base, sheet.bits(i), sheet.scale(i) * self.factor, out)
+            base = out
+
+    def whole(self, i: int, span: Span, out: Tensor) -> None:
+        """out = whole span `i` of the sum: each part is scaled, then all are added, as `ddp` does it."""
+        out.zero_()
+        for sheet in self.sheets:
+            out.add_(sheet.whole(i), alpha=self.factor)
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What stays at home between rounds.
+
+    Attributes:
+        vector: One number for each of the flat vector's, from `base` on.
+        base: Where in the flat vector it begins.
+        tracks: Whether it is the negative of all that was sent, in place of what was not.
+    """
+
+    vector: Tensor
+    base: int = 0
+    tracks: bool = False
+
+    def part(self, span: Span) -> Tensor:
+        """What stays of a span."""
+        return self.vector[span.start - self.base : span.stop - self.base]
+
+    def covers(self, span: Span) -> bool:
+        """Whether anything stays of this span."""
+        return self.base <= span.start and span.stop - self.base <= self.vector.numel()
+
+
+class Press:
+    """Scratch memory for a block, or, with several threads, for one block each."""
+
+    def __init__(self, like: Tensor, *, block: int = BLOCK, threads: int = 1) -> None:
+        self._threads = threads if like.device.type == "cpu" else 1
+        self._benches = [(signs_for(like, block), like.new_empty(block)) for _ in range(self._threads)]
+
+    def pack(
+        self,
+        source: Source,
+        rest: Rest,
+        sheet: Sheet,
+        means: dict[int, float] | None = None,
+        *,
+        tells: bool = False,
+    ) -> None:
+        """Write a sheet; what it misses stays in `rest`.
+
+        `means` are the scales of whole tensors, or of all, from `means`; without them they are taken of this sheet.
+        A block that is not finite leaves its rest as it was, and is NotFinite; with `tells` it travels as NaN instead.
+        """
+        cut = sheet.cut
+        means = self.means(source, rest, [cut]) if means is None else means
+
+        def one(i: int, signs: Signs, scratch: Tensor) -> None:
+            span = cut.blocks[i]
+            p, kept = scratch[: span.stop - span.start], rest.part(span)
+            source.onto(kept, i, span, p, signs)
+            try:
+                sheet.scales[cut.groups[i]] = means[cut.group(span)] if means else signs.mean(p)
+            except NotFinite:
+                if not tells:
+                    raise
+                sheet.scales[cut.groups[i]] = math.nan
+                return
+            signs.pack(p, sheet.bits(i))
+            signs.shift(kept if rest.tracks else p, sheet.bits(i), -sheet.scale(i), kept)
+
+        self._each(len(cut.blocks), one)
+        for i, span in enumerate(cut.whole):
+            _pack_whole(source, rest, sheet, i, span, tells)
+
+    def means(self, source: Source, rest: Rest, cuts: Sequence[Cut]) -> dict[int, float]:
+        """The scales of tensors, or of all, that are cut into several blocks; empty where each block has its own."""
+        sums: dict[int, float] = {}
+        counts: dict[int, int] = {}
+        signs, scratch = self._benches[0]
+        for cut in cuts:
+            for i, span in enumerate(cut.blocks if cut.scale != "block" else ()):
+                group, p = cut.group(span), scratch[: span.stop - span.start]
+                source.onto(rest.part(span), i, span, p, signs)
+                sums[group] = sums.get(group, 0.0) + signs.mean(p) * p.numel()
+                counts[group] = counts.get(group, 0) + p.numel()
+        return {group: sums[group] / counts[group] for group in sums}
+
+    def keep(self, source: Source, rest: Rest, cuts: Sequence[Cut]) -> None:
+        """Nothing is sent: the rest takes all."""
+        signs, scratch = self._benches[0]
+        for cut in cuts:
+            for i, span in enumerate(cut.blocks):
+                p, kept = scratch[: span.stop - span.start], rest.part(span)
+                source.onto(kept, i, span, p, signs)
+                signs.mean(p)  # raises NotFinite
+                kept.copy_(p)
+            for i, span in enumerate(cut.whole):
+                numbers = torch.empty_like(rest.part(span))
+                source.whole(i, span, numbers)
+                rest.part(span).add_(numbers)
+
+    def add(self, source: Source, cut: Cut, to: Rest) -> None:
+        """Add a source to what is kept of its spans."""
+
+        def one(i: int, signs: Signs, scratch: Tensor) -> None:
+            here = to.part(cut.blocks[i])
+            source.onto(here, i, cut.blocks[i], here, signs)
+
+        self._each(len(cut.blocks), one)
+        for i, span in enumerate(cut.whole):
+            if to.covers(span):
+                numbers = torch.empty_like(to.part(span))
+                source.whole(i, span, numbers)
+                to.part(span).add_(numbers)
+
+    def square(self, source: Source, cut: Cut, plus: Rest | None = None) -> tuple[float, float]:
+        """The sum of the squares of a source (and what is kept of its spans), and of what signs would miss of it."""
+        signs, scratch = self._benches[0]
+        total = missed = 0.0
+        for i, span in enumerate(cut.blocks):
+            p = scratch[: span.stop - span.start]
+            source.onto(p.zero_() if plus is None else plus.part(span), i, span, p, signs)
+            square = float(torch.dot(p, p))
+            total += square
+            missed += max(0.0, square - signs.mean(p) ** 2 * p.numel())
+        for i, span in enumerate(cut.whole):
+            numbers = scratch.new_empty(span.stop - span.start)
+            source.whole(i, span, numbers)
+            if plus is not None:
+                numbers.add_(plus.part(span))
+            total += float(torch.dot(numbers, numbers))
+        return total, missed
+
+    def _each(self, count: int, one: Callable[[int, Signs, Tensor], None]) -> None:
+        """Do all blocks, shared out among the threads."""
+        workers = min(len(self._benches), count // MANY)
+        if workers < 2:
+            for i in range(count):
+                one(i, *self._benches[0])
+            return
+
+        def some(worker: int) -> None:
+            for i in range(worker, count, workers):
+                one(i, *self._benches[worker])
+
+        with ThreadPoolExecutor(workers) as pool:  # they live for this call, so nobody has to close them
+            list(pool.map(some, range(workers)))
+
+
+def _pack_whole(source: Source, rest: Rest, sheet: Sheet, i: int, span: Span, tells: bool) -> None:
+    numbers = sheet.whole(i)
+    source.whole(i, span, numbers)
+    covered = rest.covers(span)
+    if covered:
+        numbers.add_(rest.part(span))
+    finite = bool(torch.isfinite(numbers).all())
+    if not finite and not tells:
+        raise NotFinite("there are numbers that are not finite")
+    if covered and finite:
+        rest.part(span).sub_(numbers) if rest.tracks else rest.part(span).zero_()

@@ -1,0 +1,213 @@
+"""One shard at its owner: W moves by exactly gamma * Q * correction at each arrival, and the version counts arrivals.
+
+    PUSH (correction, base k, what it counts)  -->  gamma by how late it is  -->  outer rule  -->  W, version + 1
+                                               <--  ANSWER (W, version, by how much it counted)
+
+It is a function of its arrivals alone: no clock, no thread, no mail. All that it is fits into one vector of bytes: that
+is its mirror, and its part of a checkpoint. An arrival that is not finite moves nothing and still gets its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_async.algorithms.algorithm import UNIT, Shrink, no_shrink
+from lightning_async.algorithms.outer import Outer
+from lightning_async.algorithms.shards import MILLION, NOT_FINITE
+from lightning_async.algorithms.weighting import Attenuation, Law, excess_rounds, excess_versions, normalised, paper
+from lightning_async.arrival import Arrival
+from lightning_async.transport.mail import Letter
+
+OnLate = Literal["shrink", "drop", "wait"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a shard treats arrivals, the same on all members.
+
+    Attributes:
+        attenuation: The law's name.
+        law: What an excess of so many rounds is worth.
+        max_delay: So many versions of excess are late; None: nothing is.
+        on_late: Late arrivals are shrunk to what they would count at the bound, dropped, or made impossible by letting
+            fast members wait.
+        make_outer: Makes the merge rule, given the weights.
+    """
+
+    attenuation: Attenuation
+    law: Law
+    max_delay: int | None
+    on_late: OnLate
+    make_outer: Callable[[Tensor], Outer]
+
+
+@dataclass
+class ShardServer:
+    """The weights of one shard, and what became of all that arrived.
+
+    Attributes:
+        rules: How arrivals are treated.
+        weights: W.
+        members: The ranks that live.
+        version: How many arrivals there were.
+        orphaned: The version at which it was begun anew from some member's weights, because nobody had its books; -1
+            otherwise: then `pushed` is complete.
+        bases: The version that each member started from.
+        pausing: The members that push nothing until all have met.
+        pushed: The step of each member's last arrival.
+        paces: Microseconds of each member's step.
+        recent: What the last arrivals weighed.
+        counts: How many arrivals were folded, shrunk, dropped as late, or not finite.
+        shrink: Who is asked before an arrival is merged, at that time.
+        outer: The merge rule.
+    """
+
+    rules: Rules
+    weights: Tensor
+    members: tuple[int, ...]
+    version: int = 0
+    orphaned: int = -1
+    bases: dict[int, int] = field(default_factory=dict)
+    pausing: dict[int, int] = field(default_factory=dict)
+    pushed: dict[int, int] = field(default_factory=dict)
+    paces: dict[int, int] = field(default_factory=dict)
+    recent: list[float] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("folded", "shrunk", "dropped", "refused"), 0))
+    shrink: Callable[[], Shrink] = lambda: no_shrink
+    outer: Outer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.outer = self.rules.make_outer(self.weights)
+        self.bases = self.bases or dict.fromkeys(self.members, 0)
+
+    # -- arrivals -----------------------------------------------------------------------------------------------------
+
+    def must_wait(self, base: int) -> bool:
+        """Whether an arrival has to wait for slower members, so that these do not become too late by it.
+
+        Those that started from the oldest version never wait, so this ends. They may make each other n - 1 versions
+        later, which is kept free for them.
+        """
+        if self.rules.on_late != "wait" or self.rules.max_delay is None:
+            return False
+        slower = [k for member, k in self.bases.items() if k < base and member not in self.pausing]
+        return bool(slower) and self.version + 1 - min(slower) > self.rules.max_delay + len(self.members) - 1
+
+    def arrive(self, letter: Letter, correction: Tensor, *, last: bool = False) -> int:
+        """Merge a correction; millionths by which it counted beside one that is in time, or NOT_FINITE."""
+        message, peer, n = letter.message, letter.peer, len(self.members)
+        delay = max(0, self.version - message.version)
+        said = NOT_FINITE
+        if _is_finite(correction):
+            factor = self._factor(letter, delay, correction)
+            if factor > 0:
+                self.outer.arrive(self.weights, correction, self._gamma(letter, delay) * factor, n)
+            said = round(factor * MILLION)
+        self._count(said)
+        self.version += 1
+        self.pushed[peer] = message.step
+        if message.echo > 0:
+            self.paces[peer] = message.echo
+        self.handed_out(peer)
+        if last:
+            self.pausing[peer] = self.version
+        return said
+
+    def handed_out(self, peer: int) -> None:
+        """A member starts from these weights."""
+        self.bases[peer] = self.version
+        self.pausing.pop(peer, None)
+
+    def newest(self, peer: int) -> int:
+        """The step of a member's newest push in these weights; 0: none, -1: not known."""
+        return self.pushed.get(peer, 0 if self.orphaned < 0 else -1)
+
+    def hear(self, members: Iterable[int]) -> None:
+        """Who lives."""
+        self.members = tuple(members)
+        for known in (self.bases, self.pausing, self.paces):
+            for gone in set(known).difference(self.members):
+                del known[gone]
+
+    @property
+    def fastest(self) -> int:
+        """Microseconds of the fastest member's step; 0: not known."""
+        return min(self.paces.values(), default=0)
+
+    def _gamma(self, letter: Letter, delay: int) -> float:
+        n, base = len(self.members), letter.message.version
+        if self.rules.attenuation == "paper":
+            bases = {**self.bases, letter.peer: base}
+            return letter.message.weight / UNIT * paper(base, self.version, bases.values(), n)
+        worth = letter.message.weight * self.rules.law(excess_rounds(delay, n))
+        self.recent = [*self.recent, worth][-n:]
+        return normalised(worth, self.recent, n)
+
+    def _factor(self, letter: Letter, delay: int, correction: Tensor) -> float:
+        factor, n = 1.0, len(self.members)
+        excess, bound = excess_versions(delay, n), self.rules.max_delay
+        if bound is not None and excess > bound:
+            if self.rules.on_late == "drop":
+                return 0.0
+            factor = (bound + n) / (excess + n)
+        if (shrink := self.shrink()) is not no_shrink:
+            m = letter.message
+            arrival = Arrival(letter.peer, m.version, m.version, m.version + delay, letter.seconds, m.samples)
+            factor *= shrink(arrival, correction, None)
+        return factor
+
+    def _count(self, said: int) -> None:
+        word = {NOT_FINITE: "refused", 0: "dropped", MILLION: "folded"}.get(said, "shrunk")
+        self.counts[word] += 1
+
+    # -- all that it is -----------------------------------------------------------------------------------------------
+
+    def image(self) -> Tensor:
+        """It as bytes: numbers, then the weights and what the outer rule remembers."""
+        maps: list[Mapping[int, int]] = [self.bases, self.pausing, self.pushed, self.paces]
+        head = [self.version, self.orphaned, self.outer.count, len(self.recent), *(len(one) for one in maps)]
+        rows = [number for one in maps for pair in sorted(one.items()) for number in pair]
+        whole = torch.tensor([*head, *self.counts.values(), *rows], dtype=torch.int64)
+        recent = torch.tensor(self.recent, dtype=torch.float64)
+        return torch.cat([part.view(torch.uint8) for part in (whole, recent, self.weights, *self.outer.tensors)])
+
+    def become(self, image: Tensor) -> None:
+        """Be what an image says."""
+        head = _integers(image, 0, 8 + len(self.counts))
+        self.version, self.orphaned, self.outer.count = head[:3]
+        self.counts = dict(zip(self.counts, head[8:], strict=True))
+        at, maps = 8 * len(head), []
+        for length in head[4:8]:
+            numbers = _integers(image, at, 2 * length)
+            maps.append(dict(zip(numbers[::2], numbers[1::2], strict=True)))
+            at += 16 * length
+        self.bases, self.pausing, self.pushed, self.paces = maps
+        self.recent = image[at : at + 8 * head[3]].clone().view(torch.float64).tolist()
+        at += 8 * head[3]
+        for tensor in (self.weights, *self.outer.tensors):
+            size = tensor.numel() * tensor.element_size()
+            tensor.copy_(image[at : at + size].clone().view(tensor.dtype))
+            at += size
+
+
+def version_of(image: Tensor) -> int:
+    """The version that an image is of."""
+    return _integers(image, 0, 1)[0]
+
+
+def _integers(image: Tensor, at: int, count: int) -> list[int]:
+    found: list[int] = image[at : at + 8 * count].clone().view(torch.int64).tolist()
+    return found
+
+
+def _is_finite(values: Tensor) -> bool:
+    """In one pass and without a copy: the least and the greatest of values with a NaN are NaN."""
+    if not values.numel():
+        return True
+    least, greatest = torch.aminmax(values)
+    return bool(torch.isfinite(least) and torch.isfinite(greatest))

@@ -1,0 +1,267 @@
+"""A member's service: the shards that it owns, and mirrors of those of the member before it.
+
+    PUSH, LAST, PULL of everybody  -->  the shard's server, if this member owns that place; else NOT_HERE
+    every m arrivals               -->  MIRROR to the next member, when it has said that the last one is there
+    TAKE of the own member         -->  a dead or frozen owner's shard: from its mirror, else from the member's own base
+    RETIRE of the own member       -->  somebody else has taken it over meanwhile: forget it
+
+It is a function of the letters that reach it, in their order (see `mail.Mail.serve`). What it cannot know by letters
+(who lives, who took over) its own member tells it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lightning_async.algorithms.algorithm import Shrink, no_shrink
+from lightning_async.algorithms.shard_server import Rules, ShardServer
+from lightning_async.algorithms.shards import (
+    ANSWER,
+    LAST,
+    MIRROR,
+    MIRRORED,
+    NEWS,
+    NOT_HERE,
+    PULL,
+    PUSH,
+    PUT,
+    RETIRE,
+    SHOW,
+    SHOWN,
+    TAKE,
+    shard_of,
+)
+from lightning_async.algorithms.wire import EXACT, Codec
+from lightning_async.transport.mail import Letter, Message
+
+Answers = Iterable[tuple[int, Message]]
+
+
+@dataclass
+class Owned:
+    """A shard in this member's hands.
+
+    Attributes:
+        server: The shard.
+        since: Arrivals since the last mirror.
+        travelling: Whether a mirror is on its way.
+        held: Arrivals that wait for slower members.
+    """
+
+    server: ShardServer
+    since: int = 0
+    travelling: bool = False
+    held: list[Letter] = field(default_factory=list)
+
+
+class ShardService:
+    """What one member serves.
+
+    Args:
+        me: The member.
+        members: Who lives.
+        owned: The first weights of the shards that it owns, by their places.
+        mirrored: The same of those whose first mirrors it holds.
+        rules: How arrivals are treated.
+        codec: How corrections and answers travel; between a member and its own service nothing is cut off.
+        mirror_every: Arrivals between two mirrors; None: as many as there are members.
+        shrink: Who is asked before each merge, at that time.
+    """
+
+    def __init__(
+        self,
+        me: int,
+        members: tuple[int, ...],
+        owned: Mapping[int, Tensor],
+        mirrored: Mapping[int, Tensor],
+        *,
+        rules: Rules,
+        codec: Codec,
+        mirror_every: int | None = None,
+        shrink: Callable[[], Shrink] = lambda: no_shrink,
+    ) -> None:
+        self._me, self._members, self._rules, self._codec = me, members, rules, codec
+        self._every, self._shrink = mirror_every, shrink
+        self._next = next_of(me, members)
+        self._mirrors: dict[int, tuple[int, Tensor]] = {}
+        self.owned = {at: Owned(self._new(weights.clone())) for at, weights in owned.items()}
+        for at, weights in mirrored.items():
+            self._mirrors[shard_of(at)] = at, self._new(weights.clone()).image()
+
+    def __call__(self, letter: Letter) -> Answers:
+        """Do what the letter asks for."""
+        kind = letter.message.kind
+        if kind in (PUSH, LAST):
+            return self._pushed(letter)
+        return {
+            PULL: self._pulled,
+            MIRROR: self._keep,
+            MIRRORED: self._mirrored,
+            NEWS: self._hear,
+            TAKE: self._take,
+            RETIRE: self._retire,
+            SHOW: self._show,
+            PUT: self._put,
+        }[kind](letter)
+
+    # -- of everybody -------------------------------------------------------------------------------------------------
+
+    def _pushed(self, letter: Letter) -> Answers:
+        owned = self.owned.get(letter.message.reference)
+        if owned is None:
+            return [_not_here(letter)]
+        if owned.server.must_wait(letter.message.version):
+            owned.held.append(_kept(letter))
+            return []
+        return [*self._merge(owned, letter), *self._let_go(owned)]
+
+    def _merge(self, owned: Owned, letter: Letter) -> Answers:
+        server, m = owned.server, letter.message
+        assert m.body is not None  # a push always has a body
+        own = letter.peer == self._me
+        correction = (EXACT if own else self._codec).decode(m.body, server.weights.dtype)
+        said = server.arrive(letter, correction, last=m.kind == LAST)
+        owned.since += 1
+        weights = server.weights if own else self._codec.encode(server.weights)
+        return [_answer(letter, server, weights, said), *self._mirror(owned, m.reference)]
+
+    def _let_go(self, owned: Owned) -> Answers:
+        """Of those that wait, in the order of their arrival, whoever may go on now."""
+        answers: list[tuple[int, Message]] = []
+        while (free := next((x for x in owned.held if self._may_go(owned, x)), None)) is not None:
+            owned.held.remove(free)
+            answers += self._merge(owned, free)
+        return answers
+
+    def _may_go(self, owned: Owned, letter: Letter) -> bool:
+        return not owned.server.must_wait(letter.message.version)
+
+    def _pulled(self, letter: Letter) -> Answers:
+        owned = self.owned.get(letter.message.reference)
+        if owned is None:
+            return [_not_here(letter)]
+        server = owned.server
+        server.handed_out(letter.peer)
+        newest = server.newest(letter.peer)
+        return [_answer(letter, server, server.weights, max(0, server.orphaned), newest)]
+
+    # -- mirrors ------------------------------------------------------------------------------------------------------
+
+    def _mirror(self, owned: Owned, at: int) -> Answers:
+        if self._next is None or owned.travelling or owned.since < self._arrivals_per_mirror:
+            return []
+        owned.since, owned.travelling = 0, True
+        return [(self._next, Message(MIRROR, owned.server.image(), version=owned.server.version, reference=at))]
+
+    @property
+    def _arrivals_per_mirror(self) -> int:
+        return len(self._members) if self._every is None else self._every
+
+    def _keep(self, letter: Letter) -> Answers:
+        m = letter.message
+        assert m.body is not None  # a mirror always has a body
+        known = self._mirrors.get(shard_of(m.reference))
+        if known is None or known[0] <= m.reference:
+            self._mirrors[shard_of(m.reference)] = m.reference, m.body.clone()
+        return [(letter.peer, Message(MIRRORED, reference=m.reference))]
+
+    def _mirrored(self, letter: Letter) -> Answers:
+        if (owned := self.owned.get(letter.message.reference)) is not None:
+            owned.travelling = False
+        return []
+
+    # -- of the own member --------------------------------------------------------------------------------------------
+
+    def _hear(self, letter: Letter) -> Answers:
+        body, before = letter.message.body, self._next
+        assert body is not None  # it is the list of those that live
+        self._members = tuple(body.tolist())
+        self._next = letter.message.version if letter.message.version >= 0 else None
+        answers: list[tuple[int, Message]] = []
+        for at, owned in self.owned.items():
+            owned.server.hear(self._members)
+            owned.held = [held for held in owned.held if held.peer in self._members]
+            answers += self._let_go(owned)
+            if self._next != before:  # the new one has no mirror yet
+                owned.travelling, owned.since = False, self._arrivals_per_mirror
+                answers += self._mirror(owned, at)
+        return answers
+
+    def _take(self, letter: Letter) -> Answers:
+        m = letter.message
+        assert m.body is not None  # the weights to begin with, where there is no mirror
+        server = self._new(m.body.clone())
+        mirror = self._mirrors.pop(shard_of(m.reference), None)
+        if mirror is None:
+            server.version = server.orphaned = m.version
+        else:
+            server.become(mirror[1])
+        server.hear(self._members)
+        self.owned[m.reference] = owned = Owned(server, since=self._arrivals_per_mirror)
+        return self._mirror(owned, m.reference)
+
+    def _retire(self, letter: Letter) -> Answers:
+        owned = self.owned.pop(letter.message.reference, None)
+        return [] if owned is None else [_not_here(held) for held in owned.held]
+
+    def _show(self, letter: Letter) -> Answers:
+        """All images, each behind its length and its place."""
+        parts = []
+        for at, owned in sorted(self.owned.items()):
+            image = owned.server.image()
+            parts += [torch.tensor([image.numel(), shard_of(at)]).view(torch.uint8), image]
+        return [(self._me, Message(SHOWN, torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)))]
+
+    def _put(self, letter: Letter) -> Answers:
+        body = letter.message.body
+        assert body is not None  # images
+        images, begin = {}, 0
+        while begin < body.numel():
+            length, number = body[begin : begin + 16].clone().view(torch.int64).tolist()
+            images[number] = body[begin + 16 : begin + 16 + length]
+            begin += 16 + length
+        for at, owned in self.owned.items():
+            if shard_of(at) in images:
+                owned.server.become(images[shard_of(at)])
+                owned.server.hear(self._members)
+                owned.since = self._arrivals_per_mirror
+        return []
+
+    def _new(self, weights: Tensor) -> ShardServer:
+        return ShardServer(self._rules, weights, self._members, shrink=self._shrink)
+
+
+def next_of(me: int, ranks: Iterable[int]) -> int | None:
+    """The one behind this, going round; None where there is no other."""
+    others = [rank for rank in ranks if rank != me]
+    return next((rank for rank in others if rank > me), others[0] if others else None)
+
+
+def _answer(letter: Letter, server: ShardServer, weights: Tensor, said: int, newest: int = 0) -> tuple[int, Message]:
+    m = letter.message
+    answer = Message(
+        ANSWER,
+        weights,
+        step=server.fastest,
+        version=server.version,
+        echo=m.step,
+        samples=newest,
+        weight=said,
+        reference=m.reference,
+    )
+    return letter.peer, answer
+
+
+def _not_here(letter: Letter) -> tuple[int, Message]:
+    m = letter.message
+    return letter.peer, Message(ANSWER, echo=m.step, weight=NOT_HERE, reference=m.reference)
+
+
+def _kept(letter: Letter) -> Letter:
+    """A copy that outlives the fold of the letter."""
+    body = letter.message.body
+    return replace(letter, message=replace(letter.message, body=None if body is None else body.clone()))

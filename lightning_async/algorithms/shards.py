@@ -1,0 +1,88 @@
+"""Shards: consecutive parts of the flat vector, cut at multiples of 16 elements, and what is said of them by mail.
+
+    | shard 0 ....... | shard 1 ....... | shard 2 ... |         shard b's first owner: member b * n // shards
+
+A shard and its generation make a *place*. A shard gets a new generation when another member takes it over: what is for
+or from an older one is then out of date, whoever still believes in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_async.transport.mail import FIRST_FREE_KIND
+
+CUT = 16
+"""Elements: shards begin where cache lines and the replica's parameters may begin."""
+MANY = 8
+"""Shards by default, at most: more owners share the load, and each exchange is in more pieces."""
+MOST = 2**16
+
+PUSH = FIRST_FREE_KIND
+"""To the owner: a correction. version: the base's; echo: microseconds of a step; samples; weight: what it counts."""
+LAST = FIRST_FREE_KIND + 1
+"""The same, and then nothing until the members have met."""
+PULL = FIRST_FREE_KIND + 2
+"""To the owner: give me the weights, to the bit."""
+ANSWER = FIRST_FREE_KIND + 3
+"""From the owner: weights. version: theirs; echo: the request's step; step: microseconds of the fastest member's step;
+weight: millionths by which the push counted, or a word below. To a PULL, samples: the step of the newest own push in
+these weights (-1: not known); weight: all up to this version are in them, if that is not known."""
+MIRROR, MIRRORED = FIRST_FREE_KIND + 4, FIRST_FREE_KIND + 5
+"""From the owner to the next member: all that the shard is. And back: it is here."""
+NEWS = FIRST_FREE_KIND + 6
+"""From the member to its own service: body: who lives; version: where mirrors go."""
+TAKE = FIRST_FREE_KIND + 7
+"""From the member to its own service: this shard is ours now. body, version: the newest weights that the member had."""
+RETIRE = FIRST_FREE_KIND + 8
+"""From the member to its own service: this shard is ours no more."""
+SHOW, SHOWN, PUT = FIRST_FREE_KIND + 9, FIRST_FREE_KIND + 10, FIRST_FREE_KIND + 11
+"""From the member to its own service: what are our shards? The answer. And: they are this (a run that goes on)."""
+SERVED = (PUSH, LAST, PULL, MIRROR, MIRRORED, NEWS, TAKE, RETIRE, SHOW, PUT)
+
+NOT_HERE, NOT_FINITE = -1, -2
+"""Words in the place of a factor: this member does not own that; it was refused."""
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A part of the flat vector.
+
+    Attributes:
+        number: Which one.
+        begin: Its first element.
+        end: The one behind its last.
+    """
+
+    number: int
+    begin: int
+    end: int
+
+    @property
+    def part(self) -> slice:
+        """It, of a flat vector."""
+        return slice(self.begin, self.end)
+
+
+def cut(numel: int, shards: int) -> list[Shard]:
+    """`numel` elements in so many shards, or in fewer where there are not 16 for each; equal but for the last."""
+    blocks = -(-numel // CUT)
+    count = max(1, min(shards, blocks))
+    edges = [min(numel, CUT * (blocks * b // count)) for b in range(count)] + [numel]
+    return [Shard(b, edges[b], edges[b + 1]) for b in range(count)]
+
+
+def first_owner(shard: int, shards: int, world: int) -> int:
+    """Who owns a shard at the start."""
+    return shard * world // shards
+
+
+def place(shard: int, generation: int) -> int:
+    """A shard's generation as one integer."""
+    return generation * MOST + shard
+
+
+def shard_of(at: int) -> int:
+    """The shard of a place."""
+    return at % MOST

@@ -1,0 +1,83 @@
+"""How much an arrival counts: gamma, a law of how late it is, and of no delay that a healthy run has.
+
+    n equal members push once a round each: in the same order they are n - 1 versions late, and up to 2 (n - 1) where
+    the order changes from round to round. That is nobody's fault.
+    excess = max(0, delay - 2 (n - 1)) / n                    by so many rounds an arrival is too late
+
+    none   1          poly   (1 + excess)^-a        hinge  1 up to b rounds, then 1 / (1 + a * (excess - b))
+                      exp    e^(-a * excess)
+
+    gamma = w / (n * mean of w over the last n arrivals),     w = samples * Q * law(excess)
+
+So n equal members move the server as far in a round as one synchronous step of them all, at every n. The paper's law
+(BPT-CNN; Chen et al. 2019, as far as it could be recovered) looks at versions alone, and damps the latest to 0.37:
+
+    paper  gamma = e^(k / i) / sum over all members j of e^(k_j / i),  i the server's version now, k that of the start
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Literal, get_args
+
+Attenuation = Literal["poly", "exp", "hinge", "none", "paper"]
+Law = Callable[[float], float]
+STRENGTHS: Mapping[str, float] = {"poly": 0.5, "exp": 0.5, "hinge": 1.0}
+FREE_ROUNDS = 1.0
+"""So many rounds too late cost nothing under the law `hinge`."""
+
+
+def excess_versions(delay: int, n: int) -> int:
+    """By how many versions an arrival is later than in a healthy run of `n` members."""
+    return max(0, delay - 2 * (n - 1))
+
+
+def excess_rounds(delay: int, n: int) -> float:
+    """The same in rounds of `n` arrivals, which is what the laws see."""
+    return excess_versions(delay, n) / n
+
+
+def _none(excess: float) -> float:
+    return 1.0
+
+
+def _poly(strength: float, excess: float) -> float:
+    return float((1.0 + excess) ** -strength)
+
+
+def _exp(strength: float, excess: float) -> float:
+    return math.exp(-strength * excess)
+
+
+def _hinge(strength: float, excess: float) -> float:
+    return 1.0 if excess <= FREE_ROUNDS else 1.0 / (1.0 + strength * (excess - FREE_ROUNDS))
+
+
+def law(attenuation: Attenuation, strength: float | None = None) -> Law:
+    """The law of this name; `strength` is its a."""
+    if attenuation not in get_args(Attenuation):
+        names = ", ".join(map(repr, get_args(Attenuation)))
+        raise ValueError(f"`attenuation` must be one of {names}, got {attenuation!r}")
+    if strength is not None and attenuation not in STRENGTHS:
+        raise ValueError(f"`strength` has no meaning with attenuation={attenuation!r}: leave it out")
+    if strength is not None and (isinstance(strength, bool) or not isinstance(strength, (int, float)) or strength < 0):
+        raise ValueError(f"`strength` must be a number of at least 0, got {strength!r}")
+    if attenuation not in STRENGTHS:
+        return _none
+    chosen = STRENGTHS[attenuation] if strength is None else float(strength)
+    return partial({"poly": _poly, "exp": _exp, "hinge": _hinge}[attenuation], chosen)
+
+
+def normalised(weight: float, recent: Sequence[float], n: int) -> float:
+    """Gamma of an arrival of this weight, the last of the `recent` ones, among `n` members."""
+    last = recent[-n:]
+    return weight / (n * (sum(last) / len(last)))
+
+
+def paper(base: int, version: int, bases: Iterable[int], n: int) -> float:
+    """The paper's gamma of a member that started from `base`; `bases` are those of all members, this one included."""
+    if version == 0:
+        return 1.0 / n
+    return math.exp(base / version) / sum(math.exp(k / version) for k in bases)

@@ -1,0 +1,42 @@
+"""Where a run goes on with another number of ranks, what the old ranks had not sent is shared out among the new ones.
+
+saved by 4     rank 0   rank 1   rank 2   rank 3          each file is read by one rank alone, so the sum is kept
+                 |        |        |        |
+go on with 2   rank 0   rank 1   rank 0   rank 1
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_async.strategies.rank_files import main_file, rank_file
+from lightning_async.strategies.resuming import KEY
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
+
+def heirlooms(strategy: AsyncStrategy, path: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of the algorithm on the old ranks that fall to this one; none where the world is the same."""
+    shared = checkpoint.get(KEY)
+    if shared is None or shared["world"] == strategy.world_size or shared["strategy"] != strategy.name:
+        return []
+    old = shared["ranks"][strategy.global_rank :: strategy.world_size]
+    return [state for rank in old if (state := _state(strategy, path, shared["save"], rank)) is not None]
+
+
+def _state(strategy: AsyncStrategy, path: Any, save: str, rank: int) -> dict[str, Any] | None:
+    file = rank_file(main_file(os.fspath(path)), save, rank)
+    try:
+        own = strategy.checkpoint_io.load_checkpoint(file, weights_only=True)
+    except Exception as error:  # each CheckpointIO has its own way to say that there is no such file
+        rank_zero_warn(
+            f"{strategy.name}: {file} cannot be read ({type(error).__name__}: {error}); what that rank had not sent "
+            "yet is lost: about one update of one rank"
+        )
+        return None
+    state: dict[str, Any] = own["parts"]["algorithm"]
+    return state

@@ -1,0 +1,196 @@
+"""What is sent and what stays add up to what there was, whatever the numbers, in all ways to compute it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_async.algorithms.press import Press, Rest, Sum, Values
+from lightning_async.algorithms.sheets import Span, cuts
+from lightning_async.algorithms.signs import NotFinite, NumpySigns, Signs, TorchSigns, nbytes
+
+SIZES = [0, 1, 7, 8, 9, 255, 256, 1000, 4096]
+WAYS = ["numpy", "torch"]
+
+
+def numbers(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def signs(way: str, dtype: torch.dtype = torch.float32) -> Signs:
+    return TorchSigns() if way == "torch" else NumpySigns(4096, dtype)
+
+
+def send(way: str, p: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(what is sent, what stays, scale)"""
+    by, bits = signs(way, p.dtype), torch.zeros(nbytes(p.numel()), dtype=torch.uint8)
+    scale = float(torch.tensor(by.mean(p), dtype=p.dtype))
+    by.pack(p, bits)
+    sent, left = torch.zeros_like(p), p.clone()
+    by.shift(sent, bits, scale, sent)
+    by.shift(left, bits, -scale, left)
+    return sent, left, scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("n", SIZES)
+def test_sent_plus_rest_is_all_there_was(n: int, way: str, dtype: torch.dtype) -> None:
+    p = numbers(n, dtype=dtype)
+    sent, left, _ = send(way, p)
+    torch.testing.assert_close(sent + left, p, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(left, p - sent, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tail", "one in a hundred", "all alike"])
+def test_what_is_missed_is_1_minus_phi_of_the_square(kind: str) -> None:
+    p = numbers(5000, dtype=torch.float64)
+    if kind == "heavy tail":
+        p = p**5
+    if kind == "one in a hundred":
+        p = torch.where(torch.arange(5000) % 100 == 0, p, 0.0)
+    if kind == "all alike":
+        p = p.sign()
+    _, left, _ = send("torch", p)
+    phi = p.abs().sum() ** 2 / (5000 * p.square().sum())
+    assert 1 / 5000 <= phi <= 1 + 1e-12
+    torch.testing.assert_close(left.square().sum(), (1 - phi) * p.square().sum(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("n", SIZES)
+def test_signs_come_back_as_they_were(n: int, way: str) -> None:
+    p = numbers(n)
+    p[: n // 3] = 0.0
+    p[: n // 5] = -0.0
+    sent, _, scale = send(way, p)
+    assert torch.equal(sent, torch.where(p >= 0, scale, -scale))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_both_ways_write_the_same_bytes(n: int) -> None:
+    p, bits = numbers(n), {way: torch.zeros(nbytes(n), dtype=torch.uint8) for way in WAYS}
+    for way in WAYS:
+        signs(way).pack(p, bits[way])
+    assert torch.equal(bits["numpy"], bits["torch"])
+    expected = np.packbits(p.numpy() >= 0, bitorder="little")
+    assert bits["numpy"].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(way: str, bad: float) -> None:
+    p = numbers(100)
+    p[57] = bad
+    with pytest.raises(NotFinite):
+        signs(way).mean(p)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sum_may_be_too_large_where_no_number_is(way: str) -> None:
+    assert signs(way).mean(torch.full((1000,), 3e38)) == pytest.approx(3e38)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_zeros_send_nothing_and_denormals_survive(way: str) -> None:
+    sent, left, scale = send(way, torch.zeros(100))
+    assert scale == 0
+    assert not sent.any()
+    assert not left.any()
+    tiny = torch.full((100,), 1e-44)
+    sent, left, _ = send(way, tiny)
+    assert torch.equal(sent, tiny)
+    assert not left.any()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_scale_of_many_numbers_is_right(way: str) -> None:
+    p = numbers(1 << 22)
+    by = TorchSigns() if way == "torch" else NumpySigns(1 << 22)
+    assert by.mean(p) == pytest.approx(float(p.double().abs().mean()), rel=1e-6)
+
+
+# -- whole sheets ------------------------------------------------------------------------------------------------------
+
+SPANS = [Span(0, 100, 0), Span(112, 117, 1), Span(128, 1000, 2), Span(1008, 1008, 3), Span(1008, 1409, 4)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+@pytest.mark.parametrize("scale", ["block", "tensor", "global"])
+def test_every_number_is_in_one_sheet_and_comes_out_again(scale: str, parts: int) -> None:
+    all_cuts = cuts(SPANS, parts=parts, dtype=torch.float64, min_size=8, exact=[0], block=64, scale=scale)  # type: ignore[arg-type]
+    spans = sorted(s for cut in all_cuts for s in [*cut.blocks, *cut.whole])
+    covered = [i for s in spans for i in range(s.start, s.stop)]
+    assert covered == [i for s in SPANS for i in range(s.start, s.stop)]
+    assert all(s.tensor in (0, 1) for cut in all_cuts for s in cut.whole)
+    values, old, out = numbers(1409, 1, torch.float64), numbers(1409, 2, torch.float64), torch.zeros(1409).double()
+    rest, press = Rest(old.clone()), Press(values, block=64)
+    means = press.means(Values(values), rest, all_cuts)
+    for cut in all_cuts:
+        sheet = cut.sheet()
+        press.pack(Values(values), rest, sheet, means)
+        press.add(Sum([sheet]), cut, Rest(out))
+    torch.testing.assert_close((out + rest.vector)[covered], (values + old)[covered])
+    padding = sorted(set(range(1409)) - set(covered))
+    assert not out[padding].any()
+    assert torch.equal(rest.vector[padding], old[padding])
+    assert not rest.vector[:100].any()  # what travels whole leaves nothing
+    if scale == "global":
+        assert len({s.abs().item() for s in out[128:1000]}) == 1
+
+
+def test_sheets_are_of_about_equal_length() -> None:
+    lengths = [cut.nbytes for cut in cuts(SPANS, parts=4, dtype=torch.float32, block=64)]
+    assert max(lengths) - min(lengths) < 24
+
+
+def test_a_sum_of_sheets_in_several_threads() -> None:
+    (cut,) = cuts([Span(0, 5000, 0)], parts=1, dtype=torch.float32, block=64)
+    values = [numbers(5000, seed) for seed in range(3)]
+    ends = []
+    for threads in (1, 3):
+        press, sheets = Press(values[0], block=64, threads=threads), []
+        rests = [Rest(torch.zeros(5000)) for _ in values]
+        for v, rest in zip(values, rests, strict=True):
+            sheets.append(cut.sheet())
+            press.pack(Values(v), rest, sheets[-1])
+        out = torch.zeros(5000)
+        press.add(Sum(sheets, 1 / 3), cut, Rest(out))
+        ends.append((out, *(rest.vector for rest in rests)))
+        torch.testing.assert_close(out + sum(r.vector for r in rests) / 3, sum(values) / 3)
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_rest_that_tracks_is_the_negative_of_all_that_was_sent() -> None:
+    (cut,) = cuts([Span(0, 100, 0), Span(104, 107, 1)], parts=1, dtype=torch.float64, min_size=8)
+    press, rest, out = Press(torch.zeros(0).double()), Rest(torch.zeros(107).double(), tracks=True), torch.zeros(107)
+    out = out.double()
+    for seed in range(20):
+        sheet = cut.sheet()
+        press.pack(Values(numbers(107, seed, torch.float64)), rest, sheet)
+        press.add(Sum([sheet]), cut, Rest(out))
+    torch.testing.assert_close(out, -rest.vector)
+
+
+def test_a_sheet_of_another_length_is_refused() -> None:
+    (cut,) = cuts([Span(0, 100, 0)], parts=1, dtype=torch.float32)
+    with pytest.raises(ValueError, match="a sheet of 17 bytes was expected and one of 5 came"):
+        cut.sheet().fill(torch.zeros(5, dtype=torch.uint8))
+
+
+def test_numbers_that_are_not_finite_leave_the_rest_as_it_was() -> None:
+    (cut,) = cuts([Span(0, 100, 0)], parts=1, dtype=torch.float32)
+    rest, bad = Rest(numbers(100)), numbers(100, 1)
+    bad[3] = math.nan
+    for attempt in (
+        lambda: Press(bad).pack(Values(bad), rest, cut.sheet()),
+        lambda: Press(bad).keep(Values(bad), rest, [cut]),
+    ):
+        with pytest.raises(NotFinite):
+            attempt()
+        assert torch.equal(rest.vector, numbers(100))

@@ -1,0 +1,48 @@
+"""What ranks run in the tests of the harness. Nothing is imported that a job does not need: they begin in no time."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from benchmarks.rank import say
+
+
+def environment(*, more: int) -> dict[str, Any]:
+    return {"rank": int(os.environ["RANK"]), "world": int(os.environ["WORLD_SIZE"]), "more": more}
+
+
+def fails_on_1() -> str:
+    if os.environ["RANK"] == "1":
+        raise OSError("no more paper")
+    return "fine"
+
+
+def counts_for_ever() -> None:
+    say("begun")
+    number = 0
+    while True:
+        time.sleep(0.01)
+        number += 1
+        say(str(number))
+
+
+def counts_in_the_store() -> None:
+    import torch.distributed as dist
+
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    while True:
+        say(str(store.add(os.environ["RANK"], 1)))
+        time.sleep(0.01)
+
+
+def average() -> float:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    mine = torch.tensor([float(os.environ["GROUP_RANK"])])
+    dist.all_reduce(mine)
+    dist.destroy_process_group()
+    return mine.item() / 2
