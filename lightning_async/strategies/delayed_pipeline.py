@@ -10,7 +10,7 @@ the last stage it skips its own backward pass and optimizer step, which come wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, get_args
@@ -27,11 +27,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_async.arrival import Arrival
 from lightning_async.pipeline import draws, partition
 from lightning_async.pipeline.compensate import Compensate
 from lightning_async.pipeline.edge import Wire
-from lightning_async.pipeline.place import Shrink
 from lightning_async.pipeline.schedule import Order
 from lightning_async.pipeline.stash import Semantics
 from lightning_async.strategies import compat, whole, words
@@ -142,7 +140,7 @@ class DelayedPipelineStrategy(Resting):
         self.office = Office(
             interface=interface, silence=silence, patience=patience, limit=waiting_timeout, record=None
         )
-        self._shrink: float | Shrink = shrink
+        self.shrink = shrink
         self.resumed = {}
         self._garbage = Garbage()
         self._leash: compat.Leash | None = None
@@ -150,27 +148,6 @@ class DelayedPipelineStrategy(Resting):
         self._turns: Turns | None = None
         self._fresh = self.measuring = False
         self._found: tuple[int, ...] = ()
-
-    # -- what callbacks may use, the same for every strategy -----------------------------------------------------------
-
-    def arrivals(self, reader: object = None) -> list[Arrival]:
-        """The gradients that reached this stage since this reader's last call."""
-        return self._turns.arrivals.read(reader) if self._turns is not None else []
-
-    def traffic(self) -> Mapping[Any, Any]:
-        """Bytes and messages by peer and kind, counted by the carrier."""
-        return self.office.traffic()
-
-    @property
-    def shrink(self) -> float | Shrink:
-        """The factor on what comes from the stage behind, or the law that is asked for it."""
-        return self._shrink
-
-    @shrink.setter
-    def shrink(self, law: float | Shrink) -> None:
-        self._shrink = law
-        if self.piped and self._turns is not None:
-            self.turns.place.shrink = law
 
     # -- set-up and teardown -------------------------------------------------------------------------------------------
 
@@ -301,6 +278,7 @@ class DelayedPipelineStrategy(Resting):
         if self._turns is not None:
             self._turns.place.stage.clear()
         self.resumed = {}
+        self.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
@@ -338,6 +316,9 @@ class DelayedPipelineStrategy(Resting):
     def on_train_start(self) -> None:
         """Right before the first batch."""
         self._garbage.set_aside()
+        if self.piped:
+            self.put_back()
+            self.set_out()
         if not self.last and self.lr_scheduler_configs:
             for optimizer in self.optimizers:  # its first real step comes late: without this torch would warn
                 optimizer.zero_grad()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 
 from lightning_async.strategies import words
-from lightning_async.strategies.pipe_saving import PipeSaving
+from lightning_async.strategies.pipe_shown import PipeShown
 
 
-class Resting(PipeSaving):
+class Resting(PipeShown):
     """The rests of one rank."""
 
     rested = False
@@ -24,7 +24,9 @@ class Resting(PipeSaving):
         turns, trainer = self.turns, self.trainer
         if drain:
             turns.drain()
+        self.arrive()
         self.together(turns.place.rest(turns.batches + turns.passes))
+        self.together(self.tell())
         mine = {key: float(value) for key, value in trainer.callback_metrics.items()}
         known = self.together(words.broadcast(self.office.rounds, mine, 0))
         if self.global_rank != 0:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_async.algorithms.algorithm import no_shrink
 from lightning_async.arrival import ArrivalLog
 from lightning_async.pipeline import compensate, draws, schedule
 from lightning_async.pipeline.place import Place
@@ -70,7 +71,7 @@ class Turns:
         every = strategy.trainer.accumulate_grad_batches
         self._late = max(0, stage.delay - (strategy.order == "update_first")) / every
         self._lr = 1.0
-        shrink = strategy.shrink
+        shrink = strategy.shrink if strategy.shrink is not no_shrink else 1.0
         if fitting and isinstance(shrink, (int, float)) and shrink != 1.0 and self._is_blind():
             self._lr, shrink = shrink ** (strategy.depth - 1 - index), 1.0
         self.place = Place(

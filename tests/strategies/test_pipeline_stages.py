@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_async import DelayedPipelineStrategy
+from lightning_async import AdaptiveShrink, DelayedPipelineStrategy, DelayStats
 from tests.strategies.piped import WIDTH, Piped, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
@@ -276,3 +277,23 @@ def test_a_list_of_blocks_trains_as_a_sequence_does() -> None:
     in_a_list = run(2, _works, 2, InAList, {"split": [1]})
     assert in_a_list[0] == sequence[0]
     assert len(sequence[0]) == 16
+
+
+def _watched(folder: str, resume: str | None) -> Any:
+    warnings.filterwarnings("ignore", "The dirpath has changed")
+    shrink, delays = AdaptiveShrink(law="constant", beta=0.5), DelayStats()
+    saved = ModelCheckpoint(folder, filename="{epoch}")
+    lit = Piped()
+    t = trainer(3, callbacks=[shrink, delays, saved], enable_checkpointing=True, max_epochs=2)
+    t.fit(lit, loader(), loader(20), ckpt_path=resume)
+    factors = [a.factor for a in t.strategy.arrivals()]
+    return factors, lit.losses, shrink.figures, delays.figures
+
+
+def test_callbacks_see_delays_and_shrink_by_them(tmp_path: Path) -> None:
+    ends = run(3, _watched, str(tmp_path / "a"), None)
+    assert ends[0][0] == []
+    assert ends[2][0][:5] == [1.0, 0.5, 0.25, 0.125, 0.125]  # beta to the power of the delay
+    for end in ends[1:]:
+        assert repr(end[2:]) == repr(ends[0][2:])  # some figures are none, and no two of these are equal
+    assert ends[0][3]["max"] == 3.0
