@@ -228,6 +228,7 @@ class ShardService:
             if shard_of(at) in images:
                 owned.server.become(images[shard_of(at)])
                 owned.server.hear(self._members)
+                owned.since = self._arrivals_per_mirror
         return []
 
     def _new(self, weights: Tensor) -> ShardServer:

@@ -143,6 +143,14 @@ class Progress:
         """Steps of the run by now, the others carried forward at their speeds: smoother, and perhaps too many."""
         return self._steps(self._others.about(Unit.UPDATES, self._report()))
 
+    def told(self) -> Tally:
+        """What all have done at least, by their own words; at a meeting, exactly."""
+        if self._meeting:
+            return self.agreed
+        mine = self._report()
+        done = (self.own[unit] + self._others.told(unit, mine) for unit in Unit)
+        return Tally(*map(max, self.agreed, done))
+
     def _steps(self, others: int) -> int:
         if self._in_step:
             others = self._others.elsewhere(Unit.UPDATES) + self.own.updates * (len(self._desk.members()) - 1)

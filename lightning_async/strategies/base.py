@@ -40,6 +40,7 @@ from lightning_async.strategies.clock import Clock
 from lightning_async.strategies.consensus import Consensus
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.garbage import Garbage
+from lightning_async.strategies.inner_layer import InnerLayer
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
@@ -69,6 +70,7 @@ class AsyncStrategy(Shown):
         patience: float = 30.0,
         meeting_timeout: float = 1800.0,
         record: str | None = None,
+        inner_threads: int | None = None,
         start_method: StartMethod = "popen",
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
@@ -109,6 +111,8 @@ class AsyncStrategy(Shown):
         self.stepping, self.consensus, self.statistics = Stepping(self), Consensus(self), Statistics()
         self.checkpoints.parts |= {"progress": self.clock, "stepping": self.stepping}
         self._garbage = Garbage()
+        self.inner_threads = inner_threads
+        self._inner = InnerLayer(inner_threads)
         self._leash: compat.Leash | None = None
         self._metrics: LedMetrics | None = None
         self._replica: Replica | None = None
@@ -157,6 +161,7 @@ class AsyncStrategy(Shown):
         """Flatten the weights and make all replicas equal to rank 0's."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             refuse_module(model, self.name)
+            self._inner.begin(model)
             self._replica = Replica(model.parameters())
             self.consensus.begin(model, self._replica)
             self.stepping.begin()
@@ -171,9 +176,11 @@ class AsyncStrategy(Shown):
         for replaced in (self._leash, self._metrics):
             if replaced is not None:
                 replaced.restore()
+        self._inner.end()
         self.feeding.close()
         self.statistics.forget()
         self.checkpoints.forget()
+        self.consensus.telling.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:

@@ -20,6 +20,7 @@ from lightning_async.progress.tally import Tally
 from lightning_async.strategies import compat
 from lightning_async.strategies.counts import NEVER, Counts, ask_at_meetings
 from lightning_async.strategies.log_steps import LogSteps
+from lightning_async.strategies.logbook import Logbook
 from lightning_async.strategies.schedules import Schedules
 from lightning_async.strategies.wishes import Wishes
 from lightning_async.transport.mail import Wait
@@ -52,7 +53,7 @@ class Clock:
         self.empty: tuple[int, ...] = ()
         self._strategy = strategy
         self._counts, self._wishes = Counts(meet_every), Wishes(strategy)
-        self._schedules, self._log_steps = Schedules(), LogSteps()
+        self._schedules, self._log_steps, self._logbook = Schedules(), LogSteps(), Logbook()
         self._restored: dict[str, Any] = {}
         self._written = 0
 
@@ -100,6 +101,7 @@ class Clock:
         desk, batch = strategy.office.desk(PROGRESS), feeding.batch
         self.progress = Progress(desk, n=n, agenda=agenda, batch=batch, in_step=in_step, before=before, epoch=epoch)
         self._log_steps.begin(trainer, self.progress.steps())
+        self._logbook.begin(self.progress)
         self._wishes.validated()
         if trainer.lightning_module.automatic_optimization:
             self._schedules.take(strategy.lr_scheduler_configs, self.progress.steps())
@@ -143,7 +145,10 @@ class Clock:
         progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         self.summon(trainer)
         trainer.val_check_batch = NEVER if self._counts.taken else trainer.val_check_batch
-        return progress.ended or self._strategy.together(progress.comes())
+        meets = progress.ended or self._strategy.together(progress.comes())
+        if not meets:
+            self._logbook.stepped(trainer, progress)
+        return meets
 
     def heed(self) -> None:
         """To be called by who waits inside of a step."""
@@ -163,6 +168,8 @@ class Clock:
         self._write(trainer)
         if self._counts.taken and not self._log_steps.is_logged(trainer):
             self._log_steps.follow(trainer, trainer.global_step - 1)
+        if self.progress is not None:
+            self._logbook.met(trainer, self.progress)
         loop = trainer.fit_loop.epoch_loop
         if outcome.due & Due.END_EPOCH and not loop.batch_progress.is_last_batch:
             loop.batch_progress.is_last_batch = True

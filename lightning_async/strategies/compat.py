@@ -189,6 +189,16 @@ def set_log_step(trainer: Trainer, step: int) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
+def logs_now(trainer: Trainer) -> bool:
+    """Whether Lightning logs the batch under way."""
+    return trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
+
+
+def log(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
+    """Give the loggers numbers under this step."""
+    trainer._logger_connector.log_metrics(metrics, step)  # type: ignore[arg-type]
+
+
 def last_metric(trainer: Trainer, name: str) -> Tensor | None:
     """A metric as it was computed last. (To read `callback_metrics` would compute some, and so wait for all ranks.)"""
     found: Tensor | None = trainer._logger_connector._callback_metrics.get(name)
@@ -228,14 +238,36 @@ def validate(trainer: Trainer) -> None:
 
 
 @contextmanager
-def as_after_a_batch(trainer: Trainer) -> Iterator[None]:
-    """Metrics are read as behind a batch: this rank's own of its last step, not the epoch's, which all combine."""
-    connector = trainer._logger_connector
-    before, connector._first_loop_iter = connector._first_loop_iter, False
+def within_epoch(trainer: Trainer) -> Iterator[None]:
+    """Whoever is at the end of its epoch stands where the others are: behind a batch.
+
+    Metrics that are read now are those of steps, since those of the epoch would be combined over ranks still in it; and
+    what is saved now is resumed in mid-epoch, as on the others.
+    """
+    connector, epochs = trainer._logger_connector, trainer.fit_loop.epoch_progress
+    counts: list[Any] = [epochs.current, epochs.total]
+    first, connector._first_loop_iter = connector._first_loop_iter, False
+    for count in counts:
+        count.processed -= 1
     try:
         yield
     finally:
-        connector._first_loop_iter = before
+        for count in counts:
+            count.processed += 1
+        connector._first_loop_iter = first
+
+
+@contextmanager
+def within_batch(trainer: Trainer) -> Iterator[None]:
+    """The last batch is not counted as completed yet, as in the hooks at its end."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    for count in (batches.current, batches.total):
+        count.completed -= 1
+    try:
+        yield
+    finally:
+        for count in (batches.current, batches.total):
+            count.completed += 1
 
 
 def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:

@@ -43,6 +43,7 @@ class GossipRingStrategy(AsyncStrategy):
         patience: Seconds without a heartbeat after which a rank is declared dead for good.
         meeting_timeout: The longest a meeting may wait for a living rank, in seconds.
         record: Folder for each rank's event log, from which the run can be replayed to the bit; None: no log.
+        inner_threads: On CPU, convolutions in tiles on so many threads of our own; None: by ATen's pool, as ever.
         start_method: How local processes start: "popen", "spawn", "fork" or "forkserver".
         timeout: For the default process group, which is used at start-up only.
         process_group_backend: Backend of the default process group.
@@ -74,6 +75,7 @@ class GossipRingStrategy(AsyncStrategy):
         patience: float = 30.0,
         meeting_timeout: float = 1800.0,
         record: str | None = None,
+        inner_threads: int | None = None,
         start_method: StartMethod = "popen",
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
@@ -97,6 +99,7 @@ class GossipRingStrategy(AsyncStrategy):
             patience=patience,
             meeting_timeout=meeting_timeout,
             record=record,
+            inner_threads=inner_threads,
             start_method=start_method,
             timeout=timeout,
             process_group_backend=process_group_backend,

@@ -114,9 +114,10 @@ class Meetings(Callback):
 
     def _attend(self, trainer: Trainer, module: LightningModule) -> None:
         """What the loop does for those who met after a batch."""
-        with compat.as_after_a_batch(trainer):
-            for callback in compat.callbacks(trainer):
-                if isinstance(callback, (ModelCheckpoint, Timer)):
-                    callback.on_train_batch_end(trainer, module, None, None, 0)
-        if self.strategy.clock.validating:
-            compat.validate(trainer)
+        with compat.within_epoch(trainer):
+            with compat.within_batch(trainer):
+                for callback in compat.callbacks(trainer):
+                    if isinstance(callback, (ModelCheckpoint, Timer)):
+                        callback.on_train_batch_end(trainer, module, None, None, 0)
+            if self.strategy.clock.validating:
+                compat.validate(trainer)

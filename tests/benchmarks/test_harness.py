@@ -7,15 +7,18 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack, closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from benchmarks.__main__ import benchmarks, machine, main
 from benchmarks.launch import Ranks
 from benchmarks.repeat import repeat
+from benchmarks.store import Held
 from benchmarks.table import Claim, Role, Row, Table
 from tests.benchmarks.jobs import counts_for_ever, counts_in_the_store, environment, fails_on_1
 from tests.strategies.ranks import FORK
@@ -107,6 +110,16 @@ class TestCommand:
         with pytest.raises(SystemExit):
             main(["no_such_benchmark"])
         assert "no_such_benchmark" in capsys.readouterr().err
+
+
+def test_a_held_port_is_given_to_nobody_and_a_store_may_listen_there() -> None:
+    with closing(Held()) as held, ExitStack() as others:
+        given = [others.enter_context(closing(Held())).port for _ in range(200)]
+        assert held.port not in given
+        assert len(set(given)) == 200
+        server = TCPStore("127.0.0.1", held.port, is_master=True, wait_for_workers=False)
+        assert TCPStore("127.0.0.1", held.port, is_master=False).add("visits", 1) == 1
+        del server
 
 
 class TestRanks:

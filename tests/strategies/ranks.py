@@ -108,6 +108,7 @@ def _life(
     pipe: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     gc.unfreeze()  # conftest's: a strategy sets aside what there is itself
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     os.environ.update(environment)
     try:
         result = Result(function(*arguments))

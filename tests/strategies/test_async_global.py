@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from lightning_async import AsyncGlobalStrategy, SpeedFaults
+from lightning_async.algorithms.async_global import AsyncGlobal
 from tests.strategies.lit import Lit, loader, trainer, weights
-from tests.strategies.ranks import run
+from tests.strategies.ranks import Forked, run
+from tests.strategies.resumable import Draws, Saves, held_out, samples, seed
 
 
 def _fit(devices: int, knobs: dict[str, Any], slow: float) -> dict[str, Any]:
@@ -51,3 +59,144 @@ def test_all_ranks_end_equal_and_every_sample_is_seen_once(devices: int, knobs: 
     assert len(seen) == 240
     if knobs.get("mode") != "sync":
         assert all(end["arrivals"] for end in ends)
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+class Faulty(Callback):
+    """At this batch, once, something happens to one rank."""
+
+    def __init__(self, rank: int, batch: int, what: Callable[[Any], object]) -> None:
+        self.rank, self.batch, self.what = rank, batch, what
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (int(os.environ["RANK"]), trainer.current_epoch, batch_idx) == (self.rank, 0, self.batch):
+            self.what(module)
+
+
+def _die(module: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _freeze(module: Any) -> None:
+    with subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {os.getpid()}"]):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _spoil(module: Any) -> None:
+    module.layer[0].weight.data[0, 0] = float("nan")
+
+
+FAULTS: dict[str, Callable[[Any], None]] = {"die": _die, "freeze": _freeze, "spoil": _spoil}
+
+
+def _with_fault(fault: str, rank: int) -> dict[str, Any]:
+    lit = Lit()
+    lit.layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))  # BatchNorm would keep a NaN for ever
+    strategy = AsyncGlobalStrategy(local_steps=1, shards=1, silence=0.3, attenuation="none", mirror_every=2)
+    callbacks = [SpeedFaults(step_seconds=0.04), Faulty(rank, 12, FAULTS[fault])]
+    t = trainer(3, strategy=strategy, callbacks=callbacks, max_epochs=1)
+    t.fit(lit, loader(2), loader(10, shuffle=False))
+    algorithm = strategy.algorithm
+    assert isinstance(algorithm, AsyncGlobal)
+    fates = Counter(arrival.fate.value for arrival in strategy.arrivals())
+    return {"weights": weights(lit), "owner": algorithm.owners.owner(0), "fates": fates, "seen": lit.seen}
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_death_costs_the_arrivals_since_the_last_mirror(rank: int) -> None:
+    with Forked(3, _with_fault, "die", rank, store=True) as forked:
+        results = forked.results(60)
+    assert results[rank].kind == "gone"
+    living = [r.value for r in results if r.kind is None]
+    assert len(living) == 2, results
+    assert living[0]["weights"] == living[1]["weights"]
+    assert {end["owner"] for end in living} == ({1} if rank == 0 else {0})
+    assert sum(end["fates"]["lost"] for end in living) <= 6
+
+
+def test_the_shard_of_a_frozen_rank_is_taken_over_and_it_finds_that_out() -> None:
+    with Forked(3, _with_fault, "freeze", 0, store=True) as forked:  # the store must not freeze with it
+        ends = forked.values()
+    assert {end["owner"] for end in ends} == {1}
+    assert len({tuple(end["weights"]) for end in ends}) == 1
+    assert sum(end["fates"]["lost"] for end in ends) <= 12
+    assert len(Counter(index for end in ends for index in end["seen"])) == 240
+
+
+def test_what_is_not_finite_is_refused_and_its_rank_gets_the_weights() -> None:
+    ends = run(3, _with_fault, "spoil", 1)
+    assert all(torch.isfinite(torch.tensor(end["weights"])).all() for end in ends)
+    assert [bool(end["fates"]["refused"]) for end in ends] == [False, True, False]
+
+
+# -- a run that goes on ------------------------------------------------------------------------------------------------
+
+
+def _through(n: int, knobs: dict[str, Any], path: str, where: str, resume: bool) -> Any:
+    seed()
+    lit, save = Draws(), Saves(path, where, epoch=int(where == "batch"), batch=4)
+    strategy = AsyncGlobalStrategy(balance="equal", **knobs)
+    t = trainer(n, strategy=strategy, max_epochs=3, callbacks=[save])
+    t.fit(lit, samples(), held_out(), ckpt_path=path if resume else None)
+    return lit.losses if resume else lit.losses[save.losses :], weights(lit), strategy.steps
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
+@pytest.mark.parametrize(
+    ("n", "knobs", "where"),
+    [
+        (1, {"local_steps": 3}, "batch"),
+        (1, {"attenuation": "paper", "wire": "bf16"}, "validation"),
+        (2, {"mode": "sync", "pace": 2, "outer_momentum": 0.5}, "epoch"),
+    ],
+)
+def test_a_resumed_run_continues_as_if_it_had_not_stopped(
+    n: int, knobs: dict[str, Any], where: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "x.ckpt")
+    through = run(n, _through, n, knobs, path, where, False)
+    resumed = run(n, _through, n, knobs, path, where, True)
+    for one, other in zip(through, resumed, strict=True):
+        assert len(one[0]) > 5
+        assert one == other
+
+
+# -- input -------------------------------------------------------------------------------------------------------------
+
+
+def _fit_with(**knobs: Any) -> str:
+    t = trainer(1, strategy=AsyncGlobalStrategy(local_steps=4, **knobs), max_epochs=2)
+    try:
+        t.fit(Lit(), loader(8), loader(10, shuffle=False))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_metric_that_nobody_logs_is_told_after_the_first_meeting() -> None:
+    (said,) = run(1, partial(_fit_with, accuracy_weight="accuracy"))
+    assert said.startswith("MisconfigurationException: accuracy_weight='accuracy': no metric of this name was logged")
+    assert "(logged: metric, train, train_epoch, train_step, val)" in said
+    assert run(1, partial(_fit_with, accuracy_weight="val")) == [""]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"mode": "ring"}, "`mode` must be 'async' or 'sync', got 'ring'"),
+    ({"mode": "sync", "balance": "claim"}, "`balance` must be 'equal' with mode='sync'.*, got 'claim'"),
+    ({"mode": "sync", "local_steps": 0}, "`local_steps` must be an integer of at least 1, 'speed' or 'epoch', got 0"),
+    ({"mode": "sync", "wire": "fp64"}, "`wire` must be 'fp32' or 'bf16', got 'fp64'"),
+    ({"accuracy_weight": ""}, "`accuracy_weight` must be 'off', 'train' or the name of a logged metric, got ''"),
+    ({"accuracy_weight": True}, "`accuracy_weight` must be 'off', 'train' or the name of a logged metric, got True"),
+    ({"balance": "fair"}, "`balance` must be 'claim' or 'equal', got 'fair'"),
+    ({"outer": "sum", "outer_momentum": 0.9}, "`outer_momentum` has no meaning with outer='sum', got 0.9"),
+    ({"on_late": "wait", "max_delay": None}, "on_late='wait' needs a `max_delay`"),
+    ({"shards": 2.5}, "`shards` must be an integer of at least 1, or None .*, got 2.5"),
+]
+
+
+@pytest.mark.parametrize(("knobs", "sentence"), WRONG)
+def test_a_wrong_knob_says_what_is_wrong(knobs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        AsyncGlobalStrategy(**knobs)
