@@ -1,7 +1,8 @@
-"""`python -m benchmarks NAME [--json OUT] [--quick]` runs one benchmark; `python -m benchmarks --list` names them.
+"""`python -m benchmarks NAME [--strategy NAME] [--json OUT] [--quick]` runs one benchmark; `--list` names them.
 
 A benchmark is a module of this folder with a docstring (what it shows, the limit, the control) and
-`def run(quick: bool) -> Table`. The exit status is 1 where a claim of its table does not hold.
+`def run(quick: bool) -> Table`; one that can be of several strategies has an argument `strategy` too. The exit status
+is 1 where a claim of its table does not hold.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import inspect
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,12 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<{max(map(len, found))}}  {summary}")
         return 0
     start = time.monotonic()
-    table: Table = importlib.import_module(f"benchmarks.{arguments.name}").run(arguments.quick)
+    run: Callable[..., Table] = importlib.import_module(f"benchmarks.{arguments.name}").run
+    chosen = {} if arguments.strategy is None else {"strategy": arguments.strategy}
+    if chosen and "strategy" not in inspect.signature(run).parameters:
+        print(f"benchmark {arguments.name} is not of one strategy: leave out --strategy", file=sys.stderr)
+        return 2
+    table = run(arguments.quick, **chosen)
     seconds = time.monotonic() - start
     print(table.text())
     print(f"{seconds:.0f} s on {machine()}{', quick' if arguments.quick else ''}")
     if arguments.json:
-        record = {"benchmark": arguments.name, "quick": arguments.quick, "seconds": round(seconds, 1)}
+        record = {"benchmark": arguments.name, **chosen, "quick": arguments.quick, "seconds": round(seconds, 1)}
         text = json.dumps({**record, "machine": machine(), **table.plain()}, indent=2, allow_nan=False)
         arguments.json.write_text(text + "\n", encoding="utf-8")
     return 0 if table.met else 1
@@ -69,6 +76,7 @@ def _parser(names: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run one benchmark and print its table.")
     parser.add_argument("name", nargs="?", choices=names, metavar="NAME", help=", ".join(names) or "none yet")
     parser.add_argument("--list", action="store_true", help="name the benchmarks")
+    parser.add_argument("--strategy", metavar="NAME", help="what it is of, where there is a choice")
     parser.add_argument("--quick", action="store_true", help="smaller and coarser, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the table there")
     return parser

@@ -24,12 +24,13 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
+from benchmarks.subject import GOSSIP, NONE, Knobs, algorithm
 from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.tasks import Score, Task, characters, digits
 from lightning_async.algorithms.adam import SecondMoment
-from lightning_async.algorithms.algorithm import UNIT
-from lightning_async.algorithms.gossip import Gossip, gossip
+from lightning_async.algorithms.algorithm import UNIT, Algorithm
 from lightning_async.algorithms.training import Trained, Training, train
+from lightning_async.algorithms.weighting import excess_rounds
 from lightning_async.arrival import Fate
 from lightning_async.replica import Replica
 from lightning_async.transport.rounds import Rounds
@@ -42,12 +43,22 @@ LOSS_MARGIN, POINTS_MARGIN = 1.0, 0.5
 RESAMPLES = 10_000
 DIRICHLET = 0.1
 
-VARIANTS: Mapping[str, Mapping[str, object]] = {
-    "pairwise": {"mode": "pairwise"},
-    "push_sum": {"mode": "push_sum"},
-    "sync": {"mode": "sync"},
-    "none": {"mode": "none"},
+VARIANTS: Mapping[str, Mapping[str, Knobs]] = {
+    GOSSIP: {
+        "pairwise": {"mode": "pairwise"},
+        "push_sum": {"mode": "push_sum"},
+        "sync": {"mode": "sync"},
+        "none": NONE,
+    },
+    "async_global": {
+        "async_global": {"strategy": "async_global"},
+        "every step": {"strategy": "async_global", "pace": 1},
+        "paper": {"strategy": "async_global", "local_steps": 8, "attenuation": "paper"},
+        "sync": {"strategy": "async_global", "mode": "sync"},
+        "none": NONE,
+    },
 }
+"""By strategy; the first is the one with its defaults."""
 
 
 # -- one run ----------------------------------------------------------------------------------------------------------
@@ -64,12 +75,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """What became of one variant with one seed; `spread`: rms distance of replicas from their mean, in % of it."""
+    """What became of one variant with one seed.
+
+    Attributes:
+        score: Of the consensus.
+        spread: Rms distance of the replicas from their mean, in per cent of it.
+        folded: Messages folded.
+        curve: Scores on the way.
+        late: By how many rounds of versions the last rank's messages were later than equal ranks', on average.
+    """
 
     score: Score
     spread: float = 0.0
     folded: int = 0
     curve: Sequence[Point] = ()
+    late: float = 0.0
 
 
 @dataclass
@@ -150,26 +170,27 @@ class Member:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     replica: Replica
-    algorithm: Gossip
+    algorithm: Algorithm
     moment: SecondMoment
 
 
 def asynchronous(
     task: Task,
     seed: int,
-    knobs: Mapping[str, object],
+    knobs: Knobs,
     speeds: Sequence[float],
     *,
     points: int = 0,
     shards: Sequence[Tensor] | None = None,
+    moment: type[SecondMoment] = SecondMoment,
 ) -> Run:
-    """One replica a rank on the virtual cluster, one meeting at the end."""
+    """One replica a rank on the virtual cluster, one meeting at the end. `moment`: what corrects AdamW's steps."""
     n = len(speeds)
-    hand_out = deal if knobs["mode"] == "sync" else claim
+    hand_out = deal if knobs.get("mode") == "sync" else claim
     plan = hand_out(task.batches(seed, n), speeds, seed)
     if shards is not None:
         plan = _from_shards(plan, shards, seed)
-    members = [_member(task, seed, knobs) for _ in range(n)]
+    members = [_member(task, seed, knobs, moment) for _ in range(n)]
     size = members[0].replica.flat.numel() * members[0].replica.flat.element_size()
     cluster = VirtualCluster(n, seed=seed, latency=LATENCY, bandwidth=size / (TRAVEL * STEP))
     watch = _Watch(task, members, cluster, sum(map(len, plan.batches)), points)
@@ -178,12 +199,11 @@ def asynchronous(
     return _outcome(task, members, trained, watch.curve)
 
 
-def _member(task: Task, seed: int, knobs: Mapping[str, object]) -> Member:
+def _member(task: Task, seed: int, knobs: Knobs, moment: type[SecondMoment] = SecondMoment) -> Member:
     model = task.model(seed)
     replica = Replica(model.parameters())
     optimizer = task.optimize(model.parameters(), task.lr)
-    algorithm = gossip(**knobs)  # type: ignore[arg-type]
-    return Member(model, optimizer, replica, algorithm, SecondMoment(optimizer))
+    return Member(model, optimizer, replica, algorithm(knobs), moment(optimizer))
 
 
 def _program(task: Task, member: Member, cluster: VirtualCluster, plan: Plan, r: int, watch: _Watch) -> Training:
@@ -232,7 +252,7 @@ class _Watch:
 
 
 def _mean(members: Sequence[Member]) -> Tensor:
-    masses = torch.tensor([float(member.algorithm.mass) for member in members])
+    masses = torch.tensor([float(getattr(member.algorithm, "mass", UNIT)) for member in members])
     return torch.einsum("r,rw->w", masses / masses.sum(), torch.stack([member.replica.flat for member in members]))
 
 
@@ -242,7 +262,9 @@ def _outcome(task: Task, members: list[Member], trained: Mapping[int, Trained], 
     apart = torch.stack([member.replica.flat - consensus for member in members]).square().sum(1).mean().sqrt()
     members[0].replica.stand_in(consensus)
     folded = sum(arrival.fate is Fate.FOLDED for one in trained.values() for arrival in one.arrivals)
-    return Run(task.score(members[0].model), 100 * (apart / consensus.norm()).item(), folded, curve)
+    excess = [excess_rounds(arrival.delay, len(members)) for arrival in trained[len(members) - 1].arrivals]
+    late = fmean(excess) if excess else 0.0
+    return Run(task.score(members[0].model), 100 * (apart / consensus.norm()).item(), folded, curve, late)
 
 
 # -- label skew -------------------------------------------------------------------------------------------------------
@@ -306,17 +328,18 @@ def settings(quick: bool) -> list[Setting]:
     ]
 
 
-def run(quick: bool) -> Table:
+def run(quick: bool, strategy: str = GOSSIP) -> Table:
     """Run all variants on all tasks, seed by seed."""
+    main = next(iter(VARIANTS[strategy]))
     torch.set_num_threads(1)
     rows: list[Row] = []
     claims: list[Claim] = []
     for setting in settings(quick):
-        runs = measure(setting)
+        runs = measure(setting, strategy)
         compared = {name: Compared.of(runs[name], runs["ddp"]) for name in runs}
-        rows += [_row(setting, name, runs[name], compared[name]) for name in runs]
+        rows += [_row(setting, name, runs[name], compared[name], ours=name in VARIANTS[strategy]) for name in runs]
         if not setting.skew:
-            claims += _claims(setting, runs, None if quick else compared["pairwise"])
+            claims += _claims(setting, runs, main, None if quick else compared[main])
     notes = [f"{s.name}: {len(s.seeds)} seeds, lr {s.task.lr:g} (DDP's best of {s.task.grid})" for s in settings(quick)]
     return Table("Equal samples, 4 ranks, one 4x slow, one meeting at the end", rows, claims, [*NOTES, *notes])
 
@@ -333,15 +356,15 @@ def grid(task: Task, seeds: range) -> dict[float, float]:
     return {lr: fmean(ddp(replace(task, lr=lr), seed).score.loss for seed in seeds) for lr in task.grid}
 
 
-def measure(setting: Setting) -> dict[str, list[Run]]:
+def measure(setting: Setting, strategy: str = GOSSIP) -> dict[str, list[Run]]:
     """All variants with all seeds, one seed after the other."""
-    runs: dict[str, list[Run]] = {"ddp": [], "averaged": [], **{name: [] for name in VARIANTS}}
+    runs: dict[str, list[Run]] = {"ddp": [], "averaged": [], **{name: [] for name in VARIANTS[strategy]}}
     for seed in setting.seeds:
         print(f"  {setting.name}: seed {seed}", file=sys.stderr, flush=True)
         shards = skewed(setting.task, 4, seed) if setting.skew else None
         runs["ddp"].append(ddp(setting.task, seed, shards=shards))
         runs["averaged"].append(averaged(setting.task, seed, shards=shards))
-        for name, knobs in VARIANTS.items():
+        for name, knobs in VARIANTS[strategy].items():
             runs[name].append(asynchronous(setting.task, seed, knobs, factors(4, 4.0), shards=shards))
     return runs
 
@@ -397,7 +420,7 @@ class Compared:
 ROLES = {"ddp": Role.LIMIT, "averaged": Role.OTHER, "none": Role.CONTROL, "sync": Role.OTHER}
 
 
-def _row(setting: Setting, name: str, runs: Sequence[Run], compared: Compared) -> Row:
+def _row(setting: Setting, name: str, runs: Sequence[Run], compared: Compared, *, ours: bool) -> Row:
     cells: dict[str, Cell] = {
         "loss": fmean(run.score.loss for run in runs),
         "accuracy %": round(100 * fmean(run.score.accuracy for run in runs), 2),
@@ -405,17 +428,17 @@ def _row(setting: Setting, name: str, runs: Sequence[Run], compared: Compared) -
     if name != "ddp":
         cells |= {"loss %": str(compared.loss), "<= 1 %": compared.verdicts[0]}
         cells |= {"points": str(compared.points), "<= 0.5 pt": compared.verdicts[1]}
-    if name in VARIANTS:
+    if ours:
         cells |= {"spread %": round(fmean(run.spread for run in runs), 2), "folded": int(fmean(r.folded for r in runs))}
     return Row(f"{setting.name}: {name}", ROLES.get(name, Role.RESULT), cells)
 
 
-def _claims(setting: Setting, runs: Mapping[str, list[Run]], pairwise: Compared | None) -> list[Claim]:
+def _claims(setting: Setting, runs: Mapping[str, list[Run]], main: str, compared: Compared | None) -> list[Claim]:
     """Against the control; and against `ddp` (not with the few seeds of a quick run) what the task can resolve."""
-    control = Compared.of(runs["pairwise"], runs["none"]).loss
-    claims = [Claim(f"{setting.name}: pairwise has a lower loss than the control: {control} %", control.high < 0)]
-    if pairwise is not None:  # digits: so little loss is left that per cents of it say nothing
-        loss, points = pairwise.verdicts
+    control = Compared.of(runs[main], runs["none"]).loss
+    claims = [Claim(f"{setting.name}: {main} has a lower loss than the control: {control} %", control.high < 0)]
+    if compared is not None:  # digits: so little loss is left that per cents of it say nothing
+        loss, points = compared.verdicts
         what, verdict = ("0.5 points", points) if setting.task.name == "digits" else ("1 % of the loss", loss)
-        claims.append(Claim(f"{setting.name}: pairwise within {what} of ddp", verdict == "yes"))
+        claims.append(Claim(f"{setting.name}: {main} within {what} of ddp", verdict == "yes"))
     return claims

@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.launch import Ranks
+from benchmarks.subject import GOSSIP, Knobs, with_control
 from benchmarks.table import Cell, Claim, Role, Row, Table
-from benchmarks.work import Knobs, Record, Work, fit
+from benchmarks.work import Record, Work, fit
 
 N = 4
 SECONDS, AFTER = 5.0, 2.0
@@ -30,7 +31,6 @@ LIMIT = 300.0
 STEP = 0.04
 RATE = 22.0  # batches a second of one rank, at most: some of the step is real compute
 REST = 20.0  # seconds of training after the last fault: what is claimed ahead tapers towards the end of the epoch
-VARIANTS: Mapping[str, Knobs | None] = {"gossip_ring": {}, "none": {"mode": "none"}, "ddp": None}
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ def work(seconds: float) -> Work:
     return Work(N * round(RATE * seconds), width=512, layers=6, step=STEP)
 
 
-def run(quick: bool) -> Table:
+def run(quick: bool, strategy: str = GOSSIP) -> Table:
     """Stop each rank in turn, within one run of each variant."""
     rows = [Row("a rank that needs nobody", Role.LIMIT, {"growth ms": 0.0})]
     claims: list[Claim] = []
-    for name, knobs in VARIANTS.items():
+    for name, knobs in with_control(strategy).items():
         faults, records = _stopped(knobs, [1] if knobs is None else [0, 2] if quick else list(range(N)))
         rows += [_row(name, fault) for fault in faults]
-        if name == "gossip_ring":
+        if name == strategy:
             claims = [_claim(fault) for fault in faults]
             claims.append(Claim("the run ended by itself, all ranks equal", len({r.digest for r in records}) == 1))
     title = f"{N} ranks, each in turn stopped for {SECONDS:.0f} s: the longest step of any other rank"

@@ -21,10 +21,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.freeze import GROWTH, LIMIT, VARIANTS, Fault, cells, fault_of, wait_for_training, work
+from benchmarks.freeze import GROWTH, LIMIT, Fault, cells, fault_of, wait_for_training, work
 from benchmarks.launch import Outcome, Ranks
+from benchmarks.subject import GOSSIP, Knobs, with_control
 from benchmarks.table import Cell, Claim, Role, Row, Table
-from benchmarks.work import Knobs, Record, Work, fit
+from benchmarks.work import Record, Work, fit
 
 N = 4
 WINDOW = 6.0
@@ -52,15 +53,15 @@ class Death:
     taken: int
 
 
-def run(quick: bool) -> Table:
+def run(quick: bool, strategy: str = GOSSIP) -> Table:
     """Kill each rank in turn, each in a run of its own."""
     rows = [Row("a rank that needs nobody", Role.LIMIT, {"growth ms": 0.0})]
     claims: list[Claim] = []
-    for name, knobs in VARIANTS.items():
-        for victim in [1] if name != "gossip_ring" else [0, 2] if quick else list(range(N)):
+    for name, knobs in with_control(strategy).items():
+        for victim in [1] if name != strategy else [0, 2] if quick else list(range(N)):
             death = _killed(knobs, victim)
             rows.append(_row(name, death))
-            claims += _claims(death) if name == "gossip_ring" else []
+            claims += _claims(death) if name == strategy else []
     return Table(f"{N} ranks, one is killed: the longest step of any other rank, and the samples it left", rows, claims)
 
 

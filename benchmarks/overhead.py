@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.launch import Ranks
 from benchmarks.repeat import Measures, Turns, repeat
+from benchmarks.subject import Knobs
 from benchmarks.table import Cell, Claim, Role, Row, Table
-from benchmarks.work import Knobs, Record, Work, fit
+from benchmarks.work import Record, Work, fit
 
 N = 2
 WARM = 5  # steps that do not count

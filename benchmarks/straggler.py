@@ -26,11 +26,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.launch import Ranks
 from benchmarks.repeat import Measures, Turns, repeat
+from benchmarks.subject import GOSSIP, NONE, Knobs, algorithm, subject
 from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.tasks import digits
-from benchmarks.work import Knobs, Record, Work, fit
+from benchmarks.work import Record, Work, fit
 from lightning_async.algorithms.algorithm import UNIT
-from lightning_async.algorithms.gossip import gossip
 from lightning_async.algorithms.training import Trained, train
 from lightning_async.replica import Replica
 from lightning_async.transport.rounds import Rounds
@@ -41,7 +41,6 @@ STEP = 0.02
 EVERY = 0.1
 TARGET, QUICK_TARGET = 0.3, 0.5  # fixed beforehand: `ddp` gets there in mid-run
 SHARE, TIME, FAIR = 0.95, 1.1, 1.1
-NONE: Knobs = {"mode": "none"}
 ONE_PASS: Knobs = {"at_meeting": "keep"}
 LIMIT = 600.0  # seconds that a run may take
 
@@ -54,16 +53,19 @@ class Setting:
     work: Work
     ddp: Work
     target: float
+    strategy: str = GOSSIP
 
     def variants(self) -> Mapping[str, tuple[Knobs | None, Work]]:
         """Knobs (None: `ddp`) and work by name."""
         whole = replace(self.work, batches=self.work.batches * self.work.epochs, epochs=1)
+        mine = subject(self.strategy)
+        one_pass = {**mine, **ONE_PASS} if self.strategy == GOSSIP else mine  # a server's weights are one's own
         return {
-            "gossip_ring": ({}, self.work),
+            self.strategy: (mine, self.work),
             "none": (NONE, self.work),
             "ddp": (None, self.ddp),
-            "sync": ({"mode": "sync"}, self.ddp),
-            "gossip_ring, one pass": (ONE_PASS, whole),
+            "sync": ({**mine, "mode": "sync"}, self.ddp),
+            f"{self.strategy}, one pass": (one_pass, whole),
             "none, one pass": ({**NONE, **ONE_PASS}, whole),
         }
 
@@ -84,12 +86,12 @@ def _work(slow: float, *, slowest: int, epochs: int) -> Work:
     return Work(batches - batches % N, epochs, step=STEP, slow={N - 1: slow}, every=EVERY)
 
 
-def run(quick: bool) -> Table:
+def run(quick: bool, strategy: str = GOSSIP) -> Table:
     """All variants at all speeds."""
     rows: list[Row] = []
     claims: list[Claim] = []
     samples: list[float] = []
-    for setting in settings(quick):
+    for setting in [replace(setting, strategy=strategy) for setting in settings(quick)]:
         turns = repeat(
             {name: partial(measure, *v, setting.target) for name, v in setting.variants().items()}, 1 if quick else 2
         )
@@ -101,7 +103,7 @@ def run(quick: bool) -> Table:
         f"{N} ranks, a step is {STEP * 1000:.0f} ms of sleep, one rank slower",
         rows,
         claims,
-        [*notes, *NOTES, _gil(quick)],
+        [*notes, *NOTES, _gil(quick, strategy)],
     )
 
 
@@ -131,6 +133,7 @@ def measure(knobs: Knobs | None, work: Work, target: float, n: int = N) -> Measu
         "limit": work.batch * sum(work.rate(rank) for rank in range(n)),
         "folded": fmean(r.folded for r in records),
         "refused": sum(r.refused for r in records) / max(1, handled),
+        "reply": max(r.reply for r in records),
         "idle": max(r.idle() for r in records),
         "loss": records[0].loss,
         "slowest": float(min(len(r.marks) for r in records)),
@@ -184,7 +187,7 @@ def _loss(model: nn.Sequential, weights: Tensor) -> float:
 # -- fairness, exactly ------------------------------------------------------------------------------------------------
 
 
-def sample_weights(slow: float, steps: int = 200) -> list[float]:
+def sample_weights(slow: float, steps: int = 200, strategy: str = GOSSIP) -> list[float]:
     """What one sample of each member moves the consensus by, on the virtual cluster; 1 is fair.
 
     Every step of member r adds 1 to coordinate r of its own replica, so the consensus counts whose steps arrived.
@@ -192,14 +195,16 @@ def sample_weights(slow: float, steps: int = 200) -> list[float]:
     cluster = VirtualCluster(N)
     factors = [1.0] * (N - 1) + [slow]
     counts = [int(steps * slow / factor) for factor in factors]
-    trained: Mapping[int, Trained] = cluster.run({r: _counting(cluster, r, counts[r], factors) for r in range(N)})
+    trained: Mapping[int, Trained] = cluster.run(
+        {r: _counting(cluster, r, counts[r], factors, strategy) for r in range(N)}
+    )
     consensus = trained[0].consensus
     assert consensus is not None  # there was a meeting
     return [consensus[r].item() * N / counts[r] for r in range(N)]
 
 
 def _counting(
-    cluster: VirtualCluster, r: int, steps: int, factors: Sequence[float]
+    cluster: VirtualCluster, r: int, steps: int, factors: Sequence[float], strategy: str
 ) -> Generator[float | str, None, Trained]:
     weights = nn.Parameter(torch.zeros(N))
     carrier = cluster.carriers[r]
@@ -208,9 +213,16 @@ def _counting(
         weights.data[r] += 1
 
     return train(
-        gossip(), Replica([weights]), carrier, steps=steps, take_step=lambda step: None, optimizer_step=count,
-        seconds=lambda me, step: STEP * factors[me], mass=UNIT, rounds=Rounds(carrier),
-    )  # fmt: skip
+        algorithm(subject(strategy)),
+        Replica([weights]),
+        carrier,
+        steps=steps,
+        take_step=lambda step: None,
+        optimizer_step=count,
+        seconds=lambda me, step: STEP * factors[me],
+        mass=UNIT,
+        rounds=Rounds(carrier),
+    )
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -223,8 +235,8 @@ def _report(setting: Setting, turns: Turns, samples: Sequence[float]) -> tuple[l
     rows = [Row(f"{at}sum of own rates", Role.LIMIT, {**limits, "time to target": 1.0})]
     for name in setting.variants():
         rows.append(Row(at + name, ROLES.get(name, Role.RESULT), _cells(turns, name, samples)))
-    share, time = _shares(turns, "gossip_ring"), _times(turns, "gossip_ring", samples)
-    weights = sample_weights(setting.slow)
+    share, time = _shares(turns, setting.strategy), _times(turns, setting.strategy, samples)
+    weights = sample_weights(setting.slow, strategy=setting.strategy)
     unfair = max(weights) / min(weights)
     claims = [
         Claim(f"{at}samples/s are at least {SHARE:.0%} of the sum of own rates: {share:.1%}", share >= SHARE),
@@ -248,6 +260,7 @@ def _cells(turns: Turns, name: str, samples: Sequence[float]) -> dict[str, Cell]
         "folded/rank": round(of("folded")),
         "refused %": round(100 * of("refused"), 2),
         "spread %": round(of("spread"), 2),
+        "reply p99 ms": round(1000 * of("reply")),
         "idle ms": round(1000 * of("idle")),
         "loss": of("loss"),
         "batches of slowest": round(of("slowest")),
@@ -266,12 +279,15 @@ def _times(turns: Turns, name: str, samples: Sequence[float]) -> float:
     return median(mine["seconds to target"] / (needed / none["own rates"]) for mine, none, needed in triples)
 
 
-def _gil(quick: bool) -> str:
+def _gil(quick: bool, strategy: str) -> str:
     """The share with a step that is pure Python, in a sentence."""
     work = Work(250 if quick else 1250, 1 if quick else 2, step=STEP, slow={1: 4.0}, hold_gil=True)
-    variants = {name: partial(measure, knobs, work, 0.0, 2) for name, knobs in (("gossip_ring", {}), ("none", NONE))}
+    variants = {
+        name: partial(measure, knobs, work, 0.0, 2) for name, knobs in ((strategy, subject(strategy)), ("none", NONE))
+    }
     turns = repeat(variants, 1)
     return (
-        f"with the step holding Python's lock (2 ranks, one 4x slower): {_shares(turns, 'gossip_ring'):.1%} of the sum "
-        f"of own rates, control {_shares(turns, 'none'):.1%}"
+        f"with the step holding Python's lock (2 ranks, one 4x slower): {_shares(turns, strategy):.1%} of the sum of "
+        f"own rates, control {_shares(turns, 'none'):.1%}; 99 % of what was folded was younger than "
+        f"{1000 * turns.of(strategy, 'reply').median:.0f} ms"
     )

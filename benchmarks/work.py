@@ -26,15 +26,14 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.rank import say
+from benchmarks.subject import Knobs, made
 from benchmarks.tasks import digits
-from lightning_async import AdaptiveShrink, DelayStats, GossipRingStrategy, SpeedFaults, SpreadStats, TrafficStats
+from lightning_async import AdaptiveShrink, AsyncStrategy, DelayStats, SpeedFaults, SpreadStats, TrafficStats
 from lightning_async.arrival import Arrival, Fate
 
 SEED = 20
 MOMENTUM = 0.9
 TRAINING = 25  # batches after which a rank says "training": links are up by then
-
-Knobs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,13 @@ class Work:
 def fit(work: dict[str, Any], knobs: Knobs | None, folder: str | None) -> dict[str, Any]:
     """Train on this rank; returns `Record` as a dictionary."""
     job = Work.read(work)
-    strategy = "ddp" if knobs is None else GossipRingStrategy(**knobs)
+    strategy = "ddp" if knobs is None else made(knobs)
     recorder = Recorder(job.every, Path(folder) if folder else None)
     faults = SpeedFaults(step_seconds=job.step, slow=dict(job.slow), hold_gil=job.hold_gil)
     trainer = Trainer(
         accelerator="cpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+        num_nodes=int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"]),
         strategy=strategy,
         max_epochs=job.epochs,
         callbacks=[recorder, faults, *(measuring(folder) if job.watch else [])],
@@ -171,7 +171,10 @@ class Record:
         first: When the first batch of each epoch began.
         meetings: Seconds of each meeting, from its opening on this rank.
         folded: Messages folded.
+        remote: Those of them that came from other ranks (a rank that serves also answers itself).
         refused: Messages refused.
+        reply: The 99th percentile of the age of what was folded, in seconds.
+        sent: Bytes of messages that it sent.
         taken: Samples taken over from the dead.
         loss: Validation loss at the end.
         digest: Fingerprint of its weights at the end.
@@ -184,7 +187,10 @@ class Record:
     first: list[float] = field(default_factory=list)
     meetings: list[float] = field(default_factory=list)
     folded: int = 0
+    remote: int = 0
     refused: int = 0
+    reply: float = 0.0
+    sent: int = 0
     taken: int = 0
     loss: float = float("nan")
     digest: str = ""
@@ -252,20 +258,25 @@ class Recorder(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch is over, its meeting and validation too."""
         self.record.epochs.append(len(self.record.marks))
-        if isinstance(trainer.strategy, GossipRingStrategy):
+        if isinstance(trainer.strategy, AsyncStrategy):
             self.record.meetings.append(trainer.strategy.last_meeting["seconds"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The clock stops."""
         self.record.end = time.monotonic()
-        if isinstance(trainer.strategy, GossipRingStrategy):
-            self._count(trainer.strategy.arrivals())
+        if isinstance(trainer.strategy, AsyncStrategy):
+            self._count(trainer.strategy.arrivals(), trainer.global_rank)
+            by_peer = trainer.strategy.traffic().values()
+            self.record.sent = sum(count.bytes_out for kinds in by_peer for count in kinds.values())
             self.record.taken = getattr(trainer.strategy.feeding.share, "repeated", 0)
         if self._copies and self._folder:
             times, batches, weights = zip(*self._copies, strict=True)
             copies = {"times": list(times), "batches": list(batches), "weights": torch.stack(weights)}
             torch.save(copies, self._folder / f"{trainer.global_rank}.copies")
 
-    def _count(self, arrivals: Sequence[Arrival]) -> None:
-        self.record.folded = sum(a.fate in (Fate.FOLDED, Fate.SHRUNK) for a in arrivals)
+    def _count(self, arrivals: Sequence[Arrival], me: int) -> None:
+        folded = [a for a in arrivals if a.fate in (Fate.FOLDED, Fate.SHRUNK)]
+        self.record.folded, self.record.remote = len(folded), sum(a.peer != me for a in folded)
         self.record.refused = sum(a.fate is Fate.REFUSED for a in arrivals)
+        ages = sorted(a.seconds for a in arrivals if a.fate is not Fate.LOST)
+        self.record.reply = ages[min(len(ages) - 1, int(0.99 * len(ages)))] if ages else 0.0

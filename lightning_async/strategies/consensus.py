@@ -121,6 +121,7 @@ class Consensus:
         if new is not None:
             replica = new
             algorithm.begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
+        replica.check()  # a callback may have put other tensors in the place of the weights, and keep those
         adopted = not replica.away
         replica.come_back()
         algorithm.resume(replica, adopted=adopted)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
 from lightning_async.strategies import compat
@@ -63,6 +65,16 @@ def refuse_manual(module: LightningModule, name: str) -> None:
         )
 
 
+def refuse_schedulers(configs: list[LRSchedulerConfig], name: str) -> None:
+    """Raise for learning rates that would go by what one rank sees in mid-epoch, where no meeting can agree on it."""
+    for config in configs:
+        if config.interval == "step" and config.reduce_on_plateau:
+            raise MisconfigurationException(
+                f"strategy={name!r}: ReduceLROnPlateau with interval='step' goes by a metric that each rank sees "
+                "differently between meetings, and the ranks' learning rates would differ; use interval='epoch'"
+            )
+
+
 def _conflicts(trainer: Trainer) -> Iterator[str]:
     if compat.synchronises_batchnorm(trainer):
         yield (
@@ -83,5 +95,22 @@ def _conflicts(trainer: Trainer) -> Iterator[str]:
 
 def _callback_conflicts(callback: object) -> Iterator[str]:
     kinds = {kind.__name__ for kind in type(callback).__mro__}
+    if "LearningRateFinder" in kinds:
+        yield (
+            "`LearningRateFinder` (`Tuner.lr_find`) sweeps the learning rate over steps that ranks take together; find "
+            "it on one device with `strategy='auto'`: it holds here as it does with `ddp`"
+        )
+    if isinstance(callback, ModelPruning):
+        method: str = getattr(callback.pruning_fn, "func", callback.pruning_fn).__name__  # type: ignore[union-attr]
+        if "random" in method.lower():
+            yield (
+                f"`ModelPruning` with `{method}` draws another mask on each rank; use 'l1_unstructured' or "
+                "'ln_structured', which go by weights that are equal on all ranks by then"
+            )
+    if "BatchSizeFinder" in kinds:
+        yield (
+            "`BatchSizeFinder` tries sizes until the memory of a device is full; find the size on one device with "
+            "`strategy='auto'`"
+        )
     if "SpikeDetection" in kinds:
         yield "`SpikeDetection` compares losses of all ranks at every step; leave it out, or use it with `ddp`"
