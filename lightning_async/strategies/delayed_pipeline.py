@@ -43,8 +43,8 @@ from lightning_async.strategies.handover import HandedOver, Handover
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
 from lightning_async.strategies.parts import Parts
-from lightning_async.strategies.pipeline_refusals import refuse_pipeline
-from lightning_async.strategies.refusals import refuse, refuse_optimizers, refuse_schedulers
+from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse_schedulers
+from lightning_async.strategies.refusals import refuse, refuse_optimizers
 from lightning_async.strategies.rests import Rests
 from lightning_async.transport.mail import Wait
 

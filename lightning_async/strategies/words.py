@@ -78,14 +78,6 @@ def gather_uneven(rounds: Rounds, tensor: Tensor, *, what: str = "gather") -> Wa
     return [part.to(tensor.device) for part in parts]
 
 
-def mean_square(rounds: Rounds, one: Tensor, other: Tensor) -> Wait[float]:
-    """The mean over members and coordinates of the squared difference of two flat tensors."""
-    pairs = zip(torch.split(one, CHUNK), torch.split(other, CHUNK), strict=True)
-    square = sum(float((a - b).double().square().sum()) for a, b in pairs)
-    mean = yield from reduce(rounds, torch.tensor([square / one.numel()], dtype=torch.float64), "mean")
-    return float(mean)
-
-
 def _tensor(data: bytes, head: dict[str, Any]) -> Tensor:
     dtype = getattr(torch, head["dtype"])
     flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)

@@ -52,13 +52,14 @@ def fit(
     callbacks: list[Any] | None = None,
     slow: int = 1,
     seconds: float = 0.004,
+    ckpt_path: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     watch, module = Watch(), module or Lit()
     one = trainer(
         2, callbacks=[*(callbacks or []), SpeedFaults(step_seconds=seconds, slow={slow: 4.0}), watch], **options
     )
-    one.fit(module, loader() if data is None else data, loader(24, shuffle=False))
+    one.fit(module, loader() if data is None else data, loader(24, shuffle=False), ckpt_path=ckpt_path)
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])
     return {
         "steps": watch.steps,
@@ -270,6 +271,34 @@ def test_a_rank_that_runs_dry_leaves_the_others_running_and_meets_them() -> None
     assert found[0]["batches"] == 100
     assert found[1]["batches"] == 8
     assert found[0]["validated"] == [15, 30, 45]
+
+
+def dry_and_saved(folder: Path) -> dict[str, Any]:
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=12, save_top_k=-1)
+    options = {"max_epochs": 1, "callbacks": [saver], "enable_checkpointing": True}
+    return streamed([4 * 100, 4 * 8], options)
+
+
+def test_a_rank_that_runs_dry_saves_with_the_others(tmp_path: Path) -> None:
+    found = both(dry_and_saved, tmp_path)
+    assert found[0]["saved"] == [12, 24, 36, 48]
+    assert len(list(tmp_path.glob("*.ckpt"))) == 4
+
+
+def streamed_and_saved(folder: Path, path: Path | None, lengths: list[int]) -> dict[str, Any]:
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=15, save_top_k=-1)
+    options = {"max_epochs": 1, "callbacks": [saver], "enable_checkpointing": True, "ckpt_path": path}
+    return streamed([4 * 60, lengths[-1]], options)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:You're resuming from a checkpoint that ended")
+def test_a_rank_that_ran_dry_saves_and_resumes_with_the_others(tmp_path: Path) -> None:
+    """It stands at the end of its epoch, where metrics of the epoch would be combined with ranks that are not there."""
+    found = both(streamed_and_saved, tmp_path, None, [4 * 8])
+    assert found[0]["saved"][:2] == [15, 30]
+    assert (found[0]["batches"], found[1]["batches"]) == (60, 8)
+    again = both(streamed_and_saved, tmp_path, tmp_path / "step=15.ckpt", [4 * 8])
+    assert (again[0]["batches"], again[1]["batches"]) == (60, 8), "streams without a state begin anew"
 
 
 def met_by_samples() -> dict[str, Any]:
