@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_async.data.counts import samples_in
 from lightning_async.pipeline import draws, partition
 from lightning_async.pipeline.compensate import Compensate
 from lightning_async.pipeline.edge import Wire
@@ -278,7 +279,7 @@ class DelayedPipelineStrategy(Resting):
         if self._turns is not None:
             self._turns.place.stage.clear()
         self.resumed = {}
-        self.forget()
+        self.telling.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
@@ -317,15 +318,16 @@ class DelayedPipelineStrategy(Resting):
         """Right before the first batch."""
         self._garbage.set_aside()
         if self.piped:
-            self.put_back()
-            self.set_out()
+            self.put_back(self.resumed.get("kept", {}))
         if not self.last and self.lr_scheduler_configs:
             for optimizer in self.optimizers:  # its first real step comes late: without this torch would warn
                 optimizer.zero_grad()
                 optimizer.step()
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Note what the batch is, while it is here."""
+        """Note what the batch is, while it is here; its samples are counted once, on the last stage."""
+        if self.last and self.trainer.training:
+            self.samples += samples_in(batch) or 0
         if self._turns is not None and self.index in (0, self.depth - 1):
             self.turns.stamp = stamp_of(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
@@ -333,6 +335,7 @@ class DelayedPipelineStrategy(Resting):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """See `turns`."""
         step = partial(super().training_step, *args, **kwargs)
+        self.set_off()
         return self.turns.train(step, self.precision_plugin.train_step_context) if self.piped else step()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,21 +17,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_async.strategies import whole
-from lightning_async.strategies.own_state import Part
-from lightning_async.strategies.pipes import Pipes
+from lightning_async.strategies.pipeline_shown import PipelineShown
 from lightning_async.transport.mail import Wait
 
 KEY = "delayed_pipeline"
 """Our key in a checkpoint: what a plain run has no need of."""
 
 
-class PipeSaving(Pipes):
+class PipeSaving(PipelineShown):
     """Gives Lightning's file operations their meaning.
 
     Attributes:
         resumed: What the checkpoint said that the run goes on from.
         epoch_began: After how many batches the epoch began.
-        kept: What else each rank saves and gets back, by name.
     """
 
     resumed: Mapping[str, Any]
@@ -40,7 +38,6 @@ class PipeSaving(Pipes):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.resumed = {}
-        self.kept: dict[str, Part] = {}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The state of the whole module. Called by all ranks; the pipe is drained, so that a run can go on from it."""
@@ -83,7 +80,7 @@ class PipeSaving(Pipes):
                 "epoch_began": self.epoch_began,
                 "between_epochs": self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
                 "seed": self.turns.seed,
-                "kept": self.together(whole.gather(self.office.rounds, self._kept())),
+                "kept": self.together(self.keeping()),
             }
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -92,14 +89,3 @@ class PipeSaving(Pipes):
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
         self.resumed = checkpoint.get(KEY, {}) if self.fitting else {}
         return checkpoint
-
-    def put_back(self) -> None:
-        """What this rank kept, if the ranks are as many as were saved."""
-        kept = self.resumed.get("kept", [])
-        if len(kept) == self.world_size:
-            for name, state in kept[self.global_rank].items():
-                if name in self.kept:
-                    self.kept[name].load_state_dict(state)
-
-    def _kept(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self.kept.items()}

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 
 from lightning_async.strategies import words
-from lightning_async.strategies.pipe_shown import PipeShown
+from lightning_async.strategies.pipe_saving import PipeSaving
 
 
-class Resting(PipeShown):
+class Resting(PipeSaving):
     """The rests of one rank."""
 
     rested = False
@@ -24,7 +24,7 @@ class Resting(PipeShown):
         turns, trainer = self.turns, self.trainer
         if drain:
             turns.drain()
-        self.arrive()
+        self.telling.arrive()
         self.together(turns.place.rest(turns.batches + turns.passes))
         self.together(self.tell())
         mine = {key: float(value) for key, value in trainer.callback_metrics.items()}
