@@ -293,8 +293,10 @@ def _watched(folder: str, resume: str | None) -> Any:
 def test_callbacks_see_delays_and_shrink_by_them(tmp_path: Path) -> None:
     ends = run(3, _watched, str(tmp_path / "a"), None)
     assert ends[0][0] == []
-    assert ends[2][0][0] == 1.0
-    assert ends[2][0][4:] == [0.25] * 12  # beta ** 3, but for what the stage behind has shrunk: its delay is 1
+    one = ends[2][0][:8]
+    assert one[0] == 1.0
+    assert one[3:] == [0.25] * 5  # beta ** 3, but for what the stage behind has shrunk: its delay is 1
+    assert ends[2][0][8:] == one  # a checkpoint has drained the pipe
     for end in ends[1:]:
         assert repr(end[2:]) == repr(ends[0][2:])  # some figures are none, and no two of these are equal
     assert ends[0][3]["max"] == 3.0
