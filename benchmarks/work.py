@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.rank import say
 from benchmarks.subject import Knobs, made
 from benchmarks.tasks import digits
-from lightning_async import AsyncStrategy, SpeedFaults
+from lightning_async import AdaptiveShrink, AsyncStrategy, DelayStats, SpeedFaults, SpreadStats, TrafficStats
 from lightning_async.arrival import Arrival, Fate
 
 SEED = 20
@@ -51,6 +51,7 @@ class Work:
         slow: How many times as long a rank takes, for ranks that are slow.
         hold_gil: Whether the emulated compute holds Python's lock.
         every: Seconds between copies of the weights; 0: none.
+        watch: Whether all callbacks that measure are there.
     """
 
     batches: int
@@ -63,6 +64,7 @@ class Work:
     slow: Mapping[int, float] = field(default_factory=dict)
     hold_gil: bool = False
     every: float = 0.0
+    watch: bool = False
 
     def arguments(self, knobs: Knobs | None, folder: Path | None = None) -> dict[str, Any]:
         """The arguments of `fit`, as JSON takes them. `knobs` None: `ddp`."""
@@ -98,7 +100,7 @@ def fit(work: dict[str, Any], knobs: Knobs | None, folder: str | None) -> dict[s
         num_nodes=int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"]),
         strategy=strategy,
         max_epochs=job.epochs,
-        callbacks=[recorder, faults],
+        callbacks=[recorder, faults, *(measuring(folder) if job.watch else [])],
         num_sanity_val_steps=1,  # what Lightning and torch do at a first time, they do before the clock starts
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -106,13 +108,19 @@ def fit(work: dict[str, Any], knobs: Knobs | None, folder: str | None) -> dict[s
         logger=False,
     )
     module = Digits(job)
-    trainer.fit(module, *_loaders(job))
+    trainer.fit(module, *loaders(job))
     recorder.record.digest = digest(module)
     recorder.record.loss = float(trainer.callback_metrics.get("loss", float("nan")))
     return asdict(recorder.record)
 
 
-def _loaders(job: Work) -> tuple[DataLoader[Any], DataLoader[Any]]:
+def measuring(folder: str | None) -> list[Callback]:
+    """All callbacks that measure, and one that shrinks."""
+    return [kind(folder=folder) for kind in (DelayStats, TrafficStats, SpreadStats, AdaptiveShrink)]
+
+
+def loaders(job: Work) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """What is trained on, and what is held out."""
     x, y = digits().train
     picks = torch.arange(job.batches * job.batch)
     train = TensorDataset(picks, x[picks % len(x)], y[picks % len(x)])

@@ -4,7 +4,7 @@ Importing this package registers the strategies' names: `Trainer(strategy="gossi
 """
 
 from lightning_async.arrival import Arrival, Fate
-from lightning_async.callbacks import SpeedFaults
+from lightning_async.callbacks import AdaptiveShrink, DelayStats, SpeedFaults, SpreadStats, TrafficStats
 from lightning_async.data.balance import Incremental
 from lightning_async.strategies import (
     AsyncGlobalStrategy,
@@ -19,14 +19,18 @@ from lightning_async.version import __version__
 register()
 
 __all__ = [
+    "AdaptiveShrink",
     "Arrival",
     "AsyncGlobalStrategy",
     "AsyncStrategy",
+    "DelayStats",
     "DelayedPipelineStrategy",
     "Fate",
     "GossipRingStrategy",
     "Incremental",
     "LazySignStrategy",
     "SpeedFaults",
+    "SpreadStats",
+    "TrafficStats",
     "__version__",
 ]

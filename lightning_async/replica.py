@@ -92,6 +92,10 @@ class Replica:
             self._adopt_views()
         self._rounded.carry_over()
 
+    def parts(self, vector: Tensor) -> list[Tensor]:
+        """Of a vector like the flat one, what belongs to each parameter, in their order."""
+        return [vector[at : at + p.numel()] for p, at in self._places]
+
     def holds(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether the trainable ones among `parameters` are those that this replica was made of."""
         return {id(p) for p in parameters if p.requires_grad} == {id(p) for p in self._parameters}

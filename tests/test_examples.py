@@ -41,6 +41,7 @@ def test_all_are_here() -> None:
         "demo.py",
         "gossip_ring.py",
         "lazy_sign.py",
+        "watch.py",
     }
 
 
@@ -49,6 +50,15 @@ def test_one_changed_argument(strategy: str, script: Script) -> None:
     said = script("gossip_ring.py", "--strategy", strategy, "--devices", "2", "--epochs", "1")
     assert "validation loss" in said
     assert "accuracy" in said
+
+
+@pytest.mark.filterwarnings("ignore:.* has nothing to say under this strategy")
+@pytest.mark.parametrize("strategy", ["gossip_ring_fork", "ddp_fork"])
+def test_two_added_lines(strategy: str, script: Script, tmp_path: Path) -> None:
+    out = tmp_path / "watch"
+    said = script("watch.py", "--strategy", strategy, "--devices", "2", "--epochs", "1", "--out", str(out))
+    assert "rank 1 is slow" in said or "lightning-async report" in said
+    assert (out / "meetings.jsonl").is_file()
 
 
 def test_bytes_of_a_step(script: Script) -> None:

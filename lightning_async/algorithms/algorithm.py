@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -42,6 +42,12 @@ class Algorithm(ABC):
     shrink: Shrink = staticmethod(no_shrink)
     in_step: bool = False
     """Whether its members wait for each other at every step."""
+    shrinks: str = "corrections"
+    """What the factors of `shrink` multiply: "corrections" of the weights, or "gradients" that an optimizer gets."""
+    kinds: ClassVar[Mapping[int, str]] = {}
+    """What its kinds of messages are called where people read them."""
+    skipped: int = 0
+    """How many exchanges were due and left out, because the one before was still under way."""
 
     @abstractmethod
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
@@ -78,6 +84,20 @@ class Algorithm(ABC):
     def averaged_over(self, n: int) -> int:
         """Over how many of `n` members a step of one is averaged in the end (see `adam`)."""
         return 1
+
+    def healthy_delay(self, n: int) -> int:
+        """The delay that a message has among `n` equal, healthy members; only what is later may be shrunk.
+
+        A pipeline, whose delays are structural and all to be shrunk, says 0.
+        """
+        return 0
+
+    def accounts(self) -> dict[str, tuple[int, int]]:
+        """By name: what this member has, and what it should. Summed over all members, the two must be equal.
+
+        Asked at meetings, when nothing is in flight. Who died took what it had along: such a sum is not checked.
+        """
+        return {}
 
     def arrived(self) -> list[Arrival]:
         """What was folded or refused outside of `after_step` (while settling a meeting) since the last call."""

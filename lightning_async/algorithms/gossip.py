@@ -26,11 +26,13 @@ from lightning_async.algorithms.topology import TOPOLOGIES, Topology
 from lightning_async.algorithms.worth import Worth
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
-from lightning_async.transport.mail import Letter, Loss, Mail, Message, Wait
+from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Loss, Mail, Message, Wait
 from lightning_async.transport.rounds import Rounds
 
 Mode = Literal["pairwise", "push_sum", "sync", "none"]
 Wire = Literal["fp32", "bf16"]
+HEALTHY = 3
+"""Delay in steps, between equal members on a network that is quicker than their steps."""
 
 
 class Gossip(Algorithm):
@@ -56,7 +58,7 @@ class Gossip(Algorithm):
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """Start with this mass, nothing in flight, an empty ledger."""
         self.ledger, self.mass, self._born_with, self._rounds = Ledger(), mass, mass, rounds
-        self.wrote_to, self.settling, self._arrivals = set(), False, []
+        self.wrote_to, self.settling, self._arrivals, self.skipped = set(), False, [], 0
         self._step = self._met = self._opened = 0  # the last step; at the last meeting; when the accounts were opened
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
@@ -83,6 +85,8 @@ class Gossip(Algorithm):
         """While the mail is drained: fold and serve whatever is there, send nothing new."""
         for loss in mail.lost():
             self.lose(replica, loss)
+            if loss.message.kind >= FIRST_FREE_KIND:
+                self.record(Arrival(loss.peer, loss.message.step, self._step, self._step, 0.0, fate=Fate.LOST))
 
     def lose(self, replica: Replica, loss: Loss) -> None:
         """A peer died with this message unfolded; it may be one of the rounds', which account for theirs."""
@@ -109,6 +113,14 @@ class Gossip(Algorithm):
     def averaged_over(self, n: int) -> int:
         """Over how many members a step is averaged, of `n`."""
         return n
+
+    def healthy_delay(self, n: int) -> int:
+        """A letter is folded behind the step in which it came, and dated by a header that is a step old."""
+        return HEALTHY
+
+    def accounts(self) -> dict[str, tuple[int, int]]:
+        """The mass that is held or in the ledger, and the mass that the members were born with."""
+        return {"mass": (self.mass + self.ledger.total_mass(), self._born_with)}
 
     # -- in the middle of a run (see cut) -----------------------------------------------------------------------------
 

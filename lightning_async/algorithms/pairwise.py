@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ ASK, ANSWER, BOUNCE = FIRST_FREE_KIND, FIRST_FREE_KIND + 1, FIRST_FREE_KIND + 2
 
 class Pairwise(Gossip):
     """Symmetric averages on the edges of the topology, without waiting."""
+
+    kinds: ClassVar[Mapping[int, str]] = {ASK: "ask", ANSWER: "answer", BOUNCE: "bounce"}
 
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """Nothing is asked, nothing is held."""
@@ -103,6 +105,7 @@ class Pairwise(Gossip):
             return
         peer = edges[self._turn % len(edges)]
         if self._asked or not mail.free(peer, ASK):
+            self.skipped += 1
             return
         question = Message(ASK, self.on_wire(replica.flat), step=self._step, weight=self.mass)
         self._turn += 1
@@ -128,13 +131,13 @@ class Pairwise(Gossip):
         if not mail.post(letter.peer, answer):
             self._held.append(letter)
             return
+        mail.folded(letter)  # at once: so the answer itself tells of it, and no header of its own does
         if difference is None:
             self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
         else:
             replica.shift(difference, rate / MILLION * asked.weight / (asked.weight + self.mass))
             self.record(replace(arrival, fate=Fate.SHRUNK if factor < 1 else Fate.FOLDED, factor=factor))
             self.wrote_to.add(letter.peer)
-        mail.folded(letter)
 
     def _difference(self, replica: Replica, asked: Message) -> Tensor:
         """What the two replicas are apart, as precisely as it can travel: both ends use the same bits."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ LEAST = 16  # less than this part is not worth a message
 
 class PushSum(Gossip):
     """One-sided gossip that keeps the mass-weighted mean."""
+
+    kinds: ClassVar[Mapping[int, str]] = {SHARE: "share", RETURN: "return"}
 
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """The first turn goes to the next member."""
@@ -103,7 +105,10 @@ class PushSum(Gossip):
         peer = partner(self.topology, mail.members(), mail.me, self._turn)
         self._turn += 1
         share = min(self.mass // 2, self.mass - self._born_with // FLOOR)
-        if peer is None or LEAST * share < self._born_with or not mail.free(peer, SHARE):
+        if peer is None:
+            return
+        if LEAST * share < self._born_with or not mail.free(peer, SHARE):
+            self.skipped += 1
             return
         sent = self.on_wire(replica.flat)
         if mail.post(peer, Message(SHARE, sent, step=self._step, weight=share)):

@@ -10,7 +10,7 @@ stops the others with a sentence instead of leaving them waiting.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class SyncRing(Gossip):
     """Synchronous neighbour averaging. It waits by definition."""
 
     in_step = True
+    kinds: ClassVar[Mapping[int, str]] = {WEIGHTS: "weights", END: "end"}
 
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """Round 1 mixes the initial weights."""

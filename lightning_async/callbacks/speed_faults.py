@@ -5,6 +5,7 @@
     rank 1   |#...............................|#...........     slow = {1: 4.0}
     rank 2   |#.......|#.......|==== stands still ====|#...     freeze = {2: (2, 5.0)}
     rank 3   |#.......|#.......|#.......|RuntimeError           fail = {3: 3}
+    rank 4   |#.......|#...............|#...............|#...   schedule = {4: [(1, 2.0), (3, 1.0)]}
 
 The added time comes before the batch's own work (`#` above). A freeze stops the whole process, as a machine that swaps
 or a paused container does: its network threads and its heartbeats stand still too. Sleeping is the feature here.
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -33,6 +35,11 @@ class SpeedFaults(Callback):
     Args:
         step_seconds: Seconds added before every batch on every rank, as if the model were larger.
         slow: How many times as long a rank takes: `{3: 4.0}` makes rank 3 four times slower than `step_seconds`.
+        schedule: `{rank: [(batch, factor), ...]}`: from that batch on the rank takes so many times as long, up to the
+            next entry; before the first one, as long as `slow` says.
+        repeat: The schedules begin anew after so many batches: a neighbour that comes every so often. None: never.
+        stall: `{rank: (every, seconds)}`: on average once in `every` batches the rank stands still for so long, at
+            batches drawn from the seed: garbage collection, a hiccup of the file system.
         sigma: Log-normal spread of the added time; its mean stays the same, so rates can still be summed.
         freeze: `{rank: (batch, seconds)}`: the rank's whole process is stopped before that batch, once, for so long.
         fail: `{rank: batch}`: the rank raises an error before that batch.
@@ -45,6 +52,9 @@ class SpeedFaults(Callback):
         *,
         step_seconds: float = 0.0,
         slow: dict[int, float] | None = None,
+        schedule: dict[int, list[tuple[int, float]]] | None = None,
+        repeat: int | None = None,
+        stall: dict[int, tuple[float, float]] | None = None,
         sigma: float = 0.0,
         freeze: dict[int, tuple[int, float]] | None = None,
         fail: dict[int, int] | None = None,
@@ -55,6 +65,9 @@ class SpeedFaults(Callback):
         self.step_seconds = _at_least_0("step_seconds", step_seconds)
         self.sigma = _at_least_0("sigma", sigma)
         self.slow = dict(slow or {})
+        self.schedule = {rank: [tuple(entry) for entry in entries] for rank, entries in (schedule or {}).items()}
+        self.repeat = repeat
+        self.stall = {rank: tuple(entry) for rank, entry in (stall or {}).items()}
         self.freeze = dict(freeze or {})
         self.fail = dict(fail or {})
         self.seed = seed
@@ -86,13 +99,25 @@ class SpeedFaults(Callback):
         at, seconds = self.freeze.get(rank, (None, 0.0))
         if at == now:
             freeze_process(seconds)
-        self._pass(self._seconds(rank))
+        self._pass(self._seconds(rank, now) + self._stalls(rank))
 
-    def _seconds(self, rank: int) -> float:
-        mean = self.step_seconds * self.slow.get(rank, 1.0)
+    def _seconds(self, rank: int, batch: int) -> float:
+        mean = self.step_seconds * self.factor(rank, batch)
         if not self.sigma:
             return mean
         return mean * math.exp(self.sigma * self._random.gauss(0.0, 1.0) - self.sigma**2 / 2)
+
+    def factor(self, rank: int, batch: int) -> float:
+        """How many times as long as `step_seconds` this batch takes on this rank."""
+        within = batch if self.repeat is None else batch % self.repeat
+        found = self.slow.get(rank, 1.0)
+        for begin, factor in self.schedule.get(rank, ()):
+            found = factor if begin <= within else found
+        return found
+
+    def _stalls(self, rank: int) -> float:
+        every, seconds = self.stall.get(rank, (1.0, 0.0))
+        return seconds if seconds and self._random.random() * every < 1 else 0.0
 
     def _pass(self, seconds: float) -> None:
         if not self.hold_gil:
@@ -103,7 +128,7 @@ class SpeedFaults(Callback):
             pass
 
     def _ranks(self) -> Iterable[int]:
-        return {*self.slow, *self.freeze, *self.fail}
+        return {*self.slow, *self.schedule, *self.stall, *self.freeze, *self.fail}
 
     def _check(self) -> None:
         for rank in self._ranks():
@@ -120,8 +145,26 @@ class SpeedFaults(Callback):
         for rank, batch in self.fail.items():
             if batch < 0:
                 raise ValueError(f"`fail` must hold batches, counted from 0, got {batch} for rank {rank}")
-        if (self.slow or self.sigma) and not self.step_seconds:
-            raise ValueError("`slow` and `sigma` act on `step_seconds`, which is 0: set it, for example to 0.02")
+        self._check_schedules()
+        if (self.slow or self.sigma or self.schedule) and not self.step_seconds:
+            acts = "`slow` and `sigma` act" if not self.schedule else "`slow`, `schedule` and `sigma` act"
+            raise ValueError(f"{acts} on `step_seconds`, which is 0: set it, for example to 0.02")
+
+    def _check_schedules(self) -> None:
+        for rank, entries in self.schedule.items():
+            begins = [begin for begin, _ in entries]
+            if not begins or begins[0] < 0 or any(b <= a for a, b in pairwise(begins)):
+                raise ValueError(f"`schedule` must hold batches from 0 that grow, got {begins} for rank {rank}")
+            for begin, factor in entries:
+                if not (0 < factor < math.inf):
+                    raise ValueError(f"`schedule` must hold positive factors, got {factor} at {begin} for rank {rank}")
+        if self.repeat is not None and (not self.schedule or self.repeat < 1):
+            raise ValueError(f"`repeat` must be at least 1 and needs a `schedule`, got {self.repeat}")
+        for rank, (every, seconds) in self.stall.items():
+            if not (1 <= every < math.inf and 0 < seconds < math.inf):
+                raise ValueError(
+                    f"`stall` must hold (batches from 1, positive seconds), got ({every}, {seconds}) for rank {rank}"
+                )
 
 
 def freeze_process(seconds: float) -> None:

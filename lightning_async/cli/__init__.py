@@ -1,4 +1,4 @@
-"""The `lightning-async` command: it prints the configs that LightningCLI reads, and replays recorded runs."""
+"""The `lightning-async` command: prints the configs that LightningCLI reads; replays, draws and audits runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lightning_async.cli import replay
+from lightning_async.cli import audit, replay, report
 from lightning_async.cli.configs import names, read, summary
 from lightning_async.version import __version__
 
@@ -45,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("name", nargs="?", help="for example strategies/gossip_ring")
     config.set_defaults(run=_config)
     replay.add_parser(commands)
+    report.add_parser(commands)
+    audit.add_parser(commands)
     return parser
 
 

@@ -25,6 +25,9 @@ HARMLESS = {
     "WeightAveraging",
     "EMAWeightAveraging",
     "SpeedFaults",
+    "DelayStats",
+    "TrafficStats",
+    "SpreadStats",
 }
 """Callbacks that change nothing that is not in the log."""
 
@@ -46,8 +49,8 @@ def summary(logs: Mapping[int, Log], course: Course, member: int | None) -> str:
     same = "to the bit" if course.tolerance is None else loosely
     reached = "" if course.until is None else f", until step {course.until}"
     whose = "the run is" if member is None else f"member {member} is"
-    counted = f"{_many(len(logs), 'member')}, {_many(course.taken, 'step')}, "
-    counted += f"{_many(course.folds, 'fold')}; compared: {_many(course.losses, 'loss', 'losses')}, "
+    counted = f"{many(len(logs), 'member')}, {many(course.taken, 'step')}, "
+    counted += f"{many(course.folds, 'fold')}; compared: {many(course.losses, 'loss', 'losses')}, "
     lines = [
         f"member {rank}'s log ends behind step {log.step}: it was stopped or killed"
         for rank, log in logs.items()
@@ -55,7 +58,7 @@ def summary(logs: Mapping[int, Log], course: Course, member: int | None) -> str:
     ]
     if not course.losses + course.digests:
         whose = f"nothing to compare with was recorded (losses on a GPU are not); {whose}"
-    lines.append(f"{whose} as recorded, {same}{reached}: {counted}{_many(course.digests, 'digest')}")
+    lines.append(f"{whose} as recorded, {same}{reached}: {counted}{many(course.digests, 'digest')}")
     return "\n".join(lines)
 
 
@@ -69,5 +72,6 @@ def first_difference(difference: Difference | Divergence, header: Mapping[str, A
     return f"first difference: {said}{left_out}"
 
 
-def _many(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
+def many(number: int, one: str, more: str | None = None) -> str:
+    """A number and what it counts."""
+    return f"{number:,} {one if number == 1 else more or one + 's'}"

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from lightning_async.progress.progress import Outcome
 from lightning_async.progress.report import Wish
+from lightning_async.progress.tally import ZERO, Tally
 from lightning_async.replica import Replica
 from lightning_async.strategies import words
 from lightning_async.strategies.buffers import average_buffers, broadcast_frozen
 from lightning_async.strategies.saved import agree_on_saved
+from lightning_async.strategies.telling import Telling
 from lightning_async.strategies.trainable import check_unchanged, renewed
 from lightning_async.transport.mail import Wait
 
@@ -31,11 +33,14 @@ class Consensus:
     """One rank's way to a meeting and back.
 
     Attributes:
-        last: Of the last meeting, how far the replicas were apart and how many seconds it took.
+        last: Of the last meeting, how far the replicas were apart, how many seconds it took, and for how many of them
+            this rank waited.
+        telling: What callbacks tell each other there.
     """
 
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.last: dict[str, float] = {}
+        self.telling = Telling(lambda: strategy.office, self._trained)
         self._strategy = strategy
 
     def begin(self, model: torch.nn.Module, replica: Replica) -> None:
@@ -66,6 +71,7 @@ class Consensus:
         recording, carrier = strategy.office.recording, strategy.office.carrier
         check_unchanged(strategy.trainer.lightning_module, strategy.replica)
         began = carrier.now()
+        self.telling.arrive()
         strategy.clock.summon(strategy.trainer)
         outcome = self.come()
         recording.meeting(strategy.replica)
@@ -75,7 +81,7 @@ class Consensus:
         recording.met(strategy.replica)
         if strategy.at_meeting == "adopt":
             strategy.replica.stay()
-        self.last = {"spread": apart**0.5, "seconds": carrier.now() - began}
+        self.last = {"spread": apart**0.5, "seconds": carrier.now() - began, "idle": self.telling.idle}
         strategy.alone = False
         strategy.clock.conclude(strategy.trainer, outcome)
         return outcome.wishes
@@ -84,12 +90,26 @@ class Consensus:
         """Let the consensus stand in, with buffers that fit; how far apart the replicas were, squared."""
         strategy = self._strategy
         rounds, carrier = strategy.office.rounds, strategy.office.carrier
-        apart = strategy.together(words.mean_square(rounds, strategy.replica.flat.cpu(), consensus.cpu()))
+        apart = strategy.together(self._tell(strategy.replica, consensus.cpu()))
+        strategy.office.recording.met_with(strategy, apart)
         if strategy.buffers != "local":
             strategy.together(average_buffers(strategy.trainer.lightning_module, rounds))
         strategy.feeding.epoch_ended(deaths=len(carrier.members()) < strategy.world_size)
         strategy.replica.stand_in(consensus)
         return apart
+
+    def _tell(self, replica: Replica, consensus: Tensor) -> Wait[float]:
+        own = replica.flat.cpu()
+
+        def by_parameter() -> list[float]:
+            pairs = zip(replica.parts(own), replica.parts(consensus), strict=True)
+            return [float((a - b).double().square().sum()) for a, b in pairs]
+
+        return self.telling.exchange(words.mean_square(own, consensus), by_parameter)
+
+    def _trained(self) -> Tally:
+        progress = self._strategy.clock.progress
+        return ZERO if progress is None else progress.own
 
     def leave(self) -> Replica:
         """Own weights again, unless they are the consensus; those that are trained from here on."""
@@ -101,10 +121,12 @@ class Consensus:
         if new is not None:
             replica = new
             algorithm.begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
+        replica.check()  # a callback may have put other tensors in the place of the weights, and keep those
         adopted = not replica.away
         replica.come_back()
         algorithm.resume(replica, adopted=adopted)
         office.recording.set_off(strategy.trainer)
+        self.telling.set_off()
         return replica
 
     def take_home(self) -> None:

@@ -45,6 +45,7 @@ def about(strategy: AsyncStrategy) -> dict[str, Any]:
         "strategy": strategy.name,
         "knobs": knobs_of(strategy),
         "module": f"{module.__module__}:{module.__qualname__}",
+        "limit": trainer.limit_train_batches,
         "device": strategy.root_device.type,
         "trainer": {name: getattr(trainer, name) for name in TRAINER},
         "callbacks": [type(callback).__name__ for callback in callbacks(trainer)],

@@ -33,8 +33,10 @@ T = TypeVar("T")
 CONNECT = 10.0  # seconds to reach a store that is known to be there
 FAREWELL = 15.0  # seconds that leaving may take
 FAREWELL_FAILED = 5.0
-PAGES = 2
-"""The pages of a member's note: the share's (`feeding.DATA`), the progress's (`clock.PROGRESS`)."""
+PAGES = 3
+"""The pages of a member's note: the share's (`feeding.DATA`), the progress's (`clock.PROGRESS`), the callbacks'."""
+CALLBACKS = 2
+"""The page that is the callbacks'."""
 BYE, DIED = b"bye", b"died"
 
 
@@ -107,6 +109,7 @@ class Office:
         self.flags = Flags(self._carrier, grace=self.grace)
         self._pages = Pages(self._carrier, PAGES)
         self.rounds = Rounds(self._carrier)
+        self.recording.flags = self.flags
         self.mail = self.recording.of(self._carrier, fitting=fitting, run=f"{self._run}.{self._count}")
         self.algorithms_rounds = Rounds(self.mail, channel=1)
 

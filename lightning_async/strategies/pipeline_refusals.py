@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_async.strategies import compat
 
@@ -27,4 +28,14 @@ def refuse_pipeline(trainer: Trainer, name: str) -> None:
             raise MisconfigurationException(
                 f"strategy={name!r}: `{found.pop()}` copies the whole model, and here each rank has a part of it; "
                 "average checkpoints afterwards"
+            )
+
+
+def refuse_schedulers(configs: list[LRSchedulerConfig], name: str) -> None:
+    """Raise for learning rates that would go by what only the last stage sees in mid-epoch."""
+    for config in configs:
+        if config.interval == "step" and config.reduce_on_plateau:
+            raise MisconfigurationException(
+                f"strategy={name!r}: ReduceLROnPlateau with interval='step' goes by a metric that each rank sees "
+                "differently between meetings, and the ranks' learning rates would differ; use interval='epoch'"
             )

@@ -2,7 +2,8 @@
 
     header    who, of which run; seed, versions, threads; the strategy and its knobs; what the Trainer was told
     events    what the algorithm asked its carrier and was told, and the samples and the loss of each batch
-    notes     what the optimizers and the random generators were told; digests of the weights, to be compared with
+    notes     what the optimizers and the random generators were told; digests of the weights, to be compared with;
+              for people: when each step ended, what arrived and how late, the accounts at meetings
 
 That is all a replay needs: weights and gradients follow from it. A replay calls the same methods (`replaying`): what is
 written here is looked up there.
@@ -11,6 +12,7 @@ written here is looked up there.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -19,14 +21,17 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
 from lightning_async.strategies.facts import about, digest, knobs_of_groups, start
 from lightning_async.transport import chance
 from lightning_async.transport.mail import Carrier
 from lightning_async.transport.record import RecordingCarrier
+from lightning_async.transport.traffic import plain
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
+    from lightning_async.strategies.waiting import Flags
 
 EVERY = 100  # steps between two digests of the weights
 
@@ -64,6 +69,7 @@ class Recording:
         self._chance: dict[str, str] = {}
         self._loss: float | None = None
         self._met = False
+        self.flags: Flags | None = None
 
     @property
     def on(self) -> bool:
@@ -119,6 +125,7 @@ class Recording:
         if self._scribe is not None:
             facts = {"accumulate": trainer.accumulate_grad_batches, "chance": self._news_of_chance()}
             self._note("off", facts)
+            self._time("off")
 
     def clock(self, trainer: Trainer) -> None:
         """A batch begins: at which step of the run, and whether as the last of its epoch."""
@@ -143,6 +150,20 @@ class Recording:
         """A batch was trained on."""
         if self._scribe is not None:
             self._compare_loss(self._loss, self._scribe.note_batch(self._loss))
+            self._time("batch")
+
+    def arrived(self, arrivals: Sequence[Arrival]) -> None:
+        """These were folded, refused or lost."""
+        if self._scribe is not None and arrivals:
+            told = [(a.peer, a.base, a.launched, a.folded, round(a.seconds, 6), a.factor, a.fate) for a in arrivals]
+            self._scribe.note("arrivals", told)
+
+    def met_with(self, strategy: AsyncStrategy, apart: float) -> None:
+        """What is known of a meeting: the accounts, how far apart the replicas were (squared), the traffic so far."""
+        if self._scribe is not None:
+            self._scribe.note("accounts", strategy.accounts())
+            self._scribe.note("spread", apart**0.5)
+            self._scribe.note("traffic", plain(strategy.traffic(), strategy.kinds))
 
     def told(self, name: str, value: float) -> float:
         """A number that the algorithm is told and no replay can find out; returns the recorded one."""
@@ -157,6 +178,7 @@ class Recording:
     def meeting(self, replica: Replica) -> None:
         """The members meet, each with its own weights."""
         if self._scribe is not None:
+            self._time("meet")
             self._note("own", digest(replica.flat))
             self._scribe.note_meeting()
 
@@ -178,6 +200,12 @@ class Recording:
         self._file = self._scribe = None
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _time(self, what: str) -> None:
+        """When it was, and how long this rank's thread had been busy with exchange, and with waiting, by then."""
+        if self._scribe is not None and self.flags is not None:
+            seconds = (time.monotonic(), self.flags.spent, self.flags.waited)
+            self._scribe.note("time", [what, *(round(second, 6) for second in seconds)])
 
     def _note(self, name: str, value: Any, *, news: bool = False) -> None:
         if self._scribe is not None:

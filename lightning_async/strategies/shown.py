@@ -1,7 +1,8 @@
 """What callbacks and users may see of a strategy is the same for each: arrivals, traffic, steps, the last meeting.
 
-arrivals()   what came, from whom, how late        traffic()   bytes and messages by peer and kind
+arrivals()   what came, from whom, how late        traffic()       bytes and messages by peer and kind
 shrink       the one thing that they may set: by how much a late contribution counts less
+at_meetings  what callbacks of all ranks tell each other, there only        board   a page of the notes, between
 """
 
 from __future__ import annotations
@@ -12,8 +13,13 @@ from typing import Any
 from lightning_async.algorithms.algorithm import Algorithm, Shrink
 from lightning_async.arrival import Arrival
 from lightning_async.strategies.consensus import Consensus
+from lightning_async.strategies.office import CALLBACKS
+from lightning_async.strategies.own_state import Part
 from lightning_async.strategies.saving import Saving
 from lightning_async.strategies.stepping import Stepping
+from lightning_async.strategies.telling import Hear, Say
+from lightning_async.transport.mail import KIND_NAMES
+from lightning_async.transport.pages import Desk
 
 
 class Shown(Saving):
@@ -39,8 +45,56 @@ class Shown(Saving):
 
     @property
     def last_meeting(self) -> dict[str, float]:
-        """How far apart the replicas were before the last meeting ("spread"), and how long it took ("seconds")."""
+        """How far apart the replicas were before the last meeting ("spread"), how long it took ("seconds"), and for how
+        long of that this rank waited ("idle")."""
         return self.consensus.last
+
+    def at_meetings(self, name: str, say: Say, hear: Hear) -> None:
+        """Tell something at every meeting of this fit, and hear what all ranks told under this name (see `telling`)."""
+        self.consensus.telling.join(name, say, hear)
+
+    def keep(self, name: str, part: Part) -> None:
+        """Save a state of this rank's own with every checkpoint, and put it back on the rank that takes its place."""
+        self.checkpoints.parts[name] = part
+
+    @property
+    def board(self) -> Desk:
+        """A page of this rank's note for callbacks, and the others': small, and as old as the last heartbeat."""
+        return self.office.desk(CALLBACKS)
+
+    def accounts(self) -> dict[str, tuple[int, int]]:
+        """What this rank has and should have of what is conserved; over all ranks the sums are equal, at meetings."""
+        return self.algorithm.accounts()
+
+    @property
+    def healthy_delay(self) -> int:
+        """The delay that a message has among equal, healthy ranks; what is later is excess."""
+        return self.algorithm.healthy_delay(self.world_size)
+
+    @property
+    def shrinks(self) -> str:
+        """What the factors of `shrink` multiply: "corrections" of the weights, or "gradients" before the optimizer."""
+        return self.algorithm.shrinks
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether every rank has weights of the whole module: yes."""
+        return True
+
+    @property
+    def inherited(self) -> float:
+        """The part of a contribution's delay by which it was shrunk already on its way here: none."""
+        return 0.0
+
+    @property
+    def kinds(self) -> Mapping[int, str]:
+        """The names of the kinds of messages that `traffic` counts."""
+        return {**KIND_NAMES, **self.algorithm.kinds}
+
+    @property
+    def skipped(self) -> int:
+        """How many exchanges were due and left out, because the one before was still under way."""
+        return self.algorithm.skipped
 
     @property
     def steps(self) -> int:

@@ -65,6 +65,7 @@ class Stepping:
     def arrived(self, arrivals: list[Arrival]) -> None:
         """Something came."""
         self._arrivals.add(arrivals)
+        self._strategy.office.recording.arrived(arrivals)
 
     def with_exchange(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, after which the algorithm sees the gradients."""

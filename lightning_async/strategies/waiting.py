@@ -33,6 +33,8 @@ class Flags:
         sigterm: Whether this rank's process got a SIGTERM.
         failed: Why this rank stopped, if it did.
         patient: Whether this rank is on its way to such a meeting.
+        spent: Seconds that this rank's thread was in `drive`.
+        waited: Seconds of these in which there was nothing to do but wait.
     """
 
     carrier: Carrier
@@ -40,6 +42,8 @@ class Flags:
     sigterm: bool = False
     failed: str | None = None
     patient: Callable[[], bool] = field(default=lambda: False)
+    spent: float = 0.0
+    waited: float = 0.0
     _stopping: float | None = None
 
     @property
@@ -81,6 +85,7 @@ def drive(
     With a `sign` the limit counts from its last change; `heed` is called at every look, and may raise.
     """
     carrier, start, seen = flags.carrier, time.monotonic(), None
+    began = start
     try:
         while True:
             what = next(waiting)
@@ -92,7 +97,10 @@ def drive(
             flags.raise_if_set()
             if heed is not None:
                 heed()
+            before = time.monotonic()
             carrier.wait(GLANCE)
+            flags.waited += time.monotonic() - before
     except StopIteration as end:
         result: T = end.value
+        flags.spent += time.monotonic() - began
         return result

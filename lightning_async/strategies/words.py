@@ -78,12 +78,10 @@ def gather_uneven(rounds: Rounds, tensor: Tensor, *, what: str = "gather") -> Wa
     return [part.to(tensor.device) for part in parts]
 
 
-def mean_square(rounds: Rounds, one: Tensor, other: Tensor) -> Wait[float]:
-    """The mean over members and coordinates of the squared difference of two flat tensors."""
+def mean_square(one: Tensor, other: Tensor) -> float:
+    """The mean over coordinates of the squared difference, in parts: a large temporary costs its page faults."""
     pairs = zip(torch.split(one, CHUNK), torch.split(other, CHUNK), strict=True)
-    square = sum(float((a - b).double().square().sum()) for a, b in pairs)
-    mean = yield from reduce(rounds, torch.tensor([square / one.numel()], dtype=torch.float64), "mean")
-    return float(mean)
+    return sum(float((a - b).double().square().sum()) for a, b in pairs) / one.numel()
 
 
 def _tensor(data: bytes, head: dict[str, Any]) -> Tensor:

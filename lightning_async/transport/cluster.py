@@ -22,7 +22,8 @@ from lightning_async.transport.gloo import Clients, keys_of
 from lightning_async.transport.links import Links
 from lightning_async.transport.mail import Letter, Loss, Message, Service
 from lightning_async.transport.service import Loop, ServiceThread
-from lightning_async.transport.slots import Count, Here, Inbox, Slots
+from lightning_async.transport.slots import Here, Inbox, Slots
+from lightning_async.transport.traffic import Count
 
 
 def refuse_loopback(addresses: Iterable[str], *, nodes: int) -> None:
@@ -51,6 +52,7 @@ class ClusterCarrier:
         fragment_bytes: The longest piece in which a body travels.
         connect_timeout: The longest that a rendezvous may take when the peer dies on its way to it.
         interface: The network interface of the links; by default GLOO_SOCKET_IFNAME's, else the one of the host's name.
+        shared_memory: Whether long bodies to members of this host go through memory.
         tick: Seconds between looks at the store's bell.
     """
 
@@ -69,6 +71,7 @@ class ClusterCarrier:
         fragment_bytes: int = 4 << 20,
         connect_timeout: float = 30.0,
         interface: str | None = None,
+        shared_memory: bool = True,
         tick: float = 0.1,
     ) -> None:
         if max_bytes < 0:
@@ -108,6 +111,7 @@ class ClusterCarrier:
             fragment_bytes=fragment_bytes,
             connect_timeout=connect_timeout,
             interface=interface,
+            shared_memory=shared_memory,
             news=self._news,
         )
         self._control = Control(

@@ -107,9 +107,17 @@ class Log:
         """How many batches were trained on."""
         return sum(event[1] == "batch" for event in self._events)
 
+    def lines(self) -> list[list[Any]]:
+        """All events and notes, in order, each behind its number."""
+        return self._lines
+
     def first(self, name: str) -> Any:
         """The first note of this name; None without one."""
         return next((line[3] for line in self._lines if line[1:3] == [NOTE, name]), None)
+
+    def notes_of(self, name: str) -> list[Any]:
+        """All notes of this name, in order."""
+        return [line[3] for line in self._lines if line[1:3] == [NOTE, name]]
 
     def number_of_epochs(self) -> int:
         """How many epochs were begun."""

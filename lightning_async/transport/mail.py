@@ -41,6 +41,9 @@ CUT = 6
 `reference`, what is behind it after (cuts)."""
 FIRST_FREE_KIND = 16
 """Algorithms number their own kinds from here; a kind is below 64."""
+KIND_NAMES = {0: "headers", MARKER: "marker", CUT: "cut"}
+KIND_NAMES |= dict.fromkeys((CONTRIBUTION, RESULT, CONTRIBUTION + 2, RESULT + 2), "rounds")
+"""What kinds are called where people read them; algorithms name their own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,7 @@ from torch import Tensor
 from lightning_async.transport.checks import KINDS
 from lightning_async.transport.header import DATA, AnotherProtocolError, Header, dtype_code, dtype_of
 from lightning_async.transport.mail import Letter, Loss, Message
-
-HEADERS = 0
-"""The row of the traffic table that counts headers; no message has this kind."""
+from lightning_async.transport.traffic import HEADERS, Count, numbers_in
 
 
 def nothing() -> None:
@@ -56,22 +54,13 @@ class Here:
 
 
 @dataclass(slots=True)
-class Count:
-    """Traffic of one kind with one peer: payload bytes (for the row `HEADERS`: header bytes)."""
-
-    messages_out: int = 0
-    bytes_out: int = 0
-    messages_in: int = 0
-    bytes_in: int = 0
-
-
-@dataclass(slots=True)
 class Slot:
-    """One posted message: the sender's own copy and its header; without a header it is free."""
+    """One posted message: the sender's own copy, its header, and since when; without a header it is free."""
 
     buffer: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     header: Header | None = None
     message: Message | None = None
+    since: float = 0.0
 
     def view(self, nbytes: int) -> Tensor:
         """The first `nbytes` of the kept buffer, which grows when it must."""
@@ -191,6 +180,8 @@ class Slots:
             self._posted += 1
             header.number = self._posted
             slot.header, slot.message = header, replace(message, body=body, echo=header.echo)
+            slot.since = self._here.now()
+            self.count(message.kind).numbers_out += numbers_in(body)
             self.queue.append(slot)
             self.changed.notify_all()
         return True
@@ -246,7 +237,7 @@ class Slots:
                 if slot.header is not None and slot.header.number > received:
                     again.append((slot.header.number, slot))
                 elif slot.header is not None and slot.header.number not in unfolded:
-                    slot.header = slot.message = None
+                    self._free(slot)
             self.queue = deque(slot for _, slot in sorted(again, key=lambda one: one[0]))
             self.changed.notify_all()
 
@@ -261,7 +252,7 @@ class Slots:
             for number in numbers:
                 if number not in held:
                     raise AnotherProtocolError(f"member {self.peer} folded message {number}, which it does not hold")
-                held[number].header = held[number].message = None
+                self._free(held[number])
         self._news()
 
     def box(self, header: Header) -> Tensor:
@@ -292,6 +283,11 @@ class Slots:
             count.messages_in += 1
             count.bytes_in += header.nbytes
         self._inbox.put(self.peer, header.number, message, header.echo_clock)
+
+    def _free(self, slot: Slot) -> None:
+        assert slot.header is not None  # a free slot is not freed again
+        self.count(slot.header.kind).seconds_out += self._here.now() - slot.since
+        slot.header = slot.message = None
 
     def count(self, kind: int) -> Count:
         """The traffic of one kind."""

@@ -62,6 +62,21 @@ def test_slow_ranks_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pauses(faults, 3, 3, monkeypatch) == [0.08] * 3
 
 
+def test_schedules_come_and_go_and_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = SpeedFaults(step_seconds=0.5, slow={1: 3.0}, schedule={1: [(2, 4.0), (4, 1.0)]}, repeat=6)
+    assert pauses(faults, 0, 8, monkeypatch) == [0.5] * 8
+    assert pauses(faults, 1, 8, monkeypatch) == [1.5, 1.5, 2.0, 2.0, 0.5, 0.5, 1.5, 1.5]
+
+
+def test_stalls_come_as_often_as_asked_and_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = SpeedFaults(stall={2: (20, 0.5)})
+    slept = pauses(faults, 2, 4000, monkeypatch)
+    assert set(slept) == {0.0, 0.5}
+    assert slept.count(0.5) == pytest.approx(200, rel=0.2)
+    assert slept == pauses(SpeedFaults(stall={2: (20, 0.5)}), 2, 4000, monkeypatch)
+    assert set(pauses(faults, 1, 100, monkeypatch)) == {0.0}
+
+
 def test_spread_keeps_the_mean_and_follows_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(seed: int, rank: int) -> list[float]:
         return pauses(SpeedFaults(step_seconds=1.0, sigma=0.5, seed=seed), rank, 4000, monkeypatch)
@@ -165,6 +180,12 @@ def test_a_rank_that_is_not_there() -> None:
         ({"slow": {-1: 2.0}, "step_seconds": 1.0}, "ranks count from 0, got -1"),
         ({"freeze": {0: (-1, 1.0)}}, "`freeze` must hold"),
         ({"freeze": {0: (1, 0.0)}}, "`freeze` must hold"),
+        ({"schedule": {0: [(0, 2.0)]}}, "`slow`, `schedule` and `sigma` act on `step_seconds`, which is 0"),
+        ({"schedule": {0: [(5, 2.0), (3, 1.0)]}, "step_seconds": 1.0}, "`schedule` must hold batches from 0 that grow"),
+        ({"schedule": {0: []}, "step_seconds": 1.0}, "`schedule` must hold batches from 0 that grow, got"),
+        ({"schedule": {0: [(0, 0.0)]}, "step_seconds": 1.0}, "`schedule` must hold positive factors, got 0.0 at 0"),
+        ({"repeat": 5}, "`repeat` must be at least 1 and needs a `schedule`, got 5"),
+        ({"stall": {1: (0.5, 1.0)}}, "`stall` must hold .* got .0.5, 1.0. for rank 1"),
         ({"fail": {0: -1}}, "`fail` must hold batches, counted from 0, got -1"),
     ],
 )

@@ -29,7 +29,10 @@ def test_prints(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "strategies/nope"]) == 2
-    assert "there is no config 'strategies/nope'; there are: callbacks/speed_faults" in capsys.readouterr().err
+    assert (
+        "there is no config 'strategies/nope'; there are: callbacks/adaptive_shrink, callbacks/delay"
+        in capsys.readouterr().err
+    )
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

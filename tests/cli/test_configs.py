@@ -12,11 +12,13 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel, RandomDataset
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_async.callbacks import SpeedFaults
 from lightning_async.cli.configs import names, read
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* has nothing to say under this strategy")  # here: on one device
 SMALL = {
     "accelerator": "cpu",
     "devices": 1,
@@ -84,8 +86,25 @@ def test_a_strategy_config_sets_nothing_else(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in names() if n.startswith("callbacks/")])
 def test_a_callback_config_appends(name: str, fit: Callable[..., Trainer]) -> None:
     assert _keys(yaml.safe_load(read(name))) == {"trainer": {"callbacks+"}}
-    twice = [c for c in callbacks_of(fit(*configs(name, name))) if type(c).__name__ == _class_name(name)]
-    assert len(twice) == 2
+    both = [*configs(name, "callbacks/speed_faults" if name != "callbacks/speed_faults" else "callbacks/delay_stats")]
+    assert _class_name(name) in [type(c).__name__ for c in callbacks_of(fit(*both))]
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n.startswith("strategies/")])
+def test_all_files_of_callbacks_compose(
+    name: str, fit: Callable[..., Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = [n for n in names() if n.startswith("callbacks/")]
+    with pytest.raises(SystemExit, match="0"):
+        fit(*configs(name, *every), "--print_config")
+    shown = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert sorted(c["class_path"].rpartition(".")[2] for c in shown) == sorted(map(_class_name, every))
+    assert len(shown) == len(every) == 5
+
+
+def test_one_that_measures_stands_once(fit: Callable[..., Trainer]) -> None:
+    with pytest.raises(MisconfigurationException, match="DelayStats stands 2 times among the callbacks"):
+        fit(*configs("callbacks/delay_stats", "callbacks/delay_stats"))
 
 
 def test_knobs_of_faults_are_typed(fit: Callable[..., Trainer]) -> None:

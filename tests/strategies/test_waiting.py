@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,15 @@ def patient(n: int) -> Wait[int]:
 
 def test_the_result_comes_back() -> None:
     assert drive(patient(3), Flags(carrier()), limit=60.0) == 3
+
+
+def test_what_was_waited_for_is_counted() -> None:
+    slow = SimpleNamespace(me=0, decided=lambda key: None, wait=lambda seconds: time.sleep(0.01))
+    flags = Flags(slow)  # type: ignore[arg-type]
+    drive(patient(3), flags, limit=60.0)
+    assert 0.03 <= flags.waited <= flags.spent
+    drive(patient(0), flags, limit=60.0)
+    assert flags.spent - flags.waited < 0.03
 
 
 def test_waiting_ends_with_what_was_missing() -> None:

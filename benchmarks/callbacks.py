@@ -1,0 +1,156 @@
+"""All callbacks that measure, at once: what they cost a step of 5 ms, and whether the straggler's figure stays.
+
+    steps    |with|without|with|without|...        within one run, in blocks of 40: whatever else happens hits both
+    cost     mean of a block with them - mean of the block without beside it;  95 % interval over the pairs of blocks
+
+    limit     0: nothing is measured
+    control   the same blocks, with callbacks that do nothing at all: what Lightning takes for calling them
+
+Only what happens at every step is switched off in the blocks without; what happens at meetings is told beside it. The
+second part runs one rank 4x slow with and without them, in turns: samples per second, as parts of the own rates' sum.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from benchmarks.launch import Ranks
+from benchmarks.repeat import Turns, repeat
+from benchmarks.straggler import measure
+from benchmarks.table import Cell, Claim, Role, Row, Table
+from benchmarks.work import Digits, Work, loaders, measuring
+from lightning_async import GossipRingStrategy, SpeedFaults
+
+N = 2
+STEP = 0.005
+BLOCK = 40
+COST, SHARE = 0.01, 0.01  # at most so large a part of a step; so large a change of the straggler's figure
+LIMIT = 300.0
+
+
+def run(quick: bool) -> Table:
+    """The cost of a step; in a long run the straggler too."""
+    batches = BLOCK * (40 if quick else 150)
+    found = {name: _blocks(name, batches) for name in ("measuring", "idle")}
+    rows = [Row("nothing", Role.LIMIT, {"cost us": 0.0, "of a step": 0.0})]
+    rows += [Row(name, role, found[name]) for name, role in (("measuring", Role.RESULT), ("idle", Role.CONTROL))]
+    high = float(found["measuring"]["high us"] or 0.0) * 1e-6
+    claims = [Claim(f"cost of a step, upper end of 95 %: {high / STEP:.2%}, at most {COST:.0%}", high <= COST * STEP)]
+    if not quick:
+        more, claim = _straggler()
+        rows, claims = rows + more, [*claims, claim]
+    return Table(
+        f"{N} ranks, a step of {1000 * STEP:g} ms: all callbacks that measure, and AdaptiveShrink", rows, claims
+    )
+
+
+# -- the cost of a step -----------------------------------------------------------------------------------------------
+
+
+def _blocks(name: str, batches: int) -> dict[str, Cell]:
+    work = Work(N * batches, step=STEP)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = {**work.arguments({}, Path(folder)), "measures": name == "measuring"}
+        with Ranks(switched, N, arguments=arguments) as ranks:
+            values = ranks.values(timeout=LIMIT)
+    pairs = [pair for value in values for pair in value["pairs"]]
+    mean, half = fmean(pairs), interval(pairs)
+    return {
+        "cost us": 1e6 * mean,
+        "low us": 1e6 * (mean - half),
+        "high us": 1e6 * (mean + half),
+        "of a step": f"{mean / STEP:.2%} ({(mean - half) / STEP:.2%} to {(mean + half) / STEP:.2%})",
+        "pairs": len(pairs),
+        "meeting ms": 1e3 * fmean(value["meeting"] for value in values),
+    }
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the mean."""
+    return 1.96 * stdev(values) / math.sqrt(len(values))
+
+
+def switched(work: dict[str, Any], knobs: dict[str, Any], folder: str, measures: bool) -> dict[str, Any]:
+    """One rank: blocks of steps with and without the callbacks; the differences of neighbours, and the meeting."""
+    job = Work.read(work)
+    callbacks = measuring(folder) if measures else [Callback() for _ in measuring(folder)]
+    switch = Switch(callbacks)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+        strategy=GossipRingStrategy(**knobs),
+        max_epochs=1,
+        callbacks=[switch, SpeedFaults(step_seconds=job.step), *callbacks],
+        logger=CSVLogger(folder, name="", version=""),
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(Digits(job), *loaders(job))
+    return {"pairs": switch.pairs(), "meeting": trainer.strategy.last_meeting["seconds"]}  # type: ignore[attr-defined]
+
+
+class Switch(Callback):
+    """Takes callbacks out of the Trainer's list and puts them back, a block each."""
+
+    def __init__(self, others: Sequence[Callback]) -> None:
+        self._others = list(others)
+        self._marks: list[float] = []
+        self._means: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """At the border of two blocks, switch. Hooks of this batch come to the new list from the next one on."""
+        self._marks.append(time.perf_counter())
+        if len(self._marks) <= BLOCK:
+            return
+        steps = [b - a for a, b in zip(self._marks[1:], self._marks[2:], strict=False)]  # the first saw the switch
+        self._means.append(fmean(steps))
+        self._marks = self._marks[-1:]
+        self._put(trainer, len(self._means) % 2 == 0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All are there at the end, to say what they have measured."""
+        self._put(trainer, True)
+
+    def pairs(self) -> list[float]:
+        """With minus without, of neighbouring blocks; the first pair warms up."""
+        on, off = self._means[0::2], self._means[1::2]
+        return [a - b for a, b in zip(on, off, strict=False)][1:]
+
+    def _put(self, trainer: Trainer, there: bool) -> None:
+        rest = [c for c in vars(trainer)["callbacks"] if c not in self._others]
+        vars(trainer)["callbacks"] = rest + (self._others if there else [])
+
+
+# -- the straggler ----------------------------------------------------------------------------------------------------
+
+
+def _straggler() -> tuple[list[Row], Claim]:
+    work = Work(650, 2, step=0.02, slow={3: 4.0}, every=0.0)
+    variants = {
+        "straggler, measured": partial(measure, {}, replace(work, watch=True), 0.0),
+        "straggler": partial(measure, {}, work, 0.0),
+        "straggler, none": partial(measure, {"mode": "none"}, work, 0.0),
+    }
+    turns = repeat(variants, 3)
+    rows = [Row(name, Role.OTHER, _cells(turns, name)) for name in variants]
+    ratio = turns.ratio("straggler, measured", "straggler", "samples/s")
+    kept = abs(ratio.median - 1) <= SHARE
+    return rows, Claim(f"the straggler's figure within {SHARE:.0%} of that without: {ratio}", kept)
+
+
+def _cells(turns: Turns, name: str) -> dict[str, Cell]:
+    return {"samples/s": turns.of(name, "samples/s").median, "own rates": turns.of(name, "own rates").median}

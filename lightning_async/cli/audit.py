@@ -1,0 +1,153 @@
+"""`lightning-async audit`: a finished run against what it promised; what the logs do not hold is said to be unknown.
+
+    delays     nothing was folded that was later than the bound
+    accounts   what is conserved (mass) adds up at every meeting, to the last unit
+    samples    every sample of an epoch was trained on exactly once
+    weights    all ranks left each meeting with the same consensus
+
+Exit status 0: nothing is broken. 1: a promise is broken, and the line says where. 2: there is nothing to audit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_async.cli.story import Story, tell, trained
+from lightning_async.cli.tell import many
+from lightning_async.strategies.course import WrongInput
+
+DESCRIPTION = "Check a finished run against what it promised: delays within the bound, masses and samples conserved."
+RECORD = "only an event record tells that (record=...)"
+
+
+class Finding(NamedTuple):
+    """What came of one check: True, False, or None where the logs cannot tell."""
+
+    name: str
+    kept: bool | None
+    sentence: str
+
+
+def add_parser(commands: Any) -> None:
+    """Enter the command and its arguments."""
+    parser = commands.add_parser("audit", help="check a finished run against what it promised", description=DESCRIPTION)
+    parser.add_argument("path", type=Path, help="the folder that the run was recorded or logged in")
+    parser.add_argument(
+        "--max-delay", type=int, metavar="STEPS", help="the bound; by default the strategy's own `max_delay`"
+    )
+    parser.add_argument("--fit", type=int, default=1, help="which fit of its Trainer (1, 2, ...)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, tell, and return the exit status."""
+    try:
+        if arguments.max_delay is not None and arguments.max_delay < 0:
+            raise WrongInput(f"--max-delay must be at least 0, got {arguments.max_delay}")
+        findings = audit(tell(arguments.path, arguments.fit), arguments.max_delay)
+    except WrongInput as wrong:
+        print(f"lightning-async: {wrong}", file=sys.stderr)
+        return 2
+    for name, kept, sentence in findings:
+        print(f"{'?' if kept is None else 'kept' if kept else 'BROKEN':<7} {name}: {sentence}")
+    return int(any(kept is False for _, kept, _ in findings))
+
+
+def audit(story: Story, max_delay: int | None = None) -> list[Finding]:
+    """All findings."""
+    bound = story.knobs.get("max_delay") if max_delay is None else max_delay
+    return [_delays(story, bound), *_accounts(story), *_samples(story), _weights(story)]
+
+
+def _delays(story: Story, bound: int | None) -> Finding:
+    folded = sum(counts.total() for counts in story.delays.values())
+    if bound is None:
+        return Finding("delays", None, "there is no bound to check: give --max-delay")
+    if not folded:
+        return Finding("delays", None, "nothing was folded")
+    over = [(rank, delay, n) for rank, counts in story.delays.items() for delay, n in counts.items() if delay > bound]
+    latest = max(max(counts) for counts in story.delays.values() if counts)
+    if over:
+        rank, delay, _ = max(over, key=lambda one: one[1])
+        many = sum(n for _, _, n in over)
+        return Finding("delays", False, f"{many} of {folded} were folded over {bound} steps, the latest {delay} steps "
+                       f"late, from rank {rank}")  # fmt: skip
+    refused = story.fates["refused"]
+    return Finding(
+        "delays", True, f"{folded} folded, the latest {latest} steps late (bound {bound}), {refused} refused"
+    )
+
+
+def _accounts(story: Story) -> Iterator[Finding]:
+    names = sorted({name for meeting in story.accounts for word in meeting.values() for name in word})
+    if not names:
+        yield Finding("accounts", None, "the logs hold none")
+    for name in names:
+        checked = 0
+        for number, meeting in enumerate(story.accounts, 1):
+            if len(meeting) < story.world:
+                continue  # who died took its part along
+            checked += 1
+            have, should = (sum(word[name][at] for word in meeting.values()) for at in (0, 1))
+            if have != should:
+                yield Finding(name, False, f"at meeting {number} the ranks have {have} together, not {should}")
+                break
+        else:
+            left_out = len(story.accounts) - checked
+            gone = f" ({left_out} without some rank not checked)" if left_out else ""
+            where = many(checked, "meeting")
+            yield Finding(name, True if checked else None, f"the same at {where}, to the last unit{gone}")
+
+
+def _samples(story: Story) -> Iterator[Finding]:
+    if not story.logs:
+        yield Finding("samples", None, RECORD)
+        return
+    begun = [log.notes_of("epoch") for log in story.logs.values()]
+    epochs = {note["epoch"]: note["data"] for notes in begun for note in notes}
+    counts: dict[int, Counter[Any]] = {epoch: Counter() for epoch in epochs}
+    for notes, log in zip(begun, story.logs.values(), strict=True):
+        for note, batches in zip(notes, trained(log), strict=False):
+            counts[note["epoch"]].update(sample for batch in batches for sample in batch)
+    if not any(counts.values()):
+        yield Finding("samples", None, "the record names none (a stream)")
+        return
+    yield _once(story, epochs, counts)
+
+
+def _once(story: Story, epochs: dict[int, int], counts: dict[int, Counter[Any]]) -> Finding:
+    """Whole epochs: each sample once. The first of a resumed run and the last of a stopped one are parts."""
+    whole, deaths = 0, any(not log.finished for log in story.logs.values())
+    equal = story.knobs.get("balance") == "equal"
+    header = story.logs[0].header
+    for epoch, size in epochs.items():
+        counted = counts[epoch]
+        twice = sum(n - 1 for n in counted.values() if n > 1)
+        if twice and not deaths and not (equal and twice < story.world):
+            sample, n = counted.most_common(1)[0]
+            return Finding("samples", False, f"in epoch {epoch} sample {sample} was trained on {n} times")
+        missing = size - len(counted)
+        part = epoch == min(epochs) and bool((story.logs[0].first("start") or {}).get("resumed"))
+        if missing and not part and epoch != max(epochs) and header.get("limit", 1.0) == 1.0:
+            return Finding("samples", False, f"in epoch {epoch} {missing} of {size} samples were not trained on")
+        whole += not missing
+    again = "; those of ranks that ended early were repeated" if deaths else ""
+    return Finding(
+        "samples", True, f"each once in {whole} of {many(len(epochs), 'epoch')}, none twice in the others{again}"
+    )
+
+
+def _weights(story: Story) -> Finding:
+    if not story.logs:
+        return Finding("weights", None, RECORD)
+    digests = [log.notes_of("consensus") for log in story.logs.values()]
+    for number, found in enumerate(zip(*digests, strict=False), 1):
+        if len(set(found)) > 1:
+            return Finding("weights", False, f"the ranks left meeting {number} with different weights")
+    met = min(map(len, digests))
+    return Finding("weights", True if met else None, f"equal on all ranks after {many(met, 'meeting')}")

@@ -1,0 +1,190 @@
+"""What is not late counts in full, what is later never counts more, and nothing is thrown away or reversed."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from lightning_async.algorithms.gossip import HEALTHY
+from lightning_async.algorithms.shrink import Alignment, Law, LawName, Relative, Stability, cosine, law
+from lightning_async.arrival import Arrival
+from tests.algorithms.one_hot import Outcome, run
+
+LAWS = get_args(LawName)
+DELAYS = [0, 1, 2, 3, 5, 8, 20, 100, 1000, 10**6]
+
+
+def stirred(name: LawName, seed: int) -> Law:
+    """A law with some past."""
+    draw = random.Random(seed)
+    made = law(
+        name, beta=draw.uniform(0.1, 1), rate=draw.uniform(0, 2), power=draw.uniform(0, 2), knee=draw.uniform(0, 9)
+    )
+    vectors = torch.randn(2, 50, generator=torch.Generator().manual_seed(seed))
+    for _ in range(200):
+        made.factor(draw.expovariate(0.2), vectors[0], vectors[1] - draw.random() * vectors[0])
+        made.observe(draw.choice([1.0, 2.0, draw.uniform(0, 50), math.nan if draw.random() < 0.02 else 3.0]))
+    return made
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", LAWS)
+def test_full_at_0_never_rising_and_in_0_to_1(name: LawName, seed: int) -> None:
+    made = stirred(name, seed)
+    state = made.state_dict()
+    factors = []
+    for delay in DELAYS:
+        made.load_state_dict(state)  # a law is one at a state: what is asked moves the state
+        factors.append(made.factor(delay))
+    assert factors[0] == 1
+    assert all(0 < factor <= 1 for factor in factors)
+    assert factors == sorted(factors, reverse=True)
+
+
+def shrunk_by(made: Law, **knobs: Any) -> Outcome:
+    def factor(arrival: Arrival, correction: torch.Tensor, fresh: torch.Tensor | None) -> float:
+        return made.factor(max(0, arrival.delay - HEALTHY), correction, fresh)
+
+    return run([1, 1, 4.0], shrink=factor, cluster={"latency": 0.05, "jitter": 1.0, "seed": 3}, **knobs)
+
+
+@pytest.mark.parametrize("mode", ["pairwise", "push_sum"])
+def test_constant_1_changes_nothing_to_the_bit(mode: str) -> None:
+    one = shrunk_by(law("constant", beta=1.0), mode=mode)
+    none = run([1, 1, 4.0], cluster={"latency": 0.05, "jitter": 1.0, "seed": 3}, mode=mode)
+    assert torch.equal(one.consensus, none.consensus)
+    for mine, theirs in zip(one.replicas, none.replicas, strict=True):
+        assert torch.equal(mine.weights(), theirs.weights())
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+@pytest.mark.parametrize("mode", ["pairwise", "push_sum"])
+def test_a_healthy_run_is_never_shrunk(mode: str, n: int) -> None:
+    """Equal members on a network that is quicker than their steps: no delay is over the healthy one."""
+    outcome = run([1.0] * n, mode=mode, cluster={"latency": 0.004, "jitter": 0.5, "seed": n})
+    delays = [a.delay for trained in outcome.trained.values() for a in trained.arrivals]
+    assert delays
+    assert max(delays) <= HEALTHY
+
+
+def test_late_contributions_are_shrunk() -> None:
+    outcome = run(
+        [1, 1, 8.0],
+        mode="pairwise",
+        shrink=lambda arrival, correction, fresh: law("inverse").factor(arrival.delay),
+        cluster={"latency": 0.1},
+    )
+    factors = {a.delay: a.factor for trained in outcome.trained.values() for a in trained.arrivals}
+    assert max(factors) > 3
+    for delay, factor in factors.items():
+        assert factor == pytest.approx(1 / (1 + 0.1 * delay))
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "at_10"),
+    [
+        ("constant", {"beta": 0.9}, 0.9**10),
+        ("inverse", {"rate": 0.2}, 1 / 3),
+        ("poly", {"power": 0.5}, 11**-0.5),
+        ("exp", {"rate": 0.1}, math.exp(-1)),
+        ("hinge", {"rate": 0.5, "knee": 6}, 1 / 3),
+        ("hinge", {"rate": 0.5, "knee": 12}, 1.0),
+    ],
+)
+def test_the_fixed_laws_are_what_they_say(name: LawName, knobs: dict[str, float], at_10: float) -> None:
+    assert law(name, **knobs).factor(10) == pytest.approx(at_10)
+
+
+def test_relative_judges_by_what_is_usual() -> None:
+    made = Relative()
+    for _ in range(10):
+        assert [made.factor(delay) for delay in (4, 5, 6, 5)] == [1, 1, 1, 1]
+    assert made.factor(made.usual) == 1
+    assert made.factor(2 * made.usual + 1) == pytest.approx(0.5)
+    for _ in range(300):
+        made.factor(40)
+    assert made.factor(40) == 1  # what all have become is usual
+
+
+def test_alignment_shrinks_what_points_against_the_fresh_and_holds_still_in_noise() -> None:
+    made, x = Alignment(), torch.tensor([1.0, 0.0])
+    assert [made.factor(3, x, x) for _ in range(20)] == [1.0] * 20
+    for _ in range(40):
+        made.factor(3, -x, x)
+    assert made.level == pytest.approx(0.05)
+    for _ in range(40):
+        made.factor(3, x, x)
+    assert made.level == 1
+    noise = random.Random(0)
+    levels = {made.factor(3, torch.tensor([noise.gauss(0, 1), 9.0]), x) for _ in range(200)}
+    assert levels == {1.0}
+    assert made.factor(0, -x, x) == 1
+
+
+def test_stability_rises_with_the_loss_and_relaxes() -> None:
+    made, noise = Stability(), random.Random(1)
+    for step in range(1500):
+        made.observe(3 * math.exp(-step / 500) + 0.05 * noise.random())
+    assert made.pressure < 0.05
+    for step in range(60):
+        made.observe(1 + step / 10)
+    risen = made.pressure
+    assert risen > 1
+    assert made.factor(6) < 0.2
+    for _ in range(1500):
+        made.observe(1 + 0.05 * noise.random())
+    assert made.pressure < 0.2 * risen
+    made.observe(math.inf)
+    assert made.pressure >= 1
+
+
+def test_stability_without_a_loss_goes_by_the_size_of_what_arrives() -> None:
+    made = Stability()
+    for step in range(100):
+        made.factor(2, torch.full((4,), 1.0 + step))
+    assert made.pressure > 1
+    made.observe(1.0)
+    risen = made.pressure
+    for _ in range(300):
+        made.factor(2, torch.full((4,), 1e6))
+        made.observe(1.0)
+    assert made.pressure < risen
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_goes_on_from_its_state(name: LawName) -> None:
+    made, again = stirred(name, 5), law(name, beta=0.3)
+    if name in ("constant", "inverse", "poly", "exp", "hinge"):
+        assert made.state_dict() == {}
+        return
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    for delay in (0, 3, 50):
+        made.observe(2.0)
+        again.observe(2.0)
+        assert made.factor(delay) == again.factor(delay)
+
+
+def test_the_cosine_of_nothing_is_0() -> None:
+    assert cosine(torch.zeros(3), torch.ones(3)) == 0
+    assert cosine(torch.ones(3), torch.ones(3)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"name": "linear"}, "`law` must be one of constant, inverse, .*, got 'linear'"),
+        ({"name": "constant", "beta": 0.0}, r"`beta` must be above 0 and at most 1 \(1: nothing is shrunk\), got 0.0"),
+        ({"name": "constant", "beta": 1.5}, "`beta` must be above 0 and at most 1"),
+        ({"name": "exp", "rate": -1}, "`rate` must be at least 0, got -1"),
+        ({"name": "poly", "power": math.nan}, "`power` must be at least 0, got nan"),
+        ({"name": "hinge", "knee": -2}, "`knee` must be at least 0, got -2"),
+    ],
+)
+def test_wrong_laws(knobs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        law(**knobs)

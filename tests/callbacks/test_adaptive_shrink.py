@@ -1,0 +1,179 @@
+"""A law in a run: what is late is shrunk by it, with Adam by its learning rate; its state is kept."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_async import AdaptiveShrink, SpeedFaults
+from lightning_async.algorithms.algorithm import no_shrink
+from lightning_async.algorithms.gossip import Alone
+from lightning_async.arrival import Arrival
+from lightning_async.callbacks.adaptive_shrink import _is_scale_free, _Kept
+from lightning_async.replica import Replica
+from lightning_async.transport.mail import Mail, Wait
+from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.ranks import run
+
+
+class Late(Alone):
+    """Every gradient is 3 steps late, as in a stage of a pipeline."""
+
+    shrinks = "gradients"
+
+    def healthy_delay(self, n: int) -> int:
+        return 0
+
+    def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        yield from ()
+        arrival = Arrival(0, step, step - 3, step, 0.0)
+        self.factor = self.shrink(arrival, torch.ones(2), torch.ones(2))
+        return []
+
+
+class Rates(Callback):
+    """The learning rate that each step is taken with, and the one that is left behind."""
+
+    def __init__(self) -> None:
+        self.used: list[float] = []
+        self.left: list[float] = []
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        (optimizer,) = trainer.optimizers
+        optimizer.register_step_pre_hook(lambda *a: None)
+        step = optimizer.step
+
+        def watched(closure: Any = None) -> Any:
+            def then_look() -> Any:
+                loss = closure()
+                self.used.append(optimizer.param_groups[0]["lr"])
+                return loss
+
+            return step(then_look)
+
+        optimizer.step = watched
+
+    def on_train_batch_end(self, trainer: Any, *batch: Any) -> None:
+        self.left.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class Adam(Lit):
+    def configure_optimizers(self) -> Any:
+        adam = torch.optim.AdamW(self.parameters(), 0.01)
+        return [adam], [{"scheduler": torch.optim.lr_scheduler.StepLR(adam, 10, 0.5), "interval": "step"}]
+
+
+def _late(module: str) -> tuple[list[float], list[float], list[str], float]:
+    rates = Rates()
+    shrink = AdaptiveShrink("constant", beta=0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        t = trainer(1, callbacks=[shrink, rates], max_epochs=1, limit_train_batches=25)
+        t.strategy.algorithm = Late()  # type: ignore[attr-defined]
+        t.fit(Adam() if module == "Adam" else Lit(), loader(), loader(10))
+    said = [str(warning.message) for warning in caught if "AdaptiveShrink" in str(warning.message)]
+    return rates.used, rates.left, said, t.strategy.algorithm.factor  # type: ignore[attr-defined]
+
+
+def test_with_adam_it_acts_through_the_learning_rate_and_says_so() -> None:
+    ((used, left, said, factor),) = run(1, _late, "Adam")
+    schedule = [0.01 * 0.5 ** (step // 10) for step in range(26)]
+    assert used == pytest.approx([rate * 0.125 for rate in schedule[:-1]])
+    assert left == pytest.approx(schedule[1:])  # it was put back before the schedule looked at it
+    assert said == [
+        "AdaptiveShrink: AdamW takes the same steps whatever its gradients are multiplied by, so the factors multiply "
+        "its learning rate"
+    ]
+    assert factor == 1.0  # and not a second time
+
+
+def test_with_sgd_it_is_the_factor() -> None:
+    ((used, left, said, factor),) = run(1, _late, "Lit")
+    assert set(used) == set(left) == {0.01}
+    assert said == []
+    assert factor == 0.125
+
+
+@pytest.mark.parametrize(
+    ("kind", "free"),
+    [(torch.optim.SGD, False), (torch.optim.AdamW, True), (torch.optim.RMSprop, True), (torch.optim.NAdam, True)],
+)
+def test_whose_steps_do_not_see_a_factor(kind: Any, free: bool) -> None:
+    assert _is_scale_free(kind([torch.nn.Parameter(torch.ones(2))])) is free
+
+
+def _saved_and_resumed(folder: str, n: int, world_then: int) -> dict[str, Any]:
+    shrink = AdaptiveShrink("relative")
+    faults = SpeedFaults(step_seconds=0.002, slow={n - 1: 4.0})
+    saved = ModelCheckpoint(folder, filename="it")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        t = trainer(n, enable_checkpointing=True, callbacks=[shrink, faults, saved], max_epochs=2 - (n == world_then))
+        path = f"{folder}/it.ckpt" if n != world_then else None
+        before: dict[str, Any] = {}
+
+        class Look(Callback):
+            def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+                before.update(before or _Kept(shrink).state_dict())
+
+        t.callbacks.append(Look())  # type: ignore[attr-defined]
+        t.fit(Lit(), loader(), loader(10, shuffle=False), ckpt_path=path)
+    said = [str(warning.message) for warning in caught if "AdaptiveShrink" in str(warning.message)]
+    return {"began": before, "ended": _Kept(shrink).state_dict(), "said": said, "left": t.strategy.shrink is no_shrink}  # type: ignore[attr-defined]
+
+
+def test_its_state_is_saved_and_another_world_begins_anew(tmp_path: Path) -> None:
+    first = run(2, _saved_and_resumed, str(tmp_path), 2, 2)
+    assert all(end["left"] for end in first)
+    assert all(len(delays) > 5 for end in first for delays in (law["delays"] for law in end["ended"]["laws"].values()))
+    (file,) = tmp_path.glob("it.ckpt.ranks/*.rank1.ckpt")
+    state = torch.load(file, weights_only=True)["parts"]["shrink"]
+    assert state == first[1]["ended"]
+    others = run(3, _saved_and_resumed, str(tmp_path), 3, 2)
+    for end in others:
+        assert end["began"]["laws"] == {}
+        assert end["said"] == [
+            "AdaptiveShrink: its state was saved with law='relative' by 2 ranks, and this is 'relative' with 3: the "
+            "law begins anew"
+        ]
+
+
+def test_a_state_of_the_same_goes_on() -> None:
+    one, other = AdaptiveShrink("relative"), AdaptiveShrink("relative")
+    one._healthy = other._healthy = 0
+    for delay in range(40):
+        one.factor(Arrival(3, 0, 0, delay % 5, 0.0), torch.ones(1), None)
+    _Kept(other).load_state_dict(_Kept(one).state_dict())
+    late = Arrival(3, 0, 0, 50, 0.0)
+    assert other.factor(late, torch.ones(1), None) == one.factor(late, torch.ones(1), None) < 1
+
+
+def test_alignment_without_something_fresh_says_so() -> None:
+    shrink = AdaptiveShrink("alignment")
+    shrink._healthy = 0
+    with pytest.warns(
+        UserWarning, match="law='alignment' compares with something fresh, and this strategy has nothing"
+    ):
+        assert shrink.factor(Arrival(0, 0, 0, 9, 0.0), torch.ones(1), None) == 1
+
+
+def _two_laws() -> None:
+    def mine(arrival: Arrival, correction: Tensor, fresh: Tensor | None) -> float:
+        return 0.5
+
+    t = trainer(1, callbacks=[AdaptiveShrink()])
+    t.strategy.shrink = mine  # type: ignore[attr-defined]
+    with pytest.raises(MisconfigurationException, match="the strategy's `shrink` is set already"):
+        t.fit(Lit(), loader(), loader(10))
+
+
+def test_two_laws() -> None:
+    run(1, _two_laws)

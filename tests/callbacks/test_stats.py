@@ -1,0 +1,187 @@
+"""What the statistics say of real runs: the same on every rank, and what a witness counted by itself."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_async import AdaptiveShrink, DelayedPipelineStrategy, DelayStats, Fate, SpreadStats, TrafficStats
+from lightning_async.callbacks.watched import NAMES, Watched
+from lightning_async.strategies import STRATEGIES
+from tests.callbacks.measured import fit, journal, logged, only_rank_0, sketched
+from tests.strategies.ranks import run
+
+KINDS = [DelayStats, AdaptiveShrink, TrafficStats, SpreadStats]
+
+
+@pytest.fixture(scope="module")
+def gossip(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    """Three ranks, the last 5x slow, with all that measures and a shrink by 1 / (1 + 0.1 delay)."""
+    folder = tmp_path_factory.mktemp("gossip")
+    return run(3, fit, 3, str(folder), "gossip_ring", {"at_meeting": "keep"}), folder
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    """Two ranks that wait for each other, the last 5x slow."""
+    folder = tmp_path_factory.mktemp("ddp")
+    return run(2, _quiet_ddp, 2, str(folder)), folder
+
+
+def _quiet_ddp(n: int, folder: str) -> dict[str, Any]:
+    first = os.environ["RANK"] == "0"
+    with pytest.warns(UserWarning, match="has nothing to say under this strategy") if first else nullcontext():
+        return fit(n, folder, "ddp", {})
+
+
+def test_all_ranks_say_the_same(gossip: Any, ddp: Any) -> None:
+    for ends, _ in (gossip, ddp):
+        assert all(end["figures"] == ends[0]["figures"] for end in ends)
+        assert all(end["stragglers"] == ends[0]["stragglers"] for end in ends)
+
+
+def test_delays_are_those_of_all_arrivals(gossip: Any) -> None:
+    ends, _ = gossip
+    delay, shrink = ends[0]["figures"]["delay"], ends[0]["figures"]["shrink"]
+    arrivals = [a for end in ends for a in end["arrivals"]]
+    delays = np.array([a.delay for a in arrivals])
+    assert delay["arrived"] == len(arrivals)
+    assert delay["shrunk"] == sum(a.fate is Fate.SHRUNK for a in arrivals) > 0
+    assert delay["mean"] == pytest.approx(delays.mean())
+    for q in (50, 95, 99):
+        assert delay[f"p{q}"] == np.quantile(delays, q / 100, method="inverted_cdf")
+    for peer in range(3):
+        of_peer = np.array([a.delay for a in arrivals if a.peer == peer])
+        assert delay[f"from{peer}/max"] == of_peer.max()
+        assert delay[f"from{peer}/mean"] == pytest.approx(of_peer.mean())
+    assert shrink["mean"] == pytest.approx(np.mean(1 / (1 + 0.1 * delays)))
+    assert shrink["min"] == pytest.approx(1 / (1 + 0.1 * delays.max()))
+    assert shrink["count"] == len(arrivals)
+
+
+def test_steps_and_samples_are_those_of_each_rank(gossip: Any, ddp: Any) -> None:
+    for ends, folder in (gossip, ddp):
+        lines = [line for line in journal(folder) if line["group"] == "delay"]
+        assert len(lines) == 2
+        for rank, end in enumerate(ends):
+            words = [line["words"][str(rank)] for line in lines]
+            assert [sum(word["trained"][at] for word in words) for at in (0, 2)] == [end["steps"], end["samples"]]
+            for word in words:
+                parts = word["compute"] + word["exchange"] + word["waited"]
+                assert parts == pytest.approx(word["seconds"], abs=1e-4)
+
+
+def test_the_slow_one_is_named(gossip: Any, ddp: Any) -> None:
+    assert gossip[0][0]["figures"]["delay"]["straggler"] == 2
+    found = ddp[0][0]["figures"]["delay"]
+    assert found["straggler"] == 1
+    assert found["rank0/wait_share"] > found["rank1/wait_share"]
+    assert found["gain"] > 1.1
+
+
+def test_the_spread_is_the_strategys(gossip: Any) -> None:
+    ends, _ = gossip
+    spread = ends[0]["figures"]["spread"]
+    assert spread["rms"] > 0
+    # the strategy divides by the length of the flat vector, which has some padding
+    assert spread["rms"] * np.sqrt(97) == pytest.approx(ends[0]["spread"] * np.sqrt(144), rel=1e-5)
+    parts = {name for name in spread if name.startswith("in/")}
+    assert {name.split("/")[1] for name in parts} == {"layer.0", "layer.1", "layer.2"}
+    squares = [numbers * spread[f"in/layer.{at}/rms"] ** 2 for at, numbers in ((0, 72), (1, 16), (2, 9))]
+    assert sum(squares) == pytest.approx(97 * spread["rms"] ** 2)
+
+
+def test_the_traffic_is_the_carriers(gossip: Any) -> None:
+    ends, _ = gossip
+    traffic = ends[0]["figures"]["traffic"]
+    own = [name for name in traffic if name.startswith("kind/") and name.split("/")[1] in ("ask", "answer", "bounce")]
+    for what, at in (("bytes_sent", 0), ("messages_sent", 1)):
+        assert sum(traffic[name] for name in own if name.endswith(what)) == sum(end["sent"][at] for end in ends)
+    assert traffic["kind/ask/bytes_sent"] == traffic["kind/ask/bytes_received"] > 0
+    assert traffic["bytes_sent"] == sum(
+        traffic[n] for n in traffic if n.startswith("rank") and n.endswith("bytes_sent")
+    )
+    assert traffic["compression"] == 1
+    assert 0 < traffic["occupancy"] <= 1
+    assert 0 <= traffic["hidden_share"] <= 1
+
+
+def test_logged_from_rank_0_grouped_and_in_the_bar(gossip: Any, ddp: Any) -> None:
+    ends, folder = gossip
+    keys = {name for row in logged(folder) for name, value in row.items() if value}
+    for group, figures in ends[0]["figures"].items():
+        known = {f"{group}/{name}" for name, value in figures.items() if np.isfinite(value)}
+        assert known <= keys
+    assert {"delay/p95", "delay/straggler", "shrink/mean", "spread/relative"} <= set(ends[0]["bar"])
+    assert ends[0]["bar"]["delay/straggler"] == 2
+    assert all(set(end["bar"]) == set(ends[0]["bar"]) for end in ends)
+    assert "delay/gain" in {name for row in logged(ddp[1]) for name in row}
+
+
+def test_sketches_are_logged_between_meetings(tmp_path: Path) -> None:
+    run(2, sketched, str(tmp_path))
+    lines = [line for line in journal(tmp_path) if line["group"] == "sketch"]
+    assert lines
+    assert all(line["words"]["rms"] >= 0 for line in lines)
+    assert any(row.get("spread/sketch") for row in logged(tmp_path))
+
+
+def test_the_journal_knows_what_was_logged(gossip: Any) -> None:
+    values = [line["words"] for line in journal(gossip[1]) if line["group"] == "logged"]
+    assert any("val" in words for words in values)
+    assert any("train_epoch" in words for words in values)
+
+
+def test_ddp_is_left_as_it_was(ddp: Any) -> None:
+    assert not any(end["wrapped"] for end in ddp[0])
+    assert {name for name in ddp[0][0]["bar"] if "/" in name} == {"delay/straggler", "delay/wait_share"}
+    assert ddp[0][0]["figures"]["traffic"] == ddp[0][0]["figures"]["spread"] == {}
+
+
+def test_callbacks_that_differ_by_rank_make_nobody_wait(tmp_path: Path) -> None:
+    first, second = run(2, only_rank_0, str(tmp_path))
+    assert first["rank0/steps_per_second"] > 0
+    assert second == {}
+    assert [set(line["words"]) for line in journal(tmp_path) if line["group"] == "delay"] == [{"0"}, {"0"}]
+
+
+@pytest.mark.parametrize("kind", [*STRATEGIES, DelayedPipelineStrategy])
+def test_every_strategy_shows_all_that_callbacks_may_see(kind: type[Any]) -> None:
+    strategy = kind()
+    assert not [name for name in NAMES if name not in dir(strategy)]
+    assert {name for name in vars(Watched) if not name.startswith("_")} <= set(NAMES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_stands_twice(kind: type[Any]) -> None:
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[kind(), kind()], max_steps=1
+    )
+    with pytest.raises(MisconfigurationException, match=f"{kind.__name__} stands 2 times among the callbacks"):
+        trainer.fit(BoringModel())
+
+
+@pytest.mark.parametrize(
+    ("kind", "knobs", "sentence"),
+    [
+        (DelayStats, {"k": 0}, "`k` must be above 0, got 0"),
+        (DelayStats, {"by_rank": -1}, "`by_rank` must be an integer of at least 0, got -1"),
+        (DelayStats, {"folder": 3}, "`folder` must be the path of a folder, or None, got 3"),
+        (TrafficStats, {"by_rank": 1.5}, "`by_rank` must be an integer of at least 0, got 1.5"),
+        (SpreadStats, {"depth": -1}, "`depth` must be an integer of at least 0, got -1"),
+        (SpreadStats, {"every": 0}, "`every` must be a number of seconds above 0, or None, got 0"),
+        (AdaptiveShrink, {"law": "linear"}, "`law` must be one of constant, .*, got 'linear'"),
+        (AdaptiveShrink, {"healthy": -1}, "`healthy` must be an integer of at least 0, or None, got -1"),
+    ],
+)
+def test_wrong_knobs(kind: type[Any], knobs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        kind(**knobs)

@@ -1,0 +1,108 @@
+"""An honest run keeps its promises; each broken one is found, and named with its place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_async.cli import main
+from tests.cli.runs import copied, record, write
+
+Spoil = Callable[[dict[int, list[Any]]], None]
+
+
+def audited(folder: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    status = main(["audit", str(folder), *argv])
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def notes(lines: list[Any], name: str) -> list[Any]:
+    return [line for line in lines[1:] if line[1:3] == ["note", name]]
+
+
+def test_an_honest_run(ordinary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = audited(ordinary, capsys)
+    assert status == 0
+    assert [line.split()[:2] for line in said.splitlines()] == [
+        ["kept", "delays:"],
+        ["kept", "mass:"],
+        ["kept", "samples:"],
+        ["kept", "weights:"],
+    ]
+
+
+@pytest.mark.parametrize("mode", ["push_sum"])
+def test_the_masses_of_push_sum_add_up(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path / "run", 3, mode=mode, max_delay=1, at_meeting="keep")
+    status, said = audited(tmp_path / "run", capsys)
+    assert status == 0, said
+    assert "to the last unit" in said
+    assert " 0 refused" not in said
+
+
+def late(logs: dict[int, list[Any]]) -> None:
+    arrival = notes(logs[1], "arrivals")[3][3][0]
+    arrival[2] = arrival[3] - 900  # launched long ago
+
+
+def heavier(logs: dict[int, list[Any]]) -> None:
+    notes(logs[1], "accounts")[1][3]["mass"][0] += 1
+
+
+def twice(logs: dict[int, list[Any]]) -> None:
+    fetched = notes(logs[1], "fetched")
+    fetched[2][3][0] = fetched[1][3][0]
+
+
+def left_out(logs: dict[int, list[Any]]) -> None:
+    for epoch in notes(logs[0], "epoch") + notes(logs[1], "epoch"):
+        epoch[3]["data"] += 1
+
+
+def other_weights(logs: dict[int, list[Any]]) -> None:
+    notes(logs[1], "consensus")[1][3] = "0123"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (late, "delays: 1 of .* were folded over 500 steps, the latest 900 steps late, from rank 0"),
+        (heavier, "mass: at meeting 2 the ranks have .* together, not "),
+        (twice, "samples: in epoch 0 sample .* was trained on 2 times"),
+        (left_out, "samples: in epoch 0 1 of 121 samples were not trained on"),
+        (other_weights, "weights: the ranks left meeting 2 with different weights"),
+    ],
+)
+def test_a_broken_promise_is_named(
+    spoil: Spoil, sentence: str, ordinary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = copied(ordinary, tmp_path / "run")
+    spoil(logs)
+    write(tmp_path / "run", logs)
+    status, said = audited(tmp_path / "run", capsys, "--max-delay", "500")
+    assert status == 1
+    broken = [line for line in said.splitlines() if line.startswith("BROKEN")]
+    assert len(broken) == 1
+    assert re.search(sentence, broken[0])
+
+
+def test_the_run_of_a_killed_rank_is_not_blamed(
+    ordinary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = copied(ordinary, tmp_path / "run")
+    logs[1] = logs[1][: len(logs[1]) // 2]
+    write(tmp_path / "run", logs)
+    _, said = audited(tmp_path / "run", capsys)
+    assert re.search(r"mass: the same at \d meetings?, to the last unit \(\d without some rank not checked\)", said)
+
+
+def test_wrong_input(tmp_path: Path, ordinary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert audited(tmp_path, capsys)[0] == 2
+    status, said = audited(ordinary, capsys, "--max-delay", "-1")
+    assert status == 2
+    assert "--max-delay must be at least 0, got -1" in said
