@@ -197,8 +197,8 @@ class AsyncGlobal(Algorithm):
         for name, now in (("shards", len(self.exchanges)), ("outer", self._rule_name())):
             if state[name] != now:
                 raise ValueError(
-                    f"the run was saved with {name}={state[name]!r} and goes on with {now!r}: give it the same `shards` and "
-                    "outer rule, or start anew from the weights alone"
+                    f"the run was saved with {name}={state[name]!r} and goes on with {now!r}: give it the same `shards` "
+                    "and outer rule, or start anew from the weights alone"
                 )
         self._step, (self.period.micros, self.period.fastest) = state["step"], state["micros"]
         for exchange, version, step in zip(self.exchanges, state["versions"], state["steps"], strict=True):
