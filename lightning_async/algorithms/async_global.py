@@ -15,7 +15,7 @@ asynchronous local SGD has learnt since (Liu et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from lightning_async.algorithms.shards import (
     ANSWER,
     LAST,
     MANY,
+    NAMES,
     NOT_HERE,
     PUSH,
     SERVED,
@@ -69,6 +70,8 @@ class AsyncGlobal(Algorithm):
         accuracy: Asked before each push: what it counts beside others.
         heritage: The states of all members of another world, which this one goes on from; taken up at the beginning.
     """
+
+    kinds: ClassVar[Mapping[int, str]] = NAMES
 
     def __init__(
         self,
@@ -167,6 +170,10 @@ class AsyncGlobal(Algorithm):
         """Each arrival counts one n-th."""
         return n
 
+    def healthy_delay(self, n: int) -> int:
+        """Between two pushes of a member, each of the others pushes once."""
+        return n - 1
+
     def arrived(self) -> list[Arrival]:
         """What became of own corrections since the last call."""
         arrivals, self._arrivals = self._arrivals, []
@@ -197,8 +204,8 @@ class AsyncGlobal(Algorithm):
         for name, now in (("shards", len(self.exchanges)), ("outer", self._rule_name())):
             if state[name] != now:
                 raise ValueError(
-                    f"the run was saved with {name}={state[name]!r} and goes on with {now!r}: give it the same `shards` "
-                    "and outer rule, or start anew from the weights alone"
+                    f"the run was saved with {name}={state[name]!r} and goes on with {now!r}: give it the same "
+                    "`shards` and outer rule, or start anew from the weights alone"
                 )
         self._step, (self.period.micros, self.period.fastest) = state["step"], state["micros"]
         for exchange, version, step in zip(self.exchanges, state["versions"], state["steps"], strict=True):

@@ -18,7 +18,7 @@ def test_it_is_of_the_strategy_that_it_is_told() -> None:
 
 
 def test_an_unknown_strategy_is_refused_in_words() -> None:
-    with pytest.raises(ValueError, match="the strategies are .*async_global.*, got 'sgd'"):
+    with pytest.raises(ValueError, match=r"the strategies are .*async_global.*, got 'sgd'"):
         made({"strategy": "sgd"})
 
 
