@@ -40,6 +40,7 @@ def test_all_are_here() -> None:
         "cli.py",
         "demo.py",
         "gossip_ring.py",
+        "lazy_sign.py",
         "watch.py",
     }
 
@@ -58,6 +59,12 @@ def test_two_added_lines(strategy: str, script: Script, tmp_path: Path) -> None:
     said = script("watch.py", "--strategy", strategy, "--devices", "2", "--epochs", "1", "--out", str(out))
     assert "rank 1 is slow" in said or "lightning-async report" in said
     assert (out / "meetings.jsonl").is_file()
+
+
+def test_bytes_of_a_step(script: Script) -> None:
+    said = script("lazy_sign.py", "--start-method", "fork", "--epochs", "1")
+    assert "accuracy" in said
+    assert "bytes a step" in said
 
 
 @pytest.mark.parametrize("mode", ["async", "sync"])

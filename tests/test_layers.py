@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "lightning_async"
 
 TOP = {"strategies", "callbacks", "cli", "__init__"}
-MIDDLE = {"algorithms", "pipeline", "transport", "data", "metrics", "progress", "inner"}
+MIDDLE = {"algorithms", "pipeline", "transport", "data", "metrics", "progress", "inner", "hooks"}
 BASE = {"replica", "rounding", "arrival", "version"}
 HEIGHT = {**dict.fromkeys(TOP, 2), **dict.fromkeys(MIDDLE, 1), **dict.fromkeys(BASE, 0)}
 
@@ -28,6 +28,7 @@ DISTRIBUTED_PLACES = (
     "transport/gloo.py",
     "transport/header.py",
     "strategies/office.py",
+    "hooks.py",
 )
 PRIVATE_PLACE = "strategies/compat.py"
 LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities")

@@ -9,6 +9,7 @@ Everything that is as long as the model is kept, nothing is allocated in a round
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,10 +109,19 @@ class Press:
         self._threads = threads if like.device.type == "cpu" else 1
         self._benches = [(signs_for(like, block), like.new_empty(block)) for _ in range(self._threads)]
 
-    def pack(self, source: Source, rest: Rest, sheet: Sheet, means: dict[int, float] | None = None) -> None:
-        """Write a sheet; what it misses stays in `rest`. NotFinite leaves the rest of that block as it was.
+    def pack(
+        self,
+        source: Source,
+        rest: Rest,
+        sheet: Sheet,
+        means: dict[int, float] | None = None,
+        *,
+        tells: bool = False,
+    ) -> None:
+        """Write a sheet; what it misses stays in `rest`.
 
         `means` are the scales of whole tensors, or of all, from `means`; without them they are taken of this sheet.
+        A block that is not finite leaves its rest as it was, and is NotFinite; with `tells` it travels as NaN instead.
         """
         cut = sheet.cut
         means = self.means(source, rest, [cut]) if means is None else means
@@ -120,13 +130,19 @@ class Press:
             span = cut.blocks[i]
             p, kept = scratch[: span.stop - span.start], rest.part(span)
             source.onto(kept, i, span, p, signs)
-            sheet.scales[cut.groups[i]] = means[cut.group(span)] if means else signs.mean(p)
+            try:
+                sheet.scales[cut.groups[i]] = means[cut.group(span)] if means else signs.mean(p)
+            except NotFinite:
+                if not tells:
+                    raise
+                sheet.scales[cut.groups[i]] = math.nan
+                return
             signs.pack(p, sheet.bits(i))
             signs.shift(kept if rest.tracks else p, sheet.bits(i), -sheet.scale(i), kept)
 
         self._each(len(cut.blocks), one)
         for i, span in enumerate(cut.whole):
-            _pack_whole(source, rest, sheet, i, span)
+            _pack_whole(source, rest, sheet, i, span, tells)
 
     def means(self, source: Source, rest: Rest, cuts: Sequence[Cut]) -> dict[int, float]:
         """The scales of tensors, or of all, that are cut into several blocks; empty where each block has its own."""
@@ -203,13 +219,14 @@ class Press:
             list(pool.map(some, range(workers)))
 
 
-def _pack_whole(source: Source, rest: Rest, sheet: Sheet, i: int, span: Span) -> None:
+def _pack_whole(source: Source, rest: Rest, sheet: Sheet, i: int, span: Span, tells: bool) -> None:
     numbers = sheet.whole(i)
     source.whole(i, span, numbers)
     covered = rest.covers(span)
     if covered:
         numbers.add_(rest.part(span))
-    if not bool(torch.isfinite(numbers).all()):
+    finite = bool(torch.isfinite(numbers).all())
+    if not finite and not tells:
         raise NotFinite("there are numbers that are not finite")
-    if covered:
+    if covered and finite:
         rest.part(span).sub_(numbers) if rest.tracks else rest.part(span).zero_()

@@ -43,12 +43,14 @@ class Clock:
         progress: How far all are; None outside of a run.
         over: Whether the epoch ended at the last meeting, or the run.
         validating: Whether a validation follows the last meeting.
+        empty: The ranks that had not trained in the epoch when all met last.
         waited: Whether this rank had nothing more to train on in its epoch, and others had, when the run was saved.
     """
 
     def __init__(self, strategy: AsyncStrategy, meet_every: int | None) -> None:
         self.progress: Progress | None = None
         self.over = self.validating = self.waited = False
+        self.empty: tuple[int, ...] = ()
         self._strategy = strategy
         self._counts, self._wishes = Counts(meet_every), Wishes(strategy)
         self._schedules, self._log_steps, self._logbook = Schedules(), LogSteps(), Logbook()
@@ -174,6 +176,7 @@ class Clock:
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         if outcome.wishes & Wish.STOP:
             trainer.should_stop, self._wishes.stop = True, False
+        self.empty = outcome.empty
         reached = 0 <= trainer.max_steps <= trainer.global_step
         self.over = outcome.ended or bool(outcome.due & Due.END_EPOCH) or bool(outcome.wishes & Wish.STOP) or reached
         self._schedules.meet(trainer.global_step)

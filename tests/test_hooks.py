@@ -1,0 +1,104 @@
+"""The hook for plain ddp: what it sends and what stays add up to the gradients, and all ranks get the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_async.callbacks import SignGradients
+from lightning_async.hooks import SignState, sign_hook
+from tests.strategies.lit import Lit, loader, trainer, weights
+from tests.strategies.ranks import run
+
+KNOBS: dict[str, Any] = {"block": 32, "min_size": 20}
+
+
+def _steps(rank_steps: int, bad: int, **knobs: Any) -> dict[str, Any]:
+    """Each step's agreed gradients, and the gradients that they stand for."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 7), nn.Linear(7, 1))
+    alone = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 7), nn.Linear(7, 1))
+    alone.load_state_dict(net.state_dict())
+    state = SignState(**{**KNOBS, **knobs})
+    model = DistributedDataParallel(net, bucket_cap_mb=0.001)
+    model.register_comm_hook(state, sign_hook)
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    agreed, own = [], []
+    for k in range(rank_steps):
+        x = torch.randn(16, 12, generator=draw)
+        if k == bad and dist.get_rank() == 1:
+            x[3] = float("nan")
+        for module, grads in ((model, agreed), (alone, own)):
+            module.zero_grad()
+            torch.autograd.backward(module(x).square().mean())
+            parameters = net.parameters() if module is model else alone.parameters()
+            grads.append([float(g) for p in parameters if p.grad is not None for g in p.grad.flatten()])
+    rests = [x for bucket in state.state_dict()["rests"].values() for x in bucket["rest"].tolist()]
+    served = [x for bucket in state.state_dict()["rests"].values() for x in bucket["served"].tolist()]
+    return {"agreed": agreed, "own": own, "rest": sum(rests), "served": sum(served), "buckets": len(state._buckets)}
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_what_was_agreed_and_what_stays_is_the_sum_of_all_gradients(n: int) -> None:
+    ends = run(n, _steps, 12, -1)
+    assert ends[0]["buckets"] > 1
+    for end in ends[1:]:
+        assert end["agreed"] == ends[0]["agreed"]
+    exact = sum(torch.tensor(end["own"]) for end in ends) / n
+    assert isinstance(exact, torch.Tensor)
+    agreed = torch.tensor(ends[0]["agreed"])
+    torch.testing.assert_close(agreed[:2], exact[:2], rtol=1e-5, atol=1e-6)  # the first travel whole
+    assert not torch.allclose(agreed[5], exact[5], rtol=1e-2, atol=1e-3)
+    held = sum(end["rest"] for end in ends) / n + sum(end["served"] for end in ends)
+    assert float(agreed.sum()) + held == pytest.approx(float(exact.sum()), rel=1e-3, abs=1e-3)
+
+
+def test_what_is_not_finite_reaches_all_ranks_and_is_not_fed_back() -> None:
+    ends = run(2, _steps, 8, 4)
+    for end in ends:
+        steps = torch.tensor(end["agreed"])
+        assert steps[4].isnan().any()
+        assert steps[[3, 5, 6, 7]].isfinite().all()
+
+
+def _fit(signs: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    lit = Lit()
+    lit.layer = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+    callbacks = [SignGradients(**KNOBS)] if signs else []
+    t = trainer(2, strategy="ddp", callbacks=callbacks, max_epochs=4)
+    t.fit(lit, loader(), loader(40, shuffle=False))
+    return {"weights": weights(lit), "val": float(t.callback_metrics["val"])}
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
+def test_ddp_with_the_callback_learns_what_ddp_learns() -> None:
+    signs, plain = run(2, _fit, True), run(2, _fit, False)
+    assert signs[0] == signs[1]
+    assert signs[0]["weights"] != plain[0]["weights"]
+    assert signs[0]["val"] < 1.5 * plain[0]["val"]
+
+
+def test_the_callback_needs_ddp() -> None:
+    with pytest.raises(MisconfigurationException, match="`SignGradients` needs strategy='ddp'"):
+        trainer(1, strategy="auto", callbacks=[SignGradients()]).fit(Lit(), loader(), loader(40, shuffle=False))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"block": 12}, "`block` must be a multiple of 8, got 12"),
+        ({"min_size": -1}, "`min_size` must be at least 0, got -1"),
+        ({"first": 1}, "`first` must be at least 2"),
+    ],
+)
+def test_a_wrong_knob_is_named(knobs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        SignGradients(**knobs)
