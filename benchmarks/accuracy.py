@@ -52,9 +52,9 @@ VARIANTS: Mapping[str, Mapping[str, Knobs]] = {
     },
     "async_global": {
         "async_global": {"strategy": "async_global"},
-        "every step": {"strategy": "async_global", "pace": 1},
+        "8 steps": {"strategy": "async_global", "local_steps": "speed"},
         "paper": {"strategy": "async_global", "local_steps": 8, "attenuation": "paper"},
-        "sync": {"strategy": "async_global", "mode": "sync"},
+        "sync": {"strategy": "async_global", "mode": "sync", "local_steps": 8},
         "none": NONE,
     },
 }
@@ -182,14 +182,15 @@ def asynchronous(
     *,
     points: int = 0,
     shards: Sequence[Tensor] | None = None,
+    moment: type[SecondMoment] = SecondMoment,
 ) -> Run:
-    """One replica a rank on the virtual cluster, one meeting at the end."""
+    """One replica a rank on the virtual cluster, one meeting at the end. `moment`: what corrects AdamW's steps."""
     n = len(speeds)
     hand_out = deal if knobs.get("mode") == "sync" else claim
     plan = hand_out(task.batches(seed, n), speeds, seed)
     if shards is not None:
         plan = _from_shards(plan, shards, seed)
-    members = [_member(task, seed, knobs) for _ in range(n)]
+    members = [_member(task, seed, knobs, moment) for _ in range(n)]
     size = members[0].replica.flat.numel() * members[0].replica.flat.element_size()
     cluster = VirtualCluster(n, seed=seed, latency=LATENCY, bandwidth=size / (TRAVEL * STEP))
     watch = _Watch(task, members, cluster, sum(map(len, plan.batches)), points)
@@ -198,11 +199,11 @@ def asynchronous(
     return _outcome(task, members, trained, watch.curve)
 
 
-def _member(task: Task, seed: int, knobs: Knobs) -> Member:
+def _member(task: Task, seed: int, knobs: Knobs, moment: type[SecondMoment] = SecondMoment) -> Member:
     model = task.model(seed)
     replica = Replica(model.parameters())
     optimizer = task.optimize(model.parameters(), task.lr)
-    return Member(model, optimizer, replica, algorithm(knobs), SecondMoment(optimizer))
+    return Member(model, optimizer, replica, algorithm(knobs), moment(optimizer))
 
 
 def _program(task: Task, member: Member, cluster: VirtualCluster, plan: Plan, r: int, watch: _Watch) -> Training:

@@ -27,7 +27,7 @@ from benchmarks.hosts import Hosts, available
 from benchmarks.launch import Ranks
 from benchmarks.repeat import Measures, Turns, repeat
 from benchmarks.table import Cell, Claim, Role, Row, Table
-from benchmarks.work import Digits, Work, _loaders
+from benchmarks.work import Digits, Work, loaders
 from lightning_async import GossipRingStrategy, LazySignStrategy
 from lightning_async.callbacks import SignGradients
 
@@ -148,7 +148,7 @@ def train(work: dict[str, Any], variant: str, warm: int, steps: int) -> dict[str
         enable_checkpointing=False,
         logger=False,
     )
-    trainer.fit(Digits(job), _loaders(job)[0])
+    trainer.fit(Digits(job), loaders(job)[0])
     (begin, before), (end, after) = meter.marks["begin"], meter.marks["end"]
     return {"step": (end - begin) / steps, "bytes": (after - before) / steps}
 

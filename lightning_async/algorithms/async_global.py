@@ -15,7 +15,7 @@ asynchronous local SGD has learnt since (Liu et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from lightning_async.algorithms.shards import (
     ANSWER,
     LAST,
     MANY,
+    NAMES,
     NOT_HERE,
     PUSH,
     SERVED,
@@ -65,12 +66,14 @@ class AsyncGlobal(Algorithm):
         wire: What travels: "fp32" or "bf16".
     """
 
+    kinds: ClassVar[Mapping[int, str]] = NAMES
+
     def __init__(
         self,
         *,
-        local_steps: LocalSteps = "speed",
+        local_steps: LocalSteps = 1,
         pace: int = 8,
-        attenuation: Attenuation = "poly",
+        attenuation: Attenuation = "hinge",
         strength: float | None = None,
         max_delay: int | None = 1000,
         on_late: OnLate = "shrink",
@@ -158,6 +161,10 @@ class AsyncGlobal(Algorithm):
     def averaged_over(self, n: int) -> int:
         """Each arrival counts one n-th."""
         return n
+
+    def healthy_delay(self, n: int) -> int:
+        """Between two pushes of a member, each of the others pushes once."""
+        return n - 1
 
     def arrived(self) -> list[Arrival]:
         """What became of own corrections since the last call."""

@@ -20,7 +20,7 @@ LASG for the trigger; EF21 (Richtarik et al. 2021) for `innovation`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from lightning_async.algorithms.algorithm import Algorithm
 from lightning_async.algorithms.press import Press, Rest, Source, Values
 from lightning_async.algorithms.settle import settle
 from lightning_async.algorithms.sheets import SCALES, Scale, Span, cuts
-from lightning_async.algorithms.sign_exchange import Exchange, Gather, Slices
+from lightning_async.algorithms.sign_exchange import MEAN, PART, Exchange, Gather, Slices
 from lightning_async.algorithms.sign_notices import MOST, Notices
 from lightning_async.algorithms.sign_trigger import News, Trigger
 from lightning_async.algorithms.signs import BITS, BLOCK, NotFinite
@@ -51,6 +51,7 @@ class LazySign(Algorithm):
     """Knobs and rounds; `strategies/lazy_sign.py` says what each knob is for."""
 
     in_step = True
+    kinds: ClassVar[Mapping[int, str]] = {PART: "part", MEAN: "mean", END: "end"}
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class LazySign(Algorithm):
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """All weights are equal; nothing was left over yet."""
         self._rounds, self._members, self._me = rounds, mail.members(), mail.me
-        self._number = self._step = self._met = 0
+        self._number = self._step = self._met = self.skipped = 0
         self._peers = [member for member in self._members if member != self._me]
         self._ended: set[int] = set()
         self._stopped, self._silent = False, True
@@ -145,6 +146,7 @@ class LazySign(Algorithm):
             if self.ahead == 0:
                 self._decide(mail, number, source)
             senders = yield from self._senders(mail, number)
+            self.skipped += self._me not in senders
             if self._me in senders:
                 exchange.send(mail, number, source, self._rest)
             elif self.rule in ("accumulate", "periodic"):

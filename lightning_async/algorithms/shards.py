@@ -40,6 +40,9 @@ SHOW, SHOWN, PUT = FIRST_FREE_KIND + 9, FIRST_FREE_KIND + 10, FIRST_FREE_KIND + 
 """From the member to its own service: what are our shards? The answer. And: they are this (a run that goes on)."""
 SERVED = (PUSH, LAST, PULL, MIRROR, MIRRORED, NEWS, TAKE, RETIRE, SHOW, PUT)
 
+NAMES = {PUSH: "push", LAST: "push", PULL: "pull", ANSWER: "answer", MIRROR: "mirror", MIRRORED: "mirror"}
+"""What kinds that travel are called where people read them."""
+
 NOT_HERE, NOT_FINITE = -1, -2
 """Words in the place of a factor: this member does not own that; it was refused."""
 MILLION = 1_000_000

@@ -46,6 +46,11 @@ class Law:
         """The law at its present state, for an excess above 0."""
         return self._of(excess)
 
+    def further(self, already: float, excess: float) -> float:
+        """The factor for a contribution that others have shrunk on its way, for a part of its delay."""
+        whole, part = (max(LEAST, self.of(e)) if e > 0 else 1.0 for e in (excess, already))
+        return min(1.0, max(LEAST, whole / part))
+
     def observe(self, loss: float) -> None:
         """A step had this loss."""
 
@@ -121,6 +126,10 @@ class Alignment(Law):
     def of(self, excess: float) -> float:
         """The same for all that is late: by the next look it is known how much that harms."""
         return self.level
+
+    def further(self, already: float, excess: float) -> float:
+        """Each stage looks for itself."""
+        return self.level if excess > 0 else 1.0
 
     def _look(self, found: float) -> None:
         self.cosine += (1 - self._memory) * (found - self.cosine)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_async.algorithms.algorithm import no_shrink
+from lightning_async.algorithms.algorithm import Shrink, no_shrink
 from lightning_async.algorithms.shrink import Law, LawName, law
 from lightning_async.arrival import Arrival
 from lightning_async.callbacks.stats import Figures, Stats
@@ -70,7 +70,8 @@ class AdaptiveShrink(Stats):
         self._laws: dict[int, Law] = {}
         self._sums: dict[int, list[float]] = {}
         self._through_lr = self._missed = False
-        self._latest, self._world = 1.0, 1
+        self._latest, self._world, self._inherited = 1.0, 1, 0.0
+        self._before: Shrink = no_shrink
         self._rates: dict[int, list[float]] = {}
         self._hooks: list[RemovableHandle] = []
         self._loss: Tensor | None = None
@@ -80,11 +81,12 @@ class AdaptiveShrink(Stats):
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or self._strategy is None:
             return
-        if self._strategy.shrink is not no_shrink and self._strategy.shrink != self.factor:
+        if self._strategy.shrink not in (no_shrink, 1.0, self.factor):
             raise MisconfigurationException(
                 "AdaptiveShrink: the strategy's `shrink` is set already: take one of the two out"
             )
         self._laws, self._sums, self._world = {}, {}, trainer.world_size
+        self._before = self._strategy.shrink
         self._strategy.shrink = self.factor
         self._strategy.keep("shrink", _Kept(self))
 
@@ -93,6 +95,7 @@ class AdaptiveShrink(Stats):
         if self._strategy is None:
             return
         self._healthy = self._strategy.healthy_delay if self.healthy is None else self.healthy
+        self._inherited = self._strategy.inherited
         self._through_lr = self._strategy.shrinks == "gradients" and any(map(_is_scale_free, trainer.optimizers))
         if self._through_lr:
             self.listen("on_before_optimizer_step", self._slow_down)
@@ -114,7 +117,7 @@ class AdaptiveShrink(Stats):
         while self._hooks:
             self._hooks.pop().remove()
         if self._strategy is not None and self._strategy.shrink == self.factor:
-            self._strategy.shrink = no_shrink
+            self._strategy.shrink = self._before
 
     # -- asked by the algorithm ---------------------------------------------------------------------------------------
 
@@ -132,6 +135,8 @@ class AdaptiveShrink(Stats):
             )
         excess = max(0, arrival.delay - self._healthy)
         found = mine.factor(excess, correction, fresh)
+        if self._inherited and not self._through_lr:  # others have shrunk it on its way: what is left to do
+            found = mine.further(self._inherited * excess, excess)
         sums = self._sums.setdefault(arrival.peer, [0.0, 0.0, 1.0, 0.0])
         sums[0], sums[1], sums[2], sums[3] = sums[0] + 1, sums[1] + found, min(sums[2], found), sums[3] + excess
         self._latest = found
@@ -141,7 +146,7 @@ class AdaptiveShrink(Stats):
 
     def say(self, stretch: Stretch) -> Any:
         """By peer: how many, sum of factors, smallest factor, sum of excess delays."""
-        return {str(peer): sums for peer, sums in self._sums.items()}
+        return {str(peer): sums for peer, sums in list(self._sums.items())}  # a service may fold meanwhile
 
     def conclude(self, words: Mapping[int, Any]) -> Figures:
         """All ranks' factors of this fit."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_async.callbacks.sketch import Sketch
 from lightning_async.callbacks.stats import Figures, Stats
+from lightning_async.callbacks.watched import Watched
 from lightning_async.progress.stretch import Stretch
 
 ALL = ""
@@ -36,7 +37,7 @@ class SpreadStats(Stats):
 
     group = "spread"
     shown = ("relative",)
-    needs = "its replicas are equal after every step"
+    needs = "it has no replicas that could be apart"
 
     def __init__(self, *, depth: int = 0, every: float | None = 1.0, folder: str | None = None) -> None:
         super().__init__(folder=folder)
@@ -48,6 +49,10 @@ class SpreadStats(Stats):
         self._parameters: dict[str, Tensor] = {}
         self._sketch: Sketch | None = None
         self._due = 0.0
+
+    def sees(self, strategy: Watched) -> bool:
+        """There must be replicas to be apart."""
+        return strategy.has_replicas
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Take the parameters by name; make the sketch, the same on every rank."""

@@ -77,6 +77,10 @@ class Stats(Callback):
         """The figures that follow from all ranks' words, without the group's name."""
         raise NotImplementedError
 
+    def sees(self, strategy: Watched) -> bool:
+        """Whether this strategy of ours has what is measured."""
+        return True
+
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Training starts; `self._strategy` is known."""
 
@@ -104,6 +108,8 @@ class Stats(Callback):
         if stage != "fit":
             return
         self.figures, self._strategy, self._trainer = {}, watched(trainer), trainer
+        if self._strategy is not None and not self.sees(self._strategy):
+            self._strategy = None
         self._journal = Journal.of(trainer, self.folder)
         if self._strategy is not None:
             self._strategy.at_meetings(self.group, self.say, self.hear)

@@ -53,8 +53,16 @@ class Watched(Protocol):
     last_meeting: Mapping[str, float]
 
     @property
+    def has_replicas(self) -> bool:
+        """Whether every rank has weights of the whole module."""
+
+    @property
     def shrinks(self) -> str:
         """What the factors multiply: "corrections" of the weights, or "gradients" before the optimizer."""
+
+    @property
+    def inherited(self) -> float:
+        """The part of a contribution's delay by which others have shrunk it on its way; 0 but in a pipeline."""
 
     @property
     def healthy_delay(self) -> int:

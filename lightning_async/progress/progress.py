@@ -39,6 +39,7 @@ class Outcome:
         due: What is due.
         wishes: What anybody asked for.
         first: What the first member asked for.
+        empty: The members that have not trained in this epoch.
     """
 
     ended: bool
@@ -46,6 +47,7 @@ class Outcome:
     due: Due
     wishes: Wish
     first: Wish
+    empty: tuple[int, ...] = ()
 
 
 class Progress:
@@ -91,6 +93,7 @@ class Progress:
         self._next_look = 0.0
         self._told = 0
         self._said = Wish.NOTHING
+        self._began: dict[int, int] = {}
         self._meeting = True
 
     # -- the training thread, between meetings --------------------------------------------------------------------
@@ -139,6 +142,14 @@ class Progress:
     def about(self) -> int:
         """Steps of the run by now, the others carried forward at their speeds: smoother, and perhaps too many."""
         return self._steps(self._others.about(Unit.UPDATES, self._report()))
+
+    def told(self) -> Tally:
+        """What all have done at least, by their own words; at a meeting, exactly."""
+        if self._meeting:
+            return self.agreed
+        mine = self._report()
+        done = (self.own[unit] + self._others.told(unit, mine) for unit in Unit)
+        return Tally(*map(max, self.agreed, done))
 
     def _steps(self, others: int) -> int:
         if self._in_step:
@@ -190,6 +201,7 @@ class Progress:
             due=due,
             wishes=wishes,
             first=reports[min(reports)].wishes,
+            empty=tuple(r for r, report in reports.items() if report.tally.batches == self._began.get(r, 0)),
         )
 
     def _begin_anew(self, reports: Mapping[int, Report], *, ended: bool) -> None:
@@ -199,6 +211,7 @@ class Progress:
         if ended:
             self.epoch = self.agreed
             self.ended = False
+            self._began = {rank: report.tally.batches for rank, report in reports.items()}
             reports = {rank: replace(report, ended=False) for rank, report in reports.items()}
         self._others.go_on(reports)
         self._stops.begin(self.agreed, self.epoch, reports, self._report())

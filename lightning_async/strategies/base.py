@@ -138,7 +138,7 @@ class AsyncStrategy(Shown):
         self.office.recording.introduce(self)
         self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=fitting)
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
-        self.alone = self._closing = False
+        self.alone = self.apart = self._closing = False
         self.office.flags.patient = lambda: self._closing or (self.alone and self.clock.progress is not None)
         if fitting:
             self.clock.take(trainer)
@@ -245,7 +245,7 @@ class AsyncStrategy(Shown):
         """Leave a meeting: own weights again, unless they are the consensus. Free from here to the next one."""
         if not self.alone:
             self._replica = self.consensus.leave()
-            self.alone = True
+            self.alone, self.apart = True, False
 
     def close_in_order(self) -> None:
         """The run was told to end, all have met: stop here, with the meeting open for those who save."""

@@ -20,6 +20,7 @@ from lightning_async.progress.tally import Tally
 from lightning_async.strategies import compat
 from lightning_async.strategies.counts import NEVER, Counts, ask_at_meetings
 from lightning_async.strategies.log_steps import LogSteps
+from lightning_async.strategies.logbook import Logbook
 from lightning_async.strategies.schedules import Schedules
 from lightning_async.strategies.wishes import Wishes
 from lightning_async.transport.mail import Wait
@@ -42,15 +43,17 @@ class Clock:
         progress: How far all are; None outside of a run.
         over: Whether the epoch ended at the last meeting, or the run.
         validating: Whether a validation follows the last meeting.
+        empty: The ranks that had not trained in the epoch when all met last.
         waited: Whether this rank had nothing more to train on in its epoch, and others had, when the run was saved.
     """
 
     def __init__(self, strategy: AsyncStrategy, meet_every: int | None) -> None:
         self.progress: Progress | None = None
         self.over = self.validating = self.waited = False
+        self.empty: tuple[int, ...] = ()
         self._strategy = strategy
         self._counts, self._wishes = Counts(meet_every), Wishes(strategy)
-        self._schedules, self._log_steps = Schedules(), LogSteps()
+        self._schedules, self._log_steps, self._logbook = Schedules(), LogSteps(), Logbook()
         self._restored: dict[str, Any] = {}
         self._written = 0
 
@@ -98,6 +101,7 @@ class Clock:
         desk, batch = strategy.office.desk(PROGRESS), feeding.batch
         self.progress = Progress(desk, n=n, agenda=agenda, batch=batch, in_step=in_step, before=before, epoch=epoch)
         self._log_steps.begin(trainer, self.progress.steps())
+        self._logbook.begin(self.progress)
         self._wishes.validated()
         if trainer.lightning_module.automatic_optimization:
             self._schedules.take(strategy.lr_scheduler_configs, self.progress.steps())
@@ -141,7 +145,10 @@ class Clock:
         progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         self.summon(trainer)
         trainer.val_check_batch = NEVER if self._counts.taken else trainer.val_check_batch
-        return progress.ended or self._strategy.together(progress.comes())
+        meets = progress.ended or self._strategy.together(progress.comes())
+        if not meets:
+            self._logbook.stepped(trainer, progress)
+        return meets
 
     def heed(self) -> None:
         """To be called by who waits inside of a step."""
@@ -161,12 +168,15 @@ class Clock:
         self._write(trainer)
         if self._counts.taken and not self._log_steps.is_logged(trainer):
             self._log_steps.follow(trainer, trainer.global_step - 1)
+        if self.progress is not None:
+            self._logbook.met(trainer, self.progress)
         loop = trainer.fit_loop.epoch_loop
         if outcome.due & Due.END_EPOCH and not loop.batch_progress.is_last_batch:
             loop.batch_progress.is_last_batch = True
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         if outcome.wishes & Wish.STOP:
             trainer.should_stop, self._wishes.stop = True, False
+        self.empty = outcome.empty
         reached = 0 <= trainer.max_steps <= trainer.global_step
         self.over = outcome.ended or bool(outcome.due & Due.END_EPOCH) or bool(outcome.wishes & Wish.STOP) or reached
         self._schedules.meet(trainer.global_step)

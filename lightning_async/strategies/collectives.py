@@ -28,11 +28,12 @@ class Collectives(DDPStrategy):
         name: The strategy's name, for sentences.
         office: This rank's place in the run.
         alone: Whether this rank goes on by itself.
+        apart: Whether tensors are not reduced for a while, since not all have them.
     """
 
     name = "async"
     office: Office
-    alone = False
+    alone = apart = False
 
     @property
     def meeting(self) -> bool:
@@ -63,7 +64,7 @@ class Collectives(DDPStrategy):
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Combine a tensor of all that live; between meetings, one's own."""
-        if not isinstance(tensor, Tensor) or not self.meeting:
+        if not isinstance(tensor, Tensor) or not self.meeting or self.apart:
             return tensor
         return self.together(words.reduce(self.office.rounds, tensor, reduce_op))
 

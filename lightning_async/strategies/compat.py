@@ -8,7 +8,8 @@ Both are replaced for the time of a run. Running on with a name missing would me
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -188,6 +189,16 @@ def set_log_step(trainer: Trainer, step: int) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
+def logs_now(trainer: Trainer) -> bool:
+    """Whether Lightning logs the batch under way."""
+    return trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
+
+
+def log(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
+    """Give the loggers numbers under this step."""
+    trainer._logger_connector.log_metrics(metrics, step)  # type: ignore[arg-type]
+
+
 def last_metric(trainer: Trainer, name: str) -> Tensor | None:
     """A metric as it was computed last. (To read `callback_metrics` would compute some, and so wait for all ranks.)"""
     found: Tensor | None = trainer._logger_connector._callback_metrics.get(name)
@@ -224,6 +235,39 @@ def validate(trainer: Trainer) -> None:
     loop.val_loop.run()
     trainer.training = True
     connector._first_loop_iter = first
+
+
+@contextmanager
+def within_epoch(trainer: Trainer) -> Iterator[None]:
+    """Whoever is at the end of its epoch stands where the others are: behind a batch.
+
+    Metrics that are read now are those of steps, since those of the epoch would be combined over ranks still in it; and
+    what is saved now is resumed in mid-epoch, as on the others.
+    """
+    connector, epochs = trainer._logger_connector, trainer.fit_loop.epoch_progress
+    counts: list[Any] = [epochs.current, epochs.total]
+    first, connector._first_loop_iter = connector._first_loop_iter, False
+    for count in counts:
+        count.processed -= 1
+    try:
+        yield
+    finally:
+        for count in counts:
+            count.processed += 1
+        connector._first_loop_iter = first
+
+
+@contextmanager
+def within_batch(trainer: Trainer) -> Iterator[None]:
+    """The last batch is not counted as completed yet, as in the hooks at its end."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    for count in (batches.current, batches.total):
+        count.completed -= 1
+    try:
+        yield
+    finally:
+        for count in (batches.current, batches.total):
+            count.completed += 1
 
 
 def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from lightning_async.progress.progress import Outcome
 from lightning_async.progress.report import Wish
+from lightning_async.progress.tally import ZERO, Tally
 from lightning_async.replica import Replica
+from lightning_async.strategies import words
 from lightning_async.strategies.buffers import average_buffers, broadcast_frozen
 from lightning_async.strategies.saved import agree_on_saved
 from lightning_async.strategies.telling import Telling
@@ -38,7 +40,7 @@ class Consensus:
 
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.last: dict[str, float] = {}
-        self.telling = Telling(strategy)
+        self.telling = Telling(lambda: strategy.office, self._trained)
         self._strategy = strategy
 
     def begin(self, model: torch.nn.Module, replica: Replica) -> None:
@@ -88,13 +90,26 @@ class Consensus:
         """Let the consensus stand in, with buffers that fit; how far apart the replicas were, squared."""
         strategy = self._strategy
         rounds, carrier = strategy.office.rounds, strategy.office.carrier
-        apart = strategy.together(self.telling.exchange(consensus.cpu()))
+        apart = strategy.together(self._tell(strategy.replica, consensus.cpu()))
         strategy.office.recording.met_with(strategy, apart)
         if strategy.buffers != "local":
             strategy.together(average_buffers(strategy.trainer.lightning_module, rounds))
         strategy.feeding.epoch_ended(deaths=len(carrier.members()) < strategy.world_size)
         strategy.replica.stand_in(consensus)
         return apart
+
+    def _tell(self, replica: Replica, consensus: Tensor) -> Wait[float]:
+        own = replica.flat.cpu()
+
+        def by_parameter() -> list[float]:
+            pairs = zip(replica.parts(own), replica.parts(consensus), strict=True)
+            return [float((a - b).double().square().sum()) for a, b in pairs]
+
+        return self.telling.exchange(words.mean_square(own, consensus), by_parameter)
+
+    def _trained(self) -> Tally:
+        progress = self._strategy.clock.progress
+        return ZERO if progress is None else progress.own
 
     def leave(self) -> Replica:
         """Own weights again, unless they are the consensus; those that are trained from here on."""
@@ -106,6 +121,7 @@ class Consensus:
         if new is not None:
             replica = new
             algorithm.begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
+        replica.check()  # a callback may have put other tensors in the place of the weights, and keep those
         adopted = not replica.away
         replica.come_back()
         algorithm.resume(replica, adopted=adopted)

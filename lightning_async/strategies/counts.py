@@ -58,9 +58,11 @@ class Counts:
         """Take over what Lightning would read as one rank's. Before the loaders are made."""
         if compat.fast_dev_run(trainer) or trainer.limit_train_batches == 0:
             return
-        self._taken = {name: getattr(trainer, name) for name in ("limit_train_batches", "val_check_interval")}
         self.val_seconds = compat.take_val_seconds(trainer)
-        self._val_every = 1.0 if self.val_seconds else trainer.val_check_interval
+        if self.val_seconds is not None:
+            trainer.val_check_interval = 1.0  # Lightning has no such attribute then
+        self._taken = {name: getattr(trainer, name) for name in ("limit_train_batches", "val_check_interval")}
+        self._val_every = trainer.val_check_interval
         feeding.limit = trainer.limit_train_batches
         trainer.limit_train_batches = trainer.val_check_interval = 1.0
 

@@ -30,12 +30,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.arrival import Arrival, ArrivalLog
+from lightning_async.data.counts import samples_in
 from lightning_async.pipeline import draws, partition
 from lightning_async.pipeline.edge import Wire
 from lightning_async.pipeline.place import Place, Shrink
 from lightning_async.pipeline.schedule import Order, check
 from lightning_async.pipeline.stage import Stage, gradient_of
 from lightning_async.pipeline.stash import Semantics
+from lightning_async.progress.tally import Tally
 from lightning_async.strategies import compat, whole, words
 from lightning_async.strategies.base import StartMethod
 from lightning_async.strategies.garbage import Garbage
@@ -44,8 +46,10 @@ from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
 from lightning_async.strategies.parts import Parts
 from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse_schedulers
+from lightning_async.strategies.pipeline_shown import PipelineShown
 from lightning_async.strategies.refusals import refuse, refuse_optimizers
 from lightning_async.strategies.rests import Rests
+from lightning_async.strategies.telling import Telling
 from lightning_async.transport.mail import Wait
 
 T = TypeVar("T")
@@ -54,7 +58,7 @@ KEY = "delayed_pipeline"
 """Our key in a checkpoint: what a plain run has no need of."""
 
 
-class DelayedPipelineStrategy(DDPStrategy):
+class DelayedPipelineStrategy(PipelineShown):
     """Delayed-gradient pipeline (FDG, ADL): each rank trains some layers and waits for no backward pass of the others.
 
     Args:
@@ -131,7 +135,8 @@ class DelayedPipelineStrategy(DDPStrategy):
         self.office = Office(
             interface=interface, silence=silence, patience=patience, limit=waiting_timeout, grace=grace, record=None
         )
-        self.batches = 0
+        self.batches = self._samples = 0
+        self.telling = Telling(lambda: self.office, lambda: Tally(self.batches, self._updates(), self._samples))
         self._shrink: float | Shrink = shrink
         self._passes = 0
         self._epoch_began = 0
@@ -145,6 +150,7 @@ class DelayedPipelineStrategy(DDPStrategy):
         self._place: Place | None = None
         self._entered: Tensor | None = None
         self._given_up = self._fitting = self._seen = self._first_look = self._fresh = False
+        self._resting = True
         self._noted: list[Tensor] = []
 
     # -- what callbacks may use, the same for every strategy -----------------------------------------------------------
@@ -169,11 +175,6 @@ class DelayedPipelineStrategy(DDPStrategy):
             self._place.shrink = law
 
     # -- set-up and teardown -------------------------------------------------------------------------------------------
-
-    @property
-    def index(self) -> int:
-        """The stage of this rank: the last one is rank 0's."""
-        return self.world_size - 1 - self.global_rank
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -309,6 +310,7 @@ class DelayedPipelineStrategy(DDPStrategy):
         if self._place is not None:
             self._place.stage.clear()
         self._place, self._resumed = None, {}
+        self.telling.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
@@ -336,6 +338,7 @@ class DelayedPipelineStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """Right before the first batch."""
         self._garbage.set_aside()
+        self._put_back(self._resumed.get("kept", {}))
         if self.piped and self.index < self.world_size - 1 and self.lr_scheduler_configs:
             for optimizer in self.optimizers:  # its first real step comes late: without this torch would warn
                 optimizer.zero_grad()
@@ -351,7 +354,9 @@ class DelayedPipelineStrategy(DDPStrategy):
         return dataloader
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Note what the batch is, while it is here."""
+        """Note what the batch is, while it is here; its samples are counted once, on the last stage."""
+        if self.global_rank == 0 and self.trainer.training:
+            self._samples += samples_in(batch) or 0
         if self.piped and self.index in (0, self.world_size - 1):
             self._stamp = stamp_of(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
@@ -360,6 +365,9 @@ class DelayedPipelineStrategy(DDPStrategy):
         """A batch comes: on the last stage an ordinary step, on the others a turn of theirs."""
         if not self.piped:
             return super().training_step(*args, **kwargs)
+        if self._resting:
+            self._resting = False
+            self.telling.set_off()
         self.batches += 1
         place, batch = self.place, self.batches
         self._drive(place.begin(batch, ends=compat.ends_in_step(self.trainer)))
@@ -470,6 +478,7 @@ class DelayedPipelineStrategy(DDPStrategy):
             return
         if drain:
             self._drain()
+        self.telling.arrive()
         self._drive(self.place.rest(self.batches + self._passes))
         trainer = self.trainer
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -477,6 +486,9 @@ class DelayedPipelineStrategy(DDPStrategy):
         if self.global_rank != 0:
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in known.items()})
         trainer.should_stop = self._drive(words.decide(self.office.rounds, trainer.should_stop, False))
+        if self._fitting and self.telling.begun:
+            self._drive(self._rested())
+        self._resting = True
 
     def _drain(self) -> None:
         self._drive(self.place.drain())
@@ -536,6 +548,7 @@ class DelayedPipelineStrategy(DDPStrategy):
                 "epoch_began": self._epoch_began,
                 "between_epochs": self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
                 "seed": self._seed,
+                "kept": self._drive(self._kept()),
             }
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -592,6 +605,9 @@ class DelayedPipelineStrategy(DDPStrategy):
         if self._place is None:
             raise RuntimeError("there is no place in the pipe outside of a run")
         return self._place
+
+    def _updates(self) -> int:
+        return self._place.updates if self._place is not None else 0
 
     def _drive(self, waiting: Wait[T]) -> T:
         return self.office.drive(waiting)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_async.progress.report import Wish
 from lightning_async.strategies import compat
@@ -75,9 +76,11 @@ class Meetings(Callback):
             self.strategy.set_off()
             self._meet(trainer)
             self._attend(trainer, module)
+        self._tell_apart()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """All take the consensus home."""
+        self.strategy.apart = False
         self._meet(trainer)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
@@ -99,10 +102,22 @@ class Meetings(Callback):
         self._drew = self.strategy.clock.waited = False
         return not drew and (waited or (self.strategy.feeding.dry and not trainer.fit_loop.restarting))
 
+    def _tell_apart(self) -> None:
+        """What training logs of an epoch is combined over all ranks, and one that did not train logged nothing: then
+        each has its own."""
+        if empty := self.strategy.clock.empty:
+            self.strategy.apart = True
+            rank_zero_warn(
+                f"rank {', '.join(map(str, empty))} had no batch in this epoch: what training logged over the epoch "
+                "with `sync_dist=True` is each rank's own"
+            )
+
     def _attend(self, trainer: Trainer, module: LightningModule) -> None:
         """What the loop does for those who met after a batch."""
-        for callback in compat.callbacks(trainer):
-            if isinstance(callback, (ModelCheckpoint, Timer)):
-                callback.on_train_batch_end(trainer, module, None, None, 0)
-        if self.strategy.clock.validating:
-            compat.validate(trainer)
+        with compat.within_epoch(trainer):
+            with compat.within_batch(trainer):
+                for callback in compat.callbacks(trainer):
+                    if isinstance(callback, (ModelCheckpoint, Timer)):
+                        callback.on_train_batch_end(trainer, module, None, None, 0)
+            if self.strategy.clock.validating:
+                compat.validate(trainer)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
@@ -94,5 +95,22 @@ def _conflicts(trainer: Trainer) -> Iterator[str]:
 
 def _callback_conflicts(callback: object) -> Iterator[str]:
     kinds = {kind.__name__ for kind in type(callback).__mro__}
+    if "LearningRateFinder" in kinds:
+        yield (
+            "`LearningRateFinder` (`Tuner.lr_find`) sweeps the learning rate over steps that ranks take together; find "
+            "it on one device with `strategy='auto'`: it holds here as it does with `ddp`"
+        )
+    if isinstance(callback, ModelPruning):
+        method: str = getattr(callback.pruning_fn, "func", callback.pruning_fn).__name__  # type: ignore[union-attr]
+        if "random" in method.lower():
+            yield (
+                f"`ModelPruning` with `{method}` draws another mask on each rank; use 'l1_unstructured' or "
+                "'ln_structured', which go by weights that are equal on all ranks by then"
+            )
+    if "BatchSizeFinder" in kinds:
+        yield (
+            "`BatchSizeFinder` tries sizes until the memory of a device is full; find the size on one device with "
+            "`strategy='auto'`"
+        )
     if "SpikeDetection" in kinds:
         yield "`SpikeDetection` compares losses of all ranks at every step; leave it out, or use it with `ddp`"

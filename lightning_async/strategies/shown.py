@@ -77,6 +77,16 @@ class Shown(Saving):
         return self.algorithm.shrinks
 
     @property
+    def has_replicas(self) -> bool:
+        """Whether every rank has weights of the whole module: yes."""
+        return True
+
+    @property
+    def inherited(self) -> float:
+        """The part of a contribution's delay by which it was shrunk already on its way here: none."""
+        return 0.0
+
+    @property
     def kinds(self) -> Mapping[int, str]:
         """The names of the kinds of messages that `traffic` counts."""
         return {**KIND_NAMES, **self.algorithm.kinds}

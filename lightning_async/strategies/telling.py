@@ -1,4 +1,4 @@
-"""What callbacks of all ranks tell each other: at meetings, in one round that is held anyway, and never between them.
+"""What callbacks of all ranks tell each other: at meetings, in one round, and never between them.
 
     callback  --join(name, say, hear)-->  strategy
     meeting      say(stretch) -> this rank's word       [ one round ]       hear({rank: word}) <- everybody's words
@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from lightning_async.progress.stretch import Stretch
 from lightning_async.progress.tally import ZERO, Tally
-from lightning_async.strategies.words import CHUNK
+from lightning_async.strategies.own_state import Part
 from lightning_async.transport.mail import Wait
 
 if TYPE_CHECKING:
-    from lightning_async.strategies.base import AsyncStrategy
+    from lightning_async.strategies.office import Office
 
 Say = Callable[[Stretch], Any]
 Hear = Callable[[Mapping[int, Any]], None]
@@ -41,14 +38,22 @@ class _Mark:
 
 
 class Telling:
-    """One rank's words, and its hours between meetings."""
+    """One rank's words, and its hours between meetings.
 
-    def __init__(self, strategy: AsyncStrategy) -> None:
-        self._strategy = strategy
-        self._voices: dict[str, tuple[Say, Hear]] = {}
-        self._began: float | None = None
-        self._off = self._met = _Mark()
-        self.idle = 0.0
+    Args:
+        office: This rank's place in the run, when it is asked for.
+        trained: What this rank has trained on by now.
+
+    Attributes:
+        idle: Seconds for which this rank waited at the last meeting.
+        lasted: Seconds that the last meeting had taken when all had told.
+        parts: What callbacks keep with checkpoints, where the strategy has no place of its own for it.
+    """
+
+    def __init__(self, office: Callable[[], Office], trained: Callable[[], Tally]) -> None:
+        self._office, self._trained = office, trained
+        self.parts: dict[str, Part] = {}
+        self.forget()
 
     def join(self, name: str, say: Say, hear: Hear) -> None:
         """Take part under this name, once a fit. What `say` returns must be what JSON can hold."""
@@ -56,9 +61,17 @@ class Telling:
 
     def forget(self) -> None:
         """The run is over."""
-        self._voices.clear()
-        self._began, self.idle = None, 0.0
-        self._off = self._met = _Mark()
+        self._voices: dict[str, tuple[Say, Hear]] = {}
+        self._began: float | None = None
+        self._off: _Mark | None = None
+        self._met = _Mark()
+        self.idle = self.lasted = 0.0
+        self.parts.clear()
+
+    @property
+    def begun(self) -> bool:
+        """Whether this rank has ever set off in this fit: before that there is nothing to tell."""
+        return self._began is not None
 
     def set_off(self) -> None:
         """This rank leaves a meeting."""
@@ -69,27 +82,28 @@ class Telling:
         """This rank comes to a meeting."""
         self._met = self._mark()
 
-    def exchange(self, consensus: Tensor) -> Wait[float]:
-        """Tell and hear. Returns the mean over ranks and coordinates of the squared distance to the consensus."""
-        replica = self._strategy.replica
-        own = replica.flat.cpu()
-        self.idle = self._strategy.office.flags.waited - self._met.waited
+    def exchange(self, square: float = 0.0, apart: Callable[[], Iterable[float]] = tuple) -> Wait[float]:
+        """Tell and hear; returns the mean of all ranks' `square`.
 
-        def apart() -> list[float]:
-            pairs = zip(replica.parts(own), replica.parts(consensus), strict=True)
-            return [float((a - b).double().square().sum()) for a, b in pairs]
-
+        Args:
+            square: How far this rank's weights were from the consensus: the mean over coordinates of the square.
+            apart: See `Stretch.apart`.
+        """
+        self.idle = self._office().flags.waited - self._met.waited
         stretch = self._stretch(apart)
         said = {name: say(stretch) for name, (say, _) in self._voices.items()}
-        word = zlib.compress(json.dumps([_mean_square(own, consensus), said]).encode())
-        words = yield from self._strategy.office.rounds.agree(word, what="what ranks tell")
+        word = zlib.compress(json.dumps([square, said]).encode())
+        words = yield from self._office().rounds.agree(word, what="what ranks tell")
         heard = {rank: json.loads(zlib.decompress(word)) for rank, word in words.items()}
         for name, (_, hear) in self._voices.items():
             hear({rank: told[name] for rank, (_, told) in heard.items() if name in told})
+        self._off, self.lasted = None, self._office().carrier.now() - self._met.now
         return float(sum(square for square, _ in heard.values()) / len(heard))
 
-    def _stretch(self, apart: Callable[[], list[float]]) -> Stretch:
-        off, met = self._off, self._met
+    def _stretch(self, apart: Callable[[], Iterable[float]]) -> Stretch:
+        """The time since this rank set off; nothing, if it did not since the last meeting."""
+        met = self._met
+        off = met if self._off is None else self._off
         waited = met.waited - off.waited
         return Stretch(
             trained=met.trained.minus(off.trained),
@@ -102,12 +116,5 @@ class Telling:
         )
 
     def _mark(self) -> _Mark:
-        office, progress = self._strategy.office, self._strategy.clock.progress
-        trained = ZERO if progress is None else progress.own
-        return _Mark(office.carrier.now(), trained, office.flags.spent, office.flags.waited)
-
-
-def _mean_square(one: Tensor, other: Tensor) -> float:
-    """The mean over coordinates of the squared difference, in parts: a large temporary costs page faults."""
-    pairs = zip(torch.split(one, CHUNK), torch.split(other, CHUNK), strict=True)
-    return sum(float((a - b).double().square().sum()) for a, b in pairs) / one.numel()
+        office = self._office()
+        return _Mark(office.carrier.now(), self._trained(), office.flags.spent, office.flags.waited)

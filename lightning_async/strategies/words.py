@@ -78,6 +78,12 @@ def gather_uneven(rounds: Rounds, tensor: Tensor, *, what: str = "gather") -> Wa
     return [part.to(tensor.device) for part in parts]
 
 
+def mean_square(one: Tensor, other: Tensor) -> float:
+    """The mean over coordinates of the squared difference, in parts: a large temporary costs its page faults."""
+    pairs = zip(torch.split(one, CHUNK), torch.split(other, CHUNK), strict=True)
+    return sum(float((a - b).double().square().sum()) for a, b in pairs) / one.numel()
+
+
 def _tensor(data: bytes, head: dict[str, Any]) -> Tensor:
     dtype = getattr(torch, head["dtype"])
     flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)

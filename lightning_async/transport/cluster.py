@@ -52,6 +52,7 @@ class ClusterCarrier:
         fragment_bytes: The longest piece in which a body travels.
         connect_timeout: The longest that a rendezvous may take when the peer dies on its way to it.
         interface: The network interface of the links; by default GLOO_SOCKET_IFNAME's, else the one of the host's name.
+        shared_memory: Whether long bodies to members of this host go through memory.
         tick: Seconds between looks at the store's bell.
     """
 
@@ -70,6 +71,7 @@ class ClusterCarrier:
         fragment_bytes: int = 4 << 20,
         connect_timeout: float = 30.0,
         interface: str | None = None,
+        shared_memory: bool = True,
         tick: float = 0.1,
     ) -> None:
         if max_bytes < 0:
@@ -109,6 +111,7 @@ class ClusterCarrier:
             fragment_bytes=fragment_bytes,
             connect_timeout=connect_timeout,
             interface=interface,
+            shared_memory=shared_memory,
             news=self._news,
         )
         self._control = Control(

@@ -51,6 +51,26 @@ def keys_of(store: Store, prefix: str) -> Keys:
     return cast(Keys, PrefixStore(prefix, store))
 
 
+class Pending(Protocol):
+    """A transfer on its way."""
+
+    def wait(self, timeout: timedelta = ...) -> bool:
+        """Until it is over; raises when the other one is gone."""
+
+
+class Connection(Protocol):
+    """What a link needs between its ends: order for each tag, and an error in every wait when one end is gone."""
+
+    def send(self, tensor: Tensor, tag: int) -> Pending:
+        """Begin to send; keep the work and the tensor until the peer is known to have it, then `wait`."""
+
+    def receive(self, tensor: Tensor, tag: int) -> Pending:
+        """Post a receive; a longer message than the tensor would end this process."""
+
+    def cancel(self) -> None:
+        """Close the connection: every queued operation fails within milliseconds, in whatever thread waits on it."""
+
+
 class Clients:
     """Store clients for those who meet in the background, each for one thread at a time, and kept for the next.
 

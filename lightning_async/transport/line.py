@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import Work
 
-from lightning_async.transport.gloo import Wire
+from lightning_async.transport.gloo import Connection, Pending
 from lightning_async.transport.header import HEADER_BYTES, WIRE_BYTES, Header, pack_into, unpack
 from lightning_async.transport.slots import Here, Slots
 from lightning_async.transport.traffic import HEADERS
 
-HEAD_TAG, BODY_TAG, HELLO_TAG = 1, 2, 3
+HEAD_TAG, HELLO_TAG = 1, 3
 AHEAD = 8
 """Header receives that are always posted, so that a header leaves at once; more headers wait in their sender's gloo."""
 
@@ -59,19 +58,19 @@ class Line:
     def __init__(self, *, slots: Slots, here: Here, run: int, fragment: int) -> None:
         self.slots, self.here, self.fragment = slots, here, fragment
         self.state = "opening"
-        self.wire: Wire | None = None
+        self.wire: Connection | None = None
         self.seen = self.peer_seen = 0
         self.owe = self.sending = False
         self._run = run
 
-    def running(self) -> Wire:
+    def running(self) -> Connection:
         """The wire, as long as there is one."""
         wire = self.wire
         if wire is None:
             raise RuntimeError("the link is closed")
         return wire
 
-    def expect(self, page: Page) -> tuple[Page, Work]:
+    def expect(self, page: Page) -> tuple[Page, Pending]:
         """Post the receive of a header."""
         return page, self.running().receive(page.tensor, HEAD_TAG)
 

@@ -27,6 +27,7 @@ from lightning_async.transport.header import AnotherProtocolError, run_number
 from lightning_async.transport.line import Line
 from lightning_async.transport.receiver import Receiver
 from lightning_async.transport.sender import Sender
+from lightning_async.transport.shared import share
 from lightning_async.transport.slots import Here, Slots, nothing
 
 LOOK = 0.003
@@ -55,6 +56,7 @@ class Link:
         fragment_bytes: int = 4 << 20,
         connect_timeout: float = 30.0,
         interface: str | None = None,
+        shared_memory: bool = True,
         news: Callable[[], None] = nothing,
     ) -> None:
         if fragment_bytes < 1:
@@ -66,6 +68,7 @@ class Link:
         self.sender, self.receiver = Sender(self.line), Receiver(self.line)
         self._clients, self._slots, self._here = clients, slots, here
         self._timeout, self._interface, self._news = connect_timeout, interface, news
+        self._shared_memory = shared_memory
         self._until = here.now() + connect_timeout
         self._sending = threading.Thread(target=self._send, name=f"link-{me}-{self.peer}-sender", daemon=True)
         self._receiving = threading.Thread(target=self._receive, name=f"link-{me}-{self.peer}-receiver", daemon=True)
@@ -102,10 +105,11 @@ class Link:
             self.line.wire = wire
         self.receiver.post_ahead()
         greet(self.line, wire)
+        way = share(wire, fragment=self.line.fragment, wanted=self._shared_memory)
         with self._slots.changed:
             if self.state != "opening":
                 return False
-            self.line.state = "up"
+            self.line.wire, self.line.state = way, "up"
             self._receiving.start()
         self._news()
         return True

@@ -42,6 +42,7 @@ class Links:
         fragment_bytes: See `Link`.
         connect_timeout: See `Link`.
         interface: See `Link`.
+        shared_memory: See `Link`.
         news: Called when a link's state changed.
 
     Attributes:
@@ -63,13 +64,14 @@ class Links:
         fragment_bytes: int,
         connect_timeout: float,
         interface: str | None,
+        shared_memory: bool,
         news: Callable[[], None],
     ) -> None:
         self.by_peer: dict[int, Link] = {}
         self.refused: str | None = None
         self._clients, self._me, self._slots, self._here, self._run = clients, me, slots, here, run
         self._fragment, self._timeout, self._interface, self._news = fragment_bytes, connect_timeout, interface, news
-        self._patience = patience
+        self._patience, self._shared_memory = patience, shared_memory
         self._lines = Silence(slots, silence=silence, patience=patience, start=here.now())
         self._generations: dict[int, int] = {}
         self._wished = set(wished)
@@ -158,6 +160,7 @@ class Links:
             fragment_bytes=self._fragment,
             connect_timeout=self._timeout,
             interface=self._interface,
+            shared_memory=self._shared_memory,
             news=self._news,
         )
 

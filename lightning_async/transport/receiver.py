@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import Work
 
+from lightning_async.transport.gloo import Pending
 from lightning_async.transport.header import (
     DATA,
     FRAGMENT,
@@ -22,14 +22,15 @@ from lightning_async.transport.header import (
     AnotherProtocolError,
     Header,
 )
-from lightning_async.transport.line import AHEAD, BODY_TAG, Line, Page
+from lightning_async.transport.line import AHEAD, Line, Page
+from lightning_async.transport.shared import BODY_TAG
 
 
 @dataclass(slots=True)
 class _Incoming:
     header: Header
     body: Tensor
-    works: list[Work]
+    works: list[Pending]
 
 
 class Receiver:
@@ -37,7 +38,7 @@ class Receiver:
 
     def __init__(self, line: Line) -> None:
         self._line, self._slots = line, line.slots
-        self._ahead: list[tuple[Page, Work]] = []
+        self._ahead: list[tuple[Page, Pending]] = []
         self._incoming: _Incoming | None = None
 
     def post_ahead(self) -> None:

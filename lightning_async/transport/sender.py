@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
-from torch.distributed.distributed_c10d import Work
 
+from lightning_async.transport.gloo import Pending
 from lightning_async.transport.header import FOLDS, FRAGMENT, GOT, HEADER_BYTES, INLINE_BYTES, Header
-from lightning_async.transport.line import AHEAD, BODY_TAG, HEAD_TAG, Line, Page
+from lightning_async.transport.line import AHEAD, HEAD_TAG, Line, Page
+from lightning_async.transport.shared import BODY_TAG, PLACES
 from lightning_async.transport.slots import Slot, nothing
 
-WINDOW = 2
+WINDOW = PLACES
 """Fragments on the wire: one being written while the answer to the other travels; more would only delay answers."""
 
 
@@ -41,7 +42,7 @@ class Sender:
 
     def __init__(self, line: Line) -> None:
         self.pages: list[Page] = []
-        self.flying: deque[tuple[int, Page, Work | None]] = deque()
+        self.flying: deque[tuple[int, Page, Pending | None]] = deque()
         self._line, self._slots = line, line.slots
         self._sent = 0
         self._outgoing: Outgoing | None = None
@@ -98,7 +99,7 @@ class Sender:
         if end == outgoing.nbytes:
             self._outgoing, self._line.sending = None, False
 
-    def _send_header(self, header: Header, *, inline: Tensor | None = None, work: Work | None = None) -> None:
+    def _send_header(self, header: Header, *, inline: Tensor | None = None, work: Pending | None = None) -> None:
         page = self.pages.pop() if self.pages else Page()
         with self._slots.changed:
             header.seen, self._line.owe = self._line.seen, False

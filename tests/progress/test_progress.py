@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator
+from weakref import WeakKeyDictionary
 
 import pytest
 
 from lightning_async.progress.agenda import Agenda, Due, Item
 from lightning_async.progress.progress import Outcome, Progress
 from lightning_async.progress.report import Wish
-from lightning_async.progress.tally import Tally, Unit
+from lightning_async.progress.tally import Tally, Unit, total
 from lightning_async.transport.pages import Desk, Pages
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import VirtualCluster
@@ -32,6 +33,10 @@ Met = list[tuple[float, float, Outcome, Tally]]
 """When a member came to a meeting, when it left it, the outcome, and its own count."""
 
 
+truth: WeakKeyDictionary[VirtualCluster, dict[int, Tally]] = WeakKeyDictionary()
+"""What each member of a cluster has really done."""
+
+
 def member(
     cluster: VirtualCluster,
     rank: int,
@@ -51,11 +56,15 @@ def member(
     progress.settle((yield from rounds.agree(progress.word())))
     met: Met = []
     steps = [0]
+    done = truth.setdefault(cluster, {})
     while len(met) < meetings:
         if not progress.ended:
             progress.batch_started()
             yield seconds
             progress.batch_ended(updates=1, samples=8)
+            done[rank] = progress.own
+            told = zip(progress.told(), total(done.values()), strict=True)
+            assert all(a <= b for a, b in told) or len(carrier.members()) < carrier.world, "never more than was done"
             progress.ended = progress.own.batches == end
             steps.append(progress.steps())
         if wish and progress.own.batches == wish[0]:
@@ -109,6 +118,12 @@ def test_whatever_is_sooner_comes_first() -> None:
     items = [Item(Due.VALIDATE, Unit.BATCHES, 300), Item(Due.STOP, Unit.UPDATES, 700, once=True)]
     outcomes = agreed(run(Agenda(items), [0.1, 0.2], meetings=3))
     assert [(o.now.updates, o.due) for o in outcomes] == [(300, Due.VALIDATE), (600, Due.VALIDATE), (700, Due.STOP)]
+
+
+def test_while_no_speed_is_known_the_nearest_point_comes_first() -> None:
+    agenda = Agenda([Item(Due.NOTHING, Unit.UPDATES, 48, once=True), Item(Due.VALIDATE, Unit.BATCHES, 20)])
+    outcomes = agreed(run(agenda, [0.001, 0.003], meetings=3))
+    assert [outcome.now.batches for outcome in outcomes] == [20, 40, 48]
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -54,6 +54,7 @@ def test_a_name_that_vanished_is_refused(t: L.Trainer, owner: type, name: str, m
 
 def test_what_is_read_exists(t: L.Trainer) -> None:
     assert t._logger_connector._callback_metrics == {}
+    assert t._logger_connector._first_loop_iter is None
     assert AsyncCheckpointIO()._executor is None
 
 
@@ -91,6 +92,8 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
     assert compat.log_every(t) == t.log_every_n_steps
     compat.set_log_step(t, 7)
     assert compat.log_step(t) == 7
+    assert compat.logs_now(t)  # outside of a loop always
+    compat.log(t, {"a": 1.0}, 7)
     assert compat.wants_our_sampler(t)
     assert not compat.synchronises_batchnorm(t)
     assert not compat.fast_dev_run(t)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import SpeedFaults
-from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
 from tests.strategies.ranks import Forked, run
 
 SAVED = "saved"
@@ -41,13 +43,32 @@ class Diary(L.Callback):
         self.file.close()
 
 
-def train(folder: Path, part: int, kill_at: int | None, path: str | None, balance: str) -> tuple[int, list[int]]:
+class Numbers(IterableDataset[Any]):
+    """A rank's own stream, without an end, that knows where it stands."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self.at += 1
+            yield self.at - 1, INPUTS[(self.at - 1) % 240], TARGETS[(self.at - 1) % 240]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def train(folder: Path, part: int, kill_at: int | None, path: str | None, balance: str | None) -> tuple[int, list[int]]:
+    """From one's own stream without a `balance`, else from the shared samples."""
     steps: list[int] = []
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10, save_top_k=-1)
     faults = SpeedFaults(step_seconds=0.01, slow={1: 4.0})
     t = trainer(
         2,
-        knobs={"balance": balance},
+        knobs={"balance": balance} if balance else {},
         callbacks=[Diary(folder, part, kill_at), faults, saver],
         enable_checkpointing=True,
         max_steps=45,
@@ -57,14 +78,16 @@ def train(folder: Path, part: int, kill_at: int | None, path: str | None, balanc
     )
     module = Lit()
     module.on_validation_epoch_end = lambda: steps.append(t.global_step)  # type: ignore[method-assign]
-    t.fit(module, loader(), loader(24, shuffle=False), ckpt_path=path)
+    t.fit(
+        module, loader() if balance else DataLoader(Numbers(), batch_size=4), loader(24, shuffle=False), ckpt_path=path
+    )
     return t.global_step, steps
 
 
-def entries(folder: Path, part: int, until: str | None = None) -> list[int]:
-    """What all ranks trained on, up to a save."""
+def entries(folder: Path, part: int, until: str | None = None, ranks: Sequence[int] = (0, 1)) -> list[int]:
+    """What these ranks trained on, up to a save."""
     found: list[int] = []
-    for rank in range(2):
+    for rank in ranks:
         for line in (folder / f"{part}.{rank}").read_text().splitlines():
             if line == until:
                 break
@@ -89,3 +112,20 @@ def test_what_was_saved_and_what_came_after_the_resume_make_whole_epochs(tmp_pat
     assert set(counts) == set(range(240)), "every sample of the first epoch"
     assert max(counts.values()) == 2, "none more than once an epoch"
     assert sum(counts.values()) == 45 * 8
+
+
+def test_streams_go_on_where_each_rank_completed_its_last_sample(tmp_path: Path) -> None:
+    with Forked(2, train, tmp_path, 1, 26, None, None) as killed:
+        for process in killed.processes:
+            process.join(60)
+    found = run(2, train, tmp_path, 2, None, str(tmp_path / "step=20.ckpt"), None)
+    assert [steps for steps, _ in found] == [45, 45]
+    assert found[0][1] == found[1][1]
+    assert found[0][1][-2:] == [30, 40], "validated where it was to be, after the resume too"
+    trained = []
+    for rank in range(2):
+        whole = entries(tmp_path, 1, f"{SAVED} 20", [rank]) + entries(tmp_path, 2, None, [rank])
+        assert whole == list(range(len(whole))), "each sample of the stream once, none left out"
+        trained.append(len(whole))
+    assert sum(trained) == 45 * 8
+    assert trained[0] > trained[1], "the fast rank did not wait for the slow one"

@@ -81,7 +81,7 @@ def _stream(kind: Any, lengths: list[int], slow: float) -> dict[str, Any]:
     data = kind(lengths) if kind is Batches else DataLoader(kind(lengths), batch_size=4)
     t = trainer(2, callbacks=[SpeedFaults(step_seconds=0.001, slow={1: slow}), says])
     t.fit(lit, data, loader(10, shuffle=False))
-    return {"weights": weights(lit), "seen": lit.seen, "dry": says.dry, "validations": says.validations, **says.said}
+    return {**says.said, "weights": weights(lit), "seen": lit.seen, "dry": says.dry, "validations": says.validations}
 
 
 @pytest.mark.filterwarnings("ignore:`Batches` is not a DataLoader")
@@ -95,6 +95,18 @@ def test_streams_of_unlike_lengths_meet_at_their_ends(kind: Any, lengths: list[i
         assert end["seen"] == 2 * list(range(100 * rank, 100 * rank + n))
         assert end["batches"] == 2 * n // 4
         assert end["dry"] == 2 * [*[False] * (n // 4 - 1), True]
+        assert end["validations"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:`Batches` is not a DataLoader")
+@pytest.mark.filterwarnings("ignore:rank . had no batch in this epoch")
+@pytest.mark.parametrize("kind", [Stream, Batches])
+@pytest.mark.parametrize("lengths", [[40, 0], [0, 40]])
+def test_a_stream_that_yields_nothing_at_all_leaves_the_others_running(kind: Any, lengths: list[int]) -> None:
+    ends = run(2, _stream, kind, lengths, 1.0)
+    assert ends[0]["weights"] == ends[1]["weights"]
+    for rank, (end, n) in enumerate(zip(ends, lengths, strict=True)):
+        assert end["seen"] == 2 * list(range(100 * rank, 100 * rank + n))
         assert end["validations"] == 2
 
 

@@ -15,7 +15,7 @@ from tests.transport.worlds import BUSY
 class ClusterWorld:
     """Members over one store in this process; their time is the real one."""
 
-    def __init__(self, n: int, late: int | None = None) -> None:
+    def __init__(self, n: int, late: int | None = None, *, shared_memory: bool = True) -> None:
         store, self.late = HashStore(), late
         self.carriers = [
             ClusterCarrier(
@@ -26,6 +26,7 @@ class ClusterWorld:
                 peers=[peer for peer in range(n) if peer != me],
                 tick=0.02,
                 interface="lo",
+                shared_memory=shared_memory,
             )
             for me in range(n)
         ]
@@ -50,3 +51,10 @@ class ClusterWorld:
         """Take the world down."""
         for carrier in self.carriers:
             carrier.close()
+
+
+class NetworkWorld(ClusterWorld):
+    """The same, with nothing but the network between the members."""
+
+    def __init__(self, n: int, late: int | None = None) -> None:
+        super().__init__(n, late, shared_memory=False)

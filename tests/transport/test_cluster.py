@@ -224,7 +224,7 @@ def test_starting_and_closing_twice_and_never(store: Store) -> None:
         b.close()
     a.start()
     assert not a.post(1, Message(KIND))
-    until([never], lambda: len(os.listdir("/proc/self/task")) == before)
+    until([never], lambda: len(os.listdir("/proc/self/task")) <= before)  # one of an earlier test may have been ending
 
 
 @pytest.mark.parametrize(

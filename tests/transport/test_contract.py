@@ -11,13 +11,13 @@ import torch
 from lightning_async.transport.checks import DTYPES
 from lightning_async.transport.mail import FIRST_FREE_KIND, MARKER, Letter, Message
 from tests.algorithms.cut_world import CuttingWorld
-from tests.transport.cluster_world import ClusterWorld
+from tests.transport.cluster_world import ClusterWorld, NetworkWorld
 from tests.transport.worlds import KIND, VirtualWorld, World, body, fold, post, take
 
 MakeWorld = Callable[..., World]
 
 
-@pytest.fixture(params=[VirtualWorld, ClusterWorld, CuttingWorld])
+@pytest.fixture(params=[VirtualWorld, ClusterWorld, NetworkWorld, CuttingWorld])
 def make_world(request: pytest.FixtureRequest) -> Iterator[MakeWorld]:
     worlds: list[World] = []
 

@@ -24,6 +24,7 @@ from lightning_async.transport.checks import DTYPES
 from lightning_async.transport.gloo import Clients, keys_of
 from lightning_async.transport.link import Link
 from lightning_async.transport.mail import Letter, Message
+from lightning_async.transport.shared import SharedBodies
 from lightning_async.transport.slots import HEADERS, Here, Inbox, Slots
 from tests.transport.worlds import BUSY
 
@@ -45,6 +46,7 @@ class End:
     me: int
     peer: int
     max_bytes: int = 1 << 30
+    shared_memory: bool = True
 
     def __post_init__(self) -> None:
         self.here = Here()
@@ -63,6 +65,7 @@ class End:
             fragment_bytes=fragment_bytes,
             connect_timeout=10.0,
             interface="lo",
+            shared_memory=self.shared_memory,
         )
         return self.link
 
@@ -79,13 +82,15 @@ def store() -> Store:
     return HashStore()
 
 
-@pytest.fixture
-def pair(store: Store) -> Iterator[tuple[End, End]]:
-    a, b = End(store, 0, 1), End(store, 1, 0)
+@pytest.fixture(params=["shared", "gloo", "one wants"])
+def pair(store: Store, request: pytest.FixtureRequest) -> Iterator[tuple[End, End]]:
+    a, b = End(store, 0, 1), End(store, 1, 0, shared_memory=request.param == "shared")
+    a.shared_memory = request.param != "gloo"
     with ExitStack() as stack:
         for end in (a, b):
             stack.callback(end.open().close)
         until(lambda: a.link.state == b.link.state == "up")
+        assert all(isinstance(end.link.line.wire, SharedBodies) == (request.param == "shared") for end in (a, b))
         yield a, b
 
 
@@ -246,7 +251,7 @@ def test_a_stranger_is_turned_away_in_words_on_both_sides(
             buffer[8:16] = next(versions).to_bytes(8, "little")
 
         monkeypatch.setattr("lightning_async.transport.line.pack_into", pack_one_of_each)
-        monkeypatch.setattr("lightning_async.transport.header.PROTOCOL", 3)
+        monkeypatch.setattr("lightning_async.transport.header.PROTOCOL", 9)
     with ExitStack() as stack:
         stack.callback(a.open(run="one").close)
         stack.callback(b.open(run="two" if stranger == "run" else "one").close)
@@ -300,6 +305,7 @@ def test_nothing_is_left(store: Store) -> None:
             end.open(generation=generation)
         until(lambda: a.link.state == b.link.state == "up")
         assert a.slots.post(Message(20 + generation, torch.ones(100_000)))
+        b.take(20 + generation)  # through memory
         assert a.link.close()
         assert b.link.close()
         assert a.link.close(), "again is nothing"

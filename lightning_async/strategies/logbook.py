@@ -1,0 +1,50 @@
+"""The logbook: how far the run has come goes to the Trainer's loggers, beside what the module logs.
+
+    progress/samples    samples that all ranks have trained on
+    progress/updates    optimizer steps that all ranks have taken
+    progress/batch      samples of a step of the run, since the last meeting: the effective batch
+
+An entry is made where Lightning logs a step, and at every meeting. At a meeting it is exact; in between it is what the
+others have told by then, so never more than was done. Nobody waits for it: every rank makes its entries alone, and the
+loggers write those of rank 0.
+"""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+from lightning_async.progress.progress import Progress
+from lightning_async.progress.tally import Tally
+from lightning_async.strategies import compat
+
+
+class Logbook:
+    """The entries of one rank."""
+
+    def __init__(self) -> None:
+        self._mark = Tally()
+        self._batch = 0.0
+        self._step = -1
+
+    def begin(self, progress: Progress) -> None:
+        """The run goes on from here."""
+        self._mark, self._batch, self._step = progress.agreed, 0.0, -1
+
+    def stepped(self, trainer: Trainer, progress: Progress) -> None:
+        """A batch is trained on: an entry where Lightning logs it."""
+        if trainer.loggers and compat.logs_now(trainer) and (step := compat.log_step(trainer)) != self._step:
+            self._enter(trainer, progress, step)
+
+    def met(self, trainer: Trainer, progress: Progress) -> None:
+        """All have met: an entry, and the effective batch counts from here."""
+        self._enter(trainer, progress, max(0, trainer.global_step - 1))
+        self._mark = progress.agreed
+
+    def _enter(self, trainer: Trainer, progress: Progress, step: int) -> None:
+        done = progress.told()
+        since = done.minus(self._mark)
+        if since.updates > 0:
+            self._batch = since.samples * progress.n / since.updates
+        self._step = step
+        entry = {"samples": float(done.samples), "updates": float(done.updates), "batch": self._batch}
+        compat.log(trainer, {f"progress/{name}": value for name, value in entry.items()}, step)

@@ -1,0 +1,107 @@
+"""The callbacks that measure say something true of every strategy, and a pipeline is shrunk as FDG shrinks."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from lightning_async import (
+    AdaptiveShrink,
+    AsyncGlobalStrategy,
+    DelayedPipelineStrategy,
+    DelayStats,
+    Fate,
+    LazySignStrategy,
+    SpeedFaults,
+    SpreadStats,
+    TrafficStats,
+)
+from tests.strategies import piped
+from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.ranks import run
+
+
+def _figures(n: int, method: str, folder: str) -> dict[str, Any]:
+    strategy = {"async_global": AsyncGlobalStrategy, "lazy_sign": LazySignStrategy}[method]()
+    stats = [DelayStats(folder=folder), TrafficStats(), SpreadStats()]
+    faults = SpeedFaults(step_seconds=0.003, slow={n - 1: 3.0})
+    t = trainer(n, strategy=strategy, callbacks=[faults, *stats], max_epochs=2)
+    t.fit(Lit(), loader(), loader(10, shuffle=False))
+    return {c.group: c.figures for c in stats}
+
+
+@pytest.mark.parametrize(("method", "kinds"), [("async_global", {"push", "answer"}), ("lazy_sign", {"part", "mean"})])
+def test_methods_with_replicas(method: str, kinds: set[str], tmp_path: Path) -> None:
+    ends = run(2, _figures, 2, method, str(tmp_path))
+    assert ends[0] == ends[1]
+    found = ends[0]
+    assert found["delay"]["arrived"] > 0
+    assert found["delay"]["rank0/steps_per_second"] > 0
+    assert found["traffic"]["bytes_sent"] > 0
+    assert {name.split("/")[1] for name in found["traffic"] if name.startswith("kind/")} & kinds
+    if method == "lazy_sign":  # all ranks go in step, so the fast one waits
+        assert found["delay"]["rank0/wait_share"] > found["delay"]["rank1/wait_share"]
+        assert found["spread"]["rms"] == pytest.approx(0, abs=1e-6)
+
+
+class Factors(Callback):
+    """The product of the factors that a gradient met on its way to this stage, by the strategy's own record."""
+
+    def __init__(self) -> None:
+        self.arrivals: list[tuple[int, float]] = []
+        self.rates: set[float] = set()
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        found = trainer.strategy.arrivals(self)
+        self.arrivals = [(a.delay, a.factor) for a in found if a.fate in (Fate.FOLDED, Fate.SHRUNK)]
+
+
+def _piped(n: int, law: str, knobs: dict[str, float], optimizer: str) -> dict[str, Any]:
+    factors = Factors()
+    stats = [DelayStats(), TrafficStats(), AdaptiveShrink(law, **knobs)]  # type: ignore[arg-type]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        strategy = DelayedPipelineStrategy(stages="net", order="forward_first")
+        t = trainer(n, strategy=strategy, callbacks=[*stats, factors], max_epochs=2)
+        module = piped.Piped(optimizer=optimizer)
+        t.fit(module, piped.loader(), piped.loader())
+    return {
+        "weights": [float(x) for p in module.parameters() for x in p.detach().flatten()],
+        "arrivals": factors.arrivals,
+        "figures": {c.group: c.figures for c in stats},
+        "said": [str(w.message) for w in caught if "learning rate" in str(w.message)],
+    }
+
+
+def test_in_a_pipeline_constant_is_fdgs_shrinking() -> None:
+    """Once the pipe is full: a delay of 2 (K - k), and so sqrt(1/2) to the power of that: 1/2 a stage."""
+    by_law = run(3, _piped, 3, "constant", {"beta": 0.5**0.5}, "sgd")
+    for rank in (1, 2):  # rank 0 is the last stage, where nothing is late
+        settled = by_law[rank]["arrivals"][-10:]
+        assert {delay for delay, _ in settled} == {2 * rank}
+        assert [factor for _, factor in settled] == pytest.approx([0.5] * 10)
+    found = by_law[0]["figures"]
+    assert found["delay"]["from0/max"] == 2
+    assert found["delay"]["from1/max"] == 4
+    assert {"kind/activations/bytes_sent", "kind/gradients/bytes_sent"} <= set(found["traffic"])
+    assert found["shrink"]["from1/min"] == pytest.approx(0.5)
+    assert all(repr(end["figures"]) == repr(found) for end in by_law)  # NaN, where nothing came, is not itself
+
+
+@pytest.mark.parametrize("law", ["stability", "relative"])
+def test_adaptive_laws_run_in_a_pipeline(law: str) -> None:
+    ends = run(3, _piped, 3, law, {}, "sgd")
+    assert all(torch.isfinite(torch.tensor(end["weights"])).all() for end in ends)
+    assert 0 < ends[0]["figures"]["shrink"]["mean"] <= 1
+
+
+def test_a_pipeline_with_adam_is_slowed_in_its_learning_rate() -> None:
+    ends = run(2, _piped, 2, "constant", {"beta": 0.5}, "adam")
+    assert [factor for _, factor in ends[1]["arrivals"]] == [1.0] * len(ends[1]["arrivals"])
+    assert ends[0]["figures"]["shrink"]["min"] == pytest.approx(0.25)
+    assert ends[0]["said"]

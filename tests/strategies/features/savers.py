@@ -1,0 +1,193 @@
+"""Scenes: callbacks that save, and those that stop a run."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    EarlyStopping,
+    LambdaCallback,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    Timer,
+)
+
+from tests.strategies.features.fits import (
+    STEPS,
+    Fitted,
+    alike,
+    fit,
+    heard,
+)
+from tests.strategies.features.table import Scene, differs, works
+from tests.strategies.lit import Lit
+
+SECTION = "Callbacks"
+
+
+class Own(Lit):
+    """Logs what each rank sees otherwise, and does not say `sync_dist`."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        falls = (-1) ** self.global_rank * self.current_epoch
+        self.log("own", float(falls))
+
+
+def saving(folder: Path) -> dict[str, Any]:
+    def saves(name: str, **options: Any) -> Fitted:
+        saver = ModelCheckpoint(folder / name, filename="{epoch}-{step}", **options)
+        found = fit(Own(), callbacks=[saver], enable_checkpointing=True)
+        files = sorted(p.name for p in (folder / name).glob("*.ckpt"))
+        return Fitted(found, files=files, best=Path(saver.best_model_path).name)
+
+    return {
+        "monitor": saves("monitor", monitor="val", save_top_k=1, save_last=True),
+        "unsynced": saves("unsynced", monitor="own", save_top_k=1),
+        "steps": saves("steps", every_n_train_steps=5, save_top_k=-1),
+        "epochs": saves("epochs", every_n_epochs=2, save_top_k=-1),
+        "time": saves("time", train_time_interval=timedelta(seconds=0.02), save_top_k=-1),
+        "link": saves("link", save_last="link"),
+    }
+
+
+SAVING = Scene(
+    SECTION,
+    saving,
+    [
+        works(
+            "ModelCheckpoint",
+            '`monitor="val"`',
+            lambda a, b: (
+                a["monitor"].files == b["monitor"].files
+                and a["monitor"].best == b["monitor"].best in a["monitor"].files
+                and "last.ckpt" in a["monitor"].files
+            ),
+        ),
+        differs(
+            "ModelCheckpoint",
+            "`every_n_train_steps=5`",
+            "steps of the run; all meet for it and save the consensus",
+            lambda a, b: (
+                a["steps"].saved == b["steps"].saved == [5, 10, 15, 20]
+                and a["steps"].files
+                == sorted(f"epoch={s // STEPS if s % STEPS else s // STEPS - 1}-step={s}.ckpt" for s in (5, 10, 15, 20))
+            ),
+        ),
+        works(
+            "ModelCheckpoint",
+            "`every_n_epochs=2`",
+            lambda a, b: a["epochs"].files == b["epochs"].files == [f"epoch=1-step={2 * STEPS}.ckpt"],
+        ),
+        differs(
+            "ModelCheckpoint",
+            "`train_time_interval=`",
+            "by the first rank's clock, for all",
+            lambda a, b: a["time"].saved == b["time"].saved != [] and len(a["time"].files) == len(a["time"].saved),
+        ),
+        works(
+            "ModelCheckpoint",
+            '`save_last="link"`',
+            lambda a, b: "last.ckpt" in a["link"].files and a["link"].saved == b["link"].saved,
+        ),
+        works(
+            "Checkpoint",
+            "as a base class",
+            lambda a, b: issubclass(ModelCheckpoint, Checkpoint) and alike(a["monitor"], b["monitor"]),
+        ),
+    ],
+    warnings=[
+        "Checkpoint directory",
+        ".*could not find the monitored key",
+        "You called `self.log\\('own'",
+        ".*sync_dist=True.*",
+    ],
+)
+
+
+class Fails(Callback):
+    """Rank 1 fails at its third batch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_rank == 1 and args[-1] == 2:
+            raise ValueError("enough")
+
+
+def stopping(folder: Path) -> dict[str, Any]:
+    early = EarlyStopping("val", patience=1, min_delta=1e9)
+    by_train = EarlyStopping("train_epoch", patience=1, min_delta=1e9, check_on_train_epoch_end=True)
+    timer, by_epoch = Timer(timedelta(seconds=0.1)), Timer(timedelta(seconds=0.1), interval="epoch")
+    start = time.monotonic()
+    found = {
+        "early": fit(callbacks=[early], max_epochs=9),
+        "train": fit(callbacks=[by_train], max_epochs=9),
+        "timer": fit(callbacks=[timer], max_epochs=-1),
+        "epoch timer": fit(callbacks=[by_epoch], max_epochs=-1),
+    }
+    calls: list[str] = []
+    keep = LambdaCallback(
+        on_train_batch_end=lambda *_: calls.append("batch"), on_validation_end=lambda *_: calls.append("val")
+    )
+    found["lambda"] = Fitted(fit(callbacks=[keep], max_epochs=1), calls=calls)
+    ended = time.monotonic() - start
+    saver = OnExceptionCheckpoint(folder, filename="broken")
+    sentence = heard(lambda: fit(callbacks=[Fails(), saver], enable_checkpointing=True, max_epochs=9))
+    return {**found, "seconds": ended, "sentence": sentence, "kept": (folder / "broken.ckpt").exists()}
+
+
+STOPPING = Scene(
+    SECTION,
+    stopping,
+    [
+        works(
+            "EarlyStopping",
+            "on a value of validation",
+            lambda a, b: alike(a["early"], b["early"]) and a["early"].epoch == 2,
+        ),
+        works(
+            "EarlyStopping",
+            "on `train_epoch`",
+            lambda a, b: alike(a["train"], b["train"]) and a["train"].epoch == 2,
+            "log it with `sync_dist=True`",
+        ),
+        differs(
+            "Timer",
+            '`interval="step"`',
+            "the first rank's clock speaks for all",
+            lambda a, b: alike(a["timer"], b["timer"]) and a["timer"].global_step > 0,
+        ),
+        works(
+            "Timer",
+            '`interval="epoch"`',
+            lambda a, b: alike(a["epoch timer"], b["epoch timer"]) and a["epoch timer"].global_step % STEPS == 0,
+        ),
+        works(
+            "LambdaCallback",
+            "",
+            lambda a, b: a["lambda"].calls.count("batch") == a["lambda"].batches and "val" in a["lambda"].calls,
+        ),
+        works("Callback", "as a base class", lambda a, b: a["lambda"].batches > 0),
+        works(
+            "callbacks",
+            "one, or several",
+            lambda a, b: alike(a["lambda"], b["lambda"]),
+            "two of the strategy's own come before them, so that theirs find all ranks together",
+        ),
+        differs(
+            "OnExceptionCheckpoint",
+            "",
+            "the weights of the first rank, not the consensus: after an exception nobody waits for anybody",
+            lambda a, b: "enough" in a["sentence"] and "enough" in b["sentence"] and a["kept"],
+        ),
+    ],
+    warnings=["Checkpoint directory"],
+)
+
+
+SCENES = [SAVING, STOPPING]

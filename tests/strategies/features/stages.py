@@ -1,0 +1,233 @@
+"""Scenes: fit, validate, test and predict; checkpoints and what goes on from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+
+from tests.strategies.features.fits import (
+    SAMPLES,
+    STEPS,
+    Watch,
+    alike,
+    fit,
+    heard,
+    held_out,
+    maker,
+    rank,
+    samples,
+    told,
+)
+from tests.strategies.features.table import Scene, Verdict, differs, shown, untried, works
+from tests.strategies.lit import Lit, weights
+
+SECTION = "Stages and checkpoints"
+
+
+class Writer(BasePredictionWriter):
+    """Keeps what it is given to write."""
+
+    def __init__(self) -> None:
+        super().__init__("batch_and_epoch")
+        self.batches: list[int] = []
+        self.epoch: list[Any] = []
+
+    def write_on_batch_end(self, trainer: Any, module: Any, prediction: Any, indices: Any, *_: Any) -> None:
+        self.batches += indices
+
+    def write_on_epoch_end(self, trainer: Any, module: Any, predictions: Any, indices: Any) -> None:
+        self.epoch = indices
+
+
+def stages(folder: Path) -> dict[str, Any]:
+    saved = ModelCheckpoint(folder, filename="{epoch}-{step}", monitor="val", save_last=True)
+    watch, writer, lit = Watch(), Writer(), Lit()
+    limits = {"limit_test_batches": 2, "limit_predict_batches": 0.67}
+    one = maker([saved, watch, writer], enable_checkpointing=True, **limits)
+    before = one.validate(lit, held_out(), verbose=False)
+    one.fit(lit, samples(), held_out())
+    first = told(one, lit, watch)
+    after = one.validate(lit, held_out(), verbose=False)
+    watch.evaluated = 0
+    tested = [one.test(lit, held_out(), ckpt_path=path, verbose=False) for path in (None, "best", "last")]
+    counted, watch.evaluated = watch.evaluated, 0
+    predicted = one.predict(lit, held_out())
+    nothing = one.predict(lit, held_out(), return_predictions=False)
+    one.fit_loop.max_epochs = 3
+    one.fit(lit, samples(), held_out())
+    return {
+        "fit": first,
+        "again": told(one, lit, watch),
+        "validated": [before, after],
+        "tested": tested,
+        "counted": counted,
+        "predicted": None if predicted is None else len(predicted),
+        "nothing": nothing,
+        "written": (writer.batches, writer.epoch),
+        "best": saved.best_model_path,
+        "last": saved.last_model_path,
+    }
+
+
+STAGES = Scene(
+    SECTION,
+    stages,
+    [
+        works("Trainer.fit", "", lambda a, b: alike(a["fit"], b["fit"])),
+        works(
+            "Trainer.fit",
+            "once more, for another epoch",
+            lambda a, b: alike(a["again"], b["again"]) and a["again"].epoch == 3,
+        ),
+        works(
+            "Trainer.validate",
+            "before and after `fit`",
+            lambda a, b: a["validated"] == b["validated"] and a["validated"][0] != a["validated"][1],
+        ),
+        works("Trainer.test", "", lambda a, b: a["tested"] == b["tested"] and "test" in a["tested"][0][0]),
+        works(
+            "ckpt_path",
+            'of `test`: None, "best", "last"',
+            lambda a, b: len(a["tested"]) == 3 and a["best"] == b["best"] and a["last"] == b["last"],
+        ),
+        works("limit_test_batches", "2", lambda a, b: a["counted"] == b["counted"] == 6),
+        works(
+            "Trainer.predict",
+            "",
+            lambda a, b: a["predicted"] == b["predicted"] == 2 and a["nothing"] is b["nothing"] is None,
+            "each rank returns its own part",
+        ),
+        works("limit_predict_batches", "0.67", lambda a, b: a["predicted"] == 2),
+        works(
+            "BasePredictionWriter",
+            '"batch_and_epoch"',
+            lambda a, b: (
+                a["written"][0][:8] == list(range(0, 16, 2))
+                and b["written"][0][:8] == list(range(1, 16, 2))
+                and len(a["written"][1]) > 0
+            ),
+            "each rank writes its own part",
+        ),
+        works("enable_checkpointing", "True", lambda a, b: Path(a["best"]).suffix == ".ckpt"),
+    ],
+    warnings=[
+        "Using `DistributedSampler` with the dataloaders",
+        "Checkpoint directory",
+        "`.test\\(ckpt_path=None\\)`",
+        ".*predict returned None.*",
+        "You are using `torch.load`",
+    ],
+)
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=STEPS // 2, save_top_k=-1, save_last=True)
+    found = {"first": fit(callbacks=[saves], enable_checkpointing=True, max_epochs=1)}
+    alone = Lit()
+    alone.load_state_dict(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
+    more: dict[str, Any] = {"enable_checkpointing": True, "max_epochs": 2}
+    for path in ("last", folder / f"step={STEPS // 2}.ckpt"):
+        again = ModelCheckpoint(folder, filename="other", save_last=True)
+        found["last" if path == "last" else "path"] = fit(callbacks=[again], ckpt_path=path, **more)
+    return {**found, "alone": weights(alone), "hpc": heard(lambda: fit(ckpt_path="hpc"))}
+
+
+RESUMED = Scene(
+    SECTION,
+    resumed,
+    [
+        works(
+            "ckpt_path",
+            "of `fit`: a path",
+            lambda a, b: (
+                alike(a["path"], b["path"])
+                and a["path"].global_step == 2 * STEPS
+                and len(a["path"].seen + b["path"].seen) == SAMPLES * 3 // 2
+            ),
+            "each rank goes on where it was, also in mid-epoch",
+        ),
+        works(
+            "ckpt_path",
+            'of `fit`: "last"',
+            lambda a, b: alike(a["last"], b["last"]) and a["last"].global_step == 2 * STEPS,
+        ),
+        works(
+            "ckpt_path",
+            'of `fit`: "hpc"',
+            lambda a, b: "no HPC checkpoint was found" in a["hpc"],
+            "the newest that SLURM's requeue signal left; where there is none, Lightning says so",
+        ),
+        works(
+            "a checkpoint",
+            "in plain Lightning",
+            lambda a, b: len(a["alone"]) == len(a["first"].weights),
+            "the `.ckpt` file loads without this package",
+        ),
+        shown(
+            "a checkpoint",
+            "resumed by the same number of ranks",
+            Verdict.WORKS,
+            "to the bit, in mid-epoch too",
+            "strategies/test_resuming.py::test_a_resumed_run_continues_as_if_it_had_not_stopped",
+        ),
+        untried("ckpt_path", '"registry"', "needs Lightning's model registry"),
+        untried("model_registry", "a name", "needs Lightning's model registry"),
+    ],
+    warnings=[
+        "Checkpoint directory",
+        "You.re resuming from a checkpoint that ended",
+        "The dirpath has changed",
+        "Be aware that when using `ckpt_path`",
+    ],
+)
+
+
+class Keeps(L.Callback):
+    """Saves by itself, in a batch and where all have met."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == 0 and len(_) and _[-1] == 2:
+            trainer.save_checkpoint(self.folder / f"between{trainer.global_rank}.ckpt")
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(self.folder / "met.ckpt", weights_only=True)
+
+
+def by_hand(folder: Path) -> dict[str, Any]:
+    found = fit(callbacks=[Keeps(folder)], max_epochs=1)
+    state = torch.load(folder / "met.ckpt", weights_only=True)["state_dict"]
+    lit = Lit()
+    lit.load_state_dict(state)
+    return {"found": found, "met": weights(lit), "between": (folder / "between0.ckpt").exists(), "rank": rank()}
+
+
+BY_HAND = Scene(
+    SECTION,
+    by_hand,
+    [
+        works(
+            "trainer.save_checkpoint",
+            "where all have met",
+            lambda a, b: a["met"][:72] == a["found"].weights[:72],
+            "the consensus; with `weights_only=True` nothing beside it",
+        ),
+        differs(
+            "trainer.save_checkpoint",
+            "in a batch hook",
+            "one rank's weights, with a warning",
+            lambda a, b: a["between"],
+        ),
+    ],
+    warnings=["gossip_ring: a checkpoint between meetings holds the weights of one rank"],
+)
+
+
+SCENES = [STAGES, RESUMED, BY_HAND]

@@ -1,0 +1,54 @@
+"""Every feature of Lightning does what docs/features.md says of it, and the page names them all.
+
+The rows and the runs that show them are in `features/`; `features/table.py` says how they fit together.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.strategies.features import page
+from tests.strategies.features.table import Scene, Verdict
+from tests.strategies.ranks import run
+
+TESTS = Path(__file__).resolve().parents[1]
+SECONDS = 60.0  # on a machine that is busy with other things; a hang would take for ever
+
+
+def _seen(scene: Scene, folder: Path) -> Any:
+    for message in scene.warnings:
+        warnings.filterwarnings("ignore", message)
+    return scene.run(folder)
+
+
+@pytest.mark.parametrize("scene", page.SCENES, ids=lambda scene: scene.name)
+def test_each_row_is_true(scene: Scene, tmp_path: Path) -> None:
+    first, second = run(2, _seen, scene, tmp_path, timeout=SECONDS)
+    wrong = [row for row in scene.rows if row.holds is not None and not row.holds(first, second)]
+    assert not wrong, "\n".join(f"{row.of} {row.value}: not `{row.verdict.value}`: {row.words}" for row in wrong)
+
+
+def test_nothing_that_lightning_has_is_missing() -> None:
+    assert page.missing() == [], "a feature that no row names: say what becomes of it"
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert page.FILE.read_text(encoding="utf-8") == page.page(), f"renew it: {page.COMMAND}"
+
+
+def test_each_row_has_one_witness() -> None:
+    for _, row in page.rows():
+        witnesses = [row.holds is not None, bool(row.shown), row.verdict is Verdict.UNTRIED]
+        assert witnesses.count(True) == 1, row
+        assert row.words or row.verdict is Verdict.WORKS, row
+        assert not row.shown or _exists(row.shown), row
+
+
+def _exists(test: str) -> bool:
+    file, _, name = test.partition("::")
+    return bool(re.search(rf"^def {name}\(", (TESTS / file).read_text(encoding="utf-8"), re.MULTILINE))

@@ -1,0 +1,104 @@
+"""Entries are exact at meetings and never go back; a slow rank 0 slows neither them nor what is saved."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_async import SpeedFaults
+from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.ranks import run
+
+STEPS, EVERY = 60, 10
+
+
+class Keys(L.Callback):
+    """Which entries this rank had by the end of each batch, and how much it had done."""
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+        self.batches = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.batches += 1
+        self.keys |= {key for key in trainer.logged_metrics if key.startswith("progress/")}
+
+
+def logged(folder: Path, slow: int, options: dict[str, Any]) -> dict[str, Any]:
+    keys = Keys()
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=15, save_top_k=-1)
+    faults = SpeedFaults(step_seconds=0.02, slow={slow: 4.0})
+    logger = CSVLogger(folder, name="", version="")
+    one = trainer(
+        2,
+        callbacks=[faults, saver, keys],
+        logger=logger,
+        log_every_n_steps=EVERY,
+        enable_checkpointing=True,
+        max_epochs=-1,
+        **options,
+    )
+    one.fit(Lit(), loader(), loader(24, shuffle=False))
+    return {"keys": sorted(keys.keys), "batches": keys.batches, "wait": one.strategy.last_meeting["seconds"]}  # type: ignore[attr-defined]
+
+
+def entries(folder: Path) -> list[dict[str, float]]:
+    with (folder / "metrics.csv").open() as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return [row for row in rows if "progress/samples" in row]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Experiment logs directory")
+@pytest.mark.parametrize("slow", [0, 1])
+def test_what_is_logged_was_done_and_a_slow_rank_0_slows_nobody(slow: int, tmp_path: Path) -> None:
+    found = run(2, logged, tmp_path, slow, {"max_steps": STEPS})
+    rows = entries(tmp_path)
+    assert found[0]["keys"] == found[1]["keys"] == ["progress/batch", "progress/samples", "progress/updates"]
+    for name in ("samples", "updates"):
+        counts = [row[f"progress/{name}"] for row in rows]
+        assert counts == sorted(counts)
+    met = {int(row["step"]) + 1: row for row in rows if (int(row["step"]) + 1) % 15 == 0}
+    assert met.keys() >= {15, 30, 45, 60}, "an entry at each meeting"
+    for steps, row in met.items():
+        assert (row["progress/updates"], row["progress/samples"]) == (2 * steps, 8 * steps)
+        assert row["progress/batch"] == 8.0
+    assert len({int(row["step"]) for row in rows} & set(range(EVERY - 1, STEPS, EVERY))) >= 3, "and between meetings"
+    saved = sorted(int(path.stem.removeprefix("step=")) for path in tmp_path.glob("*.ckpt"))
+    assert saved == [15, 30, 45, 60]
+    fast, slowed = found[1 - slow]["batches"], found[slow]["batches"]
+    assert fast + slowed == 2 * STEPS
+    assert fast > 2 * slowed, "nobody goes at the pace of the slow one"
+
+
+def accumulated(folder: Path) -> dict[str, Any]:
+    logger = CSVLogger(folder, name="", version="")
+    one = trainer(2, logger=logger, accumulate_grad_batches=3, max_steps=8, max_epochs=-1, log_every_n_steps=1)
+    one.fit(Lit(), loader(), loader(24, shuffle=False))
+    return {}
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_the_effective_batch_of_accumulated_steps(tmp_path: Path) -> None:
+    run(2, accumulated, tmp_path)
+    last = entries(tmp_path)[-1]
+    assert last["progress/updates"] == 16
+    assert 23.0 <= last["progress/batch"] <= 25.0
+
+
+def unlogged(options: dict[str, Any]) -> int:
+    one = trainer(2, max_epochs=1, **options)
+    one.fit(Lit(), loader(n=40), loader(24, shuffle=False))
+    return len([key for key in one.logged_metrics if key.startswith("progress/")])
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.parametrize("options", [{"logger": False}, {"logger": None, "barebones": True}])
+def test_without_a_logger_there_are_no_entries(options: dict[str, Any]) -> None:
+    bare = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"))
+    assert run(2, unlogged, {**(bare if "barebones" in options else {}), **options}) == [0, 0]

@@ -1,0 +1,90 @@
+"""A job that SLURM is about to end saves at a meeting, whichever rank got the signal, and goes on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from lightning_async import SpeedFaults
+from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.ranks import run
+
+JOB = "4711"
+pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*not resumable")
+
+
+class Warned(L.Callback):
+    """Gets SLURM's signal once, at its eighth batch, if it is this rank; and the end after the run was saved."""
+
+    def __init__(self, rank: int | None, folder: Path) -> None:
+        self.rank, self.requeued, self.batches = rank, folder / "requeued", 0
+        self.saved: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.batches += 1
+        if trainer.global_rank == self.rank and self.batches == 8:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        self.saved.append(trainer.global_step)
+
+
+def job(folder: Path, rank: int | None, steps: int) -> dict[str, Any]:
+    """One rank of a SLURM job whose `scontrol` is a script that writes down what it was told."""
+    me = os.environ["RANK"]
+    os.environ |= {
+        "SLURM_JOB_ID": JOB,
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": os.environ["WORLD_SIZE"],
+        "SLURM_NTASKS_PER_NODE": os.environ["WORLD_SIZE"],
+        "SLURM_PROCID": me,
+        "SLURM_LOCALID": me,
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "127.0.0.1",
+        "PATH": f"{folder}:{os.environ['PATH']}",
+    }
+    lit, warned = Lit(), Warned(rank, folder)
+    t = trainer(
+        2,
+        plugins=[SLURMEnvironment(auto_requeue=True)],
+        callbacks=[SpeedFaults(step_seconds=0.01, slow={1: 4.0}), warned],
+        max_steps=steps,
+        max_epochs=-1,
+        default_root_dir=str(folder),
+    )
+    t.fit(lit, loader(), loader(24, shuffle=False))
+    end = torch.cat([p.detach().flatten() for p in lit.parameters()]).tolist()
+    return {"saved": warned.saved, "steps": t.global_step, "end": end, "batches": warned.batches, "seen": lit.seen}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Path:
+    script = tmp_path / "scontrol"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    script.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slurm: Path, rank: int) -> None:
+    first, second = run(2, job, slurm, rank, 60)
+    assert first["steps"] == second["steps"] == 60, "the job trains on until it is ended"
+    assert first["saved"] == second["saved"]
+    (at,) = first["saved"]
+    assert 0 < at < 60
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n", "by one rank, once"
+    (file,) = slurm.glob("hpc_ckpt_*.ckpt")
+    assert torch.load(file, weights_only=True)["global_step"] == at
+    assert len(list(slurm.glob("hpc_ckpt_*.ckpt.ranks/*rank*"))) == 2
+
+    again, also = run(2, job, slurm, None, 60)
+    assert again["steps"] == also["steps"] == 60
+    assert again["end"] == also["end"]
+    assert 2 * (60 - at) - (again["batches"] + also["batches"]) in (0, 1), "it went on from where it was saved"

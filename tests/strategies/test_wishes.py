@@ -1,0 +1,136 @@
+"""What no count foresees stops all within a moment: a rank's wish, a signal, the clock of the first that lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_async import SpeedFaults
+from tests.strategies.lit import INPUTS, TARGETS, Lit, trainer
+from tests.strategies.ranks import Forked, run
+
+SECONDS = 0.004  # a step
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        while True:
+            yield from zip(range(240), INPUTS, TARGETS, strict=True)
+
+
+class Wishes(L.Callback):
+    """At its tenth batch one rank does something; remembers how long all went on, and whether they were stopped."""
+
+    def __init__(self, rank: int, do: Any) -> None:
+        self.rank, self.do, self.batches = rank, do, 0
+        self.asked: list[bool] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.batches += 1
+        self.asked.append(trainer.should_stop)
+        if trainer.global_rank == self.rank and self.batches == 10:
+            self.do(trainer)
+
+
+def stop(trainer: L.Trainer) -> None:
+    trainer.should_stop = True
+
+
+def terminate(trainer: L.Trainer) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def wished(mode: str, rank: int, do: Any, folder: Path) -> dict[str, Any]:
+    wishes, lit = Wishes(rank, do), Lit()
+    saver = ModelCheckpoint(folder, filename="last", save_on_exception=True, every_n_epochs=100)
+    callbacks = [wishes, saver, SpeedFaults(step_seconds=SECONDS)]
+    t = trainer(2, knobs={"mode": mode}, callbacks=callbacks, max_steps=10**6, max_epochs=-1, enable_checkpointing=True)
+    try:
+        t.fit(lit, DataLoader(Endless(), batch_size=4))
+        how = "stopped"
+    except SIGTERMException:
+        how = "terminated"
+    end = torch.cat([p.detach().flatten() for p in lit.parameters()]).tolist()
+    return {"how": how, "batches": wishes.batches, "steps": t.global_step, "end": end, "asked": wishes.asked}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("mode", ["sync", "pairwise"])
+def test_one_rank_that_is_told_to_stop_stops_all(mode: str, rank: int, tmp_path: Path) -> None:
+    found = run(2, wished, mode, rank, stop, tmp_path)
+    assert [one["how"] for one in found] == ["stopped"] * 2
+    assert found[0]["end"] == found[1]["end"]
+    assert found[0]["steps"] == found[1]["steps"] < 10**4, "long before the steps that it was to take"
+    if mode == "sync":
+        assert found[0]["batches"] == found[1]["batches"]
+    for one in found:
+        assert not any(one["asked"][:-1]), "until the meeting it is a wish, and the rank trains on"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_in_step_that_are_told_to_end_meet_and_save(rank: int, tmp_path: Path) -> None:
+    found = run(2, wished, "sync", rank, terminate, tmp_path)
+    assert [one["how"] for one in found] == ["terminated"] * 2
+    assert found[0]["batches"] == found[1]["batches"]
+    assert found[0]["end"] == found[1]["end"]
+    assert len(list(tmp_path.glob("*.ranks/*rank*"))) == 2
+
+
+def uneven() -> str:
+    class Short(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return zip(range(240 if os.environ["RANK"] == "1" else 40), INPUTS, TARGETS, strict=False)
+
+    with pytest.raises(RuntimeError) as said:
+        trainer(2, knobs={"mode": "sync"}, max_epochs=1).fit(Lit(), DataLoader(Short(), batch_size=4))
+    return str(said.value)
+
+
+def test_ranks_in_step_do_not_wait_for_one_whose_stream_has_ended() -> None:
+    begin = time.monotonic()
+    said = run(2, uneven)
+    assert all("rank 0 has no more batches in this epoch" in words for words in said)
+    assert time.monotonic() - begin < 30
+
+
+def timed(folder: Path) -> dict[str, Any]:
+    class Dies(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_rank == 0 and trainer.global_step >= 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    lit, begin = Lit(), time.monotonic()
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10**6, save_last=True)
+    t = trainer(
+        3,
+        knobs={"silence": 0.5, "patience": 1.0},
+        callbacks=[Dies(), SpeedFaults(step_seconds=0.01), saver],
+        max_epochs=-1,
+        max_time={"seconds": 3},
+        enable_checkpointing=True,
+    )
+    t.fit(lit, DataLoader(Endless(), batch_size=4))
+    end = torch.cat([p.detach().flatten() for p in lit.parameters()]).tolist()
+    return {"end": end, "steps": t.global_step, "seconds": time.monotonic() - begin}
+
+
+def test_where_the_first_rank_dies_the_next_ones_clock_stops_the_run(tmp_path: Path) -> None:
+    with Forked(3, timed, tmp_path, store=True) as forked:
+        dead, *living = forked.results(60)
+    assert dead.kind == "gone"
+    assert [one.kind for one in living] == [None, None], living
+    first, second = (one.value for one in living)
+    assert (first["end"], first["steps"]) == (second["end"], second["steps"])
+    assert first["steps"] > 20
+    assert first["seconds"] < 3 + 20, "on a busy machine; a hang would take half an hour"
