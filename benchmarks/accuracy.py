@@ -52,9 +52,9 @@ VARIANTS: Mapping[str, Mapping[str, Knobs]] = {
     },
     "async_global": {
         "async_global": {"strategy": "async_global"},
-        "every step": {"strategy": "async_global", "pace": 1},
+        "8 steps": {"strategy": "async_global", "local_steps": "speed"},
         "paper": {"strategy": "async_global", "local_steps": 8, "attenuation": "paper"},
-        "sync": {"strategy": "async_global", "mode": "sync"},
+        "sync": {"strategy": "async_global", "mode": "sync", "local_steps": 8},
         "none": NONE,
     },
 }

@@ -71,9 +71,9 @@ class AsyncGlobal(Algorithm):
     def __init__(
         self,
         *,
-        local_steps: LocalSteps = "speed",
+        local_steps: LocalSteps = 1,
         pace: int = 8,
-        attenuation: Attenuation = "poly",
+        attenuation: Attenuation = "hinge",
         strength: float | None = None,
         max_delay: int | None = 1000,
         on_late: OnLate = "shrink",

@@ -131,13 +131,13 @@ class Pairwise(Gossip):
         if not mail.post(letter.peer, answer):
             self._held.append(letter)
             return
+        mail.folded(letter)  # at once: so the answer itself tells of it, and no header of its own does
         if difference is None:
             self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
         else:
             replica.shift(difference, rate / MILLION * asked.weight / (asked.weight + self.mass))
             self.record(replace(arrival, fate=Fate.SHRUNK if factor < 1 else Fate.FOLDED, factor=factor))
             self.wrote_to.add(letter.peer)
-        mail.folded(letter)
 
     def _difference(self, replica: Replica, asked: Message) -> Tensor:
         """What the two replicas are apart, as precisely as it can travel: both ends use the same bits."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class ShardServer:
         pausing: The members that push nothing until all have met.
         pushed: The step of each member's last arrival.
         paces: Microseconds of each member's step.
-        recent: What the last arrivals weighed.
+        worths: What each member's last arrival weighed.
         counts: How many arrivals were folded, shrunk, dropped as late, or not finite.
         shrink: Who is asked before an arrival is merged, at that time.
         outer: The merge rule.
@@ -76,7 +76,7 @@ class ShardServer:
     pausing: dict[int, int] = field(default_factory=dict)
     pushed: dict[int, int] = field(default_factory=dict)
     paces: dict[int, int] = field(default_factory=dict)
-    recent: list[float] = field(default_factory=list)
+    worths: dict[int, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("folded", "shrunk", "dropped", "refused"), 0))
     shrink: Callable[[], Shrink] = lambda: no_shrink
     outer: Outer = field(init=False)
@@ -130,7 +130,8 @@ class ShardServer:
     def hear(self, members: Iterable[int]) -> None:
         """Who lives."""
         self.members = tuple(members)
-        for known in (self.bases, self.pausing, self.paces):
+        maps: list[dict[int, Any]] = [self.bases, self.pausing, self.paces, self.worths]
+        for known in maps:
             for gone in set(known).difference(self.members):
                 del known[gone]
 
@@ -145,8 +146,8 @@ class ShardServer:
             bases = {**self.bases, letter.peer: base}
             return letter.message.weight / UNIT * paper(base, self.version, bases.values(), n)
         worth = letter.message.weight * self.rules.law(excess_rounds(delay, n))
-        self.recent = [*self.recent, worth][-n:]
-        return normalised(worth, self.recent, n)
+        self.worths[letter.peer] = worth
+        return normalised(worth, self.worths.values(), n)
 
     def _factor(self, letter: Letter, delay: int, correction: Tensor) -> float:
         factor, n = 1.0, len(self.members)
@@ -170,11 +171,11 @@ class ShardServer:
     def image(self) -> Tensor:
         """It as bytes: numbers, then the weights and what the outer rule remembers."""
         maps: list[Mapping[int, int]] = [self.bases, self.pausing, self.pushed, self.paces]
-        head = [self.version, self.orphaned, self.outer.count, len(self.recent), *(len(one) for one in maps)]
+        head = [self.version, self.orphaned, self.outer.count, len(self.worths), *(len(one) for one in maps)]
         rows = [number for one in maps for pair in sorted(one.items()) for number in pair]
-        whole = torch.tensor([*head, *self.counts.values(), *rows], dtype=torch.int64)
-        recent = torch.tensor(self.recent, dtype=torch.float64)
-        return torch.cat([part.view(torch.uint8) for part in (whole, recent, self.weights, *self.outer.tensors)])
+        whole = torch.tensor([*head, *self.counts.values(), *rows, *self.worths], dtype=torch.int64)
+        worths = torch.tensor(list(self.worths.values()), dtype=torch.float64)
+        return torch.cat([part.view(torch.uint8) for part in (whole, worths, self.weights, *self.outer.tensors)])
 
     def become(self, image: Tensor) -> None:
         """Be what an image says."""
@@ -187,7 +188,9 @@ class ShardServer:
             maps.append(dict(zip(numbers[::2], numbers[1::2], strict=True)))
             at += 16 * length
         self.bases, self.pausing, self.pushed, self.paces = maps
-        self.recent = image[at : at + 8 * head[3]].clone().view(torch.float64).tolist()
+        ranks = _integers(image, at, head[3])
+        at += 8 * head[3]
+        self.worths = dict(zip(ranks, image[at : at + 8 * head[3]].clone().view(torch.float64).tolist(), strict=True))
         at += 8 * head[3]
         for tensor in (self.weights, *self.outer.tensors):
             size = tensor.numel() * tensor.element_size()

@@ -7,10 +7,14 @@
     none   1          poly   (1 + excess)^-a        hinge  1 up to b rounds, then 1 / (1 + a * (excess - b))
                       exp    e^(-a * excess)
 
-    gamma = w / (n * mean of w over the last n arrivals),     w = samples * Q * law(excess)
+    gamma = w / (n * mean of the members' last w),            w = samples * Q * law(excess)
 
-So n equal members move the server as far in a round as one synchronous step of them all, at every n. The paper's law
-(BPT-CNN; Chen et al. 2019, as far as it could be recovered) looks at versions alone, and damps the latest to 0.37:
+So n equal members move the server as far in a round as one synchronous step of them all, at every n, and each sample of
+unequal ones counts the same, however often its member pushes. (With a mean over the last n arrivals it would not: who
+pushes often is more often in it.)
+
+The paper's law (BPT-CNN; Chen et al. 2019, as far as it could be recovered) looks at versions alone, and damps the
+latest to 0.37 of a fresh one:
 
     paper  gamma = e^(k / i) / sum over all members j of e^(k_j / i),  i the server's version now, k that of the start
 """
@@ -18,15 +22,15 @@ So n equal members move the server as far in a round as one synchronous step of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Literal, get_args
 
 Attenuation = Literal["poly", "exp", "hinge", "none", "paper"]
 Law = Callable[[float], float]
 STRENGTHS: Mapping[str, float] = {"poly": 0.5, "exp": 0.5, "hinge": 1.0}
-FREE_ROUNDS = 1.0
-"""So many rounds too late cost nothing under the law `hinge`."""
+FREE_ROUNDS = 10.0
+"""So many rounds too late cost nothing under the law `hinge`: about what a member is that is twelve times slower."""
 
 
 def excess_versions(delay: int, n: int) -> int:
@@ -70,9 +74,8 @@ def law(attenuation: Attenuation, strength: float | None = None) -> Law:
     return partial({"poly": _poly, "exp": _exp, "hinge": _hinge}[attenuation], chosen)
 
 
-def normalised(weight: float, recent: Sequence[float], n: int) -> float:
-    """Gamma of an arrival of this weight, the last of the `recent` ones, among `n` members."""
-    last = recent[-n:]
+def normalised(weight: float, last: Collection[float], n: int) -> float:
+    """Gamma of an arrival of this weight among `n` members; `last` are their last weights, as far as they are known."""
     return weight / (n * (sum(last) / len(last)))
 
 

@@ -37,8 +37,9 @@ class AsyncGlobalStrategy(AsyncStrategy):
         local_steps: Steps between two exchanges: an integer; "speed" (`pace` for the fastest rank, fewer for slower
             ones, so that all exchange equally often); or "epoch" (at meetings only).
         pace: Steps of the fastest rank between two exchanges with local_steps="speed".
-        attenuation: What a late correction counts: "poly", "exp", "hinge", "none", or "paper" (BPT-CNN's).
-        strength: The parameter of "poly", "exp" and "hinge"; None: 0.5, 0.5 and 1.
+        attenuation: What a late correction counts: "hinge" (all, up to 10 rounds of exchanges too late), "poly", "exp",
+            "none", or "paper" (BPT-CNN's).
+        strength: The parameter of "hinge", "poly" and "exp"; None: 1, 0.5 and 0.5.
         max_delay: Corrections later than this many versions beyond what equal ranks have are late; None: no bound.
         on_late: What becomes of late ones: "shrink", "drop", or "wait" (fast ranks wait so that none is late).
         accuracy_weight: Corrections count by accuracy: "off", "train" (by the training loss), or the name of a metric.
@@ -75,9 +76,9 @@ class AsyncGlobalStrategy(AsyncStrategy):
         self,
         *,
         mode: Mode = "async",
-        local_steps: LocalSteps = "speed",
+        local_steps: LocalSteps = 1,
         pace: int = 8,
-        attenuation: Attenuation = "poly",
+        attenuation: Attenuation = "hinge",
         strength: float | None = None,
         max_delay: int | None = 1000,
         on_late: OnLate = "shrink",

@@ -2,6 +2,7 @@
 
 save_checkpoint      MEETING: the consensus, and beside it each rank's own (`checkpoints.py`)
                      alone: this rank's weights, and a warning that says so
+                     after the run: the consensus, and of the ranks' own the first one's
 load_checkpoint      MEETING: all decide together how the run goes on
 remove_checkpoint    the main file, then the files of all ranks
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_async.strategies import compat
 from lightning_async.strategies.checkpoints import Checkpoints
@@ -35,6 +36,11 @@ class Saving(Collectives):
             rank_zero_warn(
                 f"{self.name}: a checkpoint between meetings holds the weights of one rank, not the consensus; save at "
                 "the end of an epoch"
+            )
+        if not self.office.is_open and self.world_size > 1 and "optimizer_states" in checkpoint:
+            rank_zero_info(
+                f"{self.name}: a checkpoint that is saved after `fit` holds the consensus, but of each rank's own "
+                "state only the first one's: to go on exactly, let `ModelCheckpoint(save_last=True)` save in the run"
             )
         super().save_checkpoint(checkpoint, filepath, storage_options)
 

@@ -46,16 +46,16 @@ def test_n_equal_members_move_w_by_the_mean_of_their_steps(n: int, local_steps: 
     torch.testing.assert_close(outcome.sample_weights, torch.ones(n), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("wire", ["fp32", "bf16"])
+@pytest.mark.parametrize("knobs", [{}, {"wire": "bf16"}, {"local_steps": "speed", "attenuation": "poly"}], ids=str)
 @pytest.mark.parametrize("slow", [1.0, 4.0, 10.0])
-def test_one_sample_moves_w_equally_whatever_the_speed(slow: float, wire: str) -> None:
-    outcome = go([1, 1, 1, slow], wire=wire, cluster={"latency": 0.01, "jitter": 1.0})
-    torch.testing.assert_close(outcome.sample_weights, torch.ones(4), rtol=0.02, atol=0)
+def test_one_sample_moves_w_equally_whatever_the_speed(slow: float, knobs: dict[str, Any]) -> None:
+    outcome = go([1, 1, 1, slow], cluster={"latency": 0.01, "jitter": 1.0}, **knobs)
+    torch.testing.assert_close(outcome.sample_weights, torch.ones(4), rtol=5e-3, atol=0)
 
 
 def test_one_sample_moves_w_equally_whatever_the_batch_size() -> None:
     outcome = go([1, 1, 4], masses=[3 * UNIT, UNIT, 2 * UNIT])
-    torch.testing.assert_close(outcome.sample_weights, torch.tensor([3.0, 1.0, 2.0]) * 3 / 6, rtol=0.02, atol=0)
+    torch.testing.assert_close(outcome.sample_weights, torch.tensor([3.0, 1.0, 2.0]) * 3 / 6, rtol=5e-3, atol=0)
 
 
 def test_all_members_end_with_the_same_w_to_the_bit() -> None:
@@ -70,7 +70,7 @@ def test_late_corrections_count_less_and_what_counts_sums_to_the_whole() -> None
     """With a fixed number of steps the slow member is late; by the paper's and by the other laws it counts for less."""
     fair = go([1, 1, 1, 10], local_steps=4, attenuation="none").sample_weights
     torch.testing.assert_close(fair, torch.ones(4), rtol=1e-4, atol=0)
-    for attenuation in ("poly", "exp", "hinge", "paper"):
+    for attenuation in ("poly", "exp", "paper"):
         weights = go([1, 1, 1, 10], local_steps=4, attenuation=attenuation).sample_weights
         assert weights[3] < 0.95 * weights[0]
 
@@ -212,7 +212,7 @@ def test_256_members_with_speeds_over_a_factor_10() -> None:
             send(link, packet)
 
         cluster._wire.send = counted  # type: ignore[method-assign]
-        algorithms = [AsyncGlobal(shards=4) for _ in range(n)]
+        algorithms = [AsyncGlobal(local_steps="speed", shards=4) for _ in range(n)]
         parameters = [nn.Parameter(torch.zeros(4096)) for _ in range(n)]
 
         def move(r: int, parameters: list[nn.Parameter] = parameters) -> None:

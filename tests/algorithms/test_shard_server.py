@@ -52,7 +52,7 @@ def random_arrivals(n: int, count: int) -> list[tuple[Letter, Tensor]]:
 def test_it_moves_by_the_sum_of_gamma_q_and_correction(attenuation: Attenuation, n: int) -> None:
     """Against a twin in NumPy."""
     shard = server(n, attenuation=attenuation)
-    weights, recent, bases = np.zeros(SIZE), [], [0.0] * n
+    weights, last, bases = np.zeros(SIZE), {}, [0.0] * n
     for version, (push, correction) in enumerate(random_arrivals(n, 60)):
         base, worth = push.message.version, push.message.weight / UNIT
         if attenuation == "paper":
@@ -63,11 +63,11 @@ def test_it_moves_by_the_sum_of_gamma_q_and_correction(attenuation: Attenuation,
             worth *= {
                 "poly": (1 + excess) ** -0.5,
                 "exp": math.exp(-0.5 * excess),
-                "hinge": 1.0 if excess <= 1 else 1 / excess,
+                "hinge": 1.0 if excess <= 10 else 1 / (excess - 9),
                 "none": 1.0,
             }[attenuation]
-            recent.append(worth)
-            gamma = worth / (n * np.mean(recent[-n:]))
+            last[push.peer] = worth
+            gamma = worth / (n * np.mean(list(last.values())))
         weights = weights + gamma * correction.double().numpy()
         bases[push.peer] = version + 1
         assert shard.arrive(push, correction) == MILLION

@@ -123,6 +123,7 @@ class Saves(Callback):
             self._save(trainer, module)
 
     def _save(self, trainer: Any, module: Any) -> None:
+        trainer.strategy.stepping.skipped.count = 5 + rank()  # as if fp16's scaler had skipped some
         self.seen = look(trainer)
         trainer.save_checkpoint(self.path)
         self.losses = len(getattr(module, "losses", ()))
@@ -194,6 +195,7 @@ def look(trainer: L.Trainer) -> dict[str, Any]:
             "algorithm": strategy.algorithm.state_dict(),
             "random": RandomStates(strategy.root_device).state_dict(),
             "steps": strategy.steps,
+            "skipped": strategy.skipped_steps,
             "global_step": trainer.global_step,
             "epoch": trainer.current_epoch,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -138,6 +139,34 @@ def test_a_full_disk_on_one_rank_is_raised_on_all_and_the_old_checkpoint_stays(
     assert_nothing_over(tmp_path)
     (_, first), (_, second) = run(2, _resumes, str(tmp_path))
     assert first == second
+
+
+# -- after the run -----------------------------------------------------------------------------------------------------
+
+
+def _saves_afterwards(path: str) -> tuple[bool, list[float], list[float]]:
+    said: list[str] = []
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    lit, t = Draws(), trainer(2, max_epochs=1)
+    t.fit(lit, samples(), held_out())
+    t.save_checkpoint(path)
+    again = Draws()
+    trainer(2, max_epochs=2).fit(again, samples(), held_out(), ckpt_path=path)
+    return any("only the first one's" in sentence for sentence in said), weights(lit), weights(again)
+
+
+def test_a_checkpoint_saved_after_fit_is_the_consensus_and_says_what_it_lacks(tmp_path: Path) -> None:
+    (said, first, one), (_, second, other) = run(2, _saves_afterwards, str(tmp_path / "x.ckpt"))
+    assert said
+    assert first == second
+    saved = Draws()
+    saved.load_state_dict(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"])
+    assert weights(saved) == first
+    assert not (tmp_path / "x.ckpt.ranks").exists()
+    assert one == other, "all go on from it"
 
 
 # -- other stores, and rotation ----------------------------------------------------------------------------------------
