@@ -14,7 +14,7 @@ asynchronous local SGD has learnt since (Liu et al. 2024).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -22,12 +22,13 @@ from torch import Tensor
 
 from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink
 from lightning_async.algorithms.exchange import Exchange
+from lightning_async.algorithms.images import bundle, gathered, recut
 from lightning_async.algorithms.local_steps import LocalSteps, Period, check_local_steps
 from lightning_async.algorithms.outer import Rule, outer_rule
 from lightning_async.algorithms.own_service import OwnService
 from lightning_async.algorithms.owners import Owners
 from lightning_async.algorithms.server_meeting import ServerMeeting
-from lightning_async.algorithms.shard_server import OnLate, Rules
+from lightning_async.algorithms.shard_server import OnLate, Rules, ShardServer
 from lightning_async.algorithms.shard_service import ShardService, next_of
 from lightning_async.algorithms.shards import (
     ANSWER,
@@ -62,8 +63,12 @@ class AsyncGlobal(Algorithm):
         outer_lr: Its learning rate.
         outer_momentum: Its momentum.
         shards: How many shards; None: as many as members, at most 8.
-        mirror_every: Arrivals of a shard between two mirrors of it; None: as many as members.
+        mirror_every: Arrivals of a shard between two mirrors of it; None: four for each member.
         wire: What travels: "fp32" or "bf16".
+
+    Attributes:
+        accuracy: Asked before each push: what it counts beside others.
+        heritage: The states of all members of another world, which this one goes on from; taken up at the beginning.
     """
 
     kinds: ClassVar[Mapping[int, str]] = NAMES
@@ -87,7 +92,7 @@ class AsyncGlobal(Algorithm):
         check_local_steps(local_steps, pace)
         _check_late(max_delay, on_late)
         _check_count("shards", shards, "as many as members, at most 8")
-        _check_count("mirror_every", mirror_every, "as many as members")
+        _check_count("mirror_every", mirror_every, "four for each member")
         self.local_steps, self.pace, self.shards, self.mirror_every = local_steps, pace, shards, mirror_every
         self.attenuation, self.strength, self.max_delay, self.on_late = attenuation, strength, max_delay, on_late
         self.outer, self.outer_lr, self.outer_momentum, self.wire = outer, outer_lr, outer_momentum, wire
@@ -95,6 +100,7 @@ class AsyncGlobal(Algorithm):
         self.rules = Rules(attenuation, law(attenuation, strength), max_delay, on_late, make_outer)
         self.codec = codec(wire)
         self.accuracy: Callable[[], float] = perfect
+        self.heritage: Sequence[Mapping[str, Any]] = ()
         self._beginnings = 0
 
     # -- a run --------------------------------------------------------------------------------------------------------
@@ -119,6 +125,8 @@ class AsyncGlobal(Algorithm):
         }
         mail.serve(SERVED, self._service(mail, mine, behind))
         self._own = OwnService(mail)
+        heritage, self.heritage = self.heritage, ()
+        self._inherit(heritage, flat, mail)
 
     def _service(self, mail: Mail, mine: Mapping[int, Tensor], behind: Mapping[int, Tensor]) -> ShardService:
         return ShardService(
@@ -177,6 +185,8 @@ class AsyncGlobal(Algorithm):
         """The shards that this member owns. The bases are the consensus."""
         return {
             "method": type(self).__name__,
+            "shards": len(self.exchanges),
+            "outer": self._rule_name(),
             "step": self._step,
             "images": self._images,
             "versions": [exchange.version for exchange in self.exchanges],
@@ -191,11 +201,32 @@ class AsyncGlobal(Algorithm):
                 f"the state of {state.get('method', 'another method')} does not fit {mine}: go on with the method that "
                 "the run was started with, or start anew from the weights alone"
             )
+        for name, now in (("shards", len(self.exchanges)), ("outer", self._rule_name())):
+            if state[name] != now:
+                raise ValueError(
+                    f"the run was saved with {name}={state[name]!r} and goes on with {now!r}: give it the same "
+                    "`shards` and outer rule, or start anew from the weights alone"
+                )
         self._step, (self.period.micros, self.period.fastest) = state["step"], state["micros"]
         for exchange, version, step in zip(self.exchanges, state["versions"], state["steps"], strict=True):
             exchange.version, exchange.step, exchange.clean = version, step, self._step
         self._images = state["images"].clone()
         self._own.put(self._images)
+
+    def _inherit(self, states: Sequence[Mapping[str, Any]], flat: Tensor, mail: Mail) -> None:
+        """Go on from the states of all members of another world: what the outer rule remembers is cut anew.
+
+        Its letter is the first that the own service gets: the others push when all have begun.
+        """
+        mine = (type(self).__name__, self._rule_name())
+        old = gathered(state["images"] for state in states if (state.get("method"), state.get("outer")) == mine)
+        if not old:
+            return
+        owned = [exchange.shard for exchange in self.exchanges if exchange.owner == mail.me]
+        images = recut(old, flat, owned, lambda part: ShardServer(self.rules, part, mail.members()))
+        self._own.put(bundle(images))
+        for exchange in self.exchanges:
+            exchange.version = max(max(state["versions"]) for state in states)
 
     # -- between two steps --------------------------------------------------------------------------------------------
 
@@ -250,6 +281,9 @@ class AsyncGlobal(Algorithm):
             push=lambda exchange: self._push(exchange, replica, mail, LAST),
             pausing=self.on_late == "wait",
         )
+
+    def _rule_name(self) -> str:
+        return type(self.rules.make_outer(torch.empty(0))).__name__
 
     def _current_shrink(self) -> Shrink:
         return self.shrink

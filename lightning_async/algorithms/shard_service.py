@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from lightning_async.algorithms.algorithm import Shrink, no_shrink
+from lightning_async.algorithms.images import bundle, unbundle
 from lightning_async.algorithms.shard_server import Rules, ShardServer
 from lightning_async.algorithms.shards import (
     ANSWER,
@@ -39,6 +39,8 @@ from lightning_async.algorithms.wire import EXACT, Codec
 from lightning_async.transport.mail import Letter, Message
 
 Answers = Iterable[tuple[int, Message]]
+ROUNDS = 4
+"""A mirror for so many arrivals of each member: it costs the links a few per cent."""
 
 
 @dataclass
@@ -68,7 +70,7 @@ class ShardService:
         mirrored: The same of those whose first mirrors it holds.
         rules: How arrivals are treated.
         codec: How corrections and answers travel; between a member and its own service nothing is cut off.
-        mirror_every: Arrivals between two mirrors; None: as many as there are members.
+        mirror_every: Arrivals between two mirrors; None: four for each member.
         shrink: Who is asked before each merge, at that time.
     """
 
@@ -159,7 +161,7 @@ class ShardService:
 
     @property
     def _arrivals_per_mirror(self) -> int:
-        return len(self._members) if self._every is None else self._every
+        return ROUNDS * len(self._members) if self._every is None else self._every
 
     def _keep(self, letter: Letter) -> Answers:
         m = letter.message
@@ -209,21 +211,13 @@ class ShardService:
         return [] if owned is None else [_not_here(held) for held in owned.held]
 
     def _show(self, letter: Letter) -> Answers:
-        """All images, each behind its length and its place."""
-        parts = []
-        for at, owned in sorted(self.owned.items()):
-            image = owned.server.image()
-            parts += [torch.tensor([image.numel(), shard_of(at)]).view(torch.uint8), image]
-        return [(self._me, Message(SHOWN, torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)))]
+        """The images of all shards that it owns."""
+        images = {shard_of(at): owned.server.image() for at, owned in self.owned.items()}
+        return [(self._me, Message(SHOWN, bundle(images)))]
 
     def _put(self, letter: Letter) -> Answers:
-        body = letter.message.body
-        assert body is not None  # images
-        images, begin = {}, 0
-        while begin < body.numel():
-            length, number = body[begin : begin + 16].clone().view(torch.int64).tolist()
-            images[number] = body[begin + 16 : begin + 16 + length]
-            begin += 16 + length
+        assert letter.message.body is not None  # images
+        images = unbundle(letter.message.body)
         for at, owned in self.owned.items():
             if shard_of(at) in images:
                 owned.server.become(images[shard_of(at)])

@@ -7,7 +7,7 @@ With one step of plain SGD and equal weights it is synchronous SGD. It waits by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +48,7 @@ class SyncGlobal(Algorithm):
         self.outer, self.outer_lr, self.outer_momentum, self.wire = outer, outer_lr, outer_momentum, wire
         self._make_outer = outer_rule(outer, lr=outer_lr, momentum=outer_momentum)
         self._codec = codec(wire)
+        self.heritage: Sequence[Mapping[str, Any]] = ()
         self.accuracy: Callable[[], float] = perfect
 
     @classmethod
@@ -63,6 +64,10 @@ class SyncGlobal(Algorithm):
         self._mass, self._rounds = mass, rounds
         self._weights = replica.weights()
         self._rule = self._make_outer(self._weights)
+        heritage, self.heritage = self.heritage[:1], ()
+        for state in heritage:  # those of all members are the same
+            if state.get("method") == type(self).__name__:
+                self.load_state_dict(state)
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Wait for the others where a round is due."""

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_async.algorithms.async_global import AsyncGlobal
 from lightning_async.algorithms.local_steps import LocalSteps
@@ -21,6 +22,7 @@ from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
 from lightning_async.strategies.base import AsyncStrategy, StartMethod
 from lightning_async.strategies.buffers import Buffers
+from lightning_async.strategies.inheritance import heirlooms
 from lightning_async.strategies.quality import Quality
 
 Mode = Literal["async", "sync"]
@@ -48,9 +50,10 @@ class AsyncGlobalStrategy(AsyncStrategy):
         outer_lr: Learning rate of the outer rule.
         outer_momentum: Momentum of the outer rule.
         shards: Parts of the weights, each with an owner; None: as many as ranks, at most 8.
-        mirror_every: Corrections between two copies of a shard on another rank; None: as many as ranks.
+        mirror_every: Corrections between two copies of a shard on another rank; None: four for each rank.
         wire: "fp32", or "bf16" for half the bytes (what rounding cuts off of a correction stays with the sender).
-        balance: "claim" (the share of the data follows the speed) or "equal" (every rank the same number of samples).
+        balance: "claim" (the share of the data follows the speed), "equal" (every rank the same number of samples), or
+            "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
             end of a run, on the last 8 batches of each rank), or "local" (each rank keeps its own).
         meet_every: Samples of all ranks between two meetings, also in mid-epoch; None: meetings where something is due.
@@ -60,6 +63,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         patience: Seconds without a heartbeat after which a rank is declared dead for good.
         meeting_timeout: The longest a meeting may wait for a living rank, in seconds.
         record: Folder for each rank's event log, from which the run can be replayed to the bit; None: no log.
+        inner_threads: On CPU, convolutions in tiles on so many threads of our own; None: by ATen's pool, as ever.
         start_method: How local processes start: "popen", "spawn", "fork" or "forkserver".
         timeout: For the default process group, which is used at start-up only.
         process_group_backend: Backend of the default process group.
@@ -71,6 +75,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
     """
 
     name = "async_global"
+    algorithm: AsyncGlobal | SyncGlobal
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         patience: float = 30.0,
         meeting_timeout: float = 1800.0,
         record: str | None = None,
+        inner_threads: int | None = None,
         start_method: StartMethod = "popen",
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
@@ -139,6 +145,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
             patience=patience,
             meeting_timeout=meeting_timeout,
             record=record,
+            inner_threads=inner_threads,
             start_method=start_method,
             timeout=timeout,
             process_group_backend=process_group_backend,
@@ -151,6 +158,13 @@ class AsyncGlobalStrategy(AsyncStrategy):
         self._meetings = 0
         if accuracy_weight != "off":
             algorithm.accuracy = self._accuracy
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
+        """Also what all old ranks served, if they were more or fewer."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.algorithm.heritage = heirlooms(self, checkpoint_path, checkpoint, everything=True)
+        return checkpoint
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The loss is what Q may go by."""

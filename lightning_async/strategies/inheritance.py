@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
 
 
-def heirlooms(strategy: AsyncStrategy, path: Any, checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of the algorithm on the old ranks that fall to this one; none where the world is the same."""
+def heirlooms(
+    strategy: AsyncStrategy, path: Any, checkpoint: dict[str, Any], *, everything: bool = False
+) -> list[dict[str, Any]]:
+    """The states of the algorithm on the old ranks that fall to this one; none where the world is the same.
+
+    With `everything` those of all old ranks, for a method that takes from each file its own part.
+    """
     shared = checkpoint.get(KEY)
     if shared is None or shared["world"] == strategy.world_size or shared["strategy"] != strategy.name:
         return []
-    old = shared["ranks"][strategy.global_rank :: strategy.world_size]
+    old = shared["ranks"] if everything else shared["ranks"][strategy.global_rank :: strategy.world_size]
     return [state for rank in old if (state := _state(strategy, path, shared["save"], rank)) is not None]
 
 

@@ -388,7 +388,7 @@ KNOBS: list[tuple[dict[str, Any], str]] = [
     ({"outer_lr": -1}, "`outer_lr` must be a number above 0, got -1"),
     ({"outer_momentum": 1.5}, "`outer_momentum` must be at least 0 and below 1, got 1.5"),
     ({"shards": 0}, "`shards` must be an integer of at least 1, or None for as many as members, at most 8, got 0"),
-    ({"mirror_every": 0}, "`mirror_every` must be an integer of at least 1, or None for as many as members, got 0"),
+    ({"mirror_every": 0}, "`mirror_every` must be an integer of at least 1, or None for four for each member, got 0"),
     ({"wire": "fp8"}, "`wire` must be 'fp32' or 'bf16', got 'fp8'"),
 ]
 

@@ -91,6 +91,19 @@ def test_a_state_of_another_method_is_refused_in_words() -> None:
         algorithm.load_state_dict({"method": "Pairwise"})
 
 
+@pytest.mark.parametrize(("knobs", "sentence"), [({"outer_momentum": 0.5}, "outer='Sum'"), ({}, None)])
+def test_a_state_of_other_knobs_is_refused_in_words(knobs: dict[str, Any], sentence: str | None) -> None:
+    carrier = VirtualCluster(1).carriers[0]
+    saved, algorithm = AsyncGlobal(), AsyncGlobal(**knobs)
+    for one in (saved, algorithm):
+        one.begin(Replica([nn.Parameter(torch.zeros(4))]), carrier, UNIT, Rounds(carrier))
+    if sentence is None:
+        algorithm.load_state_dict(saved.state_dict())
+    else:
+        with pytest.raises(ValueError, match=f"the run was saved with {sentence} and goes on with"):
+            algorithm.load_state_dict(saved.state_dict())
+
+
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 def test_a_replay_is_the_run_to_the_bit(knobs: dict[str, Any]) -> None:
     """The order of arrivals at each shard is in the log; also of an owner that was frozen, and of a dead one."""

@@ -163,6 +163,34 @@ def test_a_resumed_run_continues_as_if_it_had_not_stopped(
         assert one == other
 
 
+def _with_others(n: int, path: str, resume: bool) -> Any:
+    """Saved by some, gone on with by others; the versions of the shards right after the start."""
+    seed()
+    seen: list[list[int]] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Any, *batch: Any) -> None:
+            seen.append([exchange.version for exchange in trainer.strategy.algorithm.exchanges])
+
+    strategy = AsyncGlobalStrategy(outer_momentum=0.5, outer_lr=0.5)
+    callbacks = [Look()] if resume else [Look(), Saves(path, "epoch", epoch=0)]
+    t = trainer(n, strategy=strategy, max_epochs=2, callbacks=callbacks)
+    lit = Draws()
+    t.fit(lit, samples(), held_out(), ckpt_path=path if resume else None)
+    return seen[0], weights(lit)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_with_other_ranks_the_shards_are_cut_anew(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    assert [versions for versions, _ in run(2, _with_others, 2, path, False)] == [[0, 0]] * 2
+    ends = run(3, _with_others, 3, path, True)
+    assert all(versions == ends[0][0] for versions, _ in ends)
+    assert len(ends[0][0]) == 3
+    assert ends[0][0][0] > 5
+    assert all(end == ends[0][1] for _, end in ends)
+
+
 # -- input -------------------------------------------------------------------------------------------------------------
 
 
