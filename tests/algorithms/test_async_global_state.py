@@ -159,6 +159,7 @@ def test_on_real_links_one_sample_moves_w_equally_and_nobody_waits(wire: Any, sp
             del programs[r]
         return not programs
 
+    world.until(lambda: all(len(carrier.live()) == n for carrier in world.carriers), limit=60)  # as a strategy begins
     world.until(step, limit=60)
     world.close()
     for end in ends.values():
