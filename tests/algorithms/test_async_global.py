@@ -254,7 +254,7 @@ def test_whatever_freezes_what_is_missing_is_what_was_counted(seed: int) -> None
         when = chance.uniform(0.3, 1.5)
         cluster.freeze(0, chance.uniform(0.5, 1.5), at=when)
         if seed % 2 == 0:
-            cluster.freeze(1, 0.6, at=when + chance.uniform(0.0, 1.5))
+            cluster.freeze(1, 0.6, at=when + 0.35 + 6 * latency + chance.uniform(0.0, 1.0))  # its first mirror has left
 
     outcome = go(
         [1, 1, 2, 1, 3],
