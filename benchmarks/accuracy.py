@@ -28,7 +28,7 @@ from benchmarks.subject import GOSSIP, NONE, Knobs, algorithm
 from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.tasks import Score, Task, characters, digits
 from lightning_async.algorithms.adam import SecondMoment
-from lightning_async.algorithms.algorithm import UNIT, Algorithm
+from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink, no_shrink
 from lightning_async.algorithms.training import Trained, Training, train
 from lightning_async.algorithms.weighting import excess_rounds
 from lightning_async.arrival import Fate
@@ -183,14 +183,20 @@ def asynchronous(
     points: int = 0,
     shards: Sequence[Tensor] | None = None,
     moment: type[SecondMoment] = SecondMoment,
+    shrink: Callable[[], Shrink] = lambda: no_shrink,
 ) -> Run:
-    """One replica a rank on the virtual cluster, one meeting at the end. `moment`: what corrects AdamW's steps."""
+    """One replica a rank on the virtual cluster, one meeting at the end. `moment`: what corrects AdamW's steps.
+
+    `shrink` makes what each member asks before a fold.
+    """
     n = len(speeds)
     hand_out = deal if knobs.get("mode") == "sync" else claim
     plan = hand_out(task.batches(seed, n), speeds, seed)
     if shards is not None:
         plan = _from_shards(plan, shards, seed)
     members = [_member(task, seed, knobs, moment) for _ in range(n)]
+    for member in members:
+        member.algorithm.shrink = shrink()
     size = members[0].replica.flat.numel() * members[0].replica.flat.element_size()
     cluster = VirtualCluster(n, seed=seed, latency=LATENCY, bandwidth=size / (TRAVEL * STEP))
     watch = _Watch(task, members, cluster, sum(map(len, plan.batches)), points)

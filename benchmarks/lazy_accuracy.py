@@ -36,12 +36,16 @@ N = 4
 HEADER = 256
 SILENT = 3
 """Silent rounds in a row: the control sends one round in four."""
+WARM_UP = 10
+"""One step in so many, of all, is the warm-up of those variants that have one."""
 Knobs = Mapping[str, Any]
 SIGNS: Knobs = {"min_size": 128, "block": 4096, "form": "slices", "max_skip": SILENT}
 VARIANTS: Mapping[str, Knobs] = {
     "always": {"rule": "always"},
     "always, gather": {"rule": "always", "form": "gather"},
     "always, gradient": {"rule": "always", "compress": "gradient"},
+    "always, warm-up": {"rule": "always", "warm_up": True},
+    "always, gather, warm-up": {"rule": "always", "form": "gather", "warm_up": True},
     "periodic": {"rule": "periodic"},
     "accumulate, change": {"rule": "accumulate", "threshold": 0.8},
     "accumulate, change x10": {"rule": "accumulate", "threshold": 8.0},
@@ -50,8 +54,8 @@ VARIANTS: Mapping[str, Knobs] = {
     "paper": {"rule": "paper", "threshold": 0.8},
     "innovation": {"rule": "innovation", "threshold": 0.8},
 }
-FEW = ("always", "always, gather", "periodic")
-SOME = ("always", "always, gather", "always, gradient", "periodic", "accumulate, change", "accumulate, backlog x10")
+FEW = ("always", "always, gather", "always, warm-up", "always, gather, warm-up", "periodic")
+SOME = (*FEW, "always, gradient", "accumulate, change", "accumulate, backlog x10")
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ class _Member:
         self.model = task.model(seed)
         self.replica = Replica(self.model.parameters())
         self.optimizer = task.optimize(self.model.parameters(), task.lr)
-        self.algorithm = LazySign(**{**SIGNS, **knobs})
+        warm_up = len(self.batches) // WARM_UP if knobs.get("warm_up") else 0
+        self.algorithm = LazySign(**{**SIGNS, **knobs, "warm_up": warm_up})
         self.moment = SecondMoment(self.optimizer) if SecondMoment.concerns(self.optimizer) else None
 
     def life(self, carrier: Any) -> Training:

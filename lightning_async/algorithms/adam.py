@@ -10,7 +10,7 @@ so       v' = signal^2 + noise / n,  kept between v / n and v              x -= 
 
 with all moments corrected for their start and eps added to the roots. It is applied after the optimizer's own step, to
 Adam and AdamW (not to `amsgrad`); steps that are linear in the gradient need nothing of the kind. It costs one buffer
-of the size of v. (m^2 in the place of q costs none, and is too noisy: it gains half as much, docs/results/accuracy.md.)
+of the size of v. (m^2 in the place of q costs none, and is noisier: `python -m benchmarks adam` compares them.)
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from lightning_async.algorithms.press import Press, Rest, Source, Values
 from lightning_async.algorithms.settle import settle
 from lightning_async.algorithms.sheets import SCALES, Scale, Span, cuts
 from lightning_async.algorithms.sign_exchange import MEAN, PART, Exchange, Gather, Slices
-from lightning_async.algorithms.sign_notices import MOST, Notices
+from lightning_async.algorithms.sign_notices import MOST, NOTICE, Notices
 from lightning_async.algorithms.sign_trigger import News, Trigger
 from lightning_async.algorithms.signs import BITS, BLOCK, NotFinite
 from lightning_async.arrival import Arrival
@@ -51,7 +51,12 @@ class LazySign(Algorithm):
     """Knobs and rounds; `strategies/lazy_sign.py` says what each knob is for."""
 
     in_step = True
-    kinds: ClassVar[Mapping[int, str]] = {PART: "part", MEAN: "mean", END: "end"}
+    kinds: ClassVar[Mapping[int, str]] = {
+        PART: "part",
+        MEAN: "mean",
+        END: "end",
+        **dict.fromkeys(range(NOTICE, NOTICE + 2 * MOST + 1), "notice"),
+    }
 
     def __init__(
         self,
@@ -69,15 +74,16 @@ class LazySign(Algorithm):
         error_weight: float = 0.0,
         max_skip: int = 7,
         ahead: int = 1,
+        warm_up: int = 0,
         threads: int = 1,
     ) -> None:
         _check_choices(rule, compress, compressor, scale, form, news)
-        _check_numbers(block, min_size, history, max_skip, ahead, threads)
+        _check_numbers(block, min_size, history, max_skip, ahead, warm_up, threads)
         _check_weights(threshold, error_weight)
         self.rule, self.compress, self.compressor, self.scale = rule, compress, compressor, scale
         self.block, self.min_size, self.form, self.threads = block, min_size, form, threads
         self.news, self.history, self.threshold, self.error_weight = news, history, threshold, error_weight
-        self.max_skip, self.ahead = max_skip, ahead
+        self.max_skip, self.ahead, self.warm_up = max_skip, ahead, warm_up
         self.travels_whole: Callable[[Tensor], bool] = lambda parameter: False
         """Which parameters travel whole, whatever their size; whoever knows their names assigns it."""
         self._arrivals: list[Arrival] = []
@@ -90,13 +96,14 @@ class LazySign(Algorithm):
         self._number = self._step = self._met = self.skipped = 0
         self._peers = [member for member in self._members if member != self._me]
         self._ended: set[int] = set()
-        self._stopped, self._silent = False, True
+        self._silent = True
         self._arrivals = []
         if self._alone:
             return
         flat = replica.flat
         self._press = Press(flat, block=self.block, threads=self.threads)
-        self._exchange = self._new_exchange(replica, flat)
+        self._exchange = self._new_exchange(replica, flat, whole=False)
+        self._warm_up = self._new_exchange(replica, flat, whole=True) if self.warm_up else None
         self._kept = replica.weights() if self.compress == "update" else torch.zeros_like(flat)
         self._rest = Rest(torch.zeros_like(flat), tracks=self.rule == "innovation")
         self._common = torch.zeros_like(flat) if self.rule == "innovation" else None
@@ -141,7 +148,7 @@ class LazySign(Algorithm):
     def _round(self, mail: Mail, source: Source) -> Wait[None]:
         """Send or not, and learn what all agreed on; nobody waits where nobody sends."""
         self._number += 1
-        number, exchange = self._number, self._exchange
+        number, exchange = self._number, self._exchange_now
         try:
             if self.ahead == 0:
                 self._decide(mail, number, source)
@@ -168,7 +175,7 @@ class LazySign(Algorithm):
         """Add to a vector what all agreed on in this round."""
         common, moved = self._common, 0.0
         if not self._silent or self.rule == "paper":
-            for source, cut in self._exchange.agreed():
+            for source, cut in self._exchange_now.agreed():
                 self._press.add(source, cut, Rest(onto if common is None else common))
                 moved += self._press.square(source, cut)[0] if self._lazy and common is None else 0.0
         if common is not None:
@@ -178,13 +185,20 @@ class LazySign(Algorithm):
         return onto
 
     @property
+    def _exchange_now(self) -> Exchange:
+        """What this round goes by: the first ones send whole numbers."""
+        if self._warm_up is not None and self._number > self.warm_up:
+            self._warm_up = None
+        return self._warm_up or self._exchange
+
+    @property
     def _lazy(self) -> bool:
         return self.rule not in ("always", "periodic")
 
     def _senders(self, mail: Mail, number: int) -> Wait[tuple[int, ...]]:
         """Who sends in this round."""
         if not self._lazy:
-            sends = self.rule == "always" or number % (self.max_skip + 1) == 0
+            sends = self.rule == "always" or number <= self.warm_up or number % (self.max_skip + 1) == 0
             return self._members if sends else ()
         if number <= self._first:
             return self._members
@@ -193,7 +207,7 @@ class LazySign(Algorithm):
     @property
     def _first(self) -> int:
         """So many rounds are sent by all without a word."""
-        return max(self.history, self.ahead)
+        return max(self.history, self.ahead, self.warm_up + 1 if self.warm_up else 0)
 
     def _decide(self, mail: Mail, number: int, source: Source) -> None:
         """Tell the others whether this rank sends in a round to come."""
@@ -227,19 +241,14 @@ class LazySign(Algorithm):
 
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """All weights are equal already; what was said of rounds to come is said once more, and the mail drained."""
-        yield from self.stop(mail)
+        for peer in self._peers:
+            while peer in mail.members() and not mail.post(peer, Message(END)):
+                yield f"rank {peer} to take the last word"
         if not self._alone:
             yield from self._agree_where()
         yield from settle(mail, self._rounds, self._peers, lambda: self._pump(mail), lambda: ())
-        self._ended, self._stopped, self._met = set(), False, self._step
+        self._ended, self._met = set(), self._step
         return replica.weights()
-
-    def stop(self, mail: Mail) -> Wait[None]:
-        """Say that no step comes before the next meeting, so that nobody waits for it. Once is enough."""
-        for peer in () if self._stopped else self._peers:
-            while peer in mail.members() and not mail.post(peer, Message(END)):
-                yield f"rank {peer} to take the last word"
-        self._stopped = True
 
     def _agree_where(self) -> Wait[None]:
         """Each says in which round it is, and what it has said of those to come."""
@@ -318,15 +327,16 @@ class LazySign(Algorithm):
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _new_exchange(self, replica: Replica, flat: Tensor) -> Exchange:
+    def _new_exchange(self, replica: Replica, flat: Tensor, *, whole: bool) -> Exchange:
         spans = [Span(at, at + p.numel(), i) for i, (p, at) in enumerate(replica.places)]
-        whole = [i for i, (p, _) in enumerate(replica.places) if self.compressor == "none" or self.travels_whole(p)]
+        whole = whole or self.compressor == "none"
+        exact = [i for i, (p, _) in enumerate(replica.places) if whole or self.travels_whole(p)]
         gather = self.form == "gather" or (self.form == "auto" and len(self._members) <= FEW)
         parts = cuts(
             spans,
             parts=1 if gather else len(self._members),
             dtype=flat.dtype,
-            exact=whole,
+            exact=exact,
             min_size=self.min_size,
             block=self.block,
             scale=self.scale,
@@ -384,10 +394,10 @@ def _check_choices(
 
 
 def _check_numbers(
-    block: object, min_size: object, history: object, max_skip: object, ahead: object, threads: object
+    block: object, min_size: object, history: object, max_skip: object, ahead: object, warm_up: object, threads: object
 ) -> None:
-    least = {"block": BITS, "min_size": 0, "history": 1, "max_skip": 0, "ahead": 0, "threads": 1}
-    given = (block, min_size, history, max_skip, ahead, threads)
+    least = {"block": BITS, "min_size": 0, "history": 1, "max_skip": 0, "ahead": 0, "warm_up": 0, "threads": 1}
+    given = (block, min_size, history, max_skip, ahead, warm_up, threads)
     for (name, low), value in zip(least.items(), given, strict=True):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}")

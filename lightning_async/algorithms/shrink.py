@@ -151,32 +151,20 @@ class Stability(Law):
 
     The loss rises if its mean over about 10 steps is above that over about 100 by more than half of the noise of the
     first. One that is no number raises the pressure at once. It begins at `first`: a run that is too fast for its
-    delays is lost before anything could be learnt of it. Where a rank has no loss, the norms of what arrives stand in.
+    delays is lost before anything could be learnt of it. Whoever has no loss goes by another's pressure.
     """
 
     def __init__(self, first: float = 0.5, growth: float = 0.05, ease: float = 0.002, most: float = 1000.0) -> None:
         self._growth, self._ease, self._most = growth, ease, most
         self.pressure, self._fast, self._slow, self._noise = first, 0.0, 0.0, 0.0
         self._steps = 0
-        self._by_loss = False
-
-    def factor(self, excess: float, correction: Tensor | None = None, fresh: Tensor | None = None) -> float:
-        """As long as no loss is known, look at the size of what arrives."""
-        if not self._by_loss and correction is not None:
-            self._look(float(correction.norm()))
-        return super().factor(excess)
 
     def of(self, excess: float) -> float:
         """Less, the higher the pressure."""
         return 1 / (1 + self.pressure * excess)
 
     def observe(self, loss: float) -> None:
-        """One more loss; from the first one on, nothing else counts."""
-        if not self._by_loss:
-            self._by_loss, self._steps = True, 0
-        self._look(loss)
-
-    def _look(self, loss: float) -> None:
+        """One more loss."""
         if not math.isfinite(loss):
             self.pressure = min(self._most, 2 * self.pressure + 1)
             return
@@ -193,13 +181,12 @@ class Stability(Law):
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers."""
-        names = ("pressure", "_fast", "_slow", "_noise", "_steps", "_by_loss")
+        names = ("pressure", "_fast", "_slow", "_noise", "_steps")
         return {name.lstrip("_"): getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on there."""
         self.pressure, self._steps = float(state["pressure"]), int(state["steps"])
-        self._by_loss = bool(state["by_loss"])
         self._fast, self._slow, self._noise = (float(state[name]) for name in ("fast", "slow", "noise"))
 
 

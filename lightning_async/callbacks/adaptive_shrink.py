@@ -9,6 +9,7 @@ family, whose steps are as long whatever its gradients are multiplied by, they m
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -20,12 +21,18 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_async.algorithms.algorithm import Shrink, no_shrink
-from lightning_async.algorithms.shrink import Law, LawName, law
+from lightning_async.algorithms.shrink import Law, LawName, Stability, law
 from lightning_async.arrival import Arrival
 from lightning_async.callbacks.stats import Figures, Stats
+from lightning_async.callbacks.watched import Board
 from lightning_async.progress.stretch import Stretch
 
 SCALE_FREE = ("Adam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "Lion", "LAMB", "Adafactor", "Muon", "SignSGD")
+
+
+OWN = -1
+"""The peer under which a rank to which nothing comes late keeps the law that the others go by."""
+_PRESSURE = struct.Struct("<d")
 
 
 class AdaptiveShrink(Stats):
@@ -75,6 +82,7 @@ class AdaptiveShrink(Stats):
         self._rates: dict[int, list[float]] = {}
         self._hooks: list[RemovableHandle] = []
         self._loss: Tensor | None = None
+        self._told = -1.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask to be asked."""
@@ -179,11 +187,26 @@ class AdaptiveShrink(Stats):
 
     def _observe(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The loss before this one: on a GPU it has been computed by now, and reading it waits for nothing."""
+        if self._strategy is not None and not self._strategy.has_replicas:
+            self._share_pressure(self._strategy.board, leads=trainer.global_rank == 0)
+            if trainer.global_rank:
+                return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self._loss is not None:
             for mine in self._laws.values():
                 mine.observe(float(self._loss))
         self._loss = loss.detach() if isinstance(loss, Tensor) else None
+
+    def _share_pressure(self, board: Board, *, leads: bool) -> None:
+        """Of a pipeline only the last stage, rank 0, has a loss. Its note tells the others; nobody waits for it."""
+        mine = self._laws.setdefault(OWN, self._new_law()) if leads else None
+        if isinstance(mine, Stability) and mine.pressure != self._told:
+            self._told = mine.pressure
+            board.publish(_PRESSURE.pack(mine.pressure))
+        elif not leads and len(note := board.notes().get(0, b"")) == _PRESSURE.size:
+            for law in self._laws.values():
+                if isinstance(law, Stability):
+                    (law.pressure,) = _PRESSURE.unpack(note)
 
 
 class _Kept:

@@ -52,7 +52,8 @@ class AsyncGlobalStrategy(AsyncStrategy):
         shards: Parts of the weights, each with an owner; None: as many as ranks, at most 8.
         mirror_every: Corrections between two copies of a shard on another rank; None: four for each rank.
         wire: "fp32", or "bf16" for half the bytes (what rounding cuts off of a correction stays with the sender).
-        balance: "claim" (the share of the data follows the speed) or "equal" (every rank the same number of samples).
+        balance: "claim" (the share of the data follows the speed), "equal" (every rank the same number of samples), or
+            "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
             end of a run, on the last 8 batches of each rank), or "local" (each rank keeps its own).
         meet_every: Samples of all ranks between two meetings, also in mid-epoch; None: meetings where something is due.
@@ -62,6 +63,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         patience: Seconds without a heartbeat after which a rank is declared dead for good.
         meeting_timeout: The longest a meeting may wait for a living rank, in seconds.
         record: Folder for each rank's event log, from which the run can be replayed to the bit; None: no log.
+        inner_threads: On CPU, convolutions in tiles on so many threads of our own; None: by ATen's pool, as ever.
         start_method: How local processes start: "popen", "spawn", "fork" or "forkserver".
         timeout: For the default process group, which is used at start-up only.
         process_group_backend: Backend of the default process group.
@@ -101,6 +103,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         patience: float = 30.0,
         meeting_timeout: float = 1800.0,
         record: str | None = None,
+        inner_threads: int | None = None,
         start_method: StartMethod = "popen",
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
@@ -142,6 +145,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
             patience=patience,
             meeting_timeout=meeting_timeout,
             record=record,
+            inner_threads=inner_threads,
             start_method=start_method,
             timeout=timeout,
             process_group_backend=process_group_backend,

@@ -111,7 +111,7 @@ class Clock:
         self._counts.put_back(lambda: self._strategy.trainer)
         self._schedules.give_back()
         self._restored = {}
-        self.progress = None
+        self.progress, self.empty = None, ()
         self.over = self._wishes.requeue = self._wishes.stop = False
 
     def _earlier(self, trainer: Trainer, n: int) -> tuple[Tally, Tally]:

@@ -19,7 +19,6 @@ from lightning_async.algorithms.lazy_sign import Compress, Compressor, Form, Laz
 from lightning_async.algorithms.sheets import Scale
 from lightning_async.algorithms.sign_trigger import News
 from lightning_async.algorithms.signs import BLOCK
-from lightning_async.progress.report import Wish
 from lightning_async.strategies.base import AsyncStrategy, StartMethod
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.inheritance import heirlooms
@@ -50,6 +49,7 @@ class LazySignStrategy(AsyncStrategy):
         error_weight: How much what signs miss counts against sending.
         max_skip: Silent rounds in a row, at most.
         ahead: So many rounds ahead a rank says whether it sends; more where a message travels longer than a step takes.
+        warm_up: So many steps send whole numbers at first.
         threads: Threads that pack and unpack, on a CPU.
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
             end of a run, on the last 8 batches of each rank), or "local" (each rank keeps its own).
@@ -90,6 +90,7 @@ class LazySignStrategy(AsyncStrategy):
         error_weight: float = 0.0,
         max_skip: int = 7,
         ahead: int = 1,
+        warm_up: int = 0,
         threads: int = 1,
         buffers: Buffers = "average",
         meet_every: int | None = None,
@@ -125,6 +126,7 @@ class LazySignStrategy(AsyncStrategy):
                 error_weight=error_weight,
                 max_skip=max_skip,
                 ahead=ahead,
+                warm_up=warm_up,
                 threads=threads,
             ),
             balance="equal",
@@ -172,12 +174,6 @@ class LazySignStrategy(AsyncStrategy):
         if self.trainer.state.fn == TrainerFn.FITTING and KEY in checkpoint:
             self._heirlooms = (heirlooms(self, checkpoint_path, checkpoint), checkpoint[KEY]["world"])
         return checkpoint
-
-    def meet(self) -> Wish:
-        """Before the roll call, which waits for all, those who would wait for this rank's next step hear of its end."""
-        if self.free:
-            self.office.drive(self.algorithm.stop(self.office.mail))
-        return super().meet()
 
     def _refuse_for_gradients(self, trainer: Trainer) -> None:
         if len(self.optimizers) > 1:

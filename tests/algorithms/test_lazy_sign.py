@@ -111,6 +111,15 @@ def test_with_whole_numbers_it_is_synchronous_sgd(n: int, compress: str, form: s
     torch.testing.assert_close(some[0].weights[-1], exact_sgd(n, 60, 0.5), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_warm_up_takes_the_steps_of_synchronous_sgd(rule: str) -> None:
+    """While it lasts; then signs begin, with nothing held back."""
+    some = world(3, rule, warm_up=20)
+    torch.testing.assert_close(some[0].weights[19], exact_sgd(3, 20, 0.5), rtol=1e-12, atol=1e-12)
+    assert not (some[0].weights[-1] - exact_sgd(3, 60, 0.5)).abs().max() < 1e-6
+    assert all(torch.equal(m.weights[-1], some[0].weights[-1]) for m in some)
+
+
 def test_without_a_bar_every_rank_sends_whenever_anything_changed() -> None:
     always, lazy = world(3, "always"), world(3, "accumulate", threshold=0.0)
     assert torch.equal(always[0].weights[-1], lazy[0].weights[-1])

@@ -143,19 +143,6 @@ def test_stability_rises_with_the_loss_and_relaxes() -> None:
     assert made.pressure >= 1
 
 
-def test_stability_without_a_loss_goes_by_the_size_of_what_arrives() -> None:
-    made = Stability()
-    for step in range(100):
-        made.factor(2, torch.full((4,), 1.0 + step))
-    assert made.pressure > 1
-    made.observe(1.0)
-    risen = made.pressure
-    for _ in range(300):
-        made.factor(2, torch.full((4,), 1e6))
-        made.observe(1.0)
-    assert made.pressure < risen
-
-
 @pytest.mark.parametrize("name", LAWS)
 def test_goes_on_from_its_state(name: LawName) -> None:
     made, again = stirred(name, 5), law(name, beta=0.3)

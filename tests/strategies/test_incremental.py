@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_async import Incremental, SpeedFaults
+from lightning_async import AsyncGlobalStrategy, GossipRingStrategy, Incremental, SpeedFaults
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
@@ -48,14 +48,20 @@ def _fit(
     save: str | None = None,
     dies: int | None = None,
     batch: int = 4,
+    method: str = "none",
 ) -> dict[str, Any]:
     rank, lit = int(os.environ["RANK"]), Lit()
     seen = Epochs(dies=rank == dies)
     callbacks: list[Callback] = [SpeedFaults(step_seconds=0.02, slow={devices - 1: 4.0}), seen]
     if save is not None:
         callbacks.append(ModelCheckpoint(save, filename="it"))
-    knobs = {"balance": balance, "mode": "none", "silence": 0.5}
-    t = trainer(devices, knobs=knobs, callbacks=callbacks, max_epochs=epochs, enable_checkpointing=save is not None)
+    if method == "async_global":
+        strategy: Any = AsyncGlobalStrategy(balance=balance, local_steps="epoch", silence=0.5)
+    else:
+        strategy = GossipRingStrategy(balance=balance, mode="none", silence=0.5)
+    t = trainer(
+        devices, strategy=strategy, callbacks=callbacks, max_epochs=epochs, enable_checkpointing=save is not None
+    )
     t.fit(lit, loader(batch), loader(10, shuffle=False), ckpt_path=path)
     return {"weights": weights(lit), "seen": seen.seen, "owned": seen.owned}
 
@@ -83,6 +89,13 @@ def test_the_papers_form_adds_a_part_an_epoch_and_moves_nothing() -> None:
             assert set(before) <= set(after)
         assert [sorted(seen) for seen in end["seen"]] == end["owned"]
     assert len(ends[3]["owned"][2]) < 0.6 * 240 / 4
+
+
+@pytest.mark.parametrize("balance", ["incremental", KEPT])
+def test_with_a_server_and_one_exchange_an_epoch_as_in_the_paper(balance: Any) -> None:
+    ends = run(3, _fit, 3, balance, 4, None, None, None, 4, "async_global")
+    assert all(end["weights"] == pytest.approx(ends[0]["weights"]) for end in ends[1:])
+    assert of_epoch(ends, 3) == Counter(range(240))
 
 
 @pytest.mark.filterwarnings("ignore")

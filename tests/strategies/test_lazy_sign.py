@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async import LazySignStrategy
+from lightning_async.cli import main
+from tests.cli import recorded
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 from tests.strategies.resumable import Draws, Saves, samples, seed
@@ -211,6 +213,7 @@ def test_a_nan_stops_the_run_before_it_is_fed_back() -> None:
         ({"max_skip": 1.5}, "`max_skip` must be an integer of at least 0, got 1.5"),
         ({"ahead": True}, "`ahead` must be an integer of at least 0, got True"),
         ({"ahead": 9}, "`ahead` must be at most 8 rounds, got 9"),
+        ({"warm_up": -1}, "`warm_up` must be an integer of at least 0, got -1"),
         ({"threads": 0}, "`threads` must be an integer of at least 1, got 0"),
         ({"threshold": -0.1}, "`threshold` must be a number of at least 0, got -0.1"),
         ({"threshold": float("nan")}, "`threshold` must be a number of at least 0, got nan"),
@@ -281,3 +284,20 @@ def test_a_resumed_run_with_more_ranks_takes_over_what_was_held_back(tmp_path: P
     ends = run(3, _through, 3, SIGNS, path, True)
     assert [end[2] > 0 for end in ends] == [True, True, False]
     assert ends[0][1] == ends[1][1] == ends[2][1]
+
+
+# -- replays -----------------------------------------------------------------------------------------------------------
+
+
+def _recorded(folder: str, knobs: dict[str, Any]) -> None:
+    L.seed_everything(7, verbose=False)
+    trainer(2, strategy=LazySignStrategy(record=folder, **knobs)).fit(recorded.Net())
+
+
+@pytest.mark.parametrize("rule", ["always", "accumulate"])
+def test_a_recorded_run_is_replayed_to_the_bit(rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(2, _recorded, str(tmp_path), {**SIGNS, "rule": rule})
+    status = main(["replay", str(tmp_path), "--module", "tests.cli.recorded:Net"])
+    said = capsys.readouterr()
+    assert status == 0, said.out + said.err
+    assert "to the bit" in said.out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections import Counter
@@ -19,7 +20,9 @@ from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
 from tests.strategies.ranks import Forked, run
 
 SAVED = "saved"
-pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*not resumable")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*exists and is not empty", "ignore:.*not resumable", "ignore:rank 1 had no batch in this epoch"
+)
 
 
 class Diary(L.Callback):
@@ -44,13 +47,13 @@ class Diary(L.Callback):
 
 
 class Numbers(IterableDataset[Any]):
-    """A rank's own stream, without an end, that knows where it stands."""
+    """A rank's own stream that knows where it stands."""
 
-    def __init__(self) -> None:
-        self.at = 0
+    def __init__(self, length: float) -> None:
+        self.at, self.length = 0, length
 
     def __iter__(self) -> Iterator[Any]:
-        while True:
+        while self.at < self.length:
             self.at += 1
             yield self.at - 1, INPUTS[(self.at - 1) % 240], TARGETS[(self.at - 1) % 240]
 
@@ -61,8 +64,10 @@ class Numbers(IterableDataset[Any]):
         self.at = state["at"]
 
 
-def train(folder: Path, part: int, kill_at: int | None, path: str | None, balance: str | None) -> tuple[int, list[int]]:
-    """From one's own stream without a `balance`, else from the shared samples."""
+def train(
+    folder: Path, part: int, kill_at: int | None, path: str | None, balance: str | None, length: float = math.inf
+) -> tuple[int, list[int]]:
+    """From one's own stream without a `balance`, rank 1's of this length; else from the shared samples."""
     steps: list[int] = []
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10, save_top_k=-1)
     faults = SpeedFaults(step_seconds=0.01, slow={1: 4.0})
@@ -79,7 +84,10 @@ def train(folder: Path, part: int, kill_at: int | None, path: str | None, balanc
     module = Lit()
     module.on_validation_epoch_end = lambda: steps.append(t.global_step)  # type: ignore[method-assign]
     t.fit(
-        module, loader() if balance else DataLoader(Numbers(), batch_size=4), loader(24, shuffle=False), ckpt_path=path
+        module,
+        loader() if balance else DataLoader(Numbers(length if os.environ["RANK"] == "1" else math.inf), batch_size=4),
+        loader(24, shuffle=False),
+        ckpt_path=path,
     )
     return t.global_step, steps
 
@@ -114,11 +122,12 @@ def test_what_was_saved_and_what_came_after_the_resume_make_whole_epochs(tmp_pat
     assert sum(counts.values()) == 45 * 8
 
 
-def test_streams_go_on_where_each_rank_completed_its_last_sample(tmp_path: Path) -> None:
-    with Forked(2, train, tmp_path, 1, 26, None, None) as killed:
+@pytest.mark.parametrize("length", [math.inf, 20])
+def test_streams_go_on_where_each_rank_completed_its_last_sample(tmp_path: Path, length: float) -> None:
+    with Forked(2, train, tmp_path, 1, 26, None, None, length) as killed:
         for process in killed.processes:
             process.join(60)
-    found = run(2, train, tmp_path, 2, None, str(tmp_path / "step=20.ckpt"), None)
+    found = run(2, train, tmp_path, 2, None, str(tmp_path / "step=20.ckpt"), None, length)
     assert [steps for steps, _ in found] == [45, 45]
     assert found[0][1] == found[1][1]
     assert found[0][1][-2:] == [30, 40], "validated where it was to be, after the resume too"
@@ -129,3 +138,4 @@ def test_streams_go_on_where_each_rank_completed_its_last_sample(tmp_path: Path)
         trained.append(len(whole))
     assert sum(trained) == 45 * 8
     assert trained[0] > trained[1], "the fast rank did not wait for the slow one"
+    assert trained[1] == 20 or length > 20

@@ -9,6 +9,7 @@ import pytest
 from torch.distributed import HashStore
 
 from lightning_async.transport.cluster import ClusterCarrier
+from tests.transport.worlds import BUSY
 
 
 class ClusterWorld:
@@ -33,7 +34,7 @@ class ClusterWorld:
             if carrier.me != late:
                 carrier.start()
 
-    def until(self, condition: Callable[[], object], limit: float = 10.0) -> None:
+    def until(self, condition: Callable[[], object], limit: float = BUSY) -> None:
         """Let time pass until `condition()` holds; fail after `limit` seconds."""
         end = time.monotonic() + limit
         while not condition():

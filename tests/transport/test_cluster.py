@@ -20,12 +20,13 @@ from torch.distributed.distributed_c10d import Store
 
 from lightning_async.transport.cluster import ClusterCarrier, refuse_loopback
 from lightning_async.transport.mail import Carrier, Letter, Message
+from tests.transport.worlds import BUSY
 
 FORK = multiprocessing.get_context("fork")
 KIND = 20
 
 
-def until(carriers: list[ClusterCarrier], condition: Callable[[], object], limit: float = 10.0) -> None:
+def until(carriers: list[ClusterCarrier], condition: Callable[[], object], limit: float = BUSY) -> None:
     end = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < end, "it never happened"

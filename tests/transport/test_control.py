@@ -19,11 +19,12 @@ from torch.distributed.distributed_c10d import Store
 from lightning_async.transport.control import Control
 from lightning_async.transport.gloo import keys_of
 from lightning_async.transport.heartbeat import Beat, Silence
+from tests.transport.worlds import BUSY
 
 FORK = multiprocessing.get_context("fork")
 
 
-def until(condition: Callable[[], object], limit: float = 10.0) -> None:
+def until(condition: Callable[[], object], limit: float = BUSY) -> None:
     end = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < end, "it never happened"

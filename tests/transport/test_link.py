@@ -26,11 +26,12 @@ from lightning_async.transport.link import Link
 from lightning_async.transport.mail import Letter, Message
 from lightning_async.transport.shared import SharedBodies
 from lightning_async.transport.slots import HEADERS, Here, Inbox, Slots
+from tests.transport.worlds import BUSY
 
 FORK = multiprocessing.get_context("fork")
 
 
-def until(condition: Callable[[], object], limit: float = 10.0) -> None:
+def until(condition: Callable[[], object], limit: float = BUSY) -> None:
     end = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < end, "it never happened"
@@ -146,7 +147,7 @@ def _chat(end: End, seed: int, count: int) -> tuple[list[tuple[int, int, int]], 
     """Post `count` random messages and fold what comes in random order, until all is folded on both sides."""
     chance, sent, got, held = random.Random(seed), [], [], []
     kinds = [1, 2, 16, 17, 40, 63]
-    end_at = time.monotonic() + 20
+    end_at = time.monotonic() + BUSY
     while len(sent) < count or len(got) < count or not end.slots.idle():
         assert time.monotonic() < end_at
         kind, n = chance.choice(kinds), chance.choice([0, 1, 100, 1024, 1025, 3000, 30000, 70000])

@@ -12,6 +12,7 @@ from lightning_async.transport.mail import Carrier, Letter, Message
 from lightning_async.transport.virtual import VirtualCluster
 
 KIND = 16
+BUSY = 60.0  # seconds in which all comes about even on a machine busy with other things; a hang would take for ever
 
 
 class World(Protocol):
