@@ -95,7 +95,7 @@ def _with_fault(fault: str, rank: int) -> dict[str, Any]:
     lit = Lit()
     lit.layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))  # BatchNorm would keep a NaN for ever
     strategy = AsyncGlobalStrategy(local_steps=1, shards=1, silence=0.3, attenuation="none", mirror_every=2)
-    callbacks = [SpeedFaults(step_seconds=0.04), Faulty(rank, 12, FAULTS[fault])]
+    callbacks = [SpeedFaults(step_seconds=0.04), Faulty(rank, 6, FAULTS[fault])]
     t = trainer(3, strategy=strategy, callbacks=callbacks, max_epochs=1)
     t.fit(lit, loader(2), loader(10, shuffle=False))
     algorithm = strategy.algorithm
