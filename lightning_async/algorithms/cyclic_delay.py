@@ -148,6 +148,8 @@ class CyclicDelay(Algorithm):
 
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """Push what is left, by turns; when all have, pull: the consensus is the server's W."""
+        for exchange in self.exchanges:
+            exchange.clean = self._step - 1  # also who has nothing left says that it pauses
         meeting = ServerMeeting(
             list(self.exchanges),
             self.owners,
@@ -155,7 +157,7 @@ class CyclicDelay(Algorithm):
             self._step,
             pump=lambda: self._tend(replica, mail, LAST),
             push=lambda exchange: None,  # `pump` does, of all shards whose token has come
-            pausing=True,
+            pausing=False,
         )
         consensus = yield from _tended(meeting.consensus(replica, mail), meeting.pump)
         self._images = yield from self._own.images()
@@ -234,6 +236,8 @@ class CyclicDelay(Algorithm):
             self._fold(letter, replica)
             mail.folded(letter)
         for exchange in self.exchanges:
+            if exchange.token > exchange.place:  # an heir gave it, of whom nothing was heard here
+                self.owners.doubt(exchange.shard.number)
             if self.owners.look(exchange.shard.number):
                 self._move(exchange)
         self._own.tell()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Carrier
 from lightning_async.transport.rounds import Rounds
-from lightning_async.transport.virtual import VirtualCluster
+from lightning_async.transport.virtual import Program, VirtualCluster
 from tests.algorithms.legs import through_a_file
 
 SIZE, STEP, LR = 48, 0.02, 0.05
@@ -52,7 +52,7 @@ class Member:
 def go(
     speeds: Sequence[float],
     *,
-    seconds: float = 2.0,
+    seconds: float = 1.0,
     counting: bool = False,
     faults: Callable[[VirtualCluster], None] = lambda cluster: None,
     cluster: dict[str, Any] | None = None,
@@ -174,7 +174,7 @@ def test_one_member_is_plain_training_to_the_bit(make: Any, shards: int, token: 
 
 @pytest.mark.parametrize("token", TOKENS)
 def test_it_goes_to_the_minimum_of_the_sum(token: Any) -> None:
-    _, trained = go([1, 1, 1, 1], seconds=8.0, token=token)
+    _, trained = go([1, 1, 1, 1], seconds=4.0, token=token)
     torch.testing.assert_close(consensus(trained), TARGETS[:4].mean(0), rtol=0, atol=0.06)
 
 
@@ -215,8 +215,7 @@ def test_gradients_that_are_not_finite_are_not_added_but_counted() -> None:
 
 
 @pytest.mark.parametrize("token", TOKENS)
-@pytest.mark.parametrize("victim", [0, 1, 3])
-@pytest.mark.parametrize("at", [0.003, 0.5, 0.511, 0.77])
+@pytest.mark.parametrize(("victim", "at"), [(0, 0.003), (3, 0.003), (0, 0.5), (1, 0.511), (3, 0.77)])
 def test_a_killed_member_is_left_out_and_the_living_lose_no_more_than_they_say(
     token: Any, victim: int, at: float
 ) -> None:
@@ -226,7 +225,7 @@ def test_a_killed_member_is_left_out_and_the_living_lose_no_more_than_they_say(
         token=token,
         make_optimizer=sgd(1.0),
         mirror_every=1,
-        seconds=6.0,
+        seconds=2.0,
         faults=lambda cluster: cluster.kill(victim, at=at),
     )
     assert set(trained) == {0, 1, 2, 3} - {victim}
@@ -250,14 +249,13 @@ def test_under_skip_the_others_push_on_while_one_is_frozen_or_cut_off(victim: in
     members, trained = go([1, 1, 1, 1], seconds=4.0, max_accumulate=20, faults=faults)
     assert set(trained) == {0, 1, 2, 3}
     consensus(trained)
-    assert all(one.stepped < 1000 + 6.0 + 1000 for one in trained.values())
     assert all(member.computed == 200 for member in members)
 
 
 @pytest.mark.parametrize("token", TOKENS)
 def test_chance_kills_and_freezes_and_nobody_hangs(token: Any) -> None:
     chance = np.random.default_rng(7)
-    for seed in range(8):
+    for seed in range(5):
         times, victims = chance.uniform(0.01, 2.4, 3), chance.permutation(5)
 
         def faults(cluster: VirtualCluster, times: Any = times, victims: Any = victims) -> None:
@@ -273,7 +271,7 @@ def test_chance_kills_and_freezes_and_nobody_hangs(token: Any) -> None:
 # -- meetings ----------------------------------------------------------------------------------------------------------
 
 
-def legs(member: Member, carrier: Carrier, count: int, *, anew: bool) -> Iterator[Any]:
+def legs(member: Member, carrier: Carrier, count: int, *, anew: bool) -> Program:
     algorithm, step = member.algorithm, 0
     rounds = Rounds(carrier)
     algorithm.begin(member.replica, carrier, UNIT, rounds)
