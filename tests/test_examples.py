@@ -14,6 +14,15 @@ import sklearn.datasets  # noqa: F401  # imported first, it changes the environm
 import lightning_async  # noqa: F401  # the same
 from tests.strategies.ranks import FORK
 
+EXAMPLES = {
+    "async_global.py",
+    "cli.py",
+    "delayed_pipeline.py",
+    "demo.py",
+    "gossip_ring.py",
+    "lazy_sign.py",
+    "watch.py",
+}
 ROOT = Path(__file__).resolve().parents[1]
 Script = Callable[..., str]
 
@@ -35,14 +44,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
 
 def test_all_are_here() -> None:
-    assert {file.name for file in (ROOT / "examples").glob("*.py")} == {
-        "async_global.py",
-        "cli.py",
-        "demo.py",
-        "gossip_ring.py",
-        "lazy_sign.py",
-        "watch.py",
-    }
+    assert {file.name for file in (ROOT / "examples").glob("*.py")} == EXAMPLES
 
 
 @pytest.mark.parametrize("strategy", ["gossip_ring_fork", "ddp_fork"])
@@ -72,6 +74,13 @@ def test_global_weights(mode: str, script: Script) -> None:
     said = script("async_global.py", "--mode", mode, "--devices", "2", "--epochs", "1", "--start-method", "fork")
     assert "validation loss" in said
     assert "delays of rank 0's exchanges" in said
+
+
+def test_a_pipeline(script: Script) -> None:
+    said = script("delayed_pipeline.py", "--start-method", "fork", "--epochs", "1")
+    assert "validation accuracy" in said
+    assert "stage 0   " in said
+    assert "stage 1   " in said
 
 
 def test_cli(script: Script) -> None:

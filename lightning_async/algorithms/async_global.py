@@ -134,6 +134,7 @@ class AsyncGlobal(Algorithm):
             mail.members(),
             mine,
             behind,
+            blank=lambda number: torch.zeros_like(self.exchanges[number].base, device="cpu"),
             rules=self.rules,
             codec=self.codec,
             mirror_every=self.mirror_every,
@@ -153,6 +154,11 @@ class AsyncGlobal(Algorithm):
                 if not exchange.asked:
                     self._push(exchange, replica, mail, PUSH)
         return self.arrived()
+
+    def stop(self, replica: Replica, mail: Mail) -> Wait[None]:
+        """This member goes to where all wait for each other: from now on nobody may wait for its next push."""
+        if self.on_late == "wait":
+            yield from self._meeting(replica, mail).push_all(replica, mail)
 
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """Push what is left; when all have, pull: the consensus is the server's W."""
@@ -241,7 +247,7 @@ class AsyncGlobal(Algorithm):
         for exchange in self.exchanges:
             if self.owners.look(exchange.shard.number):
                 self._move(exchange)
-        self._own.tell()
+        self._own.tell(exchange.owner for exchange in self.exchanges)
 
     def _is_due(self, exchange: Exchange) -> bool:
         """The first pushes of the shards are spread over a period, so that they do not all travel at once."""

@@ -30,7 +30,7 @@ from lightning_async.algorithms.press import Press, Rest, Source, Values
 from lightning_async.algorithms.settle import settle
 from lightning_async.algorithms.sheets import SCALES, Scale, Span, cuts
 from lightning_async.algorithms.sign_exchange import MEAN, PART, Exchange, Gather, Slices
-from lightning_async.algorithms.sign_notices import MOST, Notices
+from lightning_async.algorithms.sign_notices import MOST, NOTICE, Notices
 from lightning_async.algorithms.sign_trigger import News, Trigger
 from lightning_async.algorithms.signs import BITS, BLOCK, NotFinite
 from lightning_async.arrival import Arrival
@@ -51,7 +51,12 @@ class LazySign(Algorithm):
     """Knobs and rounds; `strategies/lazy_sign.py` says what each knob is for."""
 
     in_step = True
-    kinds: ClassVar[Mapping[int, str]] = {PART: "part", MEAN: "mean", END: "end"}
+    kinds: ClassVar[Mapping[int, str]] = {
+        PART: "part",
+        MEAN: "mean",
+        END: "end",
+        **dict.fromkeys(range(NOTICE, NOTICE + 2 * MOST + 1), "notice"),
+    }
 
     def __init__(
         self,

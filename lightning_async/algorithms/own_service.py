@@ -6,6 +6,8 @@ meeting:        SHOW  <-- all its shards as bytes            a run that goes on:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -25,36 +27,48 @@ class OwnService:
     def __init__(self, mail: Mail) -> None:
         self._mail = mail
         self._told = (mail.members(), next_of(mail.me, mail.members()))
-        self._commands: list[Message] = []
+        self._commands: list[tuple[int, Message]] = []
 
-    def tell(self) -> None:
-        """Say what is new."""
+    def tell(self, owners: Iterable[int] = ()) -> None:
+        """Say what is new; of a death, to the other owners too."""
         mail = self._mail
         known = (mail.members(), next_of(mail.me, mail.live()))
         if known != self._told:
-            self._told, (members, mirror) = known, known
+            deaths, self._told, (members, mirror) = known[0] != self._told[0], known, known
             ranks = torch.tensor(members, dtype=torch.int64)
-            self._commands.append(Message(NEWS, ranks, version=-1 if mirror is None else mirror))
-        while self._commands and mail.post(mail.me, self._commands[0]):
-            self._commands.pop(0)
+            self._commands.append((mail.me, Message(NEWS, ranks, version=-1 if mirror is None else mirror)))
+            others = set(owners).intersection(members) - {mail.me} if deaths else ()
+            self._commands += [(owner, Message(NEWS, ranks)) for owner in sorted(others)]
+        self._post()
+
+    def _post(self) -> None:
+        """As far as the slots are free, for each in order; what was for the dead is dropped."""
+        mail, kept = self._mail, []
+        waiting: set[int] = set()
+        for peer, message in self._commands:
+            if peer in mail.members() and (peer in waiting or not mail.post(peer, message)):
+                waiting.add(peer)
+                kept.append((peer, message))
+        self._commands = kept
 
     def moved(self, exchange: Exchange, before: int) -> None:
         """A shard has another place now than `before`: take it over, or forget it."""
-        self._commands.append(Message(RETIRE, reference=before))
+        self._commands.append((self._mail.me, Message(RETIRE, reference=before)))
         if exchange.owner == self._mail.me:
             first = exchange.base.cpu().clone()
-            self._commands.append(Message(TAKE, first, version=exchange.version, reference=exchange.place))
+            take = Message(TAKE, first, version=exchange.version, reference=exchange.place)
+            self._commands.append((self._mail.me, take))
 
     def put(self, images: Tensor) -> None:
         """A run goes on: the service's shards are these."""
-        self._commands.append(Message(PUT, images))
+        self._commands.append((self._mail.me, Message(PUT, images)))
         self.tell()
 
     def images(self) -> Wait[Tensor]:
         """All shards of the service, as bytes."""
         mail = self._mail
         self.tell()
-        while self._commands or not mail.post(mail.me, Message(SHOW)):
+        while any(peer == mail.me for peer, _ in self._commands) or not mail.post(mail.me, Message(SHOW)):
             yield "the own service to hear"
             self.tell()
         while not (letters := mail.take(SHOWN)):

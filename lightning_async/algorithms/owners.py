@@ -10,7 +10,7 @@ back. An owner looks for its own successor, so one that was frozen learns that i
 
 from __future__ import annotations
 
-from lightning_async.algorithms.shards import first_owner, place
+from lightning_async.algorithms.shards import RUN, first_owner, place
 from lightning_async.transport.mail import Carrier
 
 
@@ -25,7 +25,7 @@ class Owners:
 
     def __init__(self, board: Carrier, shards: int, run: int) -> None:
         self._board, self._run = board, run
-        self._base = run * 2**20  # generations of one beginning are never those of another
+        self._base = run * RUN
         self._owners = [first_owner(b, shards, board.world) for b in range(shards)]
         self._generations = [1] * shards
         self._doubted: set[int] = set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from lightning_async.replica import Replica
 from lightning_async.transport.mail import Mail, Wait
 from lightning_async.transport.rounds import Rounds
 
+T = TypeVar("T")
 TRIES = 3
 """So often a member alone pushes: what the first push rounds off, the next one brings."""
 
@@ -47,9 +49,8 @@ class ServerMeeting:
 
     def consensus(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """The server's weights when all have pushed."""
-        for exchange in self.exchanges:
-            yield from self._push_all(exchange, replica, mail)
-        yield from self.rounds.agree(b"", what="all is pushed")
+        yield from self.push_all(replica, mail)
+        yield from self._attending(self.rounds.agree(b"", what="all is pushed"))
         behind = list(self.exchanges)
         while True:
             for exchange in behind:
@@ -65,6 +66,22 @@ class ServerMeeting:
         while exchange.asked:
             yield f"rank {exchange.owner}'s answer on shard {exchange.shard.number}"
             self.pump()
+
+    def push_all(self, replica: Replica, mail: Mail) -> Wait[None]:
+        """All shards, one after the other."""
+        for exchange in self.exchanges:
+            yield from self._push_all(exchange, replica, mail)
+
+    def _attending(self, waiting: Wait[T]) -> Wait[T]:
+        """Wait, and be there meanwhile: the others may need this member as an heir, which it must hear of to be one."""
+        while True:
+            try:
+                what = next(waiting)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            self.pump()
+            yield what
 
     def _push_all(self, exchange: Exchange, replica: Replica, mail: Mail) -> Wait[None]:
         yield from self.answered(exchange)
@@ -91,7 +108,7 @@ class ServerMeeting:
     def _newest(self) -> Wait[list[tuple[int, int]] | None]:
         """The newest place and version of each shard that anybody pulled; None: all pulled those."""
         mine = ",".join(f"{exchange.place}:{exchange.version}" for exchange in self.exchanges)
-        words = yield from self.rounds.agree(mine.encode(), what="the same weights")
+        words = yield from self._attending(self.rounds.agree(mine.encode(), what="the same weights"))
         if len(set(words.values())) == 1:
             return None
         read = [[_pair(one) for one in word.decode().split(",")] for word in words.values()]

@@ -2,7 +2,8 @@
 
     PUSH, LAST, PULL of everybody  -->  the shard's server, if this member owns that place; else NOT_HERE
     every m arrivals               -->  MIRROR to the next member, when it has said that the last one is there
-    TAKE of the own member         -->  a dead or frozen owner's shard: from its mirror, else from the member's own base
+    a place that succeeds a mirror -->  its owner is dead or frozen, and this member is the heir: taken over at once
+    TAKE of the own member         -->  the same, where there is no mirror: from the member's own base
     RETIRE of the own member       -->  somebody else has taken it over meanwhile: forget it
 
 It is a function of the letters that reach it, in their order (see `mail.Mail.serve`). What it cannot know by letters
@@ -34,6 +35,7 @@ from lightning_async.algorithms.shards import (
     SHOWN,
     TAKE,
     shard_of,
+    succeeds,
 )
 from lightning_async.algorithms.wire import EXACT, Codec
 from lightning_async.transport.mail import Letter, Message
@@ -68,6 +70,7 @@ class ShardService:
         members: Who lives.
         owned: The first weights of the shards that it owns, by their places.
         mirrored: The same of those whose first mirrors it holds.
+        blank: Makes zeros of the size and dtype of a shard.
         rules: How arrivals are treated.
         codec: How corrections and answers travel; between a member and its own service nothing is cut off.
         mirror_every: Arrivals between two mirrors; None: four for each member.
@@ -81,18 +84,17 @@ class ShardService:
         owned: Mapping[int, Tensor],
         mirrored: Mapping[int, Tensor],
         *,
+        blank: Callable[[int], Tensor],
         rules: Rules,
         codec: Codec,
         mirror_every: int | None = None,
         shrink: Callable[[], Shrink] = lambda: no_shrink,
     ) -> None:
         self._me, self._members, self._rules, self._codec = me, members, rules, codec
-        self._every, self._shrink = mirror_every, shrink
+        self._every, self._shrink, self._blank = mirror_every, shrink, blank
         self._next = next_of(me, members)
-        self._mirrors: dict[int, tuple[int, Tensor]] = {}
         self.owned = {at: Owned(self._new(weights.clone())) for at, weights in owned.items()}
-        for at, weights in mirrored.items():
-            self._mirrors[shard_of(at)] = at, self._new(weights.clone()).image()
+        self._mirrors = {shard_of(at): (at, self._new(weights.clone()).image()) for at, weights in mirrored.items()}
 
     def __call__(self, letter: Letter) -> Answers:
         """Do what the letter asks for."""
@@ -113,7 +115,7 @@ class ShardService:
     # -- of everybody -------------------------------------------------------------------------------------------------
 
     def _pushed(self, letter: Letter) -> Answers:
-        owned = self.owned.get(letter.message.reference)
+        owned = self._owned(letter.message.reference)
         if owned is None:
             return [_not_here(letter)]
         if owned.server.must_wait(letter.message.version):
@@ -143,7 +145,7 @@ class ShardService:
         return not owned.server.must_wait(letter.message.version)
 
     def _pulled(self, letter: Letter) -> Answers:
-        owned = self.owned.get(letter.message.reference)
+        owned = self._owned(letter.message.reference)
         if owned is None:
             return [_not_here(letter)]
         server = owned.server
@@ -181,8 +183,13 @@ class ShardService:
     def _hear(self, letter: Letter) -> Answers:
         body, before = letter.message.body, self._next
         assert body is not None  # it is the list of those that live
-        self._members = tuple(body.tolist())
-        self._next = letter.message.version if letter.message.version >= 0 else None
+        alive = body.tolist()
+        if letter.peer == self._me:
+            self._members = tuple(alive)
+            self._next = letter.message.version if letter.message.version >= 0 else None
+        else:  # somebody has heard of a death; perhaps of fewer than this member
+            self._members = tuple(rank for rank in self._members if rank in alive)
+            self._next = self._next if self._next in self._members else next_of(self._me, self._members)
         answers: list[tuple[int, Message]] = []
         for at, owned in self.owned.items():
             owned.server.hear(self._members)
@@ -196,15 +203,23 @@ class ShardService:
     def _take(self, letter: Letter) -> Answers:
         m = letter.message
         assert m.body is not None  # the weights to begin with, where there is no mirror
-        server = self._new(m.body.clone())
-        mirror = self._mirrors.pop(shard_of(m.reference), None)
-        if mirror is None:
-            server.version = server.orphaned = m.version
-        else:
-            server.become(mirror[1])
-        server.hear(self._members)
-        self.owned[m.reference] = owned = Owned(server, since=self._arrivals_per_mirror)
+        owned = self._owned(m.reference)
+        if owned is None:
+            owned = self.owned[m.reference] = Owned(self._new(m.body.clone()), since=self._arrivals_per_mirror)
+            owned.server.version = owned.server.orphaned = m.version
         return self._mirror(owned, m.reference)
+
+    def _owned(self, at: int) -> Owned | None:
+        """The shard at this place. Who asks for a place that succeeds a mirror's has read that this member is the heir:
+        it takes over at once, wherever its own member is."""
+        mirror = self._mirrors.get(shard_of(at))
+        if at not in self.owned and mirror is not None and succeeds(at, mirror[0]):
+            server = self._new(self._blank(shard_of(at)))
+            server.become(mirror[1])
+            server.hear(self._members)
+            self.owned[at] = Owned(server, since=self._arrivals_per_mirror)
+            del self._mirrors[shard_of(at)]
+        return self.owned.get(at)
 
     def _retire(self, letter: Letter) -> Answers:
         owned = self.owned.pop(letter.message.reference, None)

@@ -17,6 +17,8 @@ CUT = 16
 MANY = 8
 """Shards by default, at most: more owners share the load, and each exchange is in more pieces."""
 MOST = 2**16
+RUN = 2**20
+"""Generations of one beginning are never those of another."""
 
 PUSH = FIRST_FREE_KIND
 """To the owner: a correction. version: the base's; echo: microseconds of a step; samples; weight: what it counts."""
@@ -31,7 +33,7 @@ these weights (-1: not known); weight: all up to this version are in them, if th
 MIRROR, MIRRORED = FIRST_FREE_KIND + 4, FIRST_FREE_KIND + 5
 """From the owner to the next member: all that the shard is. And back: it is here."""
 NEWS = FIRST_FREE_KIND + 6
-"""From the member to its own service: body: who lives; version: where mirrors go."""
+"""Body: who lives. From the member to its own service: also, as version, where mirrors go. From others: of a death."""
 TAKE = FIRST_FREE_KIND + 7
 """From the member to its own service: this shard is ours now. body, version: the newest weights that the member had."""
 RETIRE = FIRST_FREE_KIND + 8
@@ -91,3 +93,8 @@ def place(shard: int, generation: int) -> int:
 def shard_of(at: int) -> int:
     """The shard of a place."""
     return at % MOST
+
+
+def succeeds(at: int, older: int) -> bool:
+    """Whether a place is a later one of the same shard, since the same beginning."""
+    return shard_of(at) == shard_of(older) and at > older and at // MOST // RUN == older // MOST // RUN

@@ -22,4 +22,6 @@ def reseed(seed: int, batch: int, place: int) -> None:
     number = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little") >> 1
     random.seed(number)
     np.random.seed(number % 2**32)
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)  # `torch.manual_seed` takes a stack trace for devices that are not used
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed(number)

@@ -63,7 +63,7 @@ class Sender:
             reference=stamp,
         )
         while not self._mail.post(self._peer, message):
-            yield from _present(self._mail, self._peer)
+            yield from present(self._mail, self._peer)
             yield f"rank {self._peer} to take batch {batch}"
 
 
@@ -103,7 +103,7 @@ class Receiver:
                     f"rank {self._mail.me} waits for batch {batch}, but rank {self._peer} has ended after batch {last}"
                     ": all stages must be given the same batches and stop after the same one"
                 )
-            yield from _present(self._mail, self._peer)
+            yield from present(self._mail, self._peer)
             yield f"batch {batch} from rank {self._peer}"
         return self._open(letters[0], batch)
 
@@ -127,8 +127,8 @@ def incoming(tensor: Tensor, wire: Wire) -> Tensor:
     return tensor.to(torch.float32) if wire == "bf16" and tensor.dtype == torch.bfloat16 else tensor
 
 
-def _present(mail: Mail, peer: int) -> Wait[None]:
-    """One more look at the run's flags before a death is called one: who stopped may have said why."""
+def present(mail: Mail, peer: int) -> Wait[None]:
+    """Raise if the peer is gone, after one more look at the run's flags: who stopped may have said why."""
     if peer not in mail.members():
         yield f"word from rank {peer}"
         raise LostStageError(

@@ -8,11 +8,15 @@ speed of the stages and links, and in one process (`simulator`).
 
 At a rest (validation, a checkpoint, the end) each place tells its neighbours after which batch: two that rest after
 different batches hear it at once, in place of waiting for each other.
+
+A wish to stop goes down with the batches; the last stage names a batch, which goes up with the gradients and is known
+to each stage before it gets there: so all stop after the same one (`halt`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,13 +31,17 @@ from lightning_async.pipeline.edge import (
     Receiver,
     Sender,
     Wire,
-    _present,
+    present,
 )
 from lightning_async.pipeline.schedule import Order
 from lightning_async.pipeline.stage import Compute, Stage
 from lightning_async.transport.mail import MARKER, Mail, Message, Wait
 
 Shrink = Callable[[Arrival, Tensor, Tensor | None], float]
+WISH = 1 << 40
+"""Beside the stamp of a batch: somebody on the way down wishes to stop."""
+REMEMBERED = 400
+"""So many passes are in the timeline: how a run begins says how it goes on."""
 
 
 class Place:
@@ -67,6 +75,8 @@ class Place:
         self.stage, self.mail, self.shrink, self.order = stage, mail, shrink, order
         self.updates = 0
         self.arrivals: list[Arrival] = []
+        self.timeline: list[tuple[schedule.Pass, int, float, float]] = []
+        self.wish, self.halt = False, 0
         self._update = update
         self._ends: dict[int, bool] = {}
         self._batch = self._since = since
@@ -96,11 +106,20 @@ class Place:
 
     def arrived(self, batch: int) -> Wait[Parcel]:
         """What the stage before made of this batch."""
-        return (yield from self._from_before.receive(batch))
+        parcel = yield from self._from_before.receive(batch)
+        self.wish = self.wish or bool(parcel.stamp & WISH)
+        return replace(parcel, stamp=parcel.stamp & ~WISH)
+
+    def forward(self, batch: int, x: Tensor, compute: Compute) -> Tensor:
+        """Run it through the own blocks."""
+        start = self.mail.now()
+        out = self.stage.forward(batch, x, compute, step=self.updates)
+        self.note("F", batch, start)
+        return out
 
     def pass_on(self, batch: int, out: Tensor, stamp: int = 0) -> Wait[None]:
         """Give the stage behind what this one made of the batch."""
-        yield from self._to_behind.send(batch, out, stamp)
+        yield from self._to_behind.send(batch, out, stamp | WISH * self.wish)
 
     def end(self) -> Wait[None]:
         """What comes after the forward pass."""
@@ -111,7 +130,14 @@ class Place:
 
     def give_back(self, batch: int, gradient: Tensor) -> Wait[None]:
         """Give the stage before the gradient of what it sent."""
-        yield from self._to_before.send(batch, gradient)
+        if self.stage.last and self.wish and not self.halt:
+            self.halt = batch + schedule.delay(0, self.stage.stages)
+        yield from self._to_before.send(batch, gradient, self.halt)
+
+    def note(self, direction: schedule.Pass, batch: int, start: float) -> None:
+        """Enter a pass that ends now in the timeline."""
+        if len(self.timeline) < REMEMBERED:
+            self.timeline.append((direction, batch, start, self.mail.now()))
 
     def turn(self, batch: int, x: Tensor | None, compute: Compute, *, ends: bool = True) -> Wait[None]:
         """A whole turn of a stage that is not the last; `x` is what the first one begins with."""
@@ -120,7 +146,7 @@ class Place:
         if x is None:
             parcel = yield from self.arrived(batch)
             x, stamp = parcel.tensor, parcel.stamp
-        yield from self.pass_on(batch, self.stage.forward(batch, x, compute, step=self.updates), stamp)
+        yield from self.pass_on(batch, self.forward(batch, x, compute), stamp)
         yield from self.end()
 
     # -- gradients -----------------------------------------------------------------------------------------------------
@@ -138,9 +164,12 @@ class Place:
 
     def _apply(self, batch: int) -> Wait[None]:
         parcel = yield from self._from_behind.receive(batch)
-        gradient = self.stage.backward(batch, parcel.tensor, self._factor(batch, parcel))
-        if self._before is not None and gradient is not None:
-            yield from self._to_before.send(batch, gradient)
+        self.halt = parcel.stamp or self.halt
+        factor, start = self._factor(batch, parcel), self.mail.now()
+        gradient = self.stage.backward(batch, parcel.tensor, factor)
+        self.note("B", batch, start)
+        if gradient is not None:
+            yield from self.give_back(batch, gradient)
         if self._ends.pop(batch):
             self.stage.before_step()
             self._update()
@@ -164,11 +193,11 @@ class Place:
         """Stop here together with the neighbours, after so many batches; gradients may stay on their way."""
         unmarked = list(self._neighbours)
         while unmarked := [r for r in unmarked if not self.mail.post(r, Message(MARKER, step=done))]:
-            yield from _present(self.mail, unmarked[0])
+            yield from present(self.mail, unmarked[0])
             yield f"rank {unmarked[0]} to hear of a rest after batch {done}"
         for rank in self._neighbours:
             while (last := self._has_ended(rank)) is None:
-                yield from _present(self.mail, rank)
+                yield from present(self.mail, rank)
                 yield f"rank {rank} to rest after batch {done}"
             if last != done:
                 raise LostStageError(

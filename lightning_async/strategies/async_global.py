@@ -175,6 +175,8 @@ class AsyncGlobalStrategy(AsyncStrategy):
     def meet(self) -> Wish:
         """Count the meetings: what is logged at all is logged by the end of the first."""
         meets = self.free
+        if meets and isinstance(self.algorithm, AsyncGlobal):
+            self.office.drive(self.algorithm.stop(self.replica, self.office.mail))
         wishes = super().meet()
         self._meetings += meets
         return wishes

@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -139,6 +140,14 @@ def synchronises_batchnorm(trainer: Trainer) -> bool:
     return getattr(trainer.strategy, "_layer_sync", None) is not None
 
 
+def first_batch(trainer: Trainer) -> Any:
+    """The first batch of a training loader that is made for this alone."""
+    loader = trainer.fit_loop._data_source.dataloader()
+    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+    batch, *_ = next(iter(combined))
+    return trainer.precision_plugin.convert_input(batch)
+
+
 def ends_in_step(trainer: Trainer) -> bool:
     """Whether an optimizer step is due with this batch, as far as `accumulate_grad_batches` goes."""
     return not trainer.fit_loop._should_accumulate()
@@ -147,6 +156,28 @@ def ends_in_step(trainer: Trainer) -> bool:
 def skip_backward(trainer: Trainer, leash: Leash, skip: bool) -> None:
     """Let the loop leave out its own backward pass and `zero_grad`, for the time of the run."""
     leash.set(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", skip)
+
+
+def around_ends_of_batches(
+    trainer: Trainer, leash: Leash, before: Callable[[], None], after: Callable[[], None]
+) -> None:
+    """Call `before` when all hooks of a batch are done, and `after` behind the validation that may follow it."""
+
+    def on_advance_end(fetcher: Any) -> None:
+        before()
+        original(fetcher)
+        after()
+
+    original = leash.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", on_advance_end)
+
+
+def share_by_sampler(trainer: Trainer, leash: Leash) -> None:
+    """Let Lightning put its sampler on the training data, as it does for other strategies."""
+    connector = trainer._data_connector
+    leash.replace(
+        "_data_connector._requires_distributed_sampler",
+        lambda loader: type(connector)._requires_distributed_sampler(connector, loader),
+    )
 
 
 def saves_every(callback: ModelCheckpoint) -> int:

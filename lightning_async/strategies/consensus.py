@@ -9,6 +9,7 @@ alone
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +41,7 @@ class Consensus:
 
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.last: dict[str, float] = {}
-        self.telling = Telling(lambda: strategy.office, self._trained)
+        self.telling = Telling(partial(getattr, strategy, "office"), self._trained)
         self._strategy = strategy
 
     def begin(self, model: torch.nn.Module, replica: Replica) -> None:

@@ -53,17 +53,21 @@ class Handover:
                 self._pass_through(leash, block)
 
     @contextmanager
-    def answering(self, answer: Answer, step: str) -> Iterator[None]:
+    def answering(self, answer: Answer) -> Iterator[None]:
         """In here the call is answered; it must come once."""
-        self._answer, self._calls, self._step = answer, 0, step
+        self._answer, self._calls = answer, 0
         try:
             yield
         finally:
             self._answer = None
         if self._calls == 0:
             raise MisconfigurationException(
-                f"`{step}` has not called `{self.name}`: the stages part at its call, so each step must call it once"
+                f"a step has not called `{self.name}`: the stages part at its call, so each step must call it once"
             )
+
+    def as_they_are(self) -> list[nn.Module]:
+        """The blocks, each to be called by itself."""
+        return [_Alone(self, block) for block in self.blocks]
 
     def run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
         """The blocks as they are, one after the other."""
@@ -83,7 +87,7 @@ class Handover:
         self._calls += 1
         if self._calls > 1:
             raise MisconfigurationException(
-                f"`{self._step}` calls `{self.name}` twice: each batch goes through the stages once; put both inputs "
+                f"a step calls `{self.name}` twice: each batch goes through the stages once; put both inputs "
                 "into one batch, or call the second network by another name outside of the stages"
             )
         if named or len(arguments) != 1 or not isinstance(arguments[0], Tensor):
@@ -109,6 +113,18 @@ class Handover:
             f"`{self.name}` was called outside of a step: its layers are spread over the ranks, and only in "
             "`training_step`, `validation_step`, `test_step` and `predict_step` do all of them take part"
         )
+
+
+class _Alone(nn.Module):
+    """One block, whose call is not the user's."""
+
+    def __init__(self, handover: Handover, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self._handover = handover
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._handover.run([self.block], x)
 
 
 def _find(module: LightningModule, stages: str | None) -> tuple[str, list[nn.Module], nn.Module | None]:

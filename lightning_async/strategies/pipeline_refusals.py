@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -9,8 +12,40 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from lightning_async.strategies import compat
 
 
-def refuse_pipeline(trainer: Trainer, name: str) -> None:
+def check_knobs(
+    chosen: Mapping[str, tuple[Any, Sequence[str]]],
+    *,
+    split: Any,
+    shrink: Any,
+    anneal: int,
+    replicas: int,
+    baseline: str,
+) -> None:
+    """Raise `ValueError` for knobs that mean nothing. `chosen`: (value, what it may be) by name."""
+    for knob, (value, allowed) in chosen.items():
+        if value not in allowed:
+            raise ValueError(f"`{knob}` must be one of {', '.join(allowed)}, got {value!r}")
+    if isinstance(split, str) and split not in ("even", "auto"):
+        raise ValueError(f"`split` must be 'even', 'auto' or a list of block numbers, got {split!r}")
+    if not 0 < shrink <= 1:
+        raise ValueError(f"`shrink` must be above 0 and at most 1, got {shrink}")
+    for knob, number in (("anneal", anneal), ("replicas", replicas)):
+        if number < 1:
+            raise ValueError(f"`{knob}` must be at least 1, got {number}")
+    if baseline == "sync" and shrink != 1:
+        raise ValueError(f"`shrink` must be 1 with baseline='sync', whose gradients are not late, got {shrink}")
+
+
+def refuse_pipeline(trainer: Trainer, name: str, world: int, replicas: int) -> None:
     """Raise for what a pipeline of late gradients cannot do."""
+    if world % replicas:
+        raise MisconfigurationException(
+            f"strategy={name!r}: {world} ranks cannot be divided among {replicas} replicas of the pipeline"
+        )
+    if replicas > 1 and world == replicas:
+        raise MisconfigurationException(
+            f"strategy={name!r}: {replicas} replicas on {world} ranks leave one stage for each; use strategy='ddp'"
+        )
     module = trainer.lightning_module
     if not module.automatic_optimization:
         raise MisconfigurationException(

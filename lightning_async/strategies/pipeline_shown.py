@@ -11,22 +11,25 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy
-
+from lightning_async.algorithms.algorithm import no_shrink
+from lightning_async.arrival import Arrival
 from lightning_async.pipeline import schedule
 from lightning_async.pipeline.edge import ACTIVATIONS, GRADIENTS
-from lightning_async.strategies.office import CALLBACKS, Office
+from lightning_async.pipeline.place import Shrink
+from lightning_async.pipeline.replicas import AVERAGES
+from lightning_async.progress.tally import ZERO, Tally
+from lightning_async.strategies.office import CALLBACKS
 from lightning_async.strategies.own_state import Part
+from lightning_async.strategies.pipes import Pipes
 from lightning_async.strategies.telling import Hear, Say, Telling
 from lightning_async.transport.mail import KIND_NAMES, Wait
 from lightning_async.transport.pages import Desk
 
 
-class PipelineShown(DDPStrategy):
+class PipelineShown(Pipes):
     """The face of a pipeline towards callbacks.
 
     Attributes:
-        office: This rank's place in the run.
         order: Whether a stage updates before its forward pass: its gradients are an update less late then.
         telling: What callbacks tell each other.
         last_meeting: Of the last rest: "seconds" and "idle" seconds; there are no replicas that could be apart.
@@ -34,9 +37,9 @@ class PipelineShown(DDPStrategy):
         healthy_delay: All delay is shrunk: it is structural.
         shrinks: What the factors of `shrink` multiply.
         skipped: Nothing is ever left out.
+        samples: How many samples this rank has seen, if it holds the last stage.
     """
 
-    office: Office
     order: schedule.Order
     telling: Telling
     last_meeting: Mapping[str, float] = {"spread": 0.0, "seconds": 0.0, "idle": 0.0}
@@ -45,24 +48,47 @@ class PipelineShown(DDPStrategy):
     shrinks = "gradients"
     skipped = 0
 
+    samples = 0
+    _law: float | Shrink = 1.0
+    _resting = True
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.telling = Telling(lambda: self.office, self._trained)
+
     @property
-    def index(self) -> int:
-        """The stage of this rank: the last one is rank 0's."""
-        return self.world_size - 1 - self.global_rank
+    def shrink(self) -> float | Shrink:
+        """The factor on what comes from the stage behind, or the law that is asked for it."""
+        return no_shrink if self._law == 1.0 else self._law
+
+    @shrink.setter
+    def shrink(self, law: float | Shrink) -> None:
+        self._law = 1.0 if law is no_shrink else law
+        if self.piped and self._turns is not None:
+            self.turns.place.shrink = self._law
+
+    def arrivals(self, reader: object = None) -> list[Arrival]:
+        """The gradients that reached this stage since this reader's last call."""
+        return self._turns.arrivals.read(reader) if self._turns is not None else []
+
+    def traffic(self) -> Mapping[Any, Any]:
+        """Bytes and messages by peer and kind, counted by the carrier."""
+        return self.office.traffic()
 
     @property
     def inherited(self) -> float:
         """The part of a gradient's delay by which it was shrunk already on its way here."""
-        if self.index >= self.world_size - 2:  # from the last stage, where nothing is late
+        if self.index >= self.depth - 2:  # from the last stage, where nothing is late
             return 0.0
-        early = schedule.updates_first(self.index, self.world_size, self.order)
-        behind, own = (schedule.delay(k, self.world_size) - early for k in (self.index + 1, self.index))
+        early = schedule.updates_first(self.index, self.depth, self.order)
+        behind, own = (schedule.delay(k, self.depth) - early for k in (self.index + 1, self.index))
         return behind / own
 
     @property
     def kinds(self) -> Mapping[int, str]:
         """The names of the kinds of messages that `traffic` counts."""
-        return KIND_NAMES | dict.fromkeys(ACTIVATIONS, "activations") | dict.fromkeys(GRADIENTS, "gradients")
+        edges = dict.fromkeys(ACTIVATIONS, "activations") | dict.fromkeys(GRADIENTS, "gradients")
+        return KIND_NAMES | edges | dict.fromkeys(AVERAGES, "replicas")
 
     @property
     def board(self) -> Desk:
@@ -81,19 +107,33 @@ class PipelineShown(DDPStrategy):
         """Save a state of this rank's own with every checkpoint, and put it back on the same rank."""
         self.telling.parts[name] = part
 
-    def _rested(self) -> Wait[None]:
+    def set_off(self) -> None:
+        """A batch comes: this rank leaves a rest, if it was in one."""
+        if self._resting:
+            self._resting = False
+            self.telling.set_off()
+
+    def tell(self) -> Wait[None]:
         """All are after the same batch: tell and hear."""
+        self._resting = True
+        if not (self.fitting and self.telling.begun):
+            return
         yield from self.telling.exchange()
         self.last_meeting = {"spread": 0.0, "seconds": self.telling.lasted, "idle": self.telling.idle}
 
-    def _kept(self) -> Wait[dict[str, Any]]:
+    def keeping(self) -> Wait[dict[str, Any]]:
         """What all ranks keep, by rank. Called by all; the states are what JSON can hold."""
         mine = {name: part.state_dict() for name, part in self.telling.parts.items()}
         words = yield from self.office.rounds.agree(json.dumps(mine).encode(), what="what ranks keep")
         return {str(rank): json.loads(word) for rank, word in words.items()}
 
-    def _put_back(self, kept: Mapping[str, Any]) -> None:
+    def put_back(self, kept: Mapping[str, Any]) -> None:
         """This rank's own, if as many ranks have kept something."""
         mine = kept.get(str(self.global_rank), {}) if len(kept) == self.world_size else {}
         for name in self.telling.parts.keys() & mine.keys():
             self.telling.parts[name].load_state_dict(mine[name])
+
+    def _trained(self) -> Tally:
+        """Batches and updates of this stage; samples are counted once, on the last one."""
+        turns = self._turns
+        return ZERO if turns is None else Tally(turns.batches, turns.place.updates, self.samples)

@@ -97,7 +97,8 @@ class RankFiles:
                     self._late.append(file)
         if gone and not saves:
             _discard(io, _index(path))
-            _discard_folder(io, _folder(path))
+            if not writes_later(io):  # else another rank may be about to write into it: it goes at the end
+                _discard_folder(io, _folder(path))
 
 
 def rank_file(path: str, save: str, rank: int) -> str:

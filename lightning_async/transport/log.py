@@ -123,9 +123,10 @@ class Log:
         """How many epochs were begun."""
         return len({line[3]["epoch"] for line in self._lines if line[1:3] == [NOTE, "epoch"]})
 
-    def comes(self, name: str) -> bool:
-        """Whether the next question must be this one."""
-        return not self.over and self._events[self._next][:2] == [self.count + 1, name]
+    def meets(self) -> bool:
+        """Whether the members meet before the next batch; on its way to a meeting a member may have words to say."""
+        ahead = (self._events[i][1] for i in range(self._next, len(self._events)))
+        return next((name for name in ahead if name in ("meet", "batch", "finish")), "finish") == "meet"
 
     def note(self, name: str) -> Any:
         """What was noted here under this name; None: nothing."""

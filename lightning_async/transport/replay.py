@@ -124,7 +124,7 @@ class ReplayCarrier:
 
     def meets(self) -> bool:
         """Whether the members met at this point."""
-        return self._log.comes("meet")
+        return self._log.meets()
 
     def note_meeting(self) -> None:
         """Check that the members meet here."""

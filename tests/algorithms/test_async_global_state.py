@@ -137,7 +137,7 @@ def test_on_real_links_one_sample_moves_w_equally_and_nobody_waits(wire: Any, sp
 
     programs = {
         r: train(
-            AsyncGlobal(local_steps=2, attenuation="none", wire=wire),
+            AsyncGlobal(local_steps=2, attenuation="none", wire=wire, shards=1),
             Replica([parameters[r]]),
             world.carriers[r],
             steps=steps[r],
@@ -159,11 +159,13 @@ def test_on_real_links_one_sample_moves_w_equally_and_nobody_waits(wire: Any, sp
             del programs[r]
         return not programs
 
+    world.until(lambda: all(len(carrier.live()) == n for carrier in world.carriers), limit=60)  # as a strategy begins
     world.until(step, limit=60)
     world.close()
     for end in ends.values():
         assert torch.equal(end.consensus, ends[0].consensus)
         assert end.waits == 0
-        assert {a.fate for a in end.arrivals} == {Fate.FOLDED}
-    for r in range(n):
-        assert ends[0].consensus[20 * r].item() * n == pytest.approx(steps[r], rel=1e-3)
+        assert {a.fate for a in end.arrivals} <= {Fate.FOLDED, Fate.LOST}
+    for r in range(n):  # on a busy machine a member may be silent for so long that its shard is taken over
+        lost = sum(a.samples for a in ends[r].arrivals if a.fate is Fate.LOST)
+        assert ends[0].consensus[20 * r].item() * n == pytest.approx(steps[r] - lost, rel=1e-3)

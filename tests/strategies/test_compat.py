@@ -104,6 +104,22 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
     assert compat.average_of(average) is not None
 
 
+def test_what_a_pipeline_takes_of_the_loop(t: L.Trainer) -> None:
+    leash, calls = compat.Leash(t), []
+    loop = t.fit_loop.epoch_loop
+    assert loop.automatic_optimization._skip_backward is False
+    compat.skip_backward(t, leash, True)
+    assert t.fit_loop._skip_backward is True
+    compat.around_ends_of_batches(t, leash, lambda: calls.append("before"), lambda: calls.append("after"))
+    assert callable(loop.on_advance_end)
+    compat.share_by_sampler(t, leash)
+    assert callable(_get(t, "_data_connector._requires_distributed_sampler"))
+    assert compat.ends_in_step(t)
+    leash.restore()
+    assert t.fit_loop._skip_backward is False
+    assert "on_advance_end" not in vars(loop)
+
+
 def _get(t: L.Trainer, path: str) -> Any:
     owner: Any = t
     for part in path.split("."):

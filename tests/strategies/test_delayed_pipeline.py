@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -31,6 +32,10 @@ def _fit(devices: int, knobs: dict[str, Any], module: dict[str, Any], options: d
     }
 
 
+def _context(options: dict[str, Any]) -> Any:
+    return torch.autocast("cpu", torch.bfloat16, enabled="precision" in options)
+
+
 def _simulated(stages: int, knobs: dict[str, Any], module: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """The same run by hand: two epochs of 8 batches, nothing drained between them."""
     lit, seed = Piped(**module), 5
@@ -47,11 +52,16 @@ def _simulated(stages: int, knobs: dict[str, Any], module: dict[str, Any], optio
         return [p for part in parts[stage] for p in part.parameters()]
 
     def compute(stage: int, x: Tensor) -> Tensor:
-        if stage == 0:
-            draws.reseed(seed, number[stage], 0)
-            x = lit.prepare(x)
-        draws.reseed(seed, number[stage], stage + 1)
-        return chains[stage](x)  # type: ignore[no-any-return]
+        with _context(options):
+            if stage == 0:
+                draws.reseed(seed, number[stage], 0)
+                x = lit.prepare(x)
+            draws.reseed(seed, number[stage], stage + 1)
+            return chains[stage](x)  # type: ignore[no-any-return]
+
+    def loss(batch: int, out: Tensor) -> Tensor:
+        with _context(options):
+            return (lit.head(out) - batches[batch - 1][1]).square().mean()  # type: ignore[no-any-return]
 
     def update(stage: int) -> None:
         if clip:
@@ -75,7 +85,7 @@ def _simulated(stages: int, knobs: dict[str, Any], module: dict[str, Any], optio
         places,
         [lambda x, s=s: compute(s, x) for s in range(stages)],
         [x for x, _ in batches],
-        lambda batch, out: (lit.head(out) - batches[batch - 1][1]).square().mean(),
+        loss,
         update,
         every=every,
         ends=lambda batch: ((batch - 1) % 8 + 1) % every == 0 or batch % 8 == 0,
@@ -97,6 +107,7 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (4, {"shrink": 0.5}, {}, {"gradient_clip_val": 0.1}),
     (3, {"order": "forward_first", "wire": "bf16"}, {"optimizer": "adam"}, {}),
     (3, {"shrink": 0.5}, {}, {"accumulate_grad_batches": 3}),
+    (2, {}, {}, {"precision": "bf16-mixed"}),
     (3, {"semantics": "hybrid"}, {"optimizer": "adam"}, {}),
 ]
 
@@ -123,3 +134,96 @@ def test_one_stage_is_plain_training_to_the_bit(optimizer: str) -> None:
     assert one["losses"] == plain["losses"]
     assert one["weights"] == plain["weights"]
     assert one["metrics"] == plain["metrics"]
+
+
+def test_the_baseline_is_plain_accumulation() -> None:
+    """Drained after each update, no gradient is late: what is left of the pipe is where the layers are."""
+    module, options = {"dropout": 0.0}, {"accumulate_grad_batches": 4}
+    piped = run(3, _fit, 3, {"baseline": "sync"}, module, options)
+    (plain,) = run(1, _quiet_fit, module, {**options, **PLAIN})
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(torch.tensor(piped[0]["losses"]), torch.tensor(plain["losses"]), **close)
+    torch.testing.assert_close(torch.tensor(piped[2]["weights"]), torch.tensor(plain["weights"]), **close)
+
+
+def _quiet_fit(module: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Plainly, with the pipeline's random numbers."""
+    lit = Piped(**module)
+    prepare, number = lit.prepare, iter(range(1, 100))
+
+    def seeded(x: Tensor) -> Tensor:
+        if lit.training:
+            draws.reseed(5, next(number), 0)
+        return prepare(x)
+
+    lit.prepare = seeded  # type: ignore[method-assign]
+    trainer(1, **options).fit(lit, loader(), loader(20))
+    return {"weights": weights(lit), "losses": lit.losses}
+
+
+def _replicated(replicas: int, depth: int) -> dict[str, Any]:
+    lit = Piped(dropout=0.0)
+    t = trainer(replicas * depth, knobs={"replicas": replicas}, max_epochs=1)
+    t.fit(lit, loader(4, n=56), loader(20))
+    return {"weights": weights(lit), "losses": len(lit.losses), "val": float(t.callback_metrics["val"])}
+
+
+def test_replicas_stay_equal() -> None:
+    ends = run(4, _replicated, 2, 2)
+    assert all(end["weights"] == ends[0]["weights"] for end in ends)
+    assert all(end["val"] == ends[0]["val"] for end in ends)
+    assert [end["losses"] for end in ends] == [7, 0, 7, 0]
+
+
+class StopsItself(Piped):
+    """Wishes to stop in mid-epoch, on one rank."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.global_rank == self.rank and self.trainer.global_step == 3:
+            self.trainer.should_stop = True
+
+
+def _stops(rank: int) -> int:
+    lit = StopsItself(rank)
+    t = trainer(3, max_epochs=5)
+    t.fit(lit, loader(2), loader(20))
+    return t.global_step
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_who_stops_in_mid_epoch_stops_all_after_the_same_batch(rank: int) -> None:
+    steps = run(3, _stops, rank)
+    assert len(set(steps)) == 1
+    assert 3 < steps[0] <= 3 + 2 * 4 + 1
+
+
+def _late(knobs: dict[str, Any], optimizer: str) -> dict[str, Any]:
+    warnings.filterwarnings("ignore", ".*a factor on the gradients changes nothing")
+    return _fit(3, knobs, {"optimizer": optimizer}, {})
+
+
+@pytest.mark.parametrize(
+    ("knobs", "optimizer"),
+    [
+        ({"compensate": "lr", "anneal": 8}, "sgd"),
+        ({"compensate": "predict"}, "adam"),
+        ({"compensate": "nesterov"}, "sgd"),
+        ({"shrink": 0.5}, "adam"),
+        ({"semantics": "recompute"}, "sgd"),
+    ],
+)
+def test_corrections_change_the_run_but_for_its_last_stage_at_first(knobs: dict[str, Any], optimizer: str) -> None:
+    ends, bare = run(3, _late, knobs, optimizer), run(3, _late, {}, optimizer)
+    assert ends[0]["losses"] != bare[0]["losses"]
+    assert ends[0]["losses"][:2] == bare[0]["losses"][:2]  # no earlier stage has stepped yet
+
+
+def test_delays_are_shown() -> None:
+    ends = run(3, _fit, 3, {}, {}, {})
+    assert ends[0]["delays"] == []
+    assert ends[1]["delays"][:4] == [0, 1, 1, 1]
+    assert ends[2]["delays"][:5] == [0, 1, 2, 3, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.strategies.piped import Piped, loader, trainer, weights
-from tests.strategies.ranks import run
+from tests.strategies.ranks import Forked, run
 
 SAVING = {"enable_checkpointing": True}
 MISSING = "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"
@@ -79,3 +81,37 @@ def test_saves_in_mid_epoch_are_whole(tmp_path: Path) -> None:
     assert len(state["optimizer_states"][0]["state"]) == len(list(Piped().parameters()))
     fresh = Piped().state_dict()
     assert all(not torch.equal(value, fresh[name]) for name, value in state["state_dict"].items())
+
+
+def test_a_run_goes_on_in_mid_epoch(tmp_path: Path) -> None:
+    """From the batch after the last one that was trained on, in the same order."""
+    whole = run(2, _train, str(tmp_path / "a"), 2, 2, None, {}, 5)
+    file = str(tmp_path / "a" / "epoch=0-step=5.ckpt")
+    rest = run(2, _train, str(tmp_path / "b"), 2, 2, file, {}, 5)
+    assert rest[0][1] == whole[0][1][5:]
+    assert rest[0][0] == whole[0][0]
+
+
+class Raises(Callback):
+    """Wishes to save what is there after an exception."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 4:
+            raise KeyError("gone")
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        warnings.filterwarnings("ignore", ".*is not written")
+        trainer.save_checkpoint("late.ckpt")
+
+
+def _fails(folder: str) -> None:
+    os.chdir(folder)
+    trainer(2, callbacks=[Raises()]).fit(Piped(), loader(), loader(20))
+
+
+def test_a_part_is_not_saved_as_a_whole(tmp_path: Path) -> None:
+    with Forked(2, _fails, str(tmp_path)) as forked:
+        results = forked.results(20.0)
+    assert [r.kind for r in results] == ["PeerFailedError", "KeyError"]
+    assert "rank 1 stopped: KeyError: 'gone'" in results[0].error
+    assert not list(tmp_path.iterdir())

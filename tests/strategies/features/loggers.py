@@ -74,8 +74,10 @@ def logs(folder: Path) -> dict[str, Any]:
         enable_progress_bar=True,
         max_epochs=1,
     )
+    fit(logger=False, default_root_dir=folder / "off", max_epochs=1)
     return {
         "first": first,
+        "off": (folder / "off").exists(),
         "table": lines(folder / "metrics.csv") if rank() == 0 else [],
         "diary": (diary.first, diary.all, diary.hparams),
         "quiet": (quiet.all, quiet.hparams),
@@ -159,7 +161,7 @@ LOGS = Scene(
         works(
             "logger", "True", lambda a, b: any(name.endswith("metrics.csv") or "tfevents" in name for name in a["root"])
         ),
-        works("logger", "False", lambda a, b: True, "no files"),
+        works("logger", "False", lambda a, b: a["off"] is b["off"] is False, "no files"),
         works("enable_autolog_hparams", "True", lambda a, b: a["diary"][2] == {"knob": 7}),
         works("enable_autolog_hparams", "False", lambda a, b: a["quiet"][1] == {}),
         works(

@@ -1,0 +1,63 @@
+"""Replicas of a pipeline keep equal weights: before each step the ranks of one stage average their gradients.
+
+replica 0   first -> ... -> last        each stage's ranks   g_r -> all others,  mean in the order of ranks
+replica 1   first -> ... -> last        and wait for all: replicas go in step, stages do not
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_async.pipeline.edge import present
+from lightning_async.transport.mail import FIRST_FREE_KIND, Mail, Message, Wait
+
+AVERAGES = range(FIRST_FREE_KIND + 8, FIRST_FREE_KIND + 10)
+
+
+class Replicas:
+    """The ranks that hold the same stage, seen from one of them."""
+
+    def __init__(self, mail: Mail, ranks: Sequence[int]) -> None:
+        self._mail, self._ranks = mail, tuple(ranks)
+        self._count = 0
+
+    def average(self, parameters: Sequence[Tensor]) -> Wait[None]:
+        """Make the gradients the mean over all replicas; one that a replica does not have counts as zeros there."""
+        if len(self._ranks) < 2 or not parameters:
+            return
+        self._count += 1
+        flat = torch.cat(
+            [_flat(p) for p in parameters] + [torch.tensor([float(p.grad is not None) for p in parameters])]
+        )
+        parts = yield from self._swap(flat)
+        total = torch.stack([parts[rank] for rank in self._ranks]).sum(0)
+        sizes = [p.numel() for p in parameters]
+        means, have = torch.split(total / len(self._ranks), [*sizes, len(sizes)]), total[-len(sizes) :].tolist()
+        for parameter, mean, there in zip(parameters, means, have, strict=False):
+            if there:
+                parameter.grad = mean.view(parameter.shape).to(parameter)
+
+    def _swap(self, flat: Tensor) -> Wait[dict[int, Tensor]]:
+        mail = self._mail
+        kind = AVERAGES[self._count % len(AVERAGES)]
+        parts = {mail.me: flat}
+        unsent = [rank for rank in self._ranks if rank != mail.me]
+        while unsent or len(parts) < len(self._ranks):
+            unsent = [r for r in unsent if not mail.post(r, Message(kind, flat, step=self._count))]
+            for letter in mail.take(kind):
+                if letter.message.body is not None:
+                    parts[letter.peer] = letter.message.body.clone()
+                mail.folded(letter)
+            missing = [r for r in self._ranks if r in unsent or r not in parts]
+            if missing:
+                yield from present(mail, missing[0])
+                yield f"rank {missing[0]}'s gradients of step {self._count}"
+        return parts
+
+
+def _flat(parameter: Tensor) -> Tensor:
+    found = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    return found.detach().reshape(-1).float().cpu()

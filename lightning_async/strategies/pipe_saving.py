@@ -1,0 +1,91 @@
+"""A checkpoint of a pipeline is an ordinary one: the whole state dict, the optimizer over all parameters, on rank 0.
+
+    all ranks      the pipe is drained: what is on its way is applied, so that a run can go on from here to the bit
+    all to all     each brings what it answers for: weights and buffers of its stage, its part of the optimizer's state
+    rank 0         writes
+
+A rank that loads takes its own part again, by the numbering that the user's optimizer has. So plain Lightning goes on
+from it, and a pipeline with another number of stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_async.strategies import whole
+from lightning_async.strategies.pipeline_shown import PipelineShown
+from lightning_async.transport.mail import Wait
+
+KEY = "delayed_pipeline"
+"""Our key in a checkpoint: what a plain run has no need of."""
+
+
+class PipeSaving(PipelineShown):
+    """Gives Lightning's file operations their meaning.
+
+    Attributes:
+        resumed: What the checkpoint said that the run goes on from.
+        epoch_began: After how many batches the epoch began.
+    """
+
+    resumed: Mapping[str, Any]
+    epoch_began = 0
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.resumed = {}
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The state of the whole module. Called by all ranks; the pipe is drained, so that a run can go on from it."""
+        if not self.meeting or not self.fitting:
+            return super().lightning_module_state_dict()
+        self.turns.drain()
+        return self.together(self.gathered(super().lightning_module_state_dict()))
+
+    def gathered(self, state: dict[str, Any]) -> Wait[dict[str, Any]]:
+        """The state with the parts of all stages in it."""
+        names = self.turns.parts.names() if self.global_rank < self.depth else set()
+        own = {name: value for name, value in state.items() if name in names}
+        for part in (yield from whole.gather(self.office.rounds, own)):
+            state |= part
+        return state
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state over all parameters, as that of the optimizer that the user made."""
+        if not self.meeting or not self.fitting:
+            return super().optimizer_state(optimizer)
+        return self.together(self.turns.parts.optimizer_state(optimizer, self.office.rounds))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """What belongs to the parameters that live here."""
+        states = checkpoint["optimizer_states"]
+        if self.piped:
+            pairs = zip(self.optimizers, states, strict=True)
+            states = [self.turns.parts.own_state(optimizer, state) for optimizer, state in pairs]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Rank 0 writes an ordinary checkpoint; after an exception there is nothing whole to write."""
+        if self.piped and self.fitting and self.alone:
+            rank_zero_warn(f"{self.name}: {filepath} is not written: after an exception a rank has its own stage only")
+            return
+        if self.piped and self.fitting:
+            checkpoint[KEY] = {
+                "batches": self.turns.batches,
+                "passes": self.turns.passes,
+                "epoch_began": self.epoch_began,
+                "between_epochs": self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
+                "seed": self.turns.seed,
+                "kept": self.together(self.keeping()),
+            }
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
+        """Read by all ranks."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
+        self.resumed = checkpoint.get(KEY, {}) if self.fitting else {}
+        return checkpoint

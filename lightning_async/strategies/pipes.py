@@ -1,0 +1,68 @@
+"""Which rank holds which stage: rank 0 the last one, so that loss, logs and files are where they always are.
+
+ranks      0  1  2 | 3  4  5          two replicas of three stages
+stages     2  1  0 | 2  1  0
+"""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+from lightning_async.strategies.collectives import Collectives
+from lightning_async.strategies.turns import Turns
+
+
+class Pipes(Collectives):
+    """Pipelines, seen from one rank.
+
+    Attributes:
+        replicas: How many there are.
+        fitting: Whether this run trains.
+    """
+
+    replicas = 1
+    fitting = False
+    _turns: Turns | None = None
+
+    @property
+    def depth(self) -> int:
+        """How many stages there are."""
+        return self.world_size // self.replicas
+
+    @property
+    def index(self) -> int:
+        """The stage of this rank: the last one is rank 0's."""
+        return self.depth - 1 - self.global_rank % self.depth
+
+    @property
+    def piped(self) -> bool:
+        """Whether there is more than one rank; a single one is plain training."""
+        return self.world_size > 1
+
+    def ranks_of_pipe(self) -> list[int]:
+        """Who holds which stage of this rank's pipeline, first to last."""
+        start = self.global_rank // self.depth * self.depth
+        return [start + self.depth - 1 - stage for stage in range(self.depth)]
+
+    def ranks_of_stage(self) -> list[int]:
+        """Who holds this rank's stage in each replica."""
+        return list(range(self.global_rank % self.depth, self.world_size, self.depth))
+
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer that this strategy serves."""
+        if self.lightning_module is None:
+            raise RuntimeError("there is no trainer before `connect`")
+        return self.lightning_module.trainer
+
+    @property
+    def turns(self) -> Turns:
+        """This rank's batches. There are none before `setup`."""
+        if self._turns is None:
+            raise RuntimeError("there is no pipeline outside of a run")
+        return self._turns
+
+    @property
+    def last(self) -> bool:
+        """Whether this rank has the loss."""
+        return self.index == self.depth - 1

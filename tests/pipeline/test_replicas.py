@@ -1,0 +1,49 @@
+"""The mean of all replicas' gradients, the same bits on each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_async.pipeline.edge import LostStageError
+from lightning_async.pipeline.replicas import Replicas
+from lightning_async.transport.virtual import VirtualCluster
+
+
+def _parameters(rank: int) -> list[nn.Parameter]:
+    found = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1))]
+    found[0].grad = torch.full((2, 3), float(rank + 1))
+    if rank == 1:
+        found[1].grad = torch.ones(4)
+    return found
+
+
+def _average(replicas: Replicas, parameters: list[nn.Parameter], times: int) -> Any:
+    for _ in range(times):
+        yield 0.01
+        yield from replicas.average(parameters)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_mean_on_all(n: int) -> None:
+    cluster = VirtualCluster(n)
+    parameters = [_parameters(rank) for rank in range(n)]
+    programs = {r: _average(Replicas(cluster.carriers[r], range(n)), parameters[r], 3) for r in range(n)}
+    cluster.run(programs)
+    for mine in parameters:
+        assert mine[0].grad is not None
+        assert torch.equal(mine[0].grad, torch.full((2, 3), sum(range(1, n + 1)) / n))
+        assert mine[2].grad is None
+    if n > 1:
+        assert all(torch.equal(p[1].grad, parameters[0][1].grad) for p in parameters)  # type: ignore[arg-type]
+        assert float(parameters[0][1].grad[0]) == pytest.approx(1 / n)  # type: ignore[index]
+
+
+def test_a_dead_replica_is_named() -> None:
+    cluster = VirtualCluster(2, silence=0.5, patience=1.0)
+    cluster.kill(1, at=0.1)
+    with pytest.raises(LostStageError, match="rank 1 died"):
+        cluster.run({r: _average(Replicas(cluster.carriers[r], range(2)), _parameters(r), 50) for r in range(2)})
