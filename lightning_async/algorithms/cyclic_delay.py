@@ -14,7 +14,7 @@ Asynchrony begets momentum (Mitliagkas et al. 2016): late gradients move W as if
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ from lightning_async.transport.mail import Letter, Mail, Message, Wait
 from lightning_async.transport.rounds import Rounds
 
 Token = Literal["skip", "strict"]
-T = TypeVar("T")
 
 
 class CyclicDelay(Algorithm):
@@ -118,6 +117,7 @@ class CyclicDelay(Algorithm):
             {at: part for at, (owner, part) in parts.items() if owner == mail.me},
             {at: part for at, (owner, part) in parts.items() if next_of(owner, members) == mail.me},
             first=first,
+            blank=lambda number: torch.zeros_like(self.exchanges[number].base, device="cpu"),
             skip=self.token == "skip",
             scale=self.scale,
             rules=self.rules,
@@ -159,7 +159,7 @@ class CyclicDelay(Algorithm):
             push=lambda exchange: None,  # `pump` does, of all shards whose token has come
             pausing=False,
         )
-        consensus = yield from _tended(meeting.consensus(replica, mail), meeting.pump)
+        consensus = yield from meeting.consensus(replica, mail)
         self._images = yield from self._own.images()
         return consensus
 
@@ -240,7 +240,7 @@ class CyclicDelay(Algorithm):
                 self.owners.doubt(exchange.shard.number)
             if self.owners.look(exchange.shard.number):
                 self._move(exchange)
-        self._own.tell()
+        self._own.tell(exchange.owner for exchange in self.exchanges)
 
     def _fold(self, letter: Letter, replica: Replica) -> None:
         exchange = self.exchanges[shard_of(letter.message.reference)]
@@ -270,18 +270,6 @@ class CyclicDelay(Algorithm):
 
     def _current_shrink(self) -> Shrink:
         return self.shrink
-
-
-def _tended(waiting: Wait[T], tend: Callable[[], None]) -> Wait[T]:
-    """Also who waits for the others answers for its turns: what a dead owner forgot is said again to its heir."""
-    while True:
-        try:
-            words = next(waiting)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        yield words
-        tend()
 
 
 def _check_choice(name: str, choice: object, choices: tuple[str, ...]) -> None:

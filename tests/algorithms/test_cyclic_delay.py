@@ -123,6 +123,25 @@ def test_the_delay_adapts_to_the_speed() -> None:
     assert 3 <= sum(fast) / len(fast) <= 5
 
 
+def test_with_scale_mean_each_push_counts_as_one_batch() -> None:
+    _, trained = go([1, 1, 4], counting=True, shards=1, make_optimizer=sgd(1.0), scale="mean")
+    pushes = torch.tensor([float(len(trained[rank].arrivals)) for rank in range(3)], dtype=torch.float64)
+    torch.testing.assert_close(consensus(trained)[:3], pushes)
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_with_scale_delay_only_what_is_later_than_in_a_healthy_run_counts_less(token: Any) -> None:
+    knobs: dict[str, Any] = {"counting": True, "shards": 1, "make_optimizer": sgd(1.0), "scale": "delay"}
+    members, trained = go([1, 1, 1, 30], token=token, seconds=4.0, **knobs)
+    shares = [4 * consensus(trained)[r].item() / members[r].computed for r in range(4)]
+    if token == "strict":
+        assert shares == pytest.approx([1.0] * 4)
+    else:
+        assert max(a.delay for a in trained[3].arrivals) > 10
+        assert shares[:3] == pytest.approx([1.0] * 3)
+        assert shares[3] < 0.9
+
+
 # -- strict ------------------------------------------------------------------------------------------------------------
 
 
