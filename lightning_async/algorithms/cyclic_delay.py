@@ -140,10 +140,10 @@ class CyclicDelay(Algorithm):
         self._step = step
         self._add_up()
         self._tend(replica, mail)
-        if self.token == "strict" or mail.members() == (mail.me,):
-            yield from self._until(lambda x: not x.asked, "the server's answer", replica, mail)
         if (most := self.max_accumulate) is not None:
             yield from self._until(lambda x: x.count < most, "the token", replica, mail)
+        if self.token == "strict" or mail.members() == (mail.me,):
+            yield from self._until(lambda x: not x.asked, "the server's answer", replica, mail)
         return self.arrived()
 
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:

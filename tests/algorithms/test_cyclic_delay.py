@@ -145,6 +145,13 @@ def test_with_scale_delay_only_what_is_later_than_in_a_healthy_run_counts_less(t
 # -- strict ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("knobs", [{}, {"max_accumulate": 1}, {"max_accumulate": 2, "shards": 3}], ids=str)
+@pytest.mark.parametrize("speeds", [[1, 1, 1, 1], [1, 1, 1, 4]], ids=str)
+def test_strict_is_never_more_than_n_minus_1_late_whatever_waits(speeds: Any, knobs: Any) -> None:
+    _, trained = go(speeds, token="strict", cluster={"latency": 0.01, "jitter": 2.0}, **knobs)
+    assert max(a.delay for a in arrivals(trained)) == 3
+
+
 @pytest.mark.parametrize("n", [2, 3, 4, 7])
 def test_strict_goes_round_and_round_and_no_push_is_more_than_n_minus_1_late(n: int) -> None:
     """At the end whoever has met is left out of the ring, which makes nothing later."""
