@@ -81,9 +81,10 @@ class Replica:
         return self._places
 
     @torch.no_grad()
-    def go_to(self, weights: Tensor) -> None:
-        """Be `weights`, to the bit. For methods in lock-step only: nothing is under way that this would erase."""
-        self.flat.copy_(weights)
+    def go_to(self, weights: Tensor, *, at: int = 0) -> None:
+        """Be `weights` from element `at` on, to the bit. For methods whose ranks move by nothing else: in lock-step, or
+        where a server takes the steps. Nothing is under way that this would erase."""
+        self.flat[at : at + weights.numel()].copy_(weights)
         self._rounded.show()
 
     def check(self) -> None:

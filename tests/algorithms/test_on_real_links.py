@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.algorithms.cyclic_delay import CyclicDelay
 from lightning_async.algorithms.gossip import gossip
 from lightning_async.algorithms.training import train
 from lightning_async.replica import Replica
@@ -69,3 +71,42 @@ def test_the_weighted_mean_and_one_samples_weight(mode: str, wire: str, speeds: 
         assert end.arrivals
     held = sum(a.mass for a in algorithms) + sum(a.ledger.total_mass() for a in algorithms)
     assert held == N * UNIT
+
+
+@pytest.mark.parametrize("token", ["skip", "strict"])
+def test_cyclic_updates_push_all_that_was_computed(token: Any) -> None:
+    world, parameters = ClusterWorld(N), [nn.Parameter(torch.zeros(40)) for _ in range(N)]
+    steps, ends = [40, 30, 20], {}
+
+    def compute(r: int) -> None:
+        parameters[r].grad = -torch.eye(N, 40)[r]
+
+    programs = {
+        r: train(
+            CyclicDelay(make_optimizer=lambda p: torch.optim.SGD(p, 1.0), token=token),
+            Replica([parameters[r]]),
+            world.carriers[r],
+            steps=steps[r],
+            take_step=lambda k, r=r: compute(r),
+            optimizer_step=lambda: None,
+            seconds=lambda me, k: 0.0,
+            rounds=Rounds(world.carriers[r]),
+        )
+        for r in range(N)
+    }
+
+    def step() -> bool:
+        for r in list(programs):
+            try:
+                next(programs[r])
+            except StopIteration as end:
+                ends[r] = end.value
+                del programs[r]
+        return not programs
+
+    world.until(step, limit=60)
+    world.close()
+    for end in ends.values():
+        assert torch.equal(end.consensus, ends[0].consensus)
+        torch.testing.assert_close(N * end.consensus[:N], torch.tensor(steps, dtype=torch.float32))
+        assert token == "strict" or end.waits == 0

@@ -1,0 +1,282 @@
+"""Cyclic updates with dynamic delay: members push by turns, and add up their gradients while they wait for theirs.
+
+    member j     x: the server's weights, as last pulled
+      batch, batch, batch        sum += gradient           (so many batches as its speed allows: the dynamic delay)
+      token   push the sum   ------------->  shard's owner, on arrival:  optimizer.step(sum / n),  version + 1
+      x = W                  <-------------  W;  the token goes to the next member
+
+Each shard has its own token, owner, version and optimizer state; shard b's token begins at member b mod n, so that all
+links carry the same. "strict" (Hu et al. 2018): the ring is never left, and who has pushed waits for W: no push is more
+than n - 1 versions late. "skip": nobody waits; an idle holder is passed over (see `turns`). The consensus is W.
+Asynchrony begets momentum (Mitliagkas et al. 2016): late gradients move W as if there were more of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink
+from lightning_async.algorithms.own_service import OwnService
+from lightning_async.algorithms.owners import Owners
+from lightning_async.algorithms.server_meeting import ServerMeeting
+from lightning_async.algorithms.server_step import MakeOptimizer, server_step
+from lightning_async.algorithms.shard_server import Rules
+from lightning_async.algorithms.shard_service import next_of
+from lightning_async.algorithms.shards import ANSWER, BID, LAST, MANY, NAMES, NOT_HERE, SERVED, TOKEN, cut, shard_of
+from lightning_async.algorithms.token_exchange import TokenExchange
+from lightning_async.algorithms.turn_service import Scale, TurnService
+from lightning_async.algorithms.weighting import law
+from lightning_async.algorithms.wire import EXACT
+from lightning_async.arrival import Arrival
+from lightning_async.replica import Replica
+from lightning_async.transport.mail import Letter, Mail, Message, Wait
+from lightning_async.transport.rounds import Rounds
+
+Token = Literal["skip", "strict"]
+
+
+class CyclicDelay(Algorithm):
+    """The member's side; what it serves is in `turn_service`.
+
+    It takes the gradients away before the optimizer of the member could step with them.
+
+    Args:
+        make_optimizer: Builds the server's optimizer for some parameters, as for synchronous training.
+        token: "skip": idle holders are passed over; "strict": the ring is never left, and members wait.
+        scale: What a push counts: "sum" (each batch one n-th), "mean" (each push as one batch), or "delay" (as "sum",
+            and less if it is later than in a healthy run).
+        strength: How much less with scale="delay": (1 + excess)^-strength; None: 0.5.
+        max_accumulate: So many batches may add up; then the member waits for its turn. None: no bound.
+        max_delay: Pushes with an excess of more than so many versions are shrunk; None: none are.
+        shards: How many shards; None: as many as members, at most 8.
+        mirror_every: Pushes of a shard between two mirrors of it; None: four for each member.
+
+    Attributes:
+        refused: Batches whose gradients were not finite: they are not added.
+    """
+
+    kinds: ClassVar[Mapping[int, str]] = {**NAMES, TOKEN: "token", BID: "token"}
+
+    def __init__(
+        self,
+        *,
+        make_optimizer: MakeOptimizer,
+        token: Token = "skip",
+        scale: Scale = "sum",
+        strength: float | None = None,
+        max_accumulate: int | None = None,
+        max_delay: int | None = 1000,
+        shards: int | None = None,
+        mirror_every: int | None = None,
+    ) -> None:
+        _check_choice("token", token, get_args(Token))
+        _check_choice("scale", scale, get_args(Scale))
+        if strength is not None and scale != "delay":
+            raise ValueError(f"`strength` has no meaning with scale={scale!r}: leave it out")
+        _check_count("max_accumulate", max_accumulate, "no bound")
+        _check_count("max_delay", max_delay, "no bound")
+        _check_count("shards", shards, "as many as members, at most 8")
+        _check_count("mirror_every", mirror_every, "four for each member")
+        self.token, self.scale, self.max_accumulate = token, scale, max_accumulate
+        self.shards, self.mirror_every = shards, mirror_every
+        self.rules = Rules("poly", law("poly", strength), max_delay, "shrink", server_step(make_optimizer))
+        self._beginnings = 0
+
+    # -- a run --------------------------------------------------------------------------------------------------------
+
+    def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
+        """All have the same weights: those are the server's, version 0."""
+        self._beginnings += 1
+        self._samples, self._rounds, self._step, self.refused = mass // UNIT, rounds, 0, 0
+        self._arrivals: list[Arrival] = []
+        self._images = torch.empty(0, dtype=torch.uint8)
+        self._gradient, self._finite = torch.zeros_like(replica.flat), True
+        shards = cut(replica.numel, min(self.shards or MANY, mail.world))
+        self.owners = Owners(rounds.carrier, len(shards), self._beginnings)
+        self.exchanges = [TokenExchange(shard, replica.flat) for shard in shards]
+        members = mail.members()
+        first: dict[int, int] = {}
+        for exchange in self.exchanges:
+            number = exchange.shard.number
+            exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
+            first[exchange.place] = members[number % len(members)]
+            exchange.token = exchange.place if first[exchange.place] == mail.me else 0
+        mail.serve((*SERVED, BID), self._service(replica, mail, first))
+        self._own = OwnService(mail)
+
+    def _service(self, replica: Replica, mail: Mail, first: Mapping[int, int]) -> TurnService:
+        flat, members = replica.flat.cpu(), mail.members()
+        parts = {x.place: (x.owner, flat[x.shard.part]) for x in self.exchanges}
+        return TurnService(
+            mail.me,
+            members,
+            {at: part for at, (owner, part) in parts.items() if owner == mail.me},
+            {at: part for at, (owner, part) in parts.items() if next_of(owner, members) == mail.me},
+            first=first,
+            blank=lambda number: torch.zeros_like(self.exchanges[number].base, device="cpu"),
+            skip=self.token == "skip",
+            scale=self.scale,
+            rules=self.rules,
+            codec=EXACT,
+            mirror_every=self.mirror_every,
+            shrink=self._current_shrink,
+        )
+
+    def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        """Take the gradients away."""
+        yield from ()  # never waits
+        for (parameter, _), part in zip(replica.places, replica.parts(self._gradient), strict=True):
+            if parameter.grad is not None:
+                part.add_(parameter.grad.flatten())
+                parameter.grad = None
+        return []
+
+    def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        """Add them up, and push where it is this member's turn."""
+        self._step = step
+        self._add_up()
+        self._tend(replica, mail)
+        if (most := self.max_accumulate) is not None:
+            yield from self._until(lambda x: x.count < most, "the token", replica, mail)
+        if self.token == "strict" or mail.members() == (mail.me,):
+            yield from self._until(lambda x: not x.asked, "the server's answer", replica, mail)
+        return self.arrived()
+
+    def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
+        """Push what is left, by turns; when all have, pull: the consensus is the server's W."""
+        for exchange in self.exchanges:
+            exchange.clean = self._step - 1  # also who has nothing left says that it pauses
+        meeting = ServerMeeting(
+            list(self.exchanges),
+            self.owners,
+            self._rounds,
+            self._step,
+            pump=lambda: self._tend(replica, mail, LAST),
+            push=lambda exchange: None,  # `pump` does, of all shards whose token has come
+            pausing=False,
+        )
+        consensus = yield from meeting.consensus(replica, mail)
+        self._images = yield from self._own.images()
+        return consensus
+
+    def resume(self, replica: Replica, *, adopted: bool) -> None:
+        """What was pulled is the base of what comes."""
+        self._gradient.zero_()
+
+    def healthy_delay(self, n: int) -> int:
+        """Between two pushes of a member, each of the others pushes once; without waiting, twice."""
+        return n - 1
+
+    def arrived(self) -> list[Arrival]:
+        """What became of own pushes since the last call."""
+        arrivals, self._arrivals = self._arrivals, []
+        return arrivals
+
+    # -- a state at a meeting -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The shards that this member owns, with their optimizers. The bases are the consensus."""
+        return {
+            "method": type(self).__name__,
+            "shards": len(self.exchanges),
+            "step": self._step,
+            "refused": self.refused,
+            "images": self._images,
+            "versions": [exchange.version for exchange in self.exchanges],
+            "pushes": [exchange.step for exchange in self.exchanges],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of the same method, on the weights of that meeting."""
+        mine = {"method": type(self).__name__, "shards": len(self.exchanges)}
+        for name, now in mine.items():
+            if state.get(name) != now:
+                raise ValueError(
+                    f"the run was saved with {name} {state.get(name)!r} and goes on with {now!r}: go on with the same, "
+                    "or start anew from the weights alone"
+                )
+        self._step, self.refused = state["step"], state["refused"]
+        for exchange, version, pushes in zip(self.exchanges, state["versions"], state["pushes"], strict=True):
+            exchange.version, exchange.step, exchange.clean = version, pushes, self._step
+        self._images = state["images"].clone()
+        self._own.put(self._images)
+
+    # -- between two steps --------------------------------------------------------------------------------------------
+
+    def _add_up(self) -> None:
+        """Before anything is folded: these gradients belong to the old weights."""
+        if bool(torch.isfinite(self._gradient).all()):
+            for exchange in self.exchanges:
+                exchange.add(self._gradient, self._samples)
+        else:
+            self.refused += 1
+        self._gradient.zero_()
+
+    def _tend(self, replica: Replica, mail: Mail, kind: int | None = None) -> None:
+        """Fold what came, push where a token is, say where none is. Never waits."""
+        self._pump(replica, mail)
+        for exchange in self.exchanges:
+            if kind is None:
+                exchange.give(mail, self._step)
+            elif exchange.astray or exchange.clean < self._step:
+                exchange.give(mail, self._step, kind=kind)
+            self._bid(exchange, mail)
+
+    def _pump(self, replica: Replica, mail: Mail) -> None:
+        mail.lost()  # what was asked of the dead is asked of others
+        for letter in mail.take(TOKEN):
+            exchange = self.exchanges[shard_of(letter.message.reference)]
+            exchange.token = max(exchange.token, letter.message.reference)
+            mail.folded(letter)
+        for letter in mail.take(ANSWER):
+            self._fold(letter, replica)
+            mail.folded(letter)
+        for exchange in self.exchanges:
+            if exchange.token > exchange.place:  # an heir gave it, of whom nothing was heard here
+                self.owners.doubt(exchange.shard.number)
+            if self.owners.look(exchange.shard.number):
+                self._move(exchange)
+        self._own.tell(exchange.owner for exchange in self.exchanges)
+
+    def _fold(self, letter: Letter, replica: Replica) -> None:
+        exchange = self.exchanges[shard_of(letter.message.reference)]
+        if letter.message.weight == NOT_HERE and letter.message.reference == exchange.place:
+            self.owners.doubt(exchange.shard.number)
+        self._arrivals += exchange.fold(letter, replica)
+
+    def _bid(self, exchange: TokenExchange, mail: Mail) -> None:
+        """Once for each batch, and when others are heard than before."""
+        bid = (self._step, mail.live())
+        if self.token == "strict" or exchange.has_token or exchange.asked or exchange.bidden == bid:
+            return
+        heard = torch.tensor(bid[1], dtype=torch.int64)
+        if mail.post(exchange.owner, Message(BID, heard, reference=exchange.place)):
+            exchange.bidden = bid
+
+    def _move(self, exchange: TokenExchange) -> None:
+        """A shard has a new owner."""
+        number, before = exchange.shard.number, exchange.place
+        exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
+        self._own.moved(exchange, before)
+
+    def _until(self, done: Callable[[TokenExchange], bool], what: str, replica: Replica, mail: Mail) -> Wait[None]:
+        while (waits := next((x for x in self.exchanges if not done(x)), None)) is not None:
+            yield f"{what} of shard {waits.shard.number}"
+            self._tend(replica, mail)
+
+    def _current_shrink(self) -> Shrink:
+        return self.shrink
+
+
+def _check_choice(name: str, choice: object, choices: tuple[str, ...]) -> None:
+    if choice not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {choice!r}")
+
+
+def _check_count(name: str, count: object, none: str) -> None:
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise ValueError(f"`{name}` must be an integer of at least 1, or None for {none}, got {count!r}")

@@ -1,0 +1,62 @@
+"""Whose turn it is at one shard: one token, given round the ring of those that live and do not pause.
+
+    member 0 --> 1 --> 2 --> 3 --> 0           the holder pushes: its turn ends, the next one's begins
+                       |                       "skip": it keeps two batches of another one waiting: it is passed over,
+                       +--> may push late      keeps its right to push once, and gets no other token until it has
+
+The shard's server gives the tokens, in one place and one order: so there is exactly one for each shard and generation,
+and none can be lost but with a member that is declared dead, which the server hears of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+BATCHES = 2
+"""So many batches of one other member may end during a turn; then the holder is idle."""
+
+
+class Turns:
+    """The turns of one shard.
+
+    Args:
+        first: Who holds the token; None: nobody yet.
+        after: Where nobody does: the one before the first.
+        skip: Whether an idle holder is passed over.
+
+    Attributes:
+        holder: Who has the token; None: nobody that may.
+        passed: Who was passed over and has not pushed since.
+    """
+
+    def __init__(self, first: int | None = None, *, after: int = -1, skip: bool) -> None:
+        self.holder, self.passed = first, set[int]()
+        self._last = after if first is None else first
+        self._skip = skip
+        self._bids: dict[int, int] = {}
+
+    def pushed(self, peer: int) -> None:
+        """A push has come, of the holder or of one that was passed over."""
+        if peer == self.holder:
+            self.holder = None
+        self.passed.discard(peer)
+
+    def bid(self, peer: int, live: Collection[int]) -> None:
+        """A batch of a member has ended without the token; it hears these."""
+        if not self._skip or self.holder is None or peer == self.holder:
+            return
+        self._bids[peer] = self._bids.get(peer, 0) + 1
+        if self._bids[peer] >= BATCHES or self.holder not in live:
+            self.passed.add(self.holder)
+            self.holder = None
+
+    def grant(self, members: Sequence[int], pausing: Collection[int]) -> int | None:
+        """Who gets the token now; None: it is somebody's already, or nobody may have it."""
+        self.passed &= set(members)
+        if self.holder in members:
+            return None
+        ring = [rank for rank in members if rank > self._last] + [rank for rank in members if rank <= self._last]
+        self.holder = next((rank for rank in ring if rank not in self.passed and rank not in pausing), None)
+        if self.holder is not None:
+            self._last, self._bids = self.holder, {}
+        return self.holder

@@ -1,0 +1,83 @@
+"""The server's optimizer: a shard alone moves as in the whole, and its state is what the rule says it remembers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+
+from lightning_async.algorithms.server_step import MakeOptimizer, server_step
+
+GRADIENTS = torch.randn(12, 64, generator=torch.Generator().manual_seed(2))
+GOOD: dict[str, MakeOptimizer] = {
+    "sgd": lambda p: optim.SGD(p, 0.1),
+    "momentum": lambda p: optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: optim.Adam(p, 0.01, amsgrad=True, weight_decay=0.1),
+    "adamw": lambda p: optim.AdamW(p, 0.01),
+}
+
+
+def start() -> Tensor:
+    return torch.linspace(-1, 1, 64)
+
+
+@pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
+def test_alone_it_is_the_optimizer_to_the_bit(make: MakeOptimizer) -> None:
+    twin, weights = nn.Parameter(start()), start()
+    theirs, mine = make([twin]), server_step(make)(weights)
+    for gradient in GRADIENTS:
+        twin.grad = gradient.clone()
+        theirs.step()
+        mine.arrive(weights, gradient, 1.0, 1)
+        assert torch.equal(weights, twin)
+
+
+@pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
+def test_two_halves_move_as_the_whole(make: MakeOptimizer) -> None:
+    whole, halves, rule = start(), [start()[:32].clone(), start()[32:].clone()], server_step(make)
+    rules = [rule(whole), rule(halves[0]), rule(halves[1])]
+    for gradient in GRADIENTS:
+        for one, weights, part in zip(rules, (whole, *halves), (gradient, *gradient.split(32)), strict=True):
+            one.arrive(weights, part, 0.25, 4)
+    torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
+def test_an_heir_with_its_tensors_and_count_goes_on_to_the_bit(make: MakeOptimizer) -> None:
+    weights, rule = start(), server_step(make)
+    old = rule(weights)
+    for gradient in GRADIENTS[:5]:
+        old.arrive(weights, gradient, 0.5, 2)
+    heirs = weights.clone()
+    heir = rule(heirs)
+    heir.count = old.count
+    for mine, theirs in zip(heir.tensors, old.tensors, strict=True):
+        mine.copy_(theirs)
+    for gradient in GRADIENTS[5:]:
+        old.arrive(weights, gradient, 0.5, 2)
+        heir.arrive(heirs, gradient, 0.5, 2)
+    assert torch.equal(weights, heirs)
+
+
+class ByNorm(optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        return super().step(closure)
+
+
+BAD: list[tuple[MakeOptimizer, str]] = [
+    (lambda p: ByNorm(p, 0.1), "ByNorm moves two halves in another way than the whole"),
+    (lambda p: optim.Adafactor(p), "Adafactor moves two halves"),
+    (lambda p: optim.Muon(p), "this optimizer cannot"),
+    (lambda p: optim.LBFGS(p), "this optimizer cannot"),
+    (lambda p: optim.RMSprop(p), "knows how to spread a step of SGD, Adam or AdamW over the members' pushes, got RMS"),
+]
+
+
+@pytest.mark.parametrize(("make", "sentence"), BAD)
+def test_what_cannot_serve_is_refused_with_a_sentence(make: MakeOptimizer, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        server_step(make)
