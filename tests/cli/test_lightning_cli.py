@@ -40,6 +40,14 @@ SPELLINGS = {
 }
 
 
+class TwoLayers(BoringModel):
+    """What a pipeline can cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.Linear(8, 2))
+
+
 class FewBatches(BoringDataModule):
     """Four batches to train on."""
 
@@ -57,7 +65,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Build:
     def script(*argv: str, **options: Any) -> LightningCLI:
         monkeypatch.setattr("sys.argv", ["train.py", *argv])
         return LightningCLI(
-            BoringModel, FewBatches, trainer_defaults=SMALL, seed_everything_default=1, **{"run": False, **options}
+            TwoLayers, FewBatches, trainer_defaults=SMALL, seed_everything_default=1, **{"run": False, **options}
         )
 
     return script
@@ -84,6 +92,8 @@ def test_two_ranks(name: str, build: Build) -> None:
     argv = ["--config", f"{ROOT}/{name}.yaml"]
     if name.startswith("callbacks/"):
         argv = ["--config", CONFIG, *argv]
+    if name == "strategies/delayed_pipeline":
+        argv.append("--trainer.strategy.init_args.stages=layer")
     cli = build(*argv, "--trainer.devices=2", "--trainer.strategy.init_args.start_method=fork")
     cli.trainer.fit(cli.model, cli.datamodule)
     assert cli.trainer.state.finished

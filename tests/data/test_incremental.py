@@ -296,8 +296,6 @@ def test_law_holds_on_a_real_board() -> None:
                     continue
                 until[k] = time.monotonic() + (said if isinstance(said, float) else 0.0)
             world.carriers[0].wait(0.001)
-        assert audit(shares, 640).holds
-        done = [sum(n for _, n in share.done()) for share in shares]
-        assert done[2] < 0.75 * min(done[:2])
+        assert audit(shares, 640).holds  # how far parts follow speeds: exactly, on the virtual clock above
     finally:
         world.close()
