@@ -159,7 +159,7 @@ def _dies(n: int) -> str:
             if trainer.global_step == 5 and trainer.global_rank == n - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    strategy = LazySignStrategy(**SIGNS, silence=0.5, patience=2.0)
+    strategy = LazySignStrategy(**SIGNS, silence=0.5, patience=5.0)
     try:
         trainer(n, strategy=strategy, callbacks=[Dies()]).fit(Plain(), loader(), held_out())
     except RuntimeError as error:

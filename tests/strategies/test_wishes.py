@@ -114,7 +114,7 @@ def timed(folder: Path) -> dict[str, Any]:
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10**6, save_last=True)
     t = trainer(
         3,
-        knobs={"silence": 0.5, "patience": 1.0},
+        knobs={"silence": 0.5, "patience": 4.0},
         callbacks=[Dies(), SpeedFaults(step_seconds=0.01), saver],
         max_epochs=-1,
         max_time={"seconds": 3},
