@@ -121,7 +121,8 @@ class Office:
         self, waiting: Wait[T], sign: Callable[[], object] | None = None, heed: Callable[[], object] | None = None
     ) -> T:
         """Run a `Wait` to its end; see `waiting.drive`."""
-        return drive(waiting, self.flags, limit=self.limit, sign=sign, heed=heed)
+        with self.carrier.gathered():
+            return drive(waiting, self.flags, limit=self.limit, sign=sign, heed=heed)
 
     def check_complete(self, world: int) -> None:
         """Refuse a further stage after a death: Lightning's own set-up would wait for the dead."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import threading
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from torch.distributed.distributed_c10d import Store
@@ -236,6 +237,7 @@ class ClusterCarrier:
 
     def wait(self, timeout: float) -> None:
         """See `Mail.wait`."""
+        self._here.gathering.send()
         self._control.waiting(True)
         try:
             with self._changed:
@@ -243,6 +245,10 @@ class ClusterCarrier:
                 self._noticed = self._news_count
         finally:
             self._control.waiting(False)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """A block whose short mail leaves together at its end; see `gathering`."""
+        return self._here.gathering.gathered()
 
     def traffic(self) -> dict[int, dict[int, Count]]:
         """Counters by peer and kind; kind 0 counts headers."""

@@ -9,7 +9,8 @@ number it has received whole and which of those it has not folded yet. From this
 message it has posted: folded (the slot is free), waiting there (the slot stays taken), or never arrived (sent again,
 under the same number). So a message is delivered exactly once however often the connection breaks.
 
-Whoever changes something here notifies `changed`; the link's sender thread waits on nothing else.
+Whoever changes something here notifies `changed`, the training thread once a step (`gathering`); the link's sender
+thread waits on nothing else.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.transport.checks import KINDS
+from lightning_async.transport.gathering import Gathering
 from lightning_async.transport.header import DATA, AnotherProtocolError, Header, dtype_code, dtype_of
 from lightning_async.transport.mail import Letter, Loss, Message
 from lightning_async.transport.traffic import HEADERS, Count, numbers_in
@@ -40,9 +42,10 @@ def nobody(letter: Callable[[], Letter]) -> None:
 
 @dataclass(slots=True)
 class Here:
-    """This member as its headers describe it."""
+    """This member as its headers describe it, and what of its mail is gathered."""
 
     step: int = 0
+    gathering: Gathering = field(default_factory=Gathering)
 
     def now(self) -> float:
         """Seconds on this member's clock."""
@@ -183,7 +186,7 @@ class Slots:
             slot.since = self._here.now()
             self.count(message.kind).numbers_out += numbers_in(body)
             self.queue.append(slot)
-            self.changed.notify_all()
+            self._here.gathering.stir(self.changed, nbytes)
         return True
 
     def _header(self, message: Message, nbytes: int) -> Header:
@@ -209,7 +212,7 @@ class Slots:
                 raise ValueError(f"letter {letter.number} of member {self.peer} was given back already")
             del self._unfolded[kind]
             self.acks.append(letter.number)
-            self.changed.notify_all()
+            self._here.gathering.stir(self.changed)
 
     def idle(self) -> bool:
         """Whether everything posted was folded, and every fold was told."""
