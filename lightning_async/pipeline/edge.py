@@ -5,11 +5,13 @@
 Each place in the queue is a kind of message of its own, so a slot is free again when its tensor was received. Whoever
 sends into a full queue waits, and so does whoever receives from an empty one. Nobody waits for a common tick.
 
-The header says the shape (at most six numbers), the number of the batch, and the stamp of the data that it came from.
+The header says the shape (at most six numbers), the number of the batch, the stamp of the data that it came from, and
+a number that stages tell each other (`norms`).
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +28,7 @@ GRADIENTS = range(FIRST_FREE_KIND + DEPTH, FIRST_FREE_KIND + 2 * DEPTH)
 DIMENSIONS = 6
 Wire = Literal["as_is", "bf16"]
 _HALF = 32
+_MOST = 3e38  # what float32 can hold
 
 
 class LostStageError(RuntimeError):
@@ -34,11 +37,12 @@ class LostStageError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """What came: the tensor, the stamp of its data, and an upper bound on its age."""
+    """What came: the tensor, the stamp of its data, an upper bound on its age, and a number that was told with it."""
 
     tensor: Tensor
     stamp: int
     seconds: float
+    told: float = 0.0
 
 
 class Sender:
@@ -48,8 +52,8 @@ class Sender:
         self._mail, self._peer, self._kinds, self._wire = mail, peer, kinds, wire
         self._count = 0
 
-    def send(self, batch: int, tensor: Tensor, stamp: int = 0) -> Wait[None]:
-        """Put it into the queue; it may be changed afterwards."""
+    def send(self, batch: int, tensor: Tensor, stamp: int = 0, told: float = 0.0) -> Wait[None]:
+        """Put it into the queue; it may be changed afterwards. `stamp`: 32 bits. `told`: not negative."""
         self._count += 1
         body = outgoing(tensor, self._wire).detach().cpu().contiguous()
         first, second, third = _pack(body.shape)
@@ -60,7 +64,7 @@ class Sender:
             version=first,
             samples=second,
             weight=third,
-            reference=stamp,
+            reference=stamp | _bits(told) << _HALF,
         )
         while not self._mail.post(self._peer, message):
             yield from present(self._mail, self._peer)
@@ -101,7 +105,7 @@ class Receiver:
             if (last := self._ended()) is not None:
                 raise LostStageError(
                     f"rank {self._mail.me} waits for batch {batch}, but rank {self._peer} has ended after batch {last}"
-                    ": all stages must be given the same batches and stop after the same one"
+                    ": all stages must be given the same batches, and stop, save and validate after the same ones"
                 )
             yield from present(self._mail, self._peer)
             yield f"batch {batch} from rank {self._peer}"
@@ -114,7 +118,8 @@ class Receiver:
         shape = _unpack((message.version, message.samples, message.weight))
         tensor = incoming(message.body.clone(), self._wire).view(shape).to(self._device)
         self._mail.folded(letter)
-        return Parcel(tensor, message.reference, letter.seconds)
+        stamp, told = message.reference & (1 << _HALF) - 1, _number(message.reference >> _HALF)
+        return Parcel(tensor, stamp, letter.seconds, told)
 
 
 def outgoing(tensor: Tensor, wire: Wire) -> Tensor:
@@ -145,6 +150,17 @@ def _pack(shape: Sequence[int]) -> tuple[int, int, int]:
     pairs = zip(lengths[::2], lengths[1::2], strict=True)
     first, second, third = (one | other << _HALF for one, other in pairs)
     return first, second, third
+
+
+def _bits(number: float) -> int:
+    """As float32; without its sign bit, so that it fits above a stamp."""
+    bits: int = struct.unpack("<i", struct.pack("<f", min(number, _MOST)))[0]
+    return bits
+
+
+def _number(bits: int) -> float:
+    number: float = struct.unpack("<f", struct.pack("<i", bits))[0]
+    return number
 
 
 def _unpack(numbers: Sequence[int]) -> list[int]:

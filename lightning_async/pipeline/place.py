@@ -33,13 +33,14 @@ from lightning_async.pipeline.edge import (
     Wire,
     present,
 )
+from lightning_async.pipeline.norms import Norms
 from lightning_async.pipeline.schedule import Order
 from lightning_async.pipeline.stage import Compute, Stage
 from lightning_async.transport.mail import MARKER, Mail, Message, Wait
 
 Shrink = Callable[[Arrival, Tensor, Tensor | None], float]
-WISH = 1 << 40
-"""Beside the stamp of a batch: somebody on the way down wishes to stop."""
+WISH = 1 << 31
+"""Beside the stamp of a batch, which is below it: somebody on the way down wishes to stop."""
 REMEMBERED = 400
 """So many passes are in the timeline: how a run begins says how it goes on."""
 
@@ -73,6 +74,7 @@ class Place:
         since: int = 0,
     ) -> None:
         self.stage, self.mail, self.shrink, self.order = stage, mail, shrink, order
+        self.norms = Norms()
         self.updates = 0
         self.arrivals: list[Arrival] = []
         self.timeline: list[tuple[schedule.Pass, int, float, float]] = []
@@ -108,6 +110,7 @@ class Place:
         """What the stage before made of this batch."""
         parcel = yield from self._from_before.receive(batch)
         self.wish = self.wish or bool(parcel.stamp & WISH)
+        self.norms.before = parcel.told
         return replace(parcel, stamp=parcel.stamp & ~WISH)
 
     def forward(self, batch: int, x: Tensor, compute: Compute) -> Tensor:
@@ -119,7 +122,8 @@ class Place:
 
     def pass_on(self, batch: int, out: Tensor, stamp: int = 0) -> Wait[None]:
         """Give the stage behind what this one made of the batch."""
-        yield from self._to_behind.send(batch, out, stamp | WISH * self.wish)
+        told = self.norms.before + self.norms.own
+        yield from self._to_behind.send(batch, out, stamp | WISH * self.wish, told)
 
     def end(self) -> Wait[None]:
         """What comes after the forward pass."""
@@ -132,7 +136,7 @@ class Place:
         """Give the stage before the gradient of what it sent."""
         if self.stage.last and self.wish and not self.halt:
             self.halt = batch + schedule.delay(0, self.stage.stages)
-        yield from self._to_before.send(batch, gradient, self.halt)
+        yield from self._to_before.send(batch, gradient, self.halt, self.norms.behind + self.norms.own)
 
     def note(self, direction: schedule.Pass, batch: int, start: float) -> None:
         """Enter a pass that ends now in the timeline."""
@@ -165,6 +169,7 @@ class Place:
     def _apply(self, batch: int) -> Wait[None]:
         parcel = yield from self._from_behind.receive(batch)
         self.halt = parcel.stamp or self.halt
+        self.norms.behind = parcel.told
         factor, start = self._factor(batch, parcel), self.mail.now()
         gradient = self.stage.backward(batch, parcel.tensor, factor)
         self.note("B", batch, start)

@@ -20,10 +20,10 @@ from lightning_async.strategies import compat
 from lightning_async.strategies.handover import HandedOver, Handover
 
 if TYPE_CHECKING:
-    from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
+    from lightning_async.strategies.pipe_setup import PipeSetup
 
 
-def measured(strategy: DelayedPipelineStrategy, handover: Handover) -> list[float]:
+def measured(strategy: PipeSetup, handover: Handover) -> list[float]:
     """Seconds of each block, forward and backward. The call must be answered by `handover` already."""
     module, precision, found = strategy.trainer.lightning_module, strategy.precision_plugin, []
 

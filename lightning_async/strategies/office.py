@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -118,10 +119,15 @@ class Office:
         return self._pages.desk(number)
 
     def drive(
-        self, waiting: Wait[T], sign: Callable[[], object] | None = None, heed: Callable[[], object] | None = None
+        self,
+        waiting: Wait[T],
+        sign: Callable[[], object] | None = None,
+        heed: Callable[[], object] | None = None,
+        *,
+        gathers: bool = True,
     ) -> T:
-        """Run a `Wait` to its end; see `waiting.drive`."""
-        with self.carrier.gathered():
+        """Run a `Wait` to its end; see `waiting.drive`. `gathers`: its short mail may leave together at the end."""
+        with self.carrier.gathered() if gathers else nullcontext():
             return drive(waiting, self.flags, limit=self.limit, sign=sign, heed=heed)
 
     def check_complete(self, world: int) -> None:

@@ -89,12 +89,12 @@ class Parts:
         return next(groups for one, groups in self._full if one is optimizer)
 
     def optimizer_state(self, optimizer: Optimizer, rounds: Rounds) -> Wait[dict[str, Any]]:
-        """The state over all parameters, numbered as the user made the optimizer."""
+        """The state over all parameters, numbered as the user made the optimizer; on rank 0."""
         number = {id(p): at for at, p in enumerate(p for group in self.numbering(optimizer) for p in group)}
         mine = [[number[id(p)], state] for p, state in optimizer.state.items()]
         state = optimizer.state_dict()
         entries: dict[int, Any] = {}
-        for part in (yield from whole.gather(rounds, mine)):
+        for part in (yield from whole.collect(rounds, mine, 0)):
             entries |= dict(part)
         groups, at = state["param_groups"], 0
         for group, parameters in zip(groups, self.numbering(optimizer), strict=True):

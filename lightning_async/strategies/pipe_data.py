@@ -11,6 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 SAMPLED = 64
+STAMPS = (1 << 31) - 1
 
 
 def stamp_of(batch: Any) -> int:
@@ -25,7 +26,7 @@ def stamp_of(batch: Any) -> int:
         return tensor
 
     apply_to_collection(batch, Tensor, look)
-    return stamp
+    return stamp & STAMPS
 
 
 class FromMidEpoch:

@@ -1,7 +1,7 @@
 """A checkpoint of a pipeline is an ordinary one: the whole state dict, the optimizer over all parameters, on rank 0.
 
     all ranks      the pipe is drained: what is on its way is applied, so that a run can go on from here to the bit
-    all to all     each brings what it answers for: weights and buffers of its stage, its part of the optimizer's state
+    all to rank 0  each brings what it answers for: weights and buffers of its stage, its part of the optimizer's state
     rank 0         writes
 
 A rank that loads takes its own part again, by the numbering that the user's optimizer has. So plain Lightning goes on
@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 from lightning_async.strategies import whole
 from lightning_async.strategies.pipeline_shown import PipelineShown
-from lightning_async.transport.mail import Wait
 
 KEY = "delayed_pipeline"
 """Our key in a checkpoint: what a plain run has no need of."""
@@ -40,19 +39,21 @@ class PipeSaving(PipelineShown):
         self.resumed = {}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The state of the whole module. Called by all ranks; the pipe is drained, so that a run can go on from it."""
+        """The whole module's state, on rank 0. Called by all; the pipe is drained, so that a run can go on from it."""
         if not self.meeting or not self.fitting:
             return super().lightning_module_state_dict()
-        self.turns.drain()
-        return self.together(self.gathered(super().lightning_module_state_dict()))
-
-    def gathered(self, state: dict[str, Any]) -> Wait[dict[str, Any]]:
-        """The state with the parts of all stages in it."""
-        names = self.turns.parts.names() if self.global_rank < self.depth else set()
-        own = {name: value for name, value in state.items() if name in names}
-        for part in (yield from whole.gather(self.office.rounds, own)):
+        turns = self.turns
+        self.together(turns.place.rest(turns.batches + turns.passes))  # first: who saves alone must hear of it
+        turns.drain()
+        state = super().lightning_module_state_dict()
+        for part in self.together(whole.collect(self.office.rounds, self.answered_for(state), 0)):
             state |= part
         return state
+
+    def answered_for(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of the module's state that this rank brings to the whole."""
+        names = self.turns.parts.names() if self.global_rank < self.depth else set()
+        return {name: value for name, value in state.items() if name in names}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state over all parameters, as that of the optimizer that the user made."""

@@ -6,10 +6,15 @@ stages     2  1  0 | 2  1  0
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from lightning.pytorch import Trainer
 
 from lightning_async.strategies.collectives import Collectives
 from lightning_async.strategies.turns import Turns
+from lightning_async.transport.mail import Wait
+
+T = TypeVar("T")
 
 
 class Pipes(Collectives):
@@ -38,6 +43,10 @@ class Pipes(Collectives):
     def piped(self) -> bool:
         """Whether there is more than one rank; a single one is plain training."""
         return self.world_size > 1
+
+    def together(self, waiting: Wait[T]) -> T:
+        """Run a `Wait` to its end. Each message leaves at once: a neighbour may have nothing else to do."""
+        return self.office.drive(waiting, gathers=False)
 
     def ranks_of_pipe(self) -> list[int]:
         """Who holds which stage of this rank's pipeline, first to last."""

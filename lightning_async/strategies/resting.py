@@ -22,10 +22,10 @@ class Resting(PipeSaving):
         if not self.meeting:
             return
         turns, trainer = self.turns, self.trainer
-        if drain:
-            turns.drain()
         self.telling.arrive()
         self.together(turns.place.rest(turns.batches + turns.passes))
+        if drain:  # behind the word that all are here: a drain alone would wait for who trains on
+            turns.drain()
         self.together(self.tell())
         mine = {key: float(value) for key, value in trainer.callback_metrics.items()}
         known = self.together(words.broadcast(self.office.rounds, mine, 0))

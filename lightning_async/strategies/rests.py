@@ -17,13 +17,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_async.strategies import compat
 
 if TYPE_CHECKING:
-    from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
+    from lightning_async.strategies.pipe_setup import PipeSetup
 
 
 class Rests(Callback):
     """The strategy's ears in the loops."""
 
-    def __init__(self, strategy: DelayedPipelineStrategy) -> None:
+    def __init__(self, strategy: PipeSetup) -> None:
         self.strategy = strategy
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:

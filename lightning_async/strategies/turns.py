@@ -31,7 +31,7 @@ from lightning_async.strategies.handover import Answer, HandedOver, Handover
 from lightning_async.strategies.parts import Parts
 
 if TYPE_CHECKING:
-    from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
+    from lightning_async.strategies.pipe_setup import PipeSetup
 
 Step = Callable[[], Any]
 
@@ -45,7 +45,7 @@ class Turns:
         arrivals: The gradients that came from the stage behind.
     """
 
-    def __init__(self, strategy: DelayedPipelineStrategy, handover: Handover, parts: Parts, *, seed: int) -> None:
+    def __init__(self, strategy: PipeSetup, handover: Handover, parts: Parts, *, seed: int) -> None:
         self.handover, self.parts, self.seed = handover, parts, seed
         self.batches = self.passes = 0
         self.arrivals = ArrivalLog()

@@ -3,6 +3,8 @@
     rank 0   {"head.weight": ..}  --+
     rank 1   {"net.1.weight": ..} --+--> [ {...}, {...}, {...} ]  on all, in the order of ranks
 
+At the end of a fit all take the whole; a checkpoint is collected by rank 0 alone, so no other rank has to hold it.
+
 No pickles: JSON for the structure, raw bytes for the tensors, in one flat tensor for each rank.
 """
 
@@ -27,6 +29,12 @@ _ALIGNED = 16
 def gather(rounds: Rounds, tree: Any) -> Wait[list[Any]]:
     """What each rank brought, in the order of ranks."""
     parts = yield from words.gather_uneven(rounds, pack(tree), what="gather the stages")
+    return [unpack(part) for part in parts]
+
+
+def collect(rounds: Rounds, tree: Any, at: int) -> Wait[list[Any]]:
+    """What each rank brought, in the order of ranks, on one of them; on the others nothing."""
+    parts, _ = yield from rounds.collect(pack(tree), at)
     return [unpack(part) for part in parts]
 
 

@@ -18,6 +18,8 @@ from lightning_async.transport.gloo import Keys
 
 WATCH_SECONDS = 10.0
 """A key is looked for until this long after `decided` last asked for it."""
+FLAGS = frozenset({"abort", "stop"})
+"""Asked for before every batch and in every wait: each tick looks for them, and no wait hurries for them alone."""
 
 
 class Requests:
@@ -69,12 +71,12 @@ class Requests:
     @property
     def open(self) -> bool:
         """Whether something is not answered yet."""
-        return bool(self._watched or self._proposals)
+        return bool(self._proposals) or self.watched
 
     @property
     def watched(self) -> bool:
-        """Whether a decision is looked for."""
-        return bool(self._watched)
+        """Whether a decision is looked for that somebody may wait for."""
+        return any(key not in FLAGS for key in list(self._watched))
 
     def _leave(self, note: Callable[[], None]) -> None:
         with self.changed:

@@ -89,13 +89,20 @@ class Rounds:
         """
         return (yield from self._exchange(f"exchange {how}", tensor, how, weight))
 
-    def _exchange(self, name: str, tensor: Tensor, how: How, weight: int) -> Wait[tuple[list[Tensor], tuple[int, ...]]]:
+    def collect(self, tensor: Tensor, at: int) -> Wait[tuple[list[Tensor], tuple[int, ...]]]:
+        """A flat tensor of every member, at one of them: the others send theirs, and get nothing."""
+        return (yield from self._exchange(f"collect at {at}", tensor, "gather", 1, at=at))
+
+    def _exchange(
+        self, name: str, tensor: Tensor, how: How, weight: int, at: int | None = None
+    ) -> Wait[tuple[list[Tensor], tuple[int, ...]]]:
         device, tensor = tensor.device, tensor.detach().contiguous().view(-1).cpu()
         what = f"{name} {str(tensor.dtype).removeprefix('torch.')}" + ("" if how == "gather" else f" {tensor.numel()}")
         while True:
             words = yield from self.agree(b"", what=what)
             members = tuple(words)
-            result = yield from self._attempt(tensor, how, weight, members)
+            gatherers = members if at is None else (at,)
+            result = yield from self._attempt(tensor, how, weight, members, gatherers)
             done = yield from self.agree(b"1" if result is not None else b"0", what=f"{what}: done")
             if result is not None and all(w == b"1" for w in done.values()):
                 return [part.to(device) for part in result], members
@@ -110,13 +117,16 @@ class Rounds:
 
     # -- one attempt ------------------------------------------------------------------------------------------------
 
-    def _attempt(self, tensor: Tensor, how: How, weight: int, members: tuple[int, ...]) -> Wait[list[Tensor] | None]:
+    def _attempt(
+        self, tensor: Tensor, how: How, weight: int, members: tuple[int, ...], gatherers: tuple[int, ...]
+    ) -> Wait[list[Tensor] | None]:
         """All slices by way of their owners; None if a member was lost on the way."""
         me = self.carrier.me
         if how == "gather":
-            parts = {r: tensor for r in members if r != me}
-            mine = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, members, weight)
-            return None if mine is None else [tensor.clone() if r == me else mine[r][0] for r in members]
+            parts = {r: tensor for r in gatherers if r in members and r != me}
+            senders = members if me in gatherers else ()
+            mine = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, senders, weight)
+            return None if mine is None else [tensor.clone() if r == me else mine[r][0] for r in senders]
         owners = members[:OWNERS]
         slices = dict(zip(owners, _cut(tensor, len(owners)), strict=True))
         outgoing = {owner: part for owner, part in slices.items() if owner != me}

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async.pipeline import draws
 from lightning_async.pipeline.partition import even, spans
 from lightning_async.pipeline.simulator import simulate
 from lightning_async.pipeline.stage import Stage
-from tests.strategies.piped import Piped, loader, trainer, weights
+from tests.strategies.piped import INPUTS, TARGETS, Piped, loader, trainer, weights
 from tests.strategies.ranks import run
 
 PLAIN = {"strategy": "auto"}
@@ -227,3 +228,33 @@ def test_delays_are_shown() -> None:
     assert ends[0]["delays"] == []
     assert ends[1]["delays"][:4] == [0, 1, 1, 1]
     assert ends[2]["delays"][:5] == [0, 1, 2, 3, 3]
+
+
+class Listens(Piped):
+    """Remembers the squared norms of the gradients with which its optimizer stepped."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        self.norms: list[float] = []
+
+        def note(*_: Any) -> None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self.norms.append(float(sum(g.square().sum() for g in gradients)))
+
+        optimizer.register_step_post_hook(note)
+        return optimizer
+
+
+def _clips(clip: str) -> float:
+    lit = Listens(lr=0.0, dropout=0.0)
+    lit.prepare = lambda x: lit.embed(x)  # type: ignore[method-assign]  # the same gradient from each batch
+    batch = TensorDataset(INPUTS[:8].repeat(14, 1), TARGETS[:8].repeat(14, 1))
+    t = trainer(3, knobs={"clip": clip}, gradient_clip_val=0.01, max_epochs=1, limit_val_batches=0)
+    t.fit(lit, DataLoader(batch, 8))
+    return lit.norms[-1]
+
+
+@pytest.mark.parametrize(("clip", "times"), [("pipe", 1), ("stage", 3)])
+def test_what_is_clipped_by_norm(clip: str, times: int) -> None:
+    """All of the pipe together, or each of its three stages."""
+    assert sum(run(3, _clips, clip)) == pytest.approx(times * 0.01**2, rel=1e-2)

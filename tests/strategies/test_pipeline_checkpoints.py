@@ -115,3 +115,30 @@ def test_a_part_is_not_saved_as_a_whole(tmp_path: Path) -> None:
     assert [r.kind for r in results] == ["PeerFailedError", "KeyError"]
     assert "rank 1 stopped: KeyError: 'gone'" in results[0].error
     assert not list(tmp_path.iterdir())
+
+
+class SavesAlone(Callback):
+    """As under `if trainer.is_global_zero`, which a checkpoint of a pipeline cannot be under."""
+
+    def __init__(self, rank: int, batch: int) -> None:
+        self.rank, self.batch = rank, batch
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == self.rank and batch_idx == self.batch:
+            trainer.save_checkpoint("alone.ckpt")
+
+
+def _saves_alone(folder: str, rank: int, batch: int) -> None:
+    os.chdir(folder)
+    trainer(3, callbacks=[SavesAlone(rank, batch)]).fit(Piped(), loader(), loader(20))
+
+
+@pytest.mark.parametrize(("rank", "batch"), [(0, 2), (1, 2), (2, 2), (0, 7)])
+def test_a_rank_that_saves_alone_stops_the_run_at_once(rank: int, batch: int, tmp_path: Path) -> None:
+    """In mid-epoch its neighbours hear that it rests; at the end of an epoch they rest too, but for something else."""
+    with Forked(3, _saves_alone, str(tmp_path), rank, batch) as forked:
+        results = forked.results(20.0)
+    assert all(r.kind in ("LostStageError", "PeerFailedError", "RuntimeError") for r in results), results
+    sentence = "the ranks are at different things" if batch == 7 else "stop, save and validate after the same ones"
+    assert any(sentence in r.error for r in results), results
+    assert not list(tmp_path.iterdir())

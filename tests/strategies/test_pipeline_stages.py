@@ -202,13 +202,14 @@ def test_sigterm_stops_all_cleanly(rank: int, tmp_path: Path) -> None:
     assert [r.kind for r in results] == ["SIGTERMException"] * 3, results
 
 
-def _unequal(devices: int) -> None:
+def _unequal(devices: int, more: int) -> None:
     lit = Piped()
-    trainer(devices, limit_val_batches=0).fit(lit, loader(n=40 + 16 * int(os.environ["RANK"])), loader(20))
+    trainer(devices, limit_val_batches=0).fit(lit, loader(n=40 + more * int(os.environ["RANK"])), loader(20))
 
 
-def test_unequal_numbers_of_batches_are_no_hang() -> None:
-    with Forked(2, _unequal, 2) as forked:
+@pytest.mark.parametrize(("devices", "more"), [(2, 16), (3, 8), (3, -8)])
+def test_unequal_numbers_of_batches_are_no_hang(devices: int, more: int) -> None:
+    with Forked(devices, _unequal, devices, more) as forked:
         results = forked.results(SECONDS)
     assert any("must be given the same batches" in r.error for r in results), results
 

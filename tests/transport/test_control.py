@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import Store
 from lightning_async.transport.control import Control
 from lightning_async.transport.gloo import keys_of
 from lightning_async.transport.heartbeat import Beat, Silence
+from lightning_async.transport.requests import FLAGS, Requests
 from tests.transport.worlds import BUSY
 
 FORK = multiprocessing.get_context("fork")
@@ -158,6 +159,18 @@ def test_a_watched_key_is_found_at_once_by_one_who_waits(store: Store) -> None:
         assert time.monotonic() - begin < 0.25
         assert told.wait(1)
         waiter.waiting(False)
+
+
+def test_no_wait_hurries_for_the_flags_of_the_run() -> None:
+    """They are asked for before every batch; each tick looks for them."""
+    requests = Requests()
+    for flag in FLAGS:
+        assert requests.decided(flag) is None
+    assert not requests.watched
+    assert not requests.open
+    assert requests.decided("round0/1/0") is None
+    assert requests.watched
+    assert requests.open
 
 
 def test_tickets_go_to_one_member_each(store: Store) -> None:

@@ -76,6 +76,8 @@ def test_weighted_mean_and_gather_of_unequal_sizes(make_world: MakeWorld) -> Non
     assert all(torch.equal(result[0], torch.full((2,), 5 / 3)) for result, _ in means)
     gathered = together(world, [rounds[r].exchange(torch.arange(r + 1), "gather") for r in range(3)])
     assert [[part.tolist() for part in result] for result, _ in gathered] == [[[0], [0, 1], [0, 1, 2]]] * 3
+    collected = together(world, [rounds[r].collect(torch.arange(r + 1), 1) for r in range(3)])
+    assert [[part.tolist() for part in result] for result, _ in collected] == [[], [[0], [0, 1], [0, 1, 2]], []]
 
 
 def test_the_mean_of_equals_is_that_to_the_bit(make_world: MakeWorld) -> None:

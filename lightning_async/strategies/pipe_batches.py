@@ -1,0 +1,147 @@
+"""What Lightning's loop asks of a strategy for a batch, and what that is in a pipeline.
+
+              last stage                                      the others
+step          the user's, with what arrived as the call's     a turn in the pipe (`turns`), and a zero for a loss
+backward      Lightning's, then the gradient goes back        none: it comes with a gradient from behind
+optimizer     Lightning's                                     none: it comes with the last gradient of a group
+data          the same batches on all; the order of each epoch is drawn alike
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_async.data.counts import samples_in
+from lightning_async.pipeline import draws
+from lightning_async.strategies import whole
+from lightning_async.strategies.garbage import Garbage
+from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of
+from lightning_async.strategies.promptness import Promptness
+from lightning_async.strategies.resting import Resting
+
+Timeline = list[tuple[str, int, float, float]]
+
+
+class PipeBatches(Resting):
+    """The batches of one rank, as Lightning's loop sees them.
+
+    Attributes:
+        timelines: The first passes of each stage, after a fit.
+    """
+
+    timelines: dict[int, Timeline]
+    _fresh = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.timelines = {}
+        self._garbage, self._promptness = Garbage(), Promptness()
+
+    def listen(self) -> None:
+        """Stop here if somebody stopped the run."""
+        self.office.listen()
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """A new iterator draws its order next; where a run goes on, the one that it drew then."""
+        if not self.piped or not self.trainer.training:
+            return dataloader
+        turns, between = self.turns, self.resumed.get("between_epochs", True)
+        self._fresh = between  # in mid-epoch no epoch starts next
+        draws.reseed(turns.seed, turns.batches if between else self.epoch_began, draws.BETWEEN)
+        return dataloader if between else FromMidEpoch(dataloader, turns.batches - self.epoch_began)
+
+    def epoch_started(self) -> None:
+        """The order of the data is drawn next, the same on all ranks."""
+        if self.piped:
+            fresh, self._fresh = self._fresh, False
+            self.epoch_began = self.turns.batches
+            if not fresh:
+                draws.reseed(self.turns.seed, self.turns.batches, draws.BETWEEN)
+
+    def on_train_start(self) -> None:
+        """Right before the first batch."""
+        self._garbage.set_aside()
+        if self.piped:
+            self._promptness.begin()
+            self.put_back(self.resumed.get("kept", {}))
+        if not self.last and self.lr_scheduler_configs:
+            for optimizer in self.optimizers:  # its first real step comes late: without this torch would warn
+                optimizer.zero_grad()
+                optimizer.step()
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Note what the batch is, while it is here; its samples are counted once, on the last stage."""
+        if self.last and self.trainer.training:
+            self.samples += samples_in(batch) or 0
+        if self._turns is not None and self.index in (0, self.depth - 1):
+            self.turns.stamp = stamp_of(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See `turns`."""
+        step = partial(super().training_step, *args, **kwargs)
+        self.set_off()
+        return self.turns.train(step, self.precision_plugin.train_step_context) if self.piped else step()
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See `turns`."""
+        step = partial(super().validation_step, *args, **kwargs)
+        return self.turns.evaluate(step, self.precision_plugin.val_step_context) if self.piped else step()
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See `turns`."""
+        step = partial(super().test_step, *args, **kwargs)
+        return self.turns.evaluate(step, self.precision_plugin.test_step_context) if self.piped else step()
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """See `turns`; rank 0 has the predictions."""
+        step = partial(super().predict_step, *args, **kwargs)
+        return self.turns.evaluate(step, self.precision_plugin.predict_step_context) if self.piped else step()
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Of the last stage alone: the others have no loss."""
+        loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        if self.piped:
+            self.turns.went_back()
+        return loss
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """The step that Lightning's loop asks for: on the last stage as ever, elsewhere it comes with the gradient."""
+        if not self.last:
+            return closure()
+
+        def closure_then_average() -> Any:
+            result = closure()
+            self.turns.average()
+            return result
+
+        return super().optimizer_step(optimizer, closure_then_average if self.piped else closure, model, **kwargs)
+
+    def step_now(self, optimizer: Optimizer) -> None:
+        """The step of a stage before the last: its gradients are there. Hooks and clipping as ever."""
+        with self.turns.around_step(optimizer):
+            super().optimizer_step(optimizer, lambda: None)
+
+    def on_train_end(self) -> None:
+        """Every rank takes the whole module home."""
+        if self.piped:
+            passes = self.together(whole.gather(self.office.rounds, list(self.turns.place.timeline)))
+            self.timelines = {self.depth - 1 - rank: line for rank, line in enumerate(passes[: self.depth])}
+            state = self.trainer.lightning_module.state_dict()
+            for part in self.together(whole.gather(self.office.rounds, self.answered_for(state))):
+                state |= part
+            self.turns.parts.take_home(state)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """What rank 0 has is the run's."""
+        return tensor
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """There is one model, so one tensor."""
+        return tensor.unsqueeze(0)

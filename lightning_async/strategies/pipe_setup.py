@@ -1,0 +1,219 @@
+"""How a rank takes its place in the pipe, and leaves it.
+
+setup_environment   processes know each other; from here on `barrier` and its kind go through rounds
+setup               all ranks equal to rank 0 -> the network is cut -> weights of other stages are sent away
+                    -> the user's optimizers -> they keep what lives here -> the place in the pipe
+teardown            farewell, no threads, Lightning as it was
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_async.pipeline import partition
+from lightning_async.pipeline.compensate import Compensate
+from lightning_async.pipeline.edge import Wire
+from lightning_async.pipeline.stash import Semantics
+from lightning_async.strategies import compat, whole, words
+from lightning_async.strategies.handover import Handover
+from lightning_async.strategies.measuring import measured
+from lightning_async.strategies.metrics import LedMetrics
+from lightning_async.strategies.parts import Parts
+from lightning_async.strategies.pipe_batches import PipeBatches
+from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse_schedulers
+from lightning_async.strategies.refusals import refuse, refuse_optimizers
+from lightning_async.strategies.rests import Rests
+from lightning_async.strategies.turns import Turns, stash_limit
+from lightning_async.transport.mail import Wait
+
+Split = Literal["even", "auto"]
+Baseline = Literal["none", "sync"]
+Clip = Literal["stage", "pipe"]
+
+
+class PipeSetup(PipeBatches):
+    """Set-up and teardown of one rank. The knobs are those of `DelayedPipelineStrategy`.
+
+    Attributes:
+        measuring: Whether blocks are being measured: then nothing is logged.
+    """
+
+    stages: str | None
+    split: Split | list[int]
+    semantics: Semantics
+    compensate: Compensate
+    anneal: int
+    clip: Clip
+    baseline: Baseline
+    wire: Wire
+    measuring = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._leash: compat.Leash | None = None
+        self._metrics: LedMetrics | None = None
+        self._found: tuple[int, ...] = ()
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """All stages of a pipeline train on the same batches; evaluation is the same on all replicas."""
+        training = self.trainer.training
+        return {
+            "num_replicas": self.replicas if training else 1,
+            "rank": self.global_rank // self.depth if training else 0,
+        }
+
+    def connect(self, model: LightningModule) -> None:
+        """Stand first among the callbacks, once."""
+        super().connect(model)
+        callbacks = compat.callbacks(model.trainer)
+        if not any(isinstance(c, Rests) for c in callbacks):
+            callbacks.insert(0, Rests(self))
+
+    def setup_environment(self) -> None:
+        """Processes know each other; from here on `barrier` and its kind go through rounds."""
+        trainer = self.trainer
+        refuse(trainer, self.name)
+        refuse_pipeline(trainer, self.name, self.world_size, self.replicas)
+        self.office.check_network(self.num_nodes)
+        self.office.check_complete(self.world_size)
+        super().setup_environment()
+        self.fitting = trainer.state.fn == TrainerFn.FITTING
+        self.office.open(
+            self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=self.fitting
+        )
+        self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
+        if self.replicas > 1:
+            compat.share_by_sampler(trainer, self._leash)
+        self.alone = not self.piped
+
+    def setup(self, trainer: Trainer) -> None:
+        """Cut the network, and take this rank's place in the pipe."""
+        super(DDPStrategy, self).setup(trainer)
+        self._metrics = LedMetrics(trainer.lightning_module, lambda state: [state], lambda: False)
+        if self.fitting:
+            refuse_optimizers(self.optimizers, self.name)
+            refuse_schedulers(self.lr_scheduler_configs, self.name)
+        if not self.piped:
+            return
+        if self.fitting:
+            self.turns.parts.keep_own(self.optimizers)
+        self.turns.begin(fitting=self.fitting)
+        rank_zero_info(self._first_line())
+
+    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]  # no DDP wrapper
+        """Make all ranks equal to rank 0, and keep the weights of the own stage."""
+        module, leash = self.trainer.lightning_module, self._leash
+        if leash is None:
+            raise RuntimeError("there is no pipeline before `setup_environment`")
+        self._wrap_log(module, leash)
+        if not self.piped:
+            return model
+        handover = Handover(module, self.stages)
+        seed = self.together(self._equalise(module))
+        handover.take(leash)
+        blocks = handover.blocks
+        spans = partition.spans(self._cuts(handover), len(blocks))
+        self._turns = Turns(self, handover, Parts(module, blocks, spans, self.index), seed=seed)
+        if self.fitting:
+            self.turns.batches = self.resumed.get("batches", 0)
+            self.turns.passes = self.resumed.get("passes", 0)
+            self.epoch_began = self.resumed.get("epoch_began", 0)
+            self.turns.parts.send_away()
+            compat.skip_backward(self.trainer, leash, not self.last)
+            self._watch_loop(module, leash)
+            if self.clip == "pipe":
+                leash.wrap(self.precision_plugin, "clip_grad_by_norm", self._clip)
+        return model
+
+    def _equalise(self, module: torch.nn.Module) -> Wait[int]:
+        """Rank 0's weights, buffers and random numbers, everywhere. Returns the seed of the run."""
+        state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+        mine = {"state": state, "random": torch.get_rng_state(), "seed": torch.initial_seed()}
+        theirs = yield from whole.broadcast(self.office.rounds, mine, 0)
+        module.load_state_dict(module.state_dict() | theirs["state"])
+        torch.set_rng_state(theirs["random"])
+        return int(self.resumed.get("seed", theirs["seed"]))
+
+    def _cuts(self, handover: Handover) -> tuple[int, ...]:
+        blocks = len(handover.blocks)
+        try:
+            if isinstance(self.split, list):
+                return partition.check_cuts(self.split, blocks, self.depth)
+            if self.split == "auto" and self.fitting:
+                self._found = self.together(self._measured(handover))
+            return self._found or partition.even(blocks, self.depth)
+        except ValueError as error:
+            raise MisconfigurationException(f"strategy={self.name!r}: `{handover.name}`: {error}") from None
+
+    def _measured(self, handover: Handover) -> Wait[tuple[int, ...]]:
+        """The cuts by rank 0's measurement of the blocks, on its first batch."""
+        cuts: list[int] = []
+        if self.global_rank == 0:
+            cuts = list(partition.balanced(measured(self, handover), self.depth))
+        return tuple((yield from words.broadcast(self.office.rounds, cuts, 0)))
+
+    def _clip(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """Lightning clips by norm: by that of the whole pipe, in the place of this stage's own."""
+        if clip_val > 0:
+            self.turns.place.norms.clip(self.precision_plugin.main_params(optimizer), clip_val)
+
+    def _wrap_log(self, module: LightningModule, leash: compat.Leash) -> None:
+        """The last stage logs. Its values are the run's, so Lightning need not ask for `sync_dist`."""
+
+        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            if self.last and not self.measuring:
+                original(name, value, *args, **{"sync_dist": True, **kwargs})
+
+        original = leash.wrap(module, "log", log)
+
+    def _watch_loop(self, module: LightningModule, leash: compat.Leash) -> None:
+        """The ends of batches and epochs, behind all hooks of others that may log or stop there."""
+
+        def on_train_epoch_end() -> None:
+            original()
+            self.rest()
+
+        original = leash.wrap(module, "on_train_epoch_end", on_train_epoch_end)
+        compat.around_ends_of_batches(self.trainer, leash, self.stop_together, self.stop_after_rest)
+
+    def teardown(self) -> None:
+        """Say farewell, stop all threads, put Lightning back as it was. Idempotent."""
+        self.alone = True  # whatever is still called after this is local
+        self._garbage.put_back()
+        self._promptness.put_back()
+        self.office.close()
+        for replaced in (self._leash, self._metrics):
+            if replaced is not None:
+                replaced.restore()
+        if self._turns is not None:
+            self._turns.place.stage.clear()
+        self.resumed = {}
+        self.telling.forget()
+        super().teardown()
+
+    def give_up(self, exception: BaseException) -> None:
+        """This rank stops: tell the others, and wait for nobody any more."""
+        self.alone = True
+        self.office.announce(exception)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Lightning's own word that this rank stops."""
+        self.give_up(exception)
+
+    def _first_line(self) -> str:
+        own = sum(p.numel() * p.element_size() for p in self.turns.parts.own())
+        held = [stash_limit(stage, self.depth, self.order) for stage in range(self.depth)]
+        return (
+            f"{self.name}: {self.depth} stages, {self.replicas} replicas; the last stage has {own / 1e6:.3g} MB of "
+            f"weights; batches held by the stages, first to last: {', '.join(map(str, held))} ({self.semantics})"
+        )
