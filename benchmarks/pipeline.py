@@ -193,7 +193,9 @@ def run(quick: bool) -> Table:
         for kind, seconds in (("equal", [STAGE] * depth), ("unequal", [SHORT, STAGE, SHORT, SHORT][:depth])):
             name = f"K={depth} {kind}"
             found, claim = _against_the_limit(name, seconds, batches, times)
-            rows += found + _others(name, seconds, batches, others, with_torch=kind == "equal" or not quick)
+            rows += found + _others(
+                name, seconds, batches, others, micros=(4, 8) if not quick else (8,) if kind == "equal" else ()
+            )
             claims.append(claim)
     with Ranks(picture, 3, arguments={"seconds": [STAGE] * 3, "first": 1, "last": 10}) as running:
         notes = [
@@ -211,7 +213,7 @@ def _against_the_limit(name: str, seconds: Seconds, batches: int, times: int) ->
     return rows, Claim(f"{name}: at least {SHARE:.0%} of the slowest stage alone: {share}", share.median >= SHARE)
 
 
-def _others(name: str, seconds: Seconds, batches: int, times: int, *, with_torch: bool) -> list[Row]:
+def _others(name: str, seconds: Seconds, batches: int, times: int, *, micros: Sequence[int]) -> list[Row]:
     n = len(seconds)
     variants = {
         ALONE: _alone([max(seconds)], batches),
@@ -226,8 +228,8 @@ def _others(name: str, seconds: Seconds, batches: int, times: int, *, with_torch
             accumulate=ACCUMULATED,
         ),
     }
-    for schedule in ("ScheduleGPipe", "Schedule1F1B", "ScheduleInterleavedZeroBubble") if with_torch else ():
-        for micro in (4, 8):
+    for schedule in ("ScheduleGPipe", "Schedule1F1B", "ScheduleInterleavedZeroBubble"):
+        for micro in micros:
             variants[f"torch {schedule.removeprefix('Schedule')}, m={micro}"] = partial(
                 _measure, in_torch, n, seconds=seconds, batches=batches, schedule=schedule, micro=micro
             )

@@ -22,7 +22,6 @@ from lightning_async.pipeline import draws
 from lightning_async.strategies import whole
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of
-from lightning_async.strategies.promptness import Promptness
 from lightning_async.strategies.resting import Resting
 
 Timeline = list[tuple[str, int, float, float]]
@@ -41,7 +40,7 @@ class PipeBatches(Resting):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.timelines = {}
-        self._garbage, self._promptness = Garbage(), Promptness()
+        self._garbage = Garbage()
 
     def listen(self) -> None:
         """Stop here if somebody stopped the run."""
@@ -68,7 +67,6 @@ class PipeBatches(Resting):
         """Right before the first batch."""
         self._garbage.set_aside()
         if self.piped:
-            self._promptness.begin()
             self.put_back(self.resumed.get("kept", {}))
         if not self.last and self.lr_scheduler_configs:
             for optimizer in self.optimizers:  # its first real step comes late: without this torch would warn

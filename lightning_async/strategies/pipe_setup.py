@@ -190,7 +190,6 @@ class PipeSetup(PipeBatches):
         """Say farewell, stop all threads, put Lightning back as it was. Idempotent."""
         self.alone = True  # whatever is still called after this is local
         self._garbage.put_back()
-        self._promptness.put_back()
         self.office.close()
         for replaced in (self._leash, self._metrics):
             if replaced is not None:
