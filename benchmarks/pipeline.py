@@ -215,7 +215,7 @@ def _against_the_limit(name: str, seconds: Seconds, batches: int, times: int) ->
 
 def _others(name: str, seconds: Seconds, batches: int, times: int, *, micros: Sequence[int]) -> list[Row]:
     n = len(seconds)
-    variants = {
+    variants: dict[str, Callable[[], Measures]] = {
         ALONE: _alone([max(seconds)], batches),
         CONTROL: _alone(seconds, batches),
         f"baseline='sync', {ACCUMULATED} accumulated": partial(

@@ -49,7 +49,12 @@ class ReplayedOffice(Office):
         self.algorithms_rounds = Rounds(self._replayed, channel=1)
 
     def drive(
-        self, waiting: Wait[T], sign: Callable[[], object] | None = None, heed: Callable[[], object] | None = None
+        self,
+        waiting: Wait[T],
+        sign: Callable[[], object] | None = None,
+        heed: Callable[[], object] | None = None,
+        *,
+        gathers: bool = True,
     ) -> T:
         """What waits for the log goes on at once, what waits for the hall lets the others do something."""
         asked = self._replayed.asked
