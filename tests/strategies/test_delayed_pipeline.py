@@ -250,7 +250,7 @@ def _clips(clip: str) -> float:
     lit.prepare = lambda x: lit.embed(x)  # type: ignore[method-assign]  # the same gradient from each batch
     batch = TensorDataset(INPUTS[:8].repeat(14, 1), TARGETS[:8].repeat(14, 1))
     t = trainer(3, knobs={"clip": clip}, gradient_clip_val=0.01, max_epochs=1, limit_val_batches=0)
-    t.fit(lit, DataLoader(batch, 8))
+    t.fit(lit, DataLoader(batch, 8), loader(20))
     return lit.norms[-1]
 
 
