@@ -79,8 +79,6 @@ class ClusterCarrier:
             raise ValueError(f"`max_bytes` must be at least 0, got {max_bytes}")
         if connect_timeout <= 0:
             raise ValueError(f"`connect_timeout` must be above 0, got {connect_timeout}")
-        if fragment_bytes < 1:
-            raise ValueError(f"`fragment_bytes` must be at least 1, got {fragment_bytes}")
         self._keys = keys_of(store, f"lightning_async/{run}")
         self._me, self._world = me, world
         self._news_count = self._noticed = 0

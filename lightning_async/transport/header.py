@@ -24,7 +24,7 @@ import torch
 from lightning_async.transport.checks import DTYPES
 
 MAGIC: Final = 0x4C41_4D41_494C_0001
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 WORDS: Final = 32
 HEADER_BYTES: Final = 8 * WORDS
 INLINE_BYTES: Final = 65536
@@ -82,7 +82,7 @@ class Header:
         reference: See `step`.
         dtype: Code of the body's dtype; `NO_BODY` for a message without one.
         nbytes: Length of the whole body.
-        fragment: Index of the fragment that this header ends.
+        fragment: Index of the fragment that this header ends; of a message, the length of the fragments of its body.
         seen: How many headers the sender of this one has received on this connection.
         own_step: The sender's step now.
         own_clock: The sender's clock now.

@@ -20,6 +20,7 @@ from lightning_async.transport.control import Control
 from lightning_async.transport.gloo import Clients
 from lightning_async.transport.heartbeat import Silence
 from lightning_async.transport.link import Link
+from lightning_async.transport.pieces import Pieces
 from lightning_async.transport.slots import Here, Slots
 from lightning_async.transport.traffic import HEADERS
 
@@ -39,7 +40,7 @@ class Links:
         wished: The peers to which a link is wanted from the start.
         silence: See `heartbeat`.
         patience: See `heartbeat`.
-        fragment_bytes: See `Link`.
+        fragment_bytes: The longest piece in which a body travels.
         connect_timeout: See `Link`.
         interface: See `Link`.
         shared_memory: See `Link`.
@@ -70,7 +71,8 @@ class Links:
         self.by_peer: dict[int, Link] = {}
         self.refused: str | None = None
         self._clients, self._me, self._slots, self._here, self._run = clients, me, slots, here, run
-        self._fragment, self._timeout, self._interface, self._news = fragment_bytes, connect_timeout, interface, news
+        self._timeout, self._interface, self._news = connect_timeout, interface, news
+        self._pieces = {peer: Pieces(fragment_bytes) for peer in slots}
         self._patience, self._shared_memory = patience, shared_memory
         self._lines = Silence(slots, silence=silence, patience=patience, start=here.now())
         self._generations: dict[int, int] = {}
@@ -157,7 +159,7 @@ class Links:
             here=self._here,
             run=self._run,
             generation=generation,
-            fragment_bytes=self._fragment,
+            pieces=self._pieces[peer],
             connect_timeout=self._timeout,
             interface=self._interface,
             shared_memory=self._shared_memory,
