@@ -36,6 +36,7 @@ from lightning_async.pipeline.stash import Semantics
 from lightning_async.strategies import compat, whole, words
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.handover import Handover
+from lightning_async.strategies.knobs import StartMethod
 from lightning_async.strategies.measuring import measured
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
@@ -50,7 +51,6 @@ from lightning_async.transport.mail import Wait
 
 Split = Literal["even", "auto"]
 Baseline = Literal["none", "sync"]
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 
 class DelayedPipelineStrategy(Resting):

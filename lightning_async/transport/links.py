@@ -76,6 +76,7 @@ class Links:
         self._patience, self._shared_memory = patience, shared_memory
         self._lines = Silence(slots, silence=silence, patience=patience, start=here.now())
         self._generations: dict[int, int] = {}
+        self._errors: dict[int, str] = {}
         self._wished = set(wished)
         self._eager = 0.0
 
@@ -130,7 +131,8 @@ class Links:
         if link is not None and link.state == "up" and self._lines.quiet(peer) >= self._patience:
             generation = max(generation, link.generation + 1)  # a cut that nobody told us of
         if generation and self._lines.quiet(peer) >= 2 * self._patience and self._me < peer:
-            control.roll.condemn(peer, f"it beats, but no connection with member {self._me} could be made or kept")
+            why = f"it beats, but no connection with member {self._me} could be made or kept"
+            control.roll.condemn(peer, f"{why}: {self._errors[peer]}" if peer in self._errors else why)
         generation = max(generation, control.wanted(peer))
         if link is not None and link.state == "up":
             control.roll.broken(peer, False)
@@ -142,6 +144,8 @@ class Links:
     def _renew(self, peer: int, generation: int, control: Control) -> None:
         link = self.by_peer.pop(peer, None)
         if link is not None:
+            if link.error is not None:
+                self._errors[peer] = link.error
             control.roll.broken(peer, link.state == "dead")
             link.close()
         if generation == 1:
