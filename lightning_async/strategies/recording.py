@@ -58,8 +58,8 @@ class Scribe(Protocol):
 class Recording:
     """Where this rank's events go, if anywhere."""
 
-    def __init__(self, folder: str | None) -> None:
-        if folder is not None and not isinstance(folder, str):
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        if folder is not None and not isinstance(folder, (str, os.PathLike)):
             raise ValueError(f"`record` must be the path of a folder, or None, got {folder!r}")
         self._folder = folder
         self._fits = 0
