@@ -61,7 +61,7 @@ class Recording:
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         if folder is not None and not isinstance(folder, (str, os.PathLike)):
             raise ValueError(f"`record` must be the path of a folder, or None, got {folder!r}")
-        self._folder = folder
+        self._folder = None if folder is None else os.fspath(folder)
         self._fits = 0
         self._file: TextIO | None = None
         self._scribe: Scribe | None = None
