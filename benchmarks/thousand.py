@@ -118,4 +118,4 @@ def _loss(member: Member, mean: Tensor) -> float:
     member.replica.stand_in(mean)
     x = torch.randn(4000, INPUTS, generator=torch.Generator().manual_seed(10**6))
     with torch.no_grad():
-        return (member.model(x) - x @ TRUTH).square().mean().item()
+        return float((member.model(x) - x @ TRUTH).square().mean())
