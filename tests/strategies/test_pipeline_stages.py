@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from lightning_async import AdaptiveShrink, DelayedPipelineStrategy, DelayStats
@@ -200,6 +201,43 @@ def test_sigterm_stops_all_cleanly(rank: int, tmp_path: Path) -> None:
         forked.signal(rank, signal.SIGTERM)
         results = forked.results(SECONDS)
     assert [r.kind for r in results] == ["SIGTERMException"] * 3, results
+
+
+class Noted(Callback):
+    """After how many batches this rank stopped."""
+
+    batches = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.batches += 1
+
+
+def _terminated(folder: str, rank: int, where: str) -> int:
+    class Told(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
+            if (trainer.global_rank, number, where) == (rank, 3, "batch"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
+            if (trainer.global_rank, trainer.sanity_checking, where) == (rank, False, "validation"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    saver = ModelCheckpoint(folder, filename="end", save_on_exception=True, every_n_epochs=100)
+    lit, noted = Piped(), Noted()
+    t = trainer(3, callbacks=[Told(), noted, saver], enable_checkpointing=True, max_epochs=100)
+    with pytest.raises(SIGTERMException):
+        t.fit(lit, loader(), loader(20))
+    return noted.batches
+
+
+@pytest.mark.parametrize(("rank", "where"), [(0, "batch"), (2, "validation")])
+def test_sigterm_stops_all_after_the_same_batch_and_saves_the_whole(rank: int, where: str, tmp_path: Path) -> None:
+    ends = run(3, _terminated, str(tmp_path), rank, where)
+    assert len(set(ends)) == 1
+    (file,) = tmp_path.glob("*.ckpt")
+    saved = torch.load(file, weights_only=True)
+    Piped().load_state_dict(saved["state_dict"])
+    assert saved["global_step"] == saved["delayed_pipeline"]["batches"] == ends[0] > 0
 
 
 def _unequal(devices: int) -> None:
