@@ -289,7 +289,7 @@ class DelayedPipelineStrategy(Resting):
             if replaced is not None:
                 replaced.restore()
         if self._turns is not None:
-            self._turns.place.stage.clear()
+            self._turns.end()
         self.resumed = {}
         self.telling.forget()
         super().teardown()

@@ -54,7 +54,7 @@ class Turns:
         self._entered: Tensor | None = None
         self._noted: list[Tensor] = []
         self._started = 0.0
-        self._looked = self._first = False
+        self._looked = self._first = self._begun = False
 
     def begin(self, *, fitting: bool) -> None:
         """Take this rank's place in the pipe."""
@@ -86,9 +86,15 @@ class Turns:
             since=self.batches,
         )
         self.replicas = Replicas(strategy.office.mail, strategy.ranks_of_stage())
+        self._begun = True
         if fitting and strategy.compensate == "nesterov":
             for optimizer in strategy.optimizers:
                 compensate.check_nesterov(optimizer)
+
+    def end(self) -> None:
+        """Hold nothing any more. A run that was refused has not begun."""
+        if self._begun:
+            self.place.stage.clear()
 
     def _is_blind(self) -> bool:
         blind = [o for o in self._strategy.optimizers if compensate.sees_no_factor(o)]

@@ -83,6 +83,12 @@ class Unlike(Piped):
         if how == "manual":
             self.automatic_optimization = False
 
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        by_step = {"scheduler": plateau, "interval": "step", "monitor": "val"}
+        return ([optimizer], [by_step]) if self.how == "plateau" else optimizer
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         hidden = self.prepare(x)
@@ -119,6 +125,7 @@ REFUSALS: list[tuple[int, str, dict[str, Any], dict[str, Any], str]] = [
     (3, "", {"split": [1]}, {}, "`split` must be 2 rising block numbers"),
     (3, "", {"replicas": 2}, {}, "3 ranks cannot be divided among 2 replicas"),
     (2, "", {"replicas": 2}, {}, "use strategy='ddp'"),
+    (2, "plateau", {}, {}, "use interval='epoch'"),
     (1, "manual", {}, {}, "with manual optimisation the module steps by itself"),
     (1, "", {}, {"precision": "16-true"}, "use 'bf16-mixed'"),
     (5, "", {}, {}, "4 blocks cannot be cut into 5 stages"),
