@@ -24,7 +24,7 @@ import torch
 from lightning_async.transport.checks import DTYPES
 
 MAGIC: Final = 0x4C41_4D41_494C_0001
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 WORDS: Final = 32
 HEADER_BYTES: Final = 8 * WORDS
 INLINE_BYTES: Final = 65536

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_async.transport.gloo import Connection, Pending
 from lightning_async.transport.header import HEADER_BYTES, WIRE_BYTES, Header, pack_into, unpack
 from lightning_async.transport.slots import Here, Slots
+from lightning_async.transport.standing import Standing
 from lightning_async.transport.traffic import HEADERS
 
 HEAD_TAG, HELLO_TAG = 1, 3
@@ -53,6 +54,8 @@ class Line:
         peer_seen: Headers of ours that the peer has read, as far as it told.
         owe: Whether the peer waits for a header of ours.
         sending: Whether a long body is on its way to the peer.
+        there: Which of our bodies need not be announced.
+        come: Which of the peer's.
     """
 
     def __init__(self, *, slots: Slots, here: Here, run: int, fragment: int) -> None:
@@ -61,6 +64,7 @@ class Line:
         self.wire: Connection | None = None
         self.seen = self.peer_seen = 0
         self.owe = self.sending = False
+        self.there = self.come = Standing(fragment, possible=False)
         self._run = run
 
     def running(self) -> Connection:

@@ -2,7 +2,8 @@
 
       sender thread (A)                                   receiver thread (B)
       DATA  kind, number, nbytes [+ short body] --------> short body: delivered
-                                                          long body: receives posted into the box, then
+                                                          long body: receives posted into the box (if none stand
+                                                          there since the last one, see `standing`), then
             <------------------------------------- GOT
       4 MiB of body, FRAGMENT 0 ------------------------>
       4 MiB of body, FRAGMENT 1 ------------------------>
@@ -27,8 +28,9 @@ from lightning_async.transport.header import AnotherProtocolError, run_number
 from lightning_async.transport.line import Line
 from lightning_async.transport.receiver import Receiver
 from lightning_async.transport.sender import Sender
-from lightning_async.transport.shared import share
+from lightning_async.transport.shared import over_network, share
 from lightning_async.transport.slots import Here, Slots, nothing
+from lightning_async.transport.standing import Standing
 
 LOOK = 0.003
 """Seconds between looks for the other one before the rendezvous."""
@@ -65,7 +67,8 @@ class Link:
         self.error: str | None = None
         self.refused = False
         self.line = Line(slots=slots, here=here, run=run_number(run), fragment=fragment_bytes)
-        self.sender, self.receiver = Sender(self.line), Receiver(self.line)
+        self.receiver = Receiver(self.line)
+        self.sender = Sender(self.line, stand=self.receiver.stand)
         self._clients, self._slots, self._here = clients, slots, here
         self._timeout, self._interface, self._news = connect_timeout, interface, news
         self._shared_memory = shared_memory
@@ -110,6 +113,7 @@ class Link:
             if self.state != "opening":
                 return False
             self.line.wire, self.line.state = way, "up"
+            self.line.there, self.line.come = (Standing(self.line.fragment, possible=far) for far in over_network(way))
             self._receiving.start()
         self._news()
         return True

@@ -1,7 +1,7 @@
 """The sender's half of a link: what to send next, in which pieces, and when a send is over. It never waits on the wire.
 
     DATA ---> GOT <---   FRAGMENT 0 --->  FRAGMENT 1 --->   GOT <---  FRAGMENT 2 --->        at most 2 not answered
-    short body: in DATA  long body: 4 MiB before each header, into receives that GOT told us are posted
+    short body: in DATA  long body: 4 MiB before each header, into receives that GOT told us are posted, or that stand
 
 A header of any kind tells what was folded here and how far we have read. A send is waited on when the peer is known to
 have read a later header: a formality that gloo wants, which takes no time then.
@@ -10,8 +10,8 @@ have read a later header: a formality that gloo wants, which takes no time then.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from lightning_async.transport.header import FOLDS, FRAGMENT, GOT, HEADER_BYTES,
 from lightning_async.transport.line import AHEAD, HEAD_TAG, Line, Page
 from lightning_async.transport.shared import BODY_TAG, PLACES
 from lightning_async.transport.slots import Slot, nothing
+from lightning_async.transport.standing import TAG
 
 WINDOW = PLACES
 """Fragments on the wire: one being written while the answer to the other travels; more would only delay answers."""
@@ -28,23 +29,29 @@ WINDOW = PLACES
 
 @dataclass(slots=True)
 class Outgoing:
-    """A long body on its way: what is sent, and which headers must be seen before more may be."""
+    """A long body on its way: how much of it is sent, and under which tag after which header was seen."""
 
     slot: Slot
     nbytes: int
+    tag: int
     announced: int
     sent: int = 0
-    trailers: deque[int] = field(default_factory=deque)
 
 
 class Sender:
-    """What the sender thread of one link does."""
+    """What the sender thread of one link does.
 
-    def __init__(self, line: Line) -> None:
+    Args:
+        line: What it shares with the receiver thread.
+        stand: Told which messages' folds are about to be told.
+    """
+
+    def __init__(self, line: Line, *, stand: Callable[[Iterable[int]], None]) -> None:
         self.pages: list[Page] = []
         self.flying: deque[tuple[int, Page, Pending | None]] = deque()
-        self._line, self._slots = line, line.slots
+        self._line, self._slots, self._stand = line, line.slots, stand
         self._sent = 0
+        self._unread: deque[int] = deque()  # the headers behind fragments that the peer has not read yet
         self._outgoing: Outgoing | None = None
 
     def next(self) -> Callable[[], None] | None:
@@ -69,9 +76,9 @@ class Sender:
         self.flying.clear()
 
     def _window_is_open(self, outgoing: Outgoing) -> bool:
-        while outgoing.trailers and outgoing.trailers[0] <= self._line.peer_seen:
-            outgoing.trailers.popleft()
-        return outgoing.announced <= self._line.peer_seen and len(outgoing.trailers) < WINDOW
+        while self._unread and self._unread[0] <= self._line.peer_seen:
+            self._unread.popleft()
+        return outgoing.announced <= self._line.peer_seen and len(self._unread) < WINDOW
 
     def _send_message(self, slot: Slot) -> None:
         header = slot.header
@@ -84,18 +91,21 @@ class Sender:
             self._send_header(header, inline=slot.view(header.nbytes))
         else:
             self._line.sending = True
+            stands = self._line.there.claim(header.kind, header.nbytes)
+            self._line.there.carried(header.number, header.kind, header.nbytes)
             self._send_header(header)
-            self._outgoing = Outgoing(slot, header.nbytes, announced=self._sent)
+            tag, announced = (TAG + header.kind, 0) if stands else (BODY_TAG, self._sent)
+            self._outgoing = Outgoing(slot, header.nbytes, tag, announced)
 
     def send_fragment(self, outgoing: Outgoing) -> None:
         """The next piece of a long body, and its header behind it."""
         begin = outgoing.sent * self._line.fragment
         end = min(begin + self._line.fragment, outgoing.nbytes)
         body = outgoing.slot.view(outgoing.nbytes)[begin:end]
-        work = self._line.running().send(body, BODY_TAG)
+        work = self._line.running().send(body, outgoing.tag)
         self._send_header(Header(FRAGMENT, fragment=outgoing.sent), work=work)
         outgoing.sent += 1
-        outgoing.trailers.append(self._sent)
+        self._unread.append(self._sent)
         if end == outgoing.nbytes:
             self._outgoing, self._line.sending = None, False
 
@@ -104,6 +114,7 @@ class Sender:
         with self._slots.changed:
             header.seen, self._line.owe = self._line.seen, False
             header.folded = self._slots.told(FOLDS)
+        self._stand(header.folded)
         self._line.write(page, header)
         message = page.short
         if inline is not None and inline.numel():

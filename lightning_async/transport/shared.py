@@ -89,10 +89,14 @@ class SharedBodies:
         wire: The wire.
         out: Where bodies to the peer go.
         into: Where its bodies come.
+
+    Attributes:
+        over_network: Whether long bodies go over the wire all the same: to the peer, from the peer.
     """
 
     def __init__(self, wire: Connection, *, out: Memory | None, into: Memory | None) -> None:
         self._wire, self._out, self._into = wire, out, into
+        self.over_network = out is None, into is None
 
     def send(self, tensor: Tensor, tag: int) -> Pending:
         """See `gloo.Wire`."""
@@ -123,6 +127,11 @@ def share(wire: Connection, *, fragment: int, wanted: bool = True) -> Connection
         if offered is not None:
             os.close(offered[0])
     return wire if out is None and into is None else SharedBodies(wire, out=out, into=into)
+
+
+def over_network(way: Connection) -> tuple[bool, bool]:
+    """Whether long bodies go over the network: to the peer, from the peer."""
+    return way.over_network if isinstance(way, SharedBodies) else (True, True)
 
 
 def _exchanged(wire: Connection, words: tuple[int, ...]) -> tuple[int, ...]:

@@ -258,13 +258,17 @@ class Slots:
                 self._free(held[number])
         self._news()
 
-    def box(self, header: Header) -> Tensor:
-        """Where the body of an announced message goes; the protocol says that it is free."""
+    def box(self, header: Header, room: int = 0) -> Tensor:
+        """Where the body of a message goes, with room for so many bytes; the protocol says that it is free."""
         if not 0 < header.kind < KINDS or not 0 <= header.nbytes <= self.max_bytes:
             raise AnotherProtocolError(f"member {self.peer} announced kind {header.kind} with {header.nbytes} bytes")
         if header.kind in self._unfolded or header.number != self._received + 1:
             raise AnotherProtocolError(f"member {self.peer} sent message {header.number} out of turn")
-        return self._boxes.setdefault(header.kind, Slot()).view(header.nbytes)
+        return self.spare(header.kind, max(room, header.nbytes))[: header.nbytes]
+
+    def spare(self, kind: int, nbytes: int) -> Tensor:
+        """Where a body of a kind goes, or will go: the last one was folded."""
+        return self._boxes.setdefault(kind, Slot()).view(nbytes)
 
     def deliver(self, header: Header, body: Tensor) -> None:
         """A message is here, whole."""
