@@ -53,7 +53,7 @@ class CyclicDelay(Algorithm):
         max_accumulate: So many batches may add up; then the member waits for its turn. None: no bound.
         max_delay: Pushes with an excess of more than so many versions are shrunk; None: none are.
         shards: How many shards; None: as many as members, at most 8.
-        mirror_every: Pushes of a shard between two mirrors of it; None: four for each member.
+        mirror_every: Pushes of a shard that may be in no mirror of it; None: eight for each member.
 
     Attributes:
         refused: Batches whose gradients were not finite: they are not added.
@@ -80,7 +80,7 @@ class CyclicDelay(Algorithm):
         _check_count("max_accumulate", max_accumulate, "no bound")
         _check_count("max_delay", max_delay, "no bound")
         _check_count("shards", shards, "as many as members, at most 8")
-        _check_count("mirror_every", mirror_every, "four for each member")
+        _check_count("mirror_every", mirror_every, "eight for each member")
         self.token, self.scale, self.max_accumulate = token, scale, max_accumulate
         self.shards, self.mirror_every = shards, mirror_every
         self.rules = Rules("poly", law("poly", strength), max_delay, "shrink", server_step(make_optimizer))

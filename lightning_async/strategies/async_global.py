@@ -51,7 +51,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         outer_lr: Learning rate of the outer rule.
         outer_momentum: Momentum of the outer rule.
         shards: Parts of the weights, each with an owner; None: as many as ranks, at most 8.
-        mirror_every: Corrections between two copies of a shard on another rank; None: four for each rank.
+        mirror_every: Corrections of a shard that may be lost with its owner; None: eight for each rank.
         wire: "fp32", or "bf16" for half the bytes (what rounding cuts off of a correction stays with the sender).
         balance: "claim" (the share of the data follows the speed), "equal" (every rank the same number of samples), or
             "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).
