@@ -93,8 +93,10 @@ class ShardService:
         self._me, self._members, self._rules, self._codec = me, members, rules, codec
         self._every, self._shrink, self._blank = mirror_every, shrink, blank
         self._next = next_of(me, members)
-        self.owned = {at: Owned(self._new(weights.clone())) for at, weights in owned.items()}
-        self._mirrors = {shard_of(at): (at, self._new(weights.clone()).image()) for at, weights in mirrored.items()}
+        self.owned = {at: Owned(self._new(weights.clone(), shard_of(at))) for at, weights in owned.items()}
+        self._mirrors = {
+            shard_of(at): (at, self._new(weights.clone(), shard_of(at)).image()) for at, weights in mirrored.items()
+        }
 
     def __call__(self, letter: Letter) -> Answers:
         """Do what the letter asks for."""
@@ -205,7 +207,8 @@ class ShardService:
         assert m.body is not None  # the weights to begin with, where there is no mirror
         owned = self._owned(m.reference)
         if owned is None:
-            owned = self.owned[m.reference] = Owned(self._new(m.body.clone()), since=self._arrivals_per_mirror)
+            server = self._new(m.body.clone(), shard_of(m.reference))
+            owned = self.owned[m.reference] = Owned(server, since=self._arrivals_per_mirror)
             owned.server.version = owned.server.orphaned = m.version
         return self._mirror(owned, m.reference)
 
@@ -214,7 +217,7 @@ class ShardService:
         it takes over at once, wherever its own member is."""
         mirror = self._mirrors.get(shard_of(at))
         if at not in self.owned and mirror is not None and succeeds(at, mirror[0]):
-            server = self._new(self._blank(shard_of(at)))
+            server = self._new(self._blank(shard_of(at)), shard_of(at))
             server.become(mirror[1])
             server.hear(self._members)
             self.owned[at] = Owned(server, since=self._arrivals_per_mirror)
@@ -240,7 +243,7 @@ class ShardService:
                 owned.since = self._arrivals_per_mirror
         return []
 
-    def _new(self, weights: Tensor) -> ShardServer:
+    def _new(self, weights: Tensor, number: int) -> ShardServer:
         return ShardServer(self._rules, weights, self._members, shrink=self._shrink)
 
 
