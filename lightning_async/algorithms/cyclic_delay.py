@@ -153,9 +153,7 @@ class CyclicDelay(Algorithm):
     def _users(self, replica: Replica) -> Optimizer:
         if self.optimizer is None:
             if self._make_optimizer is None:
-                raise RuntimeError(
-                    "a run needs an optimizer: give `make_optimizer`, or set `optimizer` before it begins"
-                )
+                raise RuntimeError("a run needs an optimizer: give `make_optimizer`, or set `optimizer` before it")
             self.optimizer = self._make_optimizer([parameter for parameter, _ in replica.places])
         return self.optimizer
 

@@ -62,9 +62,9 @@ class OwnService:
 
     def rates(self, now: Tensor) -> None:
         """The optimizer's numbers, if they are others than before; where there is no room the next ones will do."""
-        if self._rates is None or not torch.equal(self._rates, now):
-            if self._mail.post(self._mail.me, Message(RATES, now)):
-                self._rates = now
+        told = self._rates is not None and torch.equal(self._rates, now)
+        if not told and self._mail.post(self._mail.me, Message(RATES, now)):
+            self._rates = now
 
     def put(self, images: Tensor) -> None:
         """A run goes on: the service's shards are these."""
