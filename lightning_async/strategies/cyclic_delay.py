@@ -147,6 +147,6 @@ class CyclicDelayStrategy(AsyncStrategy):
             raise MisconfigurationException(f"strategy={self.name!r}: {error}") from error
         if str(trainer.precision) == "16-mixed":
             raise MisconfigurationException(
-                f"strategy={self.name!r}: steps that precision='16-mixed' skips are not pushed as they should be yet; use "
+                f"strategy={self.name!r}: steps that precision='16-mixed' skips are not pushed rightly yet; use "
                 "precision='bf16-mixed'"
             )
