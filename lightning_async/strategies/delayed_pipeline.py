@@ -24,6 +24,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -36,6 +37,7 @@ from lightning_async.pipeline.stash import Semantics
 from lightning_async.strategies import compat, whole, words
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.handover import Handover
+from lightning_async.strategies.knobs import StartMethod
 from lightning_async.strategies.measuring import measured
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
@@ -50,7 +52,6 @@ from lightning_async.transport.mail import Wait
 
 Split = Literal["even", "auto"]
 Baseline = Literal["none", "sync"]
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 
 class DelayedPipelineStrategy(Resting):
@@ -74,6 +75,7 @@ class DelayedPipelineStrategy(Resting):
         replicas: How many pipelines, which average their gradients; the number of ranks is divided among them.
         baseline: "sync": the pipe is drained after every update (1F1B over the accumulated batches), for comparison.
         wire: How tensors travel: "as_is", or float32 as "bf16".
+        grace: Seconds that a run which gets a SIGTERM may take to stop after the same batch on all ranks, and save.
         interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
         silence: Seconds without a heartbeat after which a rank is no longer written to.
         patience: Seconds without a heartbeat after which a rank is declared dead, which ends the run.
@@ -103,6 +105,7 @@ class DelayedPipelineStrategy(Resting):
         replicas: int = 1,
         baseline: Baseline = "none",
         wire: Wire = "as_is",
+        grace: float = 10.0,
         interface: str | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
@@ -139,7 +142,7 @@ class DelayedPipelineStrategy(Resting):
         self.compensate, self.anneal, self.replicas, self.baseline = compensate, anneal, replicas, baseline
         self.timelines: dict[int, list[tuple[str, int, float, float]]] = {}
         self.office = Office(
-            interface=interface, silence=silence, patience=patience, limit=waiting_timeout, record=None
+            interface=interface, silence=silence, patience=patience, limit=waiting_timeout, grace=grace, record=None
         )
         self.shrink = shrink
         self.resumed = {}
@@ -181,6 +184,10 @@ class DelayedPipelineStrategy(Resting):
             self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=self.fitting
         )
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
+        self.closing = self.begun = self._stop = self._requeue = False
+        self.office.flags.patient = lambda: self.closing or self.begun
+        if self.fitting and self.piped:
+            self.hear_requeue(self._leash)
         if self.replicas > 1:
             compat.share_by_sampler(trainer, self._leash)
         self.alone = not self.piped
@@ -265,26 +272,33 @@ class DelayedPipelineStrategy(Resting):
             original()
             self.rest()
 
+        def on_run_start(fetcher: Any) -> None:
+            run_start(fetcher)
+            self.keep_stop()
+
         original = leash.wrap(module, "on_train_epoch_end", on_train_epoch_end)
+        run_start = leash.wrap(self.trainer.fit_loop.epoch_loop, "on_run_start", on_run_start)
         compat.around_ends_of_batches(self.trainer, leash, self.stop_together, self.stop_after_rest)
 
     def teardown(self) -> None:
         """Say farewell, stop all threads, put Lightning back as it was. Idempotent."""
-        self.alone = True  # whatever is still called after this is local
+        self.alone, self.begun = True, False  # whatever is still called after this is local
         self._garbage.put_back()
         self.office.close()
         for replaced in (self._leash, self._metrics):
             if replaced is not None:
                 replaced.restore()
         if self._turns is not None:
-            self._turns.place.stage.clear()
+            self._turns.end()
         self.resumed = {}
         self.telling.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
-        """This rank stops: tell the others, and wait for nobody any more."""
-        self.alone = True
+        """This rank stops: tell the others, and wait for nobody any more, but for those who stop in good order too."""
+        if self.closing and isinstance(exception, SIGTERMException):
+            return
+        self.alone, self.begun = True, False
         self.office.announce(exception)
 
     def on_exception(self, exception: BaseException) -> None:
@@ -318,6 +332,7 @@ class DelayedPipelineStrategy(Resting):
         """Right before the first batch."""
         self._garbage.set_aside()
         if self.piped:
+            self.begun = True
             self.put_back(self.resumed.get("kept", {}))
         if not self.last and self.lr_scheduler_configs:
             for optimizer in self.optimizers:  # its first real step comes late: without this torch would warn

@@ -19,9 +19,10 @@ from lightning_async.algorithms.lazy_sign import Compress, Compressor, Form, Laz
 from lightning_async.algorithms.sheets import Scale
 from lightning_async.algorithms.sign_trigger import News
 from lightning_async.algorithms.signs import BLOCK
-from lightning_async.strategies.base import AsyncStrategy, StartMethod
+from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.inheritance import heirlooms
+from lightning_async.strategies.knobs import StartMethod
 from lightning_async.strategies.resuming import KEY
 
 
@@ -129,7 +130,6 @@ class LazySignStrategy(AsyncStrategy):
                 warm_up=warm_up,
                 threads=threads,
             ),
-            balance="equal",
             buffers=buffers,
             meet_every=meet_every,
             grace=grace,
