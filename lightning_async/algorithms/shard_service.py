@@ -93,8 +93,10 @@ class ShardService:
         self._me, self._members, self._rules, self._codec = me, members, rules, codec
         self._every, self._shrink, self._blank = mirror_every, shrink, blank
         self._next = next_of(me, members)
-        self.owned = {at: Owned(self._new(weights.clone())) for at, weights in owned.items()}
-        self._mirrors = {shard_of(at): (at, self._new(weights.clone()).image()) for at, weights in mirrored.items()}
+        self.owned = {at: Owned(self._new(weights.clone(), shard_of(at))) for at, weights in owned.items()}
+        self._mirrors = {
+            shard_of(at): (at, self._new(weights.clone(), shard_of(at)).image()) for at, weights in mirrored.items()
+        }
 
     def __call__(self, letter: Letter) -> Answers:
         """Do what the letter asks for."""
@@ -209,7 +211,7 @@ class ShardService:
         assert m.body is not None  # the weights to begin with, where there is no mirror
         owned = self._owned(m.reference)
         if owned is None:
-            owned = self.owned[m.reference] = self._without_mirror(m.body.clone())
+            owned = self.owned[m.reference] = self._without_mirror(m.body.clone(), shard_of(m.reference))
             owned.server.version = owned.server.orphaned = m.version
         return self._mirror(owned, m.reference)
 
@@ -218,7 +220,7 @@ class ShardService:
         it takes over at once, wherever its own member is."""
         mirror = self._mirrors.get(shard_of(at))
         if at not in self.owned and mirror is not None and succeeds(at, mirror[0]):
-            owned = self.owned[at] = self._without_mirror(self._blank(shard_of(at)))
+            owned = self.owned[at] = self._without_mirror(self._blank(shard_of(at)), shard_of(at))
             owned.server.become(mirror[1])
             owned.server.hear(self._members)
             del self._mirrors[shard_of(at)]
@@ -243,12 +245,12 @@ class ShardService:
                 owned.mirroring.anew(self._most)
         return []
 
-    def _without_mirror(self, weights: Tensor) -> Owned:
-        owned = Owned(self._new(weights))
+    def _without_mirror(self, weights: Tensor, number: int) -> Owned:
+        owned = Owned(self._new(weights, number))
         owned.mirroring.anew(self._most)
         return owned
 
-    def _new(self, weights: Tensor) -> ShardServer:
+    def _new(self, weights: Tensor, number: int) -> ShardServer:
         return ShardServer(self._rules, weights, self._members, shrink=self._shrink)
 
 
