@@ -146,15 +146,18 @@ class Press:
             span, bits = cut.blocks[i], sheet.bits(i)
             p, kept = scratch[: span.stop - span.start], rest.block(span)
             source.onto(kept, i, span, p, signs)
+            left = kept if rest.tracks else p
+            if means:
+                sheet.scale_by(i, means[cut.group(span)])
+                signs.pack(p, bits)
+                signs.shift(left, bits, -sheet.scale(i), kept)
+                return
             try:
-                sheet.scale_by(i, means[cut.group(span)] if means else signs.mean(p))
+                sheet.scale_by(i, signs.press(p, bits, left, kept))
             except NotFinite:
                 if not tells:
                     raise
                 sheet.scale_by(i, math.nan)
-                return
-            signs.pack(p, bits)
-            signs.shift(kept if rest.tracks else p, bits, -sheet.scale(i), kept)
 
         self._each(len(cut.blocks), one)
         for i, span in enumerate(cut.whole):

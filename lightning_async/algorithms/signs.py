@@ -55,6 +55,9 @@ class Signs(Protocol[F]):
     def shift(self, source: F, bits: F, scale: float, out: F) -> None:
         """out = source + scale * sign; `out` may be `source`."""
 
+    def press(self, p: F, bits: F, source: F, out: F) -> float:
+        """The scale, as it travels; the signs of `p` are written, and out = source - scale * sign. Or NotFinite."""
+
 
 def flat(tensor: Tensor) -> Flat:
     """A tensor as the signs of its device take it."""
@@ -81,13 +84,18 @@ class NumpySigns:
     """NumPy on the tensors' own memory, at the speed of that memory."""
 
     def __init__(self, block: int = BLOCK, dtype: torch.dtype = torch.float32) -> None:
-        self._numbers = np.empty(nbytes(block) * BITS, np.float64 if dtype == torch.float64 else np.float32)
-        self._sizes = torch.from_numpy(self._numbers)
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._sizes = torch.empty(nbytes(block) * BITS, dtype=dtype)  # by torch: at a multiple of 64 bytes, see `press`
+        self._numbers: Array = self._sizes.numpy()
         self._bools = np.empty(nbytes(block) * BITS, np.bool_)
         self._table = _table().astype(self._numbers.dtype)
         self._scaled = self._table.copy()
         row = np.dtype((np.void, self._numbers.dtype.itemsize * BITS))
-        self._rows, self._steps = self._scaled.view(row)[:, 0], self._numbers.view(row)
+        self._ones, self._rows, self._steps = (
+            self._table.view(row)[:, 0],
+            self._scaled.view(row)[:, 0],
+            self._numbers.view(row),
+        )
 
     def add(self, a: Array, b: Array, out: Array) -> None:
         """out = a + b."""
@@ -123,6 +131,26 @@ class NumpySigns:
         np.take(self._rows, bits, out=self._steps[: bits.size], mode="wrap")  # "raise" would copy, "clip" compare
         np.add(source, self._numbers[: out.size], out=out)
 
+    def press(self, p: Array, bits: Array, source: Array, out: Array) -> float:
+        """As |p| = p * sign, the sum is a product with the signs that are needed anyway.
+
+        It is the same to the bit wherever the block lies, if it lies as the scratch memory does.
+        """
+        self.pack(p, bits)
+        np.take(self._ones, bits, out=self._steps[: bits.size], mode="wrap")
+        signs = self._sizes[: p.size]
+        total = float(torch.dot(torch.from_numpy(p), signs)) / max(1, p.size)
+        if not math.isfinite(total):
+            scale = self._as_it_travels(self.mean(p))
+            self.shift(source, bits, -scale, out)
+            return scale
+        scale = self._as_it_travels(total)
+        torch.add(torch.from_numpy(source), signs, alpha=-scale, out=torch.from_numpy(out))
+        return scale
+
+    def _as_it_travels(self, scale: float) -> float:
+        return float(self._numbers.dtype.type(scale))
+
 
 class TorchSigns:
     """Torch alone, on any device: the reference of the kernels."""
@@ -152,6 +180,13 @@ class TorchSigns:
     def shift(self, source: Tensor, bits: Tensor, scale: float, out: Tensor) -> None:
         """out = source + scale * sign."""
         torch.add(source, self._signs(bits, out), alpha=scale, out=out)
+
+    def press(self, p: Tensor, bits: Tensor, source: Tensor, out: Tensor) -> float:
+        """One after the other."""
+        scale = float(torch.tensor(self.mean(p), dtype=p.dtype))
+        self.pack(p, bits)
+        self.shift(source, bits, -scale, out)
+        return scale
 
     def _signs(self, bits: Tensor, like: Tensor) -> Tensor:
         ones = (bits[:, None] >> _places(bits.device)).bitwise_and_(1).view(-1)[: like.numel()]

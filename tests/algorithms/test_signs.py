@@ -44,6 +44,34 @@ def send(way: str, p: Tensor) -> tuple[Tensor, Tensor, float]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("tracks", [False, True])
+def test_all_at_once_is_one_after_the_other(n: int, way: str, dtype: torch.dtype, tracks: bool) -> None:
+    p, kept, bits = numbers(n, dtype=dtype), numbers(n, 1, dtype=dtype), torch.zeros(nbytes(n), dtype=torch.uint8)
+    source = kept.clone() if tracks else p.clone()
+    by = signs(way, dtype)
+    scale = by.press(*(seen(way, tensor) for tensor in (p, bits, kept if tracks else p, kept)))
+    assert scale == pytest.approx(float(p.abs().mean()) if n else 0.0, rel=1e-6)
+    assert scale == float(torch.tensor(scale, dtype=dtype))
+    assert bits.tolist() == np.packbits(p.numpy() >= 0, bitorder="little").tolist()
+    assert torch.equal(kept, source - scale * torch.where(p >= 0, 1.0, -1.0).to(dtype))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_at_once_refuses_what_is_not_finite_and_takes_what_only_adds_up_to_it(way: str) -> None:
+    bits, kept = torch.zeros(125, dtype=torch.uint8), numbers(1000)
+    for bad in (math.nan, math.inf, -math.inf):
+        p = torch.where(torch.arange(1000) == 57, bad, numbers(1000))
+        with pytest.raises(NotFinite):
+            signs(way).press(*(seen(way, tensor) for tensor in (p, bits, p, kept)))
+        assert torch.equal(kept, numbers(1000))
+    large = torch.full((1000,), 3e38)
+    assert signs(way).press(*(seen(way, tensor) for tensor in (large, bits, large, kept))) == pytest.approx(3e38)
+    assert float(kept.abs().max()) < 1e33
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("n", SIZES)
 def test_sent_plus_rest_is_all_there_was(n: int, way: str, dtype: torch.dtype) -> None:
     p = numbers(n, dtype=dtype)
     sent, left, _ = send(way, p)
