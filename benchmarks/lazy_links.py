@@ -83,7 +83,7 @@ class Setting:
 def setting(quick: bool) -> Setting:
     """About a million weights, or 25 million."""
     if quick:
-        return Setting(512, 5, (1000.0, 100.0, 10.0), 3, PERIOD, 1, 300.0)
+        return Setting(512, 5, (50.0,), 4, 12, 1, 300.0)
     return Setting(2048, 7, (1000.0, 200.0, 100.0, 10.0), 3, PERIOD, 3, 3600.0)
 
 
