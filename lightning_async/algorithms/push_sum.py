@@ -12,7 +12,6 @@ unfolded share, the neighbours take turns, and nobody goes below half its first 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -71,7 +70,7 @@ class PushSum(Gossip):
             arrival = self.arrival(letter, self._step)
             if self.late(arrival):
                 self._refuse(mail, letter)
-                self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
+                self.record(arrival.refused())
             else:
                 self._merge(replica, letter, arrival)
             mail.folded(letter)
@@ -129,7 +128,7 @@ class PushSum(Gossip):
         if factor < 1:
             self.ledger.enter(Fate.SHRUNK, pull, (1 - factor) * theirs / UNIT)
         if arrival is not None:
-            self.record(replace(arrival, fate=Fate.SHRUNK if factor < 1 else Fate.FOLDED, factor=factor))
+            self.record(arrival.shrunk(factor))
 
     def _pull(self, replica: Replica, weights: Tensor) -> Tensor:
         return self._scratch.copy_(weights).sub_(replica.flat)
