@@ -273,9 +273,9 @@ class ClusterCarrier:
         """See `Board.drawn`."""
         return self._control.drawn(counter)
 
-    def publish(self, note: bytes) -> None:
+    def publish(self, note: bytes, *, soon: bool = False) -> None:
         """See `Board.publish`."""
-        self._control.publish(note)
+        self._control.publish(note, soon=soon)
 
     def notes(self) -> dict[int, bytes]:
         """See `Board.notes`."""
