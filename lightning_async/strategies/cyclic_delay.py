@@ -17,8 +17,9 @@ from lightning_async.algorithms.server_groups import check_elementwise
 from lightning_async.algorithms.turn_service import Scale
 from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
-from lightning_async.strategies.base import AsyncStrategy, StartMethod
+from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
+from lightning_async.strategies.knobs import StartMethod
 
 
 class CyclicDelayStrategy(AsyncStrategy):
