@@ -52,7 +52,7 @@ def run(quick: bool) -> Table:
 def _tasks(quick: bool) -> Sequence[tuple[Task, range]]:
     if quick:
         return [(replace(digits(), passes=2), range(2))]
-    return [(digits(), range(10)), (characters(3200), range(4))]
+    return [(digits(), range(10)), (characters(3200), range(2))]
 
 
 def _knobs(law: str) -> Knobs:

@@ -3,7 +3,8 @@
     limit     the links: what a rank sends in an exchange (its pushes, and its answers to the others) over 200 Mbit/s
     control   mode="none": the same training without a message
 
-    exchanges/s     of the shards of other ranks, mean over all; the limit is that of all uplinks always busy
+    exchanges/s     of the shards of other ranks, mean over all pairs of ranks: between the first that came and the last
+                    before the meeting; the limit is that of all uplinks always busy
     longest step    of any rank, in ms more than its median step
 
 Every host is a network namespace of this machine (needs root, iproute2), so all ranks share its cores: the training
@@ -86,11 +87,20 @@ def _measure(at: Setting, knobs: Knobs) -> dict[str, Cell]:
     ):
         records = [Record(**value) for value in ranks.values(timeout=LIMIT)]
     steps = [[seconds for _, seconds in record.gaps()][STEPS_BEFORE:] for record in records]
-    seconds = fmean(record.marks[-2] - record.start for record in records)
     return {
-        "exchanges/s": fmean(record.remote for record in records) / (N - 1) / seconds,
+        "exchanges/s": fmean(_rate(record, peer) for rank, record in enumerate(records) for peer in _others(rank)),
         "median step ms": 1000 * median(s for rank in steps for s in rank),
         "longest - median ms": 1000 * max(max(rank) - median(rank) for rank in steps),
         "MB sent a rank": fmean(record.sent for record in records) / 1e6,
         "reply p99 ms": 1000 * max(record.reply for record in records),
     }
+
+
+def _others(rank: int) -> list[int]:
+    return [peer for peer in range(N) if peer != rank]
+
+
+def _rate(record: Record, peer: int) -> float:
+    """Exchanges per second with one peer; what is folded at the meeting, where the training waits for it, is none."""
+    times = [when for when, who in record.remote if who == peer and when <= record.marks[-2]]
+    return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0

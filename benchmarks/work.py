@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,7 @@ from lightning_async.arrival import Arrival, Fate
 
 SEED = 20
 MOMENTUM = 0.9
+FOLDED = (Fate.FOLDED, Fate.SHRUNK)
 TRAINING = 25  # batches after which a rank says "training": links are up by then
 
 
@@ -171,7 +172,8 @@ class Record:
         first: When the first batch of each epoch began.
         meetings: Seconds of each meeting, from its opening on this rank.
         folded: Messages folded.
-        remote: Those of them that came from other ranks (a rank that serves also answers itself).
+        remote: When each of them that came from another rank was folded (a rank that serves also answers itself), and
+            from whom: to the batch.
         refused: Messages refused.
         reply: The 99th percentile of the age of what was folded, in seconds.
         sent: Bytes of messages that it sent.
@@ -187,7 +189,7 @@ class Record:
     first: list[float] = field(default_factory=list)
     meetings: list[float] = field(default_factory=list)
     folded: int = 0
-    remote: int = 0
+    remote: list[tuple[float, int]] = field(default_factory=list)
     refused: int = 0
     reply: float = 0.0
     sent: int = 0
@@ -227,6 +229,7 @@ class Recorder(Callback):
         self.record = Record()
         self._every, self._folder = every, folder
         self._copies: list[tuple[float, int, Tensor]] = []
+        self._arrivals: list[Arrival] = []
         self._due = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -248,6 +251,8 @@ class Recorder(Callback):
         self.record.marks.append(now)
         if len(self.record.marks) == TRAINING:
             say("training")
+        if isinstance(trainer.strategy, AsyncStrategy):
+            self._look(trainer.strategy, now)
         if self._folder and not self._every:
             self._seen.write(" ".join(map(str, [trainer.current_epoch, *batch[0].tolist()])) + "\n")
         if self._every and now >= self._due:
@@ -265,7 +270,8 @@ class Recorder(Callback):
         """The clock stops."""
         self.record.end = time.monotonic()
         if isinstance(trainer.strategy, AsyncStrategy):
-            self._count(trainer.strategy.arrivals(), trainer.global_rank)
+            self._look(trainer.strategy, self.record.end)
+            self._count()
             by_peer = trainer.strategy.traffic().values()
             self.record.sent = sum(count.bytes_out for kinds in by_peer for count in kinds.values())
             self.record.taken = getattr(trainer.strategy.feeding.share, "repeated", 0)
@@ -274,9 +280,15 @@ class Recorder(Callback):
             copies = {"times": list(times), "batches": list(batches), "weights": torch.stack(weights)}
             torch.save(copies, self._folder / f"{trainer.global_rank}.copies")
 
-    def _count(self, arrivals: Sequence[Arrival], me: int) -> None:
-        folded = [a for a in arrivals if a.fate in (Fate.FOLDED, Fate.SHRUNK)]
-        self.record.folded, self.record.remote = len(folded), sum(a.peer != me for a in folded)
+    def _look(self, strategy: AsyncStrategy, now: float) -> None:
+        new = strategy.arrivals()
+        self._arrivals += new
+        folded = (a.peer for a in new if a.fate in FOLDED and a.peer != strategy.global_rank)
+        self.record.remote += [(now, peer) for peer in folded]
+
+    def _count(self) -> None:
+        arrivals = self._arrivals
+        self.record.folded = sum(a.fate in FOLDED for a in arrivals)
         self.record.refused = sum(a.fate is Fate.REFUSED for a in arrivals)
         ages = sorted(a.seconds for a in arrivals if a.fate is not Fate.LOST)
         self.record.reply = ages[min(len(ages) - 1, int(0.99 * len(ages)))] if ages else 0.0

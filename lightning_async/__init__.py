@@ -9,6 +9,7 @@ from lightning_async.data.balance import Incremental
 from lightning_async.strategies import (
     AsyncGlobalStrategy,
     AsyncStrategy,
+    CyclicDelayStrategy,
     DelayedPipelineStrategy,
     GossipRingStrategy,
     LazySignStrategy,
@@ -23,6 +24,7 @@ __all__ = [
     "Arrival",
     "AsyncGlobalStrategy",
     "AsyncStrategy",
+    "CyclicDelayStrategy",
     "DelayStats",
     "DelayedPipelineStrategy",
     "Fate",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 
@@ -45,6 +45,14 @@ class Arrival:
     def delay(self) -> int:
         """Steps of the receiver between launch and fold; an upper bound that needs no common clock."""
         return self.folded - self.launched
+
+    def refused(self) -> Arrival:
+        """The same, turned away."""
+        return replace(self, fate=Fate.REFUSED, factor=0.0)
+
+    def shrunk(self, factor: float) -> Arrival:
+        """The same, folded with this factor."""
+        return self if factor == 1 else replace(self, fate=Fate.SHRUNK if factor < 1 else Fate.FOLDED, factor=factor)
 
 
 class ArrivalLog:

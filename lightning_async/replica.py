@@ -89,8 +89,10 @@ class Replica:
 
     def check(self) -> None:
         """Take in what others did to the parameters: steps of narrow ones, and `p.data = ...`, which breaks a view."""
-        if any(p.data_ptr() != address for p, _, address in self._views):
-            self._adopt_views()
+        for p, _, address in self._views:
+            if p.data_ptr() != address:
+                self._adopt_views()
+                break
         self._rounded.carry_over()
 
     def parts(self, vector: Tensor) -> list[Tensor]:

@@ -25,16 +25,24 @@ class Rounded:
         for parameter, part in self._pairs:
             part.copy_(parameter)
 
-    @torch.no_grad()
     def carry_over(self) -> None:
         """Add to each part what others did to its parameter since it was shown last."""
+        if self._pairs:
+            self._carry_over()
+
+    def show(self) -> None:
+        """Make each parameter the rounding of its part."""
+        if self._pairs:
+            self._show()
+
+    @torch.no_grad()
+    def _carry_over(self) -> None:
         for parameter, part in self._pairs:
             moved = parameter.detach().to(part.dtype, copy=True).sub_(part.to(parameter.dtype))
             part.add_(moved)
-        self.show()  # a step towards 0 can leave a remainder that is more than half a place there
+        self._show()  # a step towards 0 can leave a remainder that is more than half a place there
 
     @torch.no_grad()
-    def show(self) -> None:
-        """Make each parameter the rounding of its part."""
+    def _show(self) -> None:
         for parameter, part in self._pairs:
             parameter.data.copy_(part)  # by `data`: as with views, autograd does not count it as a change

@@ -18,6 +18,9 @@ from pathlib import Path
 # Before torch is loaded: a process forked from one whose OpenMP threads have run hangs at its first matrix product, and
 # several processes with a thread for every core each only get into each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
+# torch asks the name service for the name behind each new socket, `::ffff:127.0.0.1` here, which no file of names has.
+# A test needs no names but this host's, and a question that got lost would hold up all ranks for five seconds.
+os.environ.setdefault("RES_OPTIONS", "attempts:0")
 # What LightningCLI asks of jsonargparse is between the two of them.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 

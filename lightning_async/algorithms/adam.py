@@ -88,7 +88,7 @@ def _wide(moment: Tensor) -> Tensor:
     return moment.to(torch.promote_types(moment.dtype, torch.float32))
 
 
-def further(m: Tensor, v: Tensor, q: Tensor, n: int, beta1: float, eps: float) -> Tensor:
+def further(m: Tensor, v: Tensor, q: Tensor, n: float, beta1: float, eps: float) -> Tensor:
     """How much longer than m / (sqrt(v) + eps) the step is on the mean of `n` gradients."""
     rho = (1 - beta1) / (1 + beta1)
     # signal^2 + noise / n = a * q + b * v, with a and b from the two expectations above

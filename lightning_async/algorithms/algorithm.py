@@ -42,6 +42,9 @@ class Algorithm(ABC):
     shrink: Shrink = staticmethod(no_shrink)
     in_step: bool = False
     """Whether its members wait for each other at every step."""
+    takes_gradients: bool = False
+    """Whether it steps with the members' gradients itself: `before_step` then comes behind unscaling and clipping, and
+    takes them away from the optimizer."""
     shrinks: str = "corrections"
     """What the factors of `shrink` multiply: "corrections" of the weights, or "gradients" that an optimizer gets."""
     kinds: ClassVar[Mapping[int, str]] = {}

@@ -63,7 +63,7 @@ class AsyncGlobal(Algorithm):
         outer_lr: Its learning rate.
         outer_momentum: Its momentum.
         shards: How many shards; None: as many as members, at most 8.
-        mirror_every: Arrivals of a shard between two mirrors of it; None: four for each member.
+        mirror_every: Arrivals of a shard that may be lost with its owner; None: eight for each member.
         wire: What travels: "fp32" or "bf16".
 
     Attributes:
@@ -92,7 +92,7 @@ class AsyncGlobal(Algorithm):
         check_local_steps(local_steps, pace)
         _check_late(max_delay, on_late)
         _check_count("shards", shards, "as many as members, at most 8")
-        _check_count("mirror_every", mirror_every, "four for each member")
+        _check_count("mirror_every", mirror_every, "eight for each member")
         self.local_steps, self.pace, self.shards, self.mirror_every = local_steps, pace, shards, mirror_every
         self.attenuation, self.strength, self.max_delay, self.on_late = attenuation, strength, max_delay, on_late
         self.outer, self.outer_lr, self.outer_momentum, self.wire = outer, outer_lr, outer_momentum, wire
@@ -112,6 +112,7 @@ class AsyncGlobal(Algorithm):
         self._arrivals: list[Arrival] = []
         self._images = torch.empty(0, dtype=torch.uint8)
         self.period = Period(self.local_steps, self.pace)
+        self._elsewhere, self._at_home = 0, dict[int, int]()
         flat, shards = replica.flat.cpu(), cut(replica.numel, min(self.shards or MANY, mail.world))
         self.owners = Owners(rounds.carrier, len(shards), self._beginnings)
         self.exchanges = [Exchange(shard, replica.flat, self.codec) for shard in shards]
@@ -148,7 +149,7 @@ class AsyncGlobal(Algorithm):
         self.period.stepped(mail, step)
         for exchange in self.exchanges:
             exchange.samples += self._mass // UNIT
-            if self._is_due(exchange):
+            if self._is_due(exchange, mail.me):
                 if exchange.asked and self.on_late == "wait":
                     yield from self._meeting(replica, mail).answered(exchange)
                 if not exchange.asked:
@@ -171,6 +172,7 @@ class AsyncGlobal(Algorithm):
         """What was pulled is the base of what comes."""
         for exchange in self.exchanges:
             exchange.samples, exchange.clean = 0, self._step
+        self._at_home.clear()
 
     def averaged_over(self, n: int) -> int:
         """Each arrival counts one n-th."""
@@ -249,16 +251,27 @@ class AsyncGlobal(Algorithm):
                 self._move(exchange)
         self._own.tell(exchange.owner for exchange in self.exchanges)
 
-    def _is_due(self, exchange: Exchange) -> bool:
+    def _is_due(self, exchange: Exchange, me: int) -> bool:
         """The first pushes of the shards are spread over a period, so that they do not all travel at once."""
         steps = self.period.steps
-        if steps is None:
+        if steps is None or (exchange.owner == me and self._is_ahead(exchange)):
             return False
         early = steps * exchange.shard.number // len(self.exchanges) if exchange.step == 0 else 0
         return self._step - exchange.step >= steps - early
 
+    def _is_ahead(self, exchange: Exchange) -> bool:
+        """A member pushes to itself as often as to the others, where a push is a matter of bytes: else its own shards
+        would count so many versions of its own that all others looked late there."""
+        others = sum(one.owner != exchange.owner for one in self.exchanges)
+        since = self._elsewhere - self._at_home.get(exchange.shard.number, -others)
+        return self.on_late != "wait" and since < others
+
     def _push(self, exchange: Exchange, replica: Replica, mail: Mail, kind: int) -> None:
         exchange.push(replica, mail, self._step, kind=kind, micros=self.period.micros, weight=self._weight)
+        if exchange.asked and exchange.owner == mail.me:
+            self._at_home[exchange.shard.number] = self._elsewhere
+        elif exchange.asked:
+            self._elsewhere += 1
 
     def _weight(self) -> int:
         """What a push counts: the paper's law knows no samples."""

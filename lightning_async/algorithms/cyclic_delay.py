@@ -17,16 +17,30 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink
+from lightning_async.algorithms.outer import outer_rule
 from lightning_async.algorithms.own_service import OwnService
 from lightning_async.algorithms.owners import Owners
+from lightning_async.algorithms.server_groups import Groups, MakeOptimizer, check_elementwise, numbers
 from lightning_async.algorithms.server_meeting import ServerMeeting
-from lightning_async.algorithms.server_step import MakeOptimizer, server_step
 from lightning_async.algorithms.shard_server import Rules
 from lightning_async.algorithms.shard_service import next_of
-from lightning_async.algorithms.shards import ANSWER, BID, LAST, MANY, NAMES, NOT_HERE, SERVED, TOKEN, cut, shard_of
+from lightning_async.algorithms.shards import (
+    ANSWER,
+    BID,
+    LAST,
+    MANY,
+    NAMES,
+    NOT_HERE,
+    RATES,
+    SERVED,
+    TOKEN,
+    cut,
+    shard_of,
+)
 from lightning_async.algorithms.token_exchange import TokenExchange
 from lightning_async.algorithms.turn_service import Scale, TurnService
 from lightning_async.algorithms.weighting import law
@@ -45,7 +59,7 @@ class CyclicDelay(Algorithm):
     It takes the gradients away before the optimizer of the member could step with them.
 
     Args:
-        make_optimizer: Builds the server's optimizer for some parameters, as for synchronous training.
+        make_optimizer: Builds the user's optimizer, as for synchronous training; None: `optimizer` is given later.
         token: "skip": idle holders are passed over; "strict": the ring is never left, and members wait.
         scale: What a push counts: "sum" (each batch one n-th), "mean" (each push as one batch), or "delay" (as "sum",
             and less if it is later than in a healthy run).
@@ -53,18 +67,21 @@ class CyclicDelay(Algorithm):
         max_accumulate: So many batches may add up; then the member waits for its turn. None: no bound.
         max_delay: Pushes with an excess of more than so many versions are shrunk; None: none are.
         shards: How many shards; None: as many as members, at most 8.
-        mirror_every: Pushes of a shard between two mirrors of it; None: four for each member.
+        mirror_every: Pushes of a shard that may be in no mirror of it; None: eight for each member.
 
     Attributes:
+        optimizer: The user's, before a run begins. The server's are made after it, and go by its numbers at each step.
         refused: Batches whose gradients were not finite: they are not added.
     """
 
+    takes_gradients = True
+    shrinks = "gradients"
     kinds: ClassVar[Mapping[int, str]] = {**NAMES, TOKEN: "token", BID: "token"}
 
     def __init__(
         self,
         *,
-        make_optimizer: MakeOptimizer,
+        make_optimizer: MakeOptimizer | None = None,
         token: Token = "skip",
         scale: Scale = "sum",
         strength: float | None = None,
@@ -80,10 +97,15 @@ class CyclicDelay(Algorithm):
         _check_count("max_accumulate", max_accumulate, "no bound")
         _check_count("max_delay", max_delay, "no bound")
         _check_count("shards", shards, "as many as members, at most 8")
-        _check_count("mirror_every", mirror_every, "four for each member")
+        _check_count("mirror_every", mirror_every, "eight for each member")
         self.token, self.scale, self.max_accumulate = token, scale, max_accumulate
         self.shards, self.mirror_every = shards, mirror_every
-        self.rules = Rules("poly", law("poly", strength), max_delay, "shrink", server_step(make_optimizer))
+        if make_optimizer is not None:
+            check_elementwise(make_optimizer([nn.Parameter(torch.zeros(1))]))
+        self._make_optimizer = make_optimizer
+        self.optimizer: Optimizer | None = None
+        make_outer = outer_rule(None, lr=1.0, momentum=0.0)  # for pushes that are steps
+        self.rules = Rules("poly", law("poly", strength), max_delay, "shrink", make_outer)
         self._beginnings = 0
 
     # -- a run --------------------------------------------------------------------------------------------------------
@@ -94,7 +116,7 @@ class CyclicDelay(Algorithm):
         self._samples, self._rounds, self._step, self.refused = mass // UNIT, rounds, 0, 0
         self._arrivals: list[Arrival] = []
         self._images = torch.empty(0, dtype=torch.uint8)
-        self._gradient, self._finite = torch.zeros_like(replica.flat), True
+        self._gradient, self._taken, self._paused = torch.zeros_like(replica.flat), False, False
         shards = cut(replica.numel, min(self.shards or MANY, mail.world))
         self.owners = Owners(rounds.carrier, len(shards), self._beginnings)
         self.exchanges = [TokenExchange(shard, replica.flat) for shard in shards]
@@ -105,7 +127,7 @@ class CyclicDelay(Algorithm):
             exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
             first[exchange.place] = members[number % len(members)]
             exchange.token = exchange.place if first[exchange.place] == mail.me else 0
-        mail.serve((*SERVED, BID), self._service(replica, mail, first))
+        mail.serve((*SERVED, BID, RATES), self._service(replica, mail, first))
         self._own = OwnService(mail)
 
     def _service(self, replica: Replica, mail: Mail, first: Mapping[int, int]) -> TurnService:
@@ -120,11 +142,20 @@ class CyclicDelay(Algorithm):
             blank=lambda number: torch.zeros_like(self.exchanges[number].base, device="cpu"),
             skip=self.token == "skip",
             scale=self.scale,
+            groups=Groups(self._users(replica), replica.places),
+            shards=[exchange.shard for exchange in self.exchanges],
             rules=self.rules,
             codec=EXACT,
             mirror_every=self.mirror_every,
             shrink=self._current_shrink,
         )
+
+    def _users(self, replica: Replica) -> Optimizer:
+        if self.optimizer is None:
+            if self._make_optimizer is None:
+                raise RuntimeError("a run needs an optimizer: give `make_optimizer`, or set `optimizer` before it")
+            self.optimizer = self._make_optimizer([parameter for parameter, _ in replica.places])
+        return self.optimizer
 
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Take the gradients away."""
@@ -132,13 +163,14 @@ class CyclicDelay(Algorithm):
         for (parameter, _), part in zip(replica.places, replica.parts(self._gradient), strict=True):
             if parameter.grad is not None:
                 part.add_(parameter.grad.flatten())
-                parameter.grad = None
+                parameter.grad, self._taken = None, True
         return []
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Add them up, and push where it is this member's turn."""
         self._step = step
         self._add_up()
+        self._own.rates(numbers(self._users(replica)))
         self._tend(replica, mail)
         if (most := self.max_accumulate) is not None:
             yield from self._until(lambda x: x.count < most, "the token", replica, mail)
@@ -146,26 +178,21 @@ class CyclicDelay(Algorithm):
             yield from self._until(lambda x: not x.asked, "the server's answer", replica, mail)
         return self.arrived()
 
+    def stop(self, replica: Replica, mail: Mail) -> Wait[None]:
+        """This member goes to where all wait for each other: from now on nobody may wait for its next push."""
+        if self.token == "strict" or self.max_accumulate is not None:
+            yield from self._meeting(replica, mail).push_all(replica, mail)
+
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """Push what is left, by turns; when all have, pull: the consensus is the server's W."""
-        for exchange in self.exchanges:
-            exchange.clean = self._step - 1  # also who has nothing left says that it pauses
-        meeting = ServerMeeting(
-            list(self.exchanges),
-            self.owners,
-            self._rounds,
-            self._step,
-            pump=lambda: self._tend(replica, mail, LAST),
-            push=lambda exchange: None,  # `pump` does, of all shards whose token has come
-            pausing=False,
-        )
-        consensus = yield from meeting.consensus(replica, mail)
+        consensus = yield from self._meeting(replica, mail).consensus(replica, mail)
         self._images = yield from self._own.images()
         return consensus
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
         """What was pulled is the base of what comes."""
         self._gradient.zero_()
+        self._taken = self._paused = False
 
     def healthy_delay(self, n: int) -> int:
         """Between two pushes of a member, each of the others pushes once; without waiting, twice."""
@@ -209,6 +236,9 @@ class CyclicDelay(Algorithm):
 
     def _add_up(self) -> None:
         """Before anything is folded: these gradients belong to the old weights."""
+        if not self._taken:  # a batch without any
+            return
+        self._taken = False
         if bool(torch.isfinite(self._gradient).all()):
             for exchange in self.exchanges:
                 exchange.add(self._gradient, self._samples)
@@ -262,6 +292,20 @@ class CyclicDelay(Algorithm):
         number, before = exchange.shard.number, exchange.place
         exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
         self._own.moved(exchange, before)
+
+    def _meeting(self, replica: Replica, mail: Mail) -> ServerMeeting:
+        for exchange in () if self._paused else self.exchanges:
+            exchange.clean = self._step - 1  # also who has nothing left says that it pauses, once
+        self._paused = True
+        return ServerMeeting(
+            list(self.exchanges),
+            self.owners,
+            self._rounds,
+            self._step,
+            pump=lambda: self._tend(replica, mail, LAST),
+            push=lambda exchange: None,  # `pump` does, of all shards whose token has come
+            pausing=False,
+        )
 
     def _until(self, done: Callable[[TokenExchange], bool], what: str, replica: Replica, mail: Mail) -> Wait[None]:
         while (waits := next((x for x in self.exchanges if not done(x)), None)) is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_async.algorithms.algorithm import UNIT, Algorithm
 from lightning_async.algorithms.ledger import Ledger
 from lightning_async.algorithms.settle import settle
-from lightning_async.algorithms.topology import TOPOLOGIES, Topology
+from lightning_async.algorithms.topology import RING_LIMIT, TOPOLOGIES, Topology
 from lightning_async.algorithms.worth import Worth
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
@@ -37,6 +37,9 @@ HEALTHY = 3
 
 class Gossip(Algorithm):
     """Knobs, ledger and drain, the same for every mode."""
+
+    ring_limit: ClassVar[int | None] = RING_LIMIT
+    """So many members agree soon enough on a ring; None: it does not matter."""
 
     def __init__(
         self,
@@ -167,6 +170,15 @@ class Gossip(Algorithm):
         """
         return 2 * (self.mixing if self.mixing is not None else (1 / 2 if n == 2 else 1 / 3))
 
+    def warning(self, n: int) -> str | None:
+        """What to say before so many members train."""
+        if self.topology != "ring" or self.ring_limit is None or n <= self.ring_limit:
+            return None
+        return (
+            f"{n} members on a ring agree slowly; topology='exponential' mixes them in about "
+            f"{(n - 1).bit_length()} messages"
+        )
+
     def on_wire(self, weights: Tensor) -> Tensor:
         """What of `weights` travels."""
         return weights.to(torch.bfloat16) if self.wire == "bf16" else weights
@@ -200,6 +212,8 @@ class Gossip(Algorithm):
 
 class Alone(Gossip):
     """The control: members train alone and are averaged at meetings only."""
+
+    ring_limit = None
 
     def averaged_over(self, n: int) -> int:
         """Nobody shares a step."""

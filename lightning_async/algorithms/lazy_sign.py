@@ -4,12 +4,7 @@
     send     sheet = C(v + rest), rest <- v + rest - sheet          agreed = mean over all n ranks of their sheets
     weights  those of the last round + agreed, or the optimizer's step on `agreed`; identical on all ranks, always
 
-    rule        a rank that does not send               the others count it with       agreed where nobody sends
-    always      there is none                           -                              -
-    accumulate  rest <- rest + v                        0                              0
-    periodic    the same, by the clock: the control     0                              0
-    paper       drops v, rest stands still              its last sheet                 what it was in the last round
-    innovation  nothing: sheets say how v has changed   no change                      what it was in the last round
+What silence means is in `sign_rules`, how a round goes in `sign_rounds`.
 
 Laws: sent + rest = all v + old rest. Weights + mean rest + the servers' rest take exact steps (`always`, `accumulate`,
 `periodic`). In lock-step: who ends early or dies stops the others with a sentence.
@@ -20,28 +15,27 @@ LASG for the trigger; EF21 (Richtarik et al. 2021) for `innovation`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_async.algorithms.algorithm import Algorithm
-from lightning_async.algorithms.press import Press, Rest, Source, Values
+from lightning_async.algorithms.press import Press, Source, Values
 from lightning_async.algorithms.settle import settle
-from lightning_async.algorithms.sheets import SCALES, Scale, Span, cuts
+from lightning_async.algorithms.sheets import Scale, Span, cuts
 from lightning_async.algorithms.sign_exchange import MEAN, PART, Exchange, Gather, Slices
+from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form, check
 from lightning_async.algorithms.sign_notices import MOST, NOTICE, Notices
+from lightning_async.algorithms.sign_rounds import SignRounds
+from lightning_async.algorithms.sign_rules import RULES, Rule
 from lightning_async.algorithms.sign_trigger import News, Trigger
-from lightning_async.algorithms.signs import BITS, BLOCK, NotFinite
+from lightning_async.algorithms.signs import BLOCK, NotFinite
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Mail, Message, Wait
 from lightning_async.transport.rounds import Rounds
 
-Rule = Literal["always", "accumulate", "periodic", "paper", "innovation"]
-Compress = Literal["update", "gradient"]
-Compressor = Literal["sign", "none"]
-Form = Literal["auto", "slices", "gather"]
 END = FIRST_FREE_KIND + 2
 FEW = 2
 """Up to so many ranks `gather` sends no more bytes than `slices`, in half the time."""
@@ -77,9 +71,9 @@ class LazySign(Algorithm):
         warm_up: int = 0,
         threads: int = 1,
     ) -> None:
-        _check_choices(rule, compress, compressor, scale, form, news)
-        _check_numbers(block, min_size, history, max_skip, ahead, warm_up, threads)
-        _check_weights(threshold, error_weight)
+        check(rule=rule, compress=compress, compressor=compressor, scale=scale, form=form, news=news)
+        check(block=block, min_size=min_size, history=history, max_skip=max_skip, ahead=ahead, warm_up=warm_up)
+        check(threads=threads, threshold=threshold, error_weight=error_weight)
         self.rule, self.compress, self.compressor, self.scale = rule, compress, compressor, scale
         self.block, self.min_size, self.form, self.threads = block, min_size, form, threads
         self.news, self.history, self.threshold, self.error_weight = news, history, threshold, error_weight
@@ -93,22 +87,19 @@ class LazySign(Algorithm):
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """All weights are equal; nothing was left over yet."""
         self._rounds, self._members, self._me = rounds, mail.members(), mail.me
-        self._number = self._step = self._met = self.skipped = 0
+        self._step = self._met = self.skipped = 0
         self._peers = [member for member in self._members if member != self._me]
         self._ended: set[int] = set()
-        self._silent = True
         self._arrivals = []
         if self._alone:
             return
-        flat = replica.flat
-        self._press = Press(flat, block=self.block, threads=self.threads)
-        self._exchange = self._new_exchange(replica, flat, whole=False)
-        self._warm_up = self._new_exchange(replica, flat, whole=True) if self.warm_up else None
-        self._kept = replica.weights() if self.compress == "update" else torch.zeros_like(flat)
-        self._rest = Rest(torch.zeros_like(flat), tracks=self.rule == "innovation")
-        self._common = torch.zeros_like(flat) if self.rule == "innovation" else None
-        self._notices = Notices(mail.me, self._members, ahead=self.ahead)
-        self.trigger = self._new_trigger(flat)
+        self._kept = replica.weights() if self.compress == "update" else torch.zeros_like(replica.flat)
+        self.signs = self._new_rounds(replica, replica.flat)
+
+    @property
+    def trigger(self) -> Trigger:
+        """When this rank sends."""
+        return self.signs.trigger
 
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """With `compress="gradient"`: the optimizer sees what all agreed on in the place of this rank's gradient."""
@@ -116,7 +107,7 @@ class LazySign(Algorithm):
             self._step = step
             _read_gradients(replica, self._kept)
             yield from self._round(mail, Values(self._kept))
-            agreed = self._agreed(self._kept.zero_())
+            agreed = self.signs.agreed(self._kept.zero_())
             _write_gradients(replica, agreed)
         return self.arrived()
 
@@ -125,7 +116,7 @@ class LazySign(Algorithm):
         if self.compress == "update" and not self._alone:
             self._step = step
             yield from self._round(mail, Values(replica.flat, since=self._kept))
-            self._agreed(self._kept)
+            self.signs.agreed(self._kept)
             replica.go_to(self._kept)
         return self.arrived()
 
@@ -147,73 +138,15 @@ class LazySign(Algorithm):
 
     def _round(self, mail: Mail, source: Source) -> Wait[None]:
         """Send or not, and learn what all agreed on; nobody waits where nobody sends."""
-        self._number += 1
-        number, exchange = self._number, self._exchange_now
         try:
-            if self.ahead == 0:
-                self._decide(mail, number, source)
-            senders = yield from self._senders(mail, number)
-            self.skipped += self._me not in senders
-            if self._me in senders:
-                exchange.send(mail, number, source, self._rest)
-            elif self.rule in ("accumulate", "periodic"):
-                self._press.keep(source, self._rest, exchange.cuts)
-            if self.ahead:
-                self._decide(mail, number + self.ahead, source)
+            sent = yield from self.signs.take(mail, source)
         except NotFinite as error:
             raise RuntimeError(
-                f"the {self.compress} of rank {self._me} in round {number} has a NaN or an infinity, which would stay "
-                "in what is fed back for ever: lower the learning rate, clip gradients, or look for the batch"
+                f"the {self.compress} of rank {self._me} in round {self.signs.number} has a NaN or an infinity, "
+                "which would stay in what is fed back for ever: lower the learning rate, clip gradients, or look for "
+                "the batch"
             ) from error
-        if senders:
-            yield from exchange.finish(mail, number, senders, self._guard, self._heard)
-        else:
-            exchange.pass_by()
-        self._silent = not senders
-
-    def _agreed(self, onto: Tensor) -> Tensor:
-        """Add to a vector what all agreed on in this round."""
-        common, moved = self._common, 0.0
-        if not self._silent or self.rule == "paper":
-            for source, cut in self._exchange_now.agreed():
-                self._press.add(source, cut, Rest(onto if common is None else common))
-                moved += self._press.square(source, cut)[0] if self._lazy and common is None else 0.0
-        if common is not None:
-            onto.add_(common)
-            moved = float(torch.dot(common, common))
-        self.trigger.remember(moved)
-        return onto
-
-    @property
-    def _exchange_now(self) -> Exchange:
-        """What this round goes by: the first ones send whole numbers."""
-        if self._warm_up is not None and self._number > self.warm_up:
-            self._warm_up = None
-        return self._warm_up or self._exchange
-
-    @property
-    def _lazy(self) -> bool:
-        return self.rule not in ("always", "periodic")
-
-    def _senders(self, mail: Mail, number: int) -> Wait[tuple[int, ...]]:
-        """Who sends in this round."""
-        if not self._lazy:
-            sends = self.rule == "always" or number <= self.warm_up or number % (self.max_skip + 1) == 0
-            return self._members if sends else ()
-        if number <= self._first:
-            return self._members
-        return (yield from self._notices.senders(mail, number, self._guard))
-
-    @property
-    def _first(self) -> int:
-        """So many rounds are sent by all without a word."""
-        return max(self.history, self.ahead, self.warm_up + 1 if self.warm_up else 0)
-
-    def _decide(self, mail: Mail, number: int, source: Source) -> None:
-        """Tell the others whether this rank sends in a round to come."""
-        if self._lazy and number > self._first:
-            sends = self.trigger.decide(number, self._press, source, self._rest, self._exchange.cuts)
-            self._notices.say(mail, number, sends)
+        self.skipped += not sent
 
     def _heard(self, letter: Letter) -> None:
         launched = max(letter.message.echo, self._met)
@@ -252,7 +185,7 @@ class LazySign(Algorithm):
 
     def _agree_where(self) -> Wait[None]:
         """Each says in which round it is, and what it has said of those to come."""
-        mine = f"{self._number};{self._notices.words()}"
+        mine = f"{self.signs.number};{self.signs.notices.words()}"
         words = yield from self._rounds.agree(mine.encode(), what="lazy_sign")
         said = {member: word.decode().split(";") for member, word in words.items()}
         if len({number for number, _ in said.values()}) > 1:
@@ -261,14 +194,14 @@ class LazySign(Algorithm):
                 f"the ranks meet after different numbers of rounds ({at}): lazy_sign needs equal numbers of batches: "
                 "use balance='equal' and streams of equal length"
             )
-        self._notices.adopt({member: word for member, (_, word) in said.items()})
+        self.signs.notices.adopt({member: word for member, (_, word) in said.items()})
 
     def _pump(self, mail: Mail) -> None:
         mail.lost()
         for letter in mail.take(END):
             mail.folded(letter)
         if not self._alone:
-            self._notices.drop(mail)
+            self.signs.notices.drop(mail)
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
         """The next updates are counted from here."""
@@ -279,17 +212,9 @@ class LazySign(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """What is left over here and at this rank's server, and what the rule remembers."""
-        state: dict[str, Any] = {"method": "LazySign", "rule": self.rule, "round": self._number, "step": self._met}
-        if self._alone:
-            return state
-        return {
-            **state,
-            "rest": self._rest.vector.cpu().clone(),
-            "common": None if self._common is None else self._common.cpu().clone(),
-            "exchange": self._exchange.state_dict(),
-            "notices": self._notices.state_dict(),
-            "trigger": self.trigger.state_dict(),
-        }
+        number = 0 if self._alone else self.signs.number
+        state: dict[str, Any] = {"method": "LazySign", "rule": self.rule, "round": number, "step": self._met}
+        return state if self._alone else {**state, **self.signs.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of the same rule."""
@@ -298,15 +223,10 @@ class LazySign(Algorithm):
                 f"the state of {saved[0] or 'another method'} with rule {saved[1]!r} does not fit lazy_sign with rule "
                 f"{self.rule!r}: go on with the rule that the run was started with, or start anew from the weights"
             )
-        self._number, self._step, self._met = state["round"], state["step"], state["step"]
-        if self._alone:
-            return
-        self._rest.vector.copy_(state["rest"])
-        if self._common is not None:
-            self._common.copy_(state["common"])
-        self._exchange.load_state_dict(state["exchange"])
-        self._notices.load_state_dict(state["notices"])
-        self.trigger.load_state_dict(state["trigger"])
+        self._step = self._met = state["step"]
+        if not self._alone:
+            self.signs.number = state["round"]
+            self.signs.load_state_dict(state)
 
     def inherit(self, replica: Replica, states: Iterable[Mapping[str, Any]], *, world: int) -> None:
         """Take over what ranks of a run with `world` members had not sent: the mean over all of it stays what it was.
@@ -321,13 +241,29 @@ class LazySign(Algorithm):
             if (slice_ := served.get("rest")) is not None:
                 all_of_it[served["base"] : served["base"] + slice_.numel()] += slice_
             if not self._alone:
-                self._rest.vector.add_(all_of_it.to(self._rest.vector), alpha=len(self._members))
+                self.signs.rest.vector.add_(all_of_it.to(replica.flat), alpha=len(self._members))
             elif self.compress == "update":
                 replica.shift(all_of_it.to(replica.flat))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _new_exchange(self, replica: Replica, flat: Tensor, *, whole: bool) -> Exchange:
+    def _new_rounds(self, replica: Replica, flat: Tensor) -> SignRounds:
+        press = Press(flat, block=self.block, threads=self.threads)
+        return SignRounds(
+            RULES[self.rule],
+            press,
+            self._new_exchange(replica, press, whole=False),
+            warm_up=self._new_exchange(replica, press, whole=True) if self.warm_up else None,
+            warm=self.warm_up,
+            period=self.max_skip + 1,
+            notices=Notices(self._me, self._members, ahead=self.ahead),
+            trigger=self._new_trigger(flat),
+            like=flat,
+            guard=self._guard,
+            heard=self._heard,
+        )
+
+    def _new_exchange(self, replica: Replica, press: Press, *, whole: bool) -> Exchange:
         spans = [Span(at, at + p.numel(), i) for i, (p, at) in enumerate(replica.places)]
         whole = whole or self.compressor == "none"
         exact = [i for i, (p, _) in enumerate(replica.places) if whole or self.travels_whole(p)]
@@ -335,17 +271,19 @@ class LazySign(Algorithm):
         parts = cuts(
             spans,
             parts=1 if gather else len(self._members),
-            dtype=flat.dtype,
+            dtype=replica.flat.dtype,
             exact=exact,
             min_size=self.min_size,
             block=self.block,
             scale=self.scale,
         )
         form = Gather if gather else Slices
-        return form(self._press, parts, self._me, self._members, reuse=self.rule == "paper", like=flat)
+        reuse = RULES[self.rule].reuses
+        return form(press, parts, self._me, self._members, reuse=reuse, like=replica.flat)
 
     def _new_trigger(self, flat: Tensor) -> Trigger:
-        remembers = self._lazy and self.rule != "innovation" and self.news == "change"
+        silence = RULES[self.rule]
+        remembers = silence.decides and not silence.tracks and self.news == "change"
         return Trigger(
             history=self.history,
             threshold=self.threshold,
@@ -375,39 +313,3 @@ def _write_gradients(replica: Replica, agreed: Tensor) -> None:
             parameter.grad = here.to(parameter.dtype, copy=True)
         else:
             parameter.grad.copy_(here)
-
-
-def _check_choices(
-    rule: object, compress: object, compressor: object, scale: object, form: object, news: object
-) -> None:
-    choices: Iterable[tuple[str, object, tuple[str, ...]]] = (
-        ("rule", rule, get_args(Rule)),
-        ("compress", compress, get_args(Compress)),
-        ("compressor", compressor, get_args(Compressor)),
-        ("scale", scale, SCALES),
-        ("form", form, get_args(Form)),
-        ("news", news, get_args(News)),
-    )
-    for name, value, allowed in choices:
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _check_numbers(
-    block: object, min_size: object, history: object, max_skip: object, ahead: object, warm_up: object, threads: object
-) -> None:
-    least = {"block": BITS, "min_size": 0, "history": 1, "max_skip": 0, "ahead": 0, "warm_up": 0, "threads": 1}
-    given = (block, min_size, history, max_skip, ahead, warm_up, threads)
-    for (name, low), value in zip(least.items(), given, strict=True):
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"`{name}` must be an integer of at least {low}, got {value!r}")
-    if isinstance(block, int) and block % BITS:
-        raise ValueError(f"`block` must be a multiple of {BITS}, got {block}")
-    if isinstance(ahead, int) and ahead > MOST:
-        raise ValueError(f"`ahead` must be at most {MOST} rounds, got {ahead}")
-
-
-def _check_weights(threshold: object, error_weight: object) -> None:
-    for name, value in (("threshold", threshold), ("error_weight", error_weight)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
-            raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_async.algorithms.exchange import Exchange
 from lightning_async.algorithms.shard_service import next_of
-from lightning_async.algorithms.shards import NEWS, PUT, RETIRE, SHOW, SHOWN, TAKE
+from lightning_async.algorithms.shards import NEWS, PUT, RATES, RETIRE, SHOW, SHOWN, TAKE
 from lightning_async.transport.mail import Mail, Message, Wait
 
 
@@ -28,6 +28,7 @@ class OwnService:
         self._mail = mail
         self._told = (mail.members(), next_of(mail.me, mail.members()))
         self._commands: list[tuple[int, Message]] = []
+        self._rates: Tensor | None = None
 
     def tell(self, owners: Iterable[int] = ()) -> None:
         """Say what is new; of a death, to the other owners too."""
@@ -58,6 +59,12 @@ class OwnService:
             first = exchange.base.cpu().clone()
             take = Message(TAKE, first, version=exchange.version, reference=exchange.place)
             self._commands.append((self._mail.me, take))
+
+    def rates(self, now: Tensor) -> None:
+        """The optimizer's numbers, if they are others than before; where there is no room the next ones will do."""
+        told = self._rates is not None and torch.equal(self._rates, now)
+        if not told and self._mail.post(self._mail.me, Message(RATES, now)):
+            self._rates = now
 
     def put(self, images: Tensor) -> None:
         """A run goes on: the service's shards are these."""

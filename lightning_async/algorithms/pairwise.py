@@ -133,10 +133,10 @@ class Pairwise(Gossip):
             return
         mail.folded(letter)  # at once: so the answer itself tells of it, and no header of its own does
         if difference is None:
-            self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
+            self.record(arrival.refused())
         else:
             replica.shift(difference, rate / MILLION * asked.weight / (asked.weight + self.mass))
-            self.record(replace(arrival, fate=Fate.SHRUNK if factor < 1 else Fate.FOLDED, factor=factor))
+            self.record(arrival.shrunk(factor))
             self.wrote_to.add(letter.peer)
 
     def _difference(self, replica: Replica, asked: Message) -> Tensor:
@@ -151,7 +151,7 @@ class Pairwise(Gossip):
         self._asked.discard(letter.peer)
         if answer.body is not None and self.late(arrival):
             self._send_back(mail, letter)
-            self.record(replace(arrival, fate=Fate.REFUSED, factor=0.0))
+            self.record(arrival.refused())
         elif answer.body is not None:
             difference = answer.body.to(replica.device)
             factor = self.shrink(arrival, difference, None)
@@ -159,7 +159,7 @@ class Pairwise(Gossip):
             replica.shift(difference, -factor * move)
             if factor < 1:
                 self.ledger.enter(Fate.SHRUNK, difference, (factor - 1) * move * self.mass / UNIT)
-            self.record(replace(arrival, fate=Fate.SHRUNK if factor < 1 else Fate.FOLDED, factor=factor))
+            self.record(arrival.shrunk(factor))
         mail.folded(letter)
 
     def _send_back(self, mail: Mail, letter: Letter) -> None:

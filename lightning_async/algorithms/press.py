@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_async.algorithms.sheets import Cut, Sheet, Span
-from lightning_async.algorithms.signs import BLOCK, NotFinite, Signs, signs_for
+from lightning_async.algorithms.signs import BLOCK, Flat, NotFinite, Signs, flat, signs_for
 
 MANY = 8  # blocks a thread; with fewer it is not worth starting one
 
@@ -27,7 +28,7 @@ MANY = 8  # blocks a thread; with fewer it is not worth starting one
 class Source(Protocol):
     """Where numbers come from, by block or whole span of a cut."""
 
-    def onto(self, base: Tensor, i: int, span: Span, out: Tensor, signs: Signs) -> None:
+    def onto(self, base: Flat, i: int, span: Span, out: Flat, signs: Signs[Flat]) -> None:
         """out = base + block `i`; `out` may be `base`."""
 
     def whole(self, i: int, span: Span, out: Tensor) -> None:
@@ -41,14 +42,17 @@ class Values:
     vector: Tensor
     since: Tensor | None = None
 
-    def onto(self, base: Tensor, i: int, span: Span, out: Tensor, signs: Signs) -> None:
+    def onto(self, base: Flat, i: int, span: Span, out: Flat, signs: Signs[Flat]) -> None:
         """out = base + the values of a span."""
         here = slice(span.start, span.stop)
-        if self.since is None:
-            torch.add(self.vector[here], base, out=out)
-        else:
-            moved = out if out.data_ptr() != base.data_ptr() else torch.empty_like(out)
-            torch.add(torch.sub(self.vector[here], self.since[here], out=moved), base, out=out)
+        now, before = self._flat
+        if before is None:
+            signs.add(now[here], base, out)
+            return
+        moved = torch.empty_like(self.vector[here]) if out is base else None  # first the difference: it is small
+        step = out if moved is None else flat(moved)
+        signs.subtract(now[here], before[here], step)
+        signs.add(step, base, out)
 
     def whole(self, i: int, span: Span, out: Tensor) -> None:
         """out = the values of a span."""
@@ -58,6 +62,10 @@ class Values:
         else:
             torch.sub(self.vector[here], self.since[here], out=out)
 
+    @cached_property
+    def _flat(self) -> tuple[Flat, Flat | None]:
+        return flat(self.vector), None if self.since is None else flat(self.since)
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -66,7 +74,7 @@ class Sum:
     sheets: Sequence[Sheet]
     factor: float = 1.0
 
-    def onto(self, base: Tensor, i: int, span: Span, out: Tensor, signs: Signs) -> None:
+    def onto(self, base: Flat, i: int, span: Span, out: Flat, signs: Signs[Flat]) -> None:
         """out = base + block `i` of the sum."""
         for sheet in self.sheets:
             signs.shift(base, sheet.bits(i), sheet.scale(i) * self.factor, out)
@@ -97,6 +105,14 @@ class Rest:
         """What stays of a span."""
         return self.vector[span.start - self.base : span.stop - self.base]
 
+    def block(self, span: Span) -> Flat:
+        """The same, to be worked on."""
+        return self._flat[span.start - self.base : span.stop - self.base]
+
+    @cached_property
+    def _flat(self) -> Flat:
+        return flat(self.vector)
+
     def covers(self, span: Span) -> bool:
         """Whether anything stays of this span."""
         return self.base <= span.start and span.stop - self.base <= self.vector.numel()
@@ -106,8 +122,8 @@ class Press:
     """Scratch memory for a block, or, with several threads, for one block each."""
 
     def __init__(self, like: Tensor, *, block: int = BLOCK, threads: int = 1) -> None:
-        self._threads = threads if like.device.type == "cpu" else 1
-        self._benches = [(signs_for(like, block), like.new_empty(block)) for _ in range(self._threads)]
+        self._threads, self._device = threads if like.device.type == "cpu" else 1, like.device
+        self._benches = [(signs_for(like, block), flat(like.new_empty(block))) for _ in range(self._threads)]
 
     def pack(
         self,
@@ -126,19 +142,22 @@ class Press:
         cut = sheet.cut
         means = self.means(source, rest, [cut]) if means is None else means
 
-        def one(i: int, signs: Signs, scratch: Tensor) -> None:
-            span = cut.blocks[i]
-            p, kept = scratch[: span.stop - span.start], rest.part(span)
+        def one(i: int, signs: Signs[Flat], scratch: Flat) -> None:
+            span, bits = cut.blocks[i], sheet.bits(i)
+            p, kept = scratch[: span.stop - span.start], rest.block(span)
             source.onto(kept, i, span, p, signs)
+            left = kept if rest.tracks else p
+            if means:
+                sheet.scale_by(i, means[cut.group(span)])
+                signs.pack(p, bits)
+                signs.shift(left, bits, -sheet.scale(i), kept)
+                return
             try:
-                sheet.scales[cut.groups[i]] = means[cut.group(span)] if means else signs.mean(p)
+                sheet.scale_by(i, signs.press(p, bits, left, kept))
             except NotFinite:
                 if not tells:
                     raise
-                sheet.scales[cut.groups[i]] = math.nan
-                return
-            signs.pack(p, sheet.bits(i))
-            signs.shift(kept if rest.tracks else p, sheet.bits(i), -sheet.scale(i), kept)
+                sheet.scale_by(i, math.nan)
 
         self._each(len(cut.blocks), one)
         for i, span in enumerate(cut.whole):
@@ -151,10 +170,10 @@ class Press:
         signs, scratch = self._benches[0]
         for cut in cuts:
             for i, span in enumerate(cut.blocks if cut.scale != "block" else ()):
-                group, p = cut.group(span), scratch[: span.stop - span.start]
-                source.onto(rest.part(span), i, span, p, signs)
-                sums[group] = sums.get(group, 0.0) + signs.mean(p) * p.numel()
-                counts[group] = counts.get(group, 0) + p.numel()
+                group, size = cut.group(span), span.stop - span.start
+                source.onto(rest.block(span), i, span, scratch[:size], signs)
+                sums[group] = sums.get(group, 0.0) + signs.mean(scratch[:size]) * size
+                counts[group] = counts.get(group, 0) + size
         return {group: sums[group] / counts[group] for group in sums}
 
     def keep(self, source: Source, rest: Rest, cuts: Sequence[Cut]) -> None:
@@ -162,10 +181,10 @@ class Press:
         signs, scratch = self._benches[0]
         for cut in cuts:
             for i, span in enumerate(cut.blocks):
-                p, kept = scratch[: span.stop - span.start], rest.part(span)
+                p, kept = scratch[: span.stop - span.start], rest.block(span)
                 source.onto(kept, i, span, p, signs)
                 signs.mean(p)  # raises NotFinite
-                kept.copy_(p)
+                kept[:] = p
             for i, span in enumerate(cut.whole):
                 numbers = torch.empty_like(rest.part(span))
                 source.whole(i, span, numbers)
@@ -174,8 +193,8 @@ class Press:
     def add(self, source: Source, cut: Cut, to: Rest) -> None:
         """Add a source to what is kept of its spans."""
 
-        def one(i: int, signs: Signs, scratch: Tensor) -> None:
-            here = to.part(cut.blocks[i])
+        def one(i: int, signs: Signs[Flat], scratch: Flat) -> None:
+            here = to.block(cut.blocks[i])
             source.onto(here, i, cut.blocks[i], here, signs)
 
         self._each(len(cut.blocks), one)
@@ -191,19 +210,20 @@ class Press:
         total = missed = 0.0
         for i, span in enumerate(cut.blocks):
             p = scratch[: span.stop - span.start]
-            source.onto(p.zero_() if plus is None else plus.part(span), i, span, p, signs)
-            square = float(torch.dot(p, p))
+            p[:] = 0.0
+            source.onto(p if plus is None else plus.block(span), i, span, p, signs)
+            square = signs.square(p)
             total += square
-            missed += max(0.0, square - signs.mean(p) ** 2 * p.numel())
+            missed += max(0.0, square - signs.mean(p) ** 2 * (span.stop - span.start))
         for i, span in enumerate(cut.whole):
-            numbers = scratch.new_empty(span.stop - span.start)
+            numbers = torch.empty(span.stop - span.start, dtype=cut.dtype, device=self._device)
             source.whole(i, span, numbers)
             if plus is not None:
                 numbers.add_(plus.part(span))
             total += float(torch.dot(numbers, numbers))
         return total, missed
 
-    def _each(self, count: int, one: Callable[[int, Signs, Tensor], None]) -> None:
+    def _each(self, count: int, one: Callable[[int, Signs[Flat], Flat], None]) -> None:
         """Do all blocks, shared out among the threads."""
         workers = min(len(self._benches), count // MANY)
         if workers < 2:

@@ -1,13 +1,13 @@
-"""One round is n pushes, so n steps of the server's optimizer: together they move as one step on the mean does.
+"""A push takes the place of a part of a synchronous step; all parts together move as the whole step does.
 
-    synchronous, one step on g             server, n steps on g / n each
-    SGD      lr * g                        lr                               n * lr * g / n
-    momentum lr * g / (1 - mu)             mu^(1/n),  lr * (1 - mu^(1/n)) / (1 - mu)
-    Adam     lr * m / sqrt(v)              beta^(1/n), lr / n, eps / n      (1/n of the gradient is invisible to it)
+    synchronous, one step on g       server, steps on parts of it that add up to 1
+    SGD      lr * g                  lr                                      on  share * g
+    momentum lr * g / (1 - mu)       mu^share,  lr * (1 - mu^share) / (1 - mu)
+    Adam     lr * m / sqrt(v)        beta^share,  lr * share                 on  g        (a factor of g is invisible)
 
-What a step remembers fades as fast per round as before. Weight decay that is added to the gradient gets its n-th too;
-decoupled decay follows the learning rate. What Adam's second moment sees is a gradient of one member, noisier than the
-mean of n: where the noise is larger than the signal, it still moves less than the synchronous one, up to sqrt(n) times.
+The share of c batches among n members is c / n: what a step remembers fades as fast by the sample as before, and the
+sum of many batches goes further than one. Weight decay that is added to the gradient gets its share too; decoupled
+decay follows the learning rate.
 """
 
 from __future__ import annotations
@@ -27,26 +27,20 @@ def check_known(optimizer: Optimizer) -> None:
         )
 
 
-def spread(group: Mapping[str, Any], n: int) -> dict[str, Any]:
-    """What of an optimizer's group changes when one step becomes `n`."""
-    return _spread_adam(group, n) if "betas" in group else _spread_sgd(group, n)
-
-
-def _spread_sgd(group: Mapping[str, Any], n: int) -> dict[str, Any]:
+def spread(group: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """What of an optimizer's group changes when a step becomes a part of one."""
+    if "betas" in group:
+        betas = tuple(float(beta) ** share for beta in group["betas"])
+        return {**_numbers(group), "lr": float(group["lr"]) * share, "betas": betas}
     momentum = float(group["momentum"])
-    faded = momentum ** (1 / n)
+    faded = momentum**share
     return {
+        **_numbers(group),
         "lr": float(group["lr"]) * ((1 - faded) / (1 - momentum)),
         "momentum": faded,
-        "weight_decay": group["weight_decay"] / n,
+        "weight_decay": group["weight_decay"] * share,
     }
 
 
-def _spread_adam(group: Mapping[str, Any], n: int) -> dict[str, Any]:
-    decay = group["weight_decay"]
-    return {
-        "lr": float(group["lr"]) / n,
-        "betas": tuple(float(beta) ** (1 / n) for beta in group["betas"]),
-        "eps": group["eps"] / n,
-        "weight_decay": decay if group.get("decoupled_weight_decay") else decay / n,
-    }
+def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: group[name] for name in ("dampening", "weight_decay", "eps") if name in group}

@@ -1,24 +1,26 @@
 """A merge rule of the server: an arrival is a gradient, and the user's optimizer steps the shard with it.
 
-    arrive (a, gamma)  -->  grad = gamma * a  -->  optimizer.step()  -->  W         one optimizer for each shard
+    arrive (a, gamma, its share of a round)  -->  grad = gamma * a  -->  optimizer.step()  -->  W
 
-A shard is stepped without the others, so each element must be treated alone: `check_elementwise` steps a vector whole
-and in two halves, and refuses an optimizer that makes a difference (norms, matrices). It is the rule beside `outer`.
+Each shard has its own optimizer and steps without the others: `server_groups` refuses what needs the whole. How far one
+of many steps goes is in `server_rates`; what Adam's second moment sees of noise is corrected as in `adam`, here over
+the pushes of a round. It is the rule beside `outer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_async.algorithms.server_rates import check_known, spread
+from lightning_async.algorithms.adam import further
+from lightning_async.algorithms.server_groups import Groups, Piece
+from lightning_async.algorithms.server_rates import spread
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
-"""Builds the user's optimizer for some parameters, with the learning rate of a synchronous run."""
+FINE = 2**20
+"""`count` is in so many parts of a synchronous step."""
 
 
 class ServerStep:
@@ -26,87 +28,87 @@ class ServerStep:
 
     Args:
         weights: The shard, which is stepped in place.
-        make: Builds the optimizer.
+        groups: The user's optimizer.
+        begin: Where the shard begins in the flat vector.
 
     Attributes:
-        tensors: What the optimizer remembers.
-        count: How often it has stepped.
+        tensors: What the optimizer remembers; for Adam also a slow mean of its first moment's squares.
+        count: How many synchronous steps it has taken the place of, in `FINE` parts.
     """
 
-    def __init__(self, weights: Tensor, make: MakeOptimizer) -> None:
+    def __init__(self, weights: Tensor, groups: Groups, begin: int = 0) -> None:
         self.count = 0
-        self._names = _remembered(make)
-        self.tensors = [torch.zeros_like(weights) for _ in self._names]
-        self._parameter = nn.Parameter(weights)
-        self._optimizer = make([self._parameter])
-        self._synchronous = dict(self._optimizer.param_groups[0])
+        self._groups, self._names = groups, groups.remembered
+        found = groups.within(begin, begin + weights.numel())
+        self._pieces: list[tuple[Piece, nn.Parameter]] = [(one, nn.Parameter(weights[one.part])) for one in found]
+        by_group = ([p for one, p in self._pieces if one.group == g] for g in range(len(groups.now)))
+        self._optimizer: Optimizer = groups.build(list(by_group))
+        self._is_adam = "exp_avg_sq" in self._names
+        self.tensors = [torch.zeros_like(weights) for _ in range(len(self._names) + self._is_adam)]
 
     @torch.no_grad()
-    def arrive(self, weights: Tensor, correction: Tensor, gamma: float, n: int) -> None:
-        """Step by a gradient that counts `gamma`, one of `n` members' in a round."""
-        self._optimizer.param_groups[0].update(spread(self._synchronous, n))
-        self._remind()
-        self._parameter.grad = correction * gamma
-        self._optimizer.step()
-        self._parameter.grad = None
-        self.count += 1
-        self._keep()
+    def arrive(
+        self,
+        weights: Tensor,
+        correction: Tensor,
+        gamma: float,
+        n: int,
+        *,
+        share: float | None = None,
+        among: float | None = None,
+    ) -> None:
+        """Step by a gradient that counts `gamma`.
 
-    def _remind(self) -> None:
+        Args:
+            weights: The shard.
+            correction: The gradient, or a sum of some.
+            gamma: What it counts.
+            n: How many members push in a round.
+            share: What part of a synchronous step it is; None: one n-th.
+            among: How many such pushes make one, on average; None: n.
+        """
+        share = 1 / n if share is None else share
+        for group, now in zip(self._optimizer.param_groups, self._groups.now, strict=True):
+            group.update(spread(now, share))
+        self._remind(share)
+        gradient = correction * (gamma / share if self._is_adam else gamma)
+        for piece, parameter in self._pieces:
+            parameter.grad = gradient[piece.part]
+        self._optimizer.step()
+        self.count += round(share * FINE)
+        self._keep()
+        if self._is_adam:
+            self._stretch(n if among is None else among)
+
+    def _remind(self, share: float) -> None:
         """The state is what `tensors` and `count` say, which a mirror may have changed; at first there is none."""
-        if self.count:
-            kept: dict[str, Any] = dict(zip(self._names, self.tensors, strict=True))
-            self._optimizer.state[self._parameter] = {"step": torch.tensor(float(self.count)), **kept}
-        else:
-            self._optimizer.state.clear()
+        self._optimizer.state.clear()
+        for piece, parameter in self._pieces if self.count else ():
+            pairs = zip(self._names, self.tensors, strict=False)
+            kept: dict[str, Any] = {name: tensor[piece.part] for name, tensor in pairs}
+            steps = torch.tensor(self.count / FINE / share)  # of those that are as long as this one
+            self._optimizer.state[parameter] = {"step": steps, **kept}
 
     def _keep(self) -> None:
-        state = self._optimizer.state[self._parameter]
-        for name, tensor in zip(self._names, self.tensors, strict=True):
-            if state[name] is not tensor:
-                tensor.copy_(state[name])
+        for piece, parameter in self._pieces:
+            parameter.grad = None
+            state = self._optimizer.state[parameter]
+            for name, tensor in zip(self._names, self.tensors, strict=False):
+                if (now := state.get(name)) is not None and now.data_ptr() != tensor[piece.part].data_ptr():
+                    tensor[piece.part].copy_(now)
 
+    def _stretch(self, among: float) -> None:
+        """Move on by what the steps are too short where v sees the noise of few, and not of a mean over all."""
+        m_all, v_all, q_all = (self.tensors[self._names.index("exp_avg")], *self._squares())
+        for piece, parameter in self._pieces:
+            group = self._optimizer.param_groups[piece.group]
+            beta1, beta2 = group["betas"]
+            steps = float(self._optimizer.state[parameter]["step"])
+            m = m_all[piece.part] / (1 - beta1**steps)
+            q_all[piece.part].mul_(beta2).addcmul_(m, m, value=1 - beta2)
+            if among > 1 and not group.get("amsgrad"):
+                v, q = (one[piece.part] / (1 - beta2**steps) for one in (v_all, q_all))
+                parameter.sub_(further(m, v, q, among, beta1, float(group["eps"])), alpha=float(group["lr"]))
 
-def server_step(make: MakeOptimizer) -> Callable[[Tensor], ServerStep]:
-    """A maker of the rule, given the weights of a shard; refuses what cannot serve."""
-    check_elementwise(make)
-    return lambda weights: ServerStep(weights, make)
-
-
-def check_elementwise(make: MakeOptimizer) -> None:
-    """Refuse an optimizer that moves two halves in another way than the whole."""
-    try:
-        optimizer, whole = _stepped(make, slice(0, 64))
-        halves = torch.cat([_stepped(make, part)[1] for part in (slice(0, 32), slice(32, 64))])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the server steps flat parts of the weights, and this optimizer cannot ({error}): use SGD, Adam or AdamW"
-        ) from error
-    name = type(optimizer).__name__
-    if not torch.allclose(whole, halves, rtol=1e-9, atol=0.0):
-        raise ValueError(
-            f"the server steps each part of the weights without the others, and {name} moves two halves in another "
-            "way than the whole: use an optimizer that treats each element alone (SGD, Adam or AdamW)"
-        )
-    if len(optimizer.param_groups) != 1:
-        raise ValueError(f"the server steps one parameter group, got {len(optimizer.param_groups)}: use one")
-    check_known(optimizer)
-
-
-def _stepped(make: MakeOptimizer, part: slice) -> tuple[Optimizer, Tensor]:
-    """A part of a vector after three steps on uneven gradients."""
-    numbers = torch.randn(4, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    numbers = numbers * torch.linspace(0.1, 9.0, 64, dtype=torch.float64)
-    parameter = nn.Parameter(numbers[0, part].clone())
-    optimizer = make([parameter])
-    for gradient in numbers[1:]:
-        parameter.grad = gradient[part].clone()
-        optimizer.step()
-    return optimizer, parameter.detach()
-
-
-def _remembered(make: MakeOptimizer) -> list[str]:
-    """The names of what it remembers of each element."""
-    optimizer, stepped = _stepped(make, slice(0, 64))
-    (state,) = list(optimizer.state.values()) or [{}]
-    return [name for name, one in state.items() if isinstance(one, Tensor) and one.shape == stepped.shape]
+    def _squares(self) -> tuple[Tensor, Tensor]:
+        return self.tensors[self._names.index("exp_avg_sq")], self.tensors[-1]

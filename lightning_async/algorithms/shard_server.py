@@ -100,13 +100,13 @@ class ShardServer:
 
     def arrive(self, letter: Letter, correction: Tensor, *, last: bool = False) -> int:
         """Merge a correction; millionths by which it counted beside one that is in time, or NOT_FINITE."""
-        message, peer, n = letter.message, letter.peer, len(self.members)
+        message, peer = letter.message, letter.peer
         delay = max(0, self.version - message.version)
         said = NOT_FINITE
         if _is_finite(correction):
             factor = self._factor(letter, delay, correction)
             if factor > 0:
-                self.outer.arrive(self.weights, correction, self._gamma(letter, delay) * factor, n)
+                self._merge(letter, correction, self._gamma(letter, delay) * factor)
             said = round(factor * MILLION)
         self._count(said)
         self.version += 1
@@ -139,6 +139,9 @@ class ShardServer:
     def fastest(self) -> int:
         """Microseconds of the fastest member's step; 0: not known."""
         return min(self.paces.values(), default=0)
+
+    def _merge(self, letter: Letter, correction: Tensor, gamma: float) -> None:
+        self.outer.arrive(self.weights, correction, gamma, len(self.members))
 
     def _gamma(self, letter: Letter, delay: int) -> float:
         n, base = len(self.members), letter.message.version

@@ -1,7 +1,8 @@
 """A member's service: the shards that it owns, and mirrors of those of the member before it.
 
     PUSH, LAST, PULL of everybody  -->  the shard's server, if this member owns that place; else NOT_HERE
-    every m arrivals               -->  MIRROR to the next member, when it has said that the last one is there
+    every m / 2 arrivals           -->  MIRROR to the next member, when it has said that the last one is there; what
+                                        would be more than m in no mirror waits for that (`mirroring`)
     a place that succeeds a mirror -->  its owner is dead or frozen, and this member is the heir: taken over at once
     TAKE of the own member         -->  the same, where there is no mirror: from the member's own base
     RETIRE of the own member       -->  somebody else has taken it over meanwhile: forget it
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lightning_async.algorithms.algorithm import Shrink, no_shrink
 from lightning_async.algorithms.images import bundle, unbundle
+from lightning_async.algorithms.mirroring import Mirroring
 from lightning_async.algorithms.shard_server import Rules, ShardServer
 from lightning_async.algorithms.shards import (
     ANSWER,
@@ -41,8 +43,8 @@ from lightning_async.algorithms.wire import EXACT, Codec
 from lightning_async.transport.mail import Letter, Message
 
 Answers = Iterable[tuple[int, Message]]
-ROUNDS = 4
-"""A mirror for so many arrivals of each member: it costs the links a few per cent."""
+ROUNDS = 8
+"""So many arrivals of each member may be in no mirror; one for half as many costs the links a few per cent."""
 
 
 @dataclass
@@ -51,14 +53,12 @@ class Owned:
 
     Attributes:
         server: The shard.
-        since: Arrivals since the last mirror.
-        travelling: Whether a mirror is on its way.
-        held: Arrivals that wait for slower members.
+        mirroring: How far its mirror is behind.
+        held: Arrivals that wait: for slower members, or for a mirror.
     """
 
     server: ShardServer
-    since: int = 0
-    travelling: bool = False
+    mirroring: Mirroring = field(default_factory=Mirroring)
     held: list[Letter] = field(default_factory=list)
 
 
@@ -73,7 +73,7 @@ class ShardService:
         blank: Makes zeros of the size and dtype of a shard.
         rules: How arrivals are treated.
         codec: How corrections and answers travel; between a member and its own service nothing is cut off.
-        mirror_every: Arrivals between two mirrors; None: four for each member.
+        mirror_every: Arrivals that may be in no mirror; None: eight for each member.
         shrink: Who is asked before each merge, at that time.
     """
 
@@ -93,8 +93,10 @@ class ShardService:
         self._me, self._members, self._rules, self._codec = me, members, rules, codec
         self._every, self._shrink, self._blank = mirror_every, shrink, blank
         self._next = next_of(me, members)
-        self.owned = {at: Owned(self._new(weights.clone())) for at, weights in owned.items()}
-        self._mirrors = {shard_of(at): (at, self._new(weights.clone()).image()) for at, weights in mirrored.items()}
+        self.owned = {at: Owned(self._new(weights.clone(), shard_of(at))) for at, weights in owned.items()}
+        self._mirrors = {
+            shard_of(at): (at, self._new(weights.clone(), shard_of(at)).image()) for at, weights in mirrored.items()
+        }
 
     def __call__(self, letter: Letter) -> Answers:
         """Do what the letter asks for."""
@@ -118,7 +120,7 @@ class ShardService:
         owned = self._owned(letter.message.reference)
         if owned is None:
             return [_not_here(letter)]
-        if owned.server.must_wait(letter.message.version):
+        if not self._may_go(owned, letter):
             owned.held.append(_kept(letter))
             return []
         return [*self._merge(owned, letter), *self._let_go(owned)]
@@ -129,7 +131,7 @@ class ShardService:
         own = letter.peer == self._me
         correction = (EXACT if own else self._codec).decode(m.body, server.weights.dtype)
         said = server.arrive(letter, correction, last=m.kind == LAST)
-        owned.since += 1
+        owned.mirroring.fresh += 1
         weights = server.weights if own else self._codec.encode(server.weights)
         return [_answer(letter, server, weights, said), *self._mirror(owned, m.reference)]
 
@@ -142,7 +144,8 @@ class ShardService:
         return answers
 
     def _may_go(self, owned: Owned, letter: Letter) -> bool:
-        return not owned.server.must_wait(letter.message.version)
+        full = self._next is not None and owned.mirroring.is_full(self._most)
+        return not full and not owned.server.must_wait(letter.message.version)
 
     def _pulled(self, letter: Letter) -> Answers:
         owned = self._owned(letter.message.reference)
@@ -156,13 +159,14 @@ class ShardService:
     # -- mirrors ------------------------------------------------------------------------------------------------------
 
     def _mirror(self, owned: Owned, at: int) -> Answers:
-        if self._next is None or owned.travelling or owned.since < self._arrivals_per_mirror:
+        version = owned.server.version
+        if self._next is None or not owned.mirroring.is_due(self._most):
             return []
-        owned.since, owned.travelling = 0, True
-        return [(self._next, Message(MIRROR, owned.server.image(), version=owned.server.version, reference=at))]
+        owned.mirroring.left(version)
+        return [(self._next, Message(MIRROR, owned.server.image(), version=version, reference=at))]
 
     @property
-    def _arrivals_per_mirror(self) -> int:
+    def _most(self) -> int:
         return ROUNDS * len(self._members) if self._every is None else self._every
 
     def _keep(self, letter: Letter) -> Answers:
@@ -171,12 +175,15 @@ class ShardService:
         known = self._mirrors.get(shard_of(m.reference))
         if known is None or known[0] <= m.reference:
             self._mirrors[shard_of(m.reference)] = m.reference, m.body.clone()
-        return [(letter.peer, Message(MIRRORED, reference=m.reference))]
+        return [(letter.peer, Message(MIRRORED, version=m.version, reference=m.reference))]
 
     def _mirrored(self, letter: Letter) -> Answers:
-        if (owned := self.owned.get(letter.message.reference)) is not None:
-            owned.travelling = False
-        return []
+        m = letter.message
+        owned = self.owned.get(m.reference)
+        if owned is None or letter.peer != self._next:
+            return []
+        owned.mirroring.came(m.version)
+        return [*self._let_go(owned), *self._mirror(owned, m.reference)]
 
     # -- of the own member --------------------------------------------------------------------------------------------
 
@@ -194,10 +201,9 @@ class ShardService:
         for at, owned in self.owned.items():
             owned.server.hear(self._members)
             owned.held = [held for held in owned.held if held.peer in self._members]
-            answers += self._let_go(owned)
             if self._next != before:  # the new one has no mirror yet
-                owned.travelling, owned.since = False, self._arrivals_per_mirror
-                answers += self._mirror(owned, at)
+                owned.mirroring.anew(self._most)
+            answers += [*self._let_go(owned), *self._mirror(owned, at)]
         return answers
 
     def _take(self, letter: Letter) -> Answers:
@@ -205,7 +211,7 @@ class ShardService:
         assert m.body is not None  # the weights to begin with, where there is no mirror
         owned = self._owned(m.reference)
         if owned is None:
-            owned = self.owned[m.reference] = Owned(self._new(m.body.clone()), since=self._arrivals_per_mirror)
+            owned = self.owned[m.reference] = self._without_mirror(m.body.clone(), shard_of(m.reference))
             owned.server.version = owned.server.orphaned = m.version
         return self._mirror(owned, m.reference)
 
@@ -214,10 +220,9 @@ class ShardService:
         it takes over at once, wherever its own member is."""
         mirror = self._mirrors.get(shard_of(at))
         if at not in self.owned and mirror is not None and succeeds(at, mirror[0]):
-            server = self._new(self._blank(shard_of(at)))
-            server.become(mirror[1])
-            server.hear(self._members)
-            self.owned[at] = Owned(server, since=self._arrivals_per_mirror)
+            owned = self.owned[at] = self._without_mirror(self._blank(shard_of(at)), shard_of(at))
+            owned.server.become(mirror[1])
+            owned.server.hear(self._members)
             del self._mirrors[shard_of(at)]
         return self.owned.get(at)
 
@@ -237,10 +242,15 @@ class ShardService:
             if shard_of(at) in images:
                 owned.server.become(images[shard_of(at)])
                 owned.server.hear(self._members)
-                owned.since = self._arrivals_per_mirror
+                owned.mirroring.anew(self._most)
         return []
 
-    def _new(self, weights: Tensor) -> ShardServer:
+    def _without_mirror(self, weights: Tensor, number: int) -> Owned:
+        owned = Owned(self._new(weights, number))
+        owned.mirroring.anew(self._most)
+        return owned
+
+    def _new(self, weights: Tensor, number: int) -> ShardServer:
         return ShardServer(self._rules, weights, self._members, shrink=self._shrink)
 
 

@@ -42,6 +42,8 @@ SHOW, SHOWN, PUT = FIRST_FREE_KIND + 9, FIRST_FREE_KIND + 10, FIRST_FREE_KIND + 
 """From the member to its own service: what are our shards? The answer. And: they are this (a run that goes on)."""
 TOKEN, BID = FIRST_FREE_KIND + 12, FIRST_FREE_KIND + 13
 """From the owner: it is your turn. And to it: a batch has ended without it; body: who is heard."""
+RATES = FIRST_FREE_KIND + 14
+"""From the member to its own service: the optimizer's numbers are these now."""
 SERVED = (PUSH, LAST, PULL, MIRROR, MIRRORED, NEWS, TAKE, RETIRE, SHOW, PUT)
 
 NAMES = {PUSH: "push", LAST: "push", PULL: "pull", ANSWER: "answer", MIRROR: "mirror", MIRRORED: "mirror"}

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lightning_async.algorithms.signs import BITS, BLOCK, nbytes
+from lightning_async.algorithms.signs import BITS, BLOCK, Flat, flat, nbytes
 
 Scale = Literal["block", "tensor", "global"]
 SCALES = get_args(Scale)
@@ -89,7 +89,7 @@ class Sheet:
         one, two = cut.scales * size, (cut.scales + cut.numbers) * size
         self.scales = body[:one].view(cut.dtype)
         self.numbers = body[one:two].view(cut.dtype)
-        self._bits = body[two:]
+        self._flat_scales, self._bits = flat(self.scales), flat(body[two:])
         self._at = _running(nbytes(b.stop - b.start) for b in cut.blocks)
         self._places = _running(span.stop - span.start for span in cut.whole)
 
@@ -104,9 +104,13 @@ class Sheet:
 
     def scale(self, i: int) -> float:
         """The scale of block `i`, as it travels."""
-        return float(self.scales[self.cut.groups[i]])
+        return float(self._flat_scales[self.cut.groups[i]])
 
-    def bits(self, i: int) -> Tensor:
+    def scale_by(self, i: int, scale: float) -> None:
+        """Write the scale of block `i`."""
+        self._flat_scales[self.cut.groups[i]] = scale
+
+    def bits(self, i: int) -> Flat:
         """The signs of block `i`."""
         return self._bits[self._at[i] : self._at[i + 1]]
 

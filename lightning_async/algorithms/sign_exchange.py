@@ -45,10 +45,10 @@ class Exchange(ABC):
         self, press: Press, cuts: Sequence[Cut], me: int, members: Sequence[int], *, reuse: bool, like: Tensor
     ) -> None:
         self.cuts = cuts
-        self._press, self._me, self._members, self._reuse, self._like = press, me, tuple(members), reuse, like
+        self._press, self.me, self.members, self._reuse, self._like = press, me, tuple(members), reuse, like
         self._unsent: dict[tuple[int, int], Message] = {}
         self._early: list[Letter] = []
-        self._firing: tuple[int, ...] = self._members
+        self._firing: tuple[int, ...] = self.members
 
     @abstractmethod
     def send(self, mail: Mail, number: int, source: Source, rest: Rest) -> None:
@@ -124,29 +124,29 @@ class Gather(Exchange):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         (self._cut,) = self.cuts
-        self._parts = {member: self._new(self._cut) for member in self._members}
+        self._parts = {member: self._new(self._cut) for member in self.members}
 
     def send(self, mail: Mail, number: int, source: Source, rest: Rest) -> None:
         """Pack one sheet for all."""
-        self._press.pack(source, rest, self._parts[self._me])
-        for peer in _from(self._me, self._members):
-            self._post(peer, PART, number, self._parts[self._me])
+        self._press.pack(source, rest, self._parts[self.me])
+        for peer in _from(self.me, self.members):
+            self._post(peer, PART, number, self._parts[self.me])
         self._flush(mail)
 
     def finish(self, mail: Mail, number: int, firing: Iterable[int], guard: Guard, heard: Heard) -> Wait[None]:
         """Collect the sheets of those who send."""
         self._firing = tuple(sorted(firing))
-        into = {peer: self._parts[peer] for peer in self._firing if peer != self._me}
+        into = {peer: self._parts[peer] for peer in self._firing if peer != self.me}
         yield from self._receive(mail, PART, number, into, guard, heard)
 
     def agreed(self) -> list[tuple[Source, Cut]]:
         """The sum of all sheets over the number of ranks."""
-        counted = self._members if self._reuse else self._firing
-        return [(Sum([self._parts[m] for m in counted], 1 / len(self._members)), self._cut)]
+        counted = self.members if self._reuse else self._firing
+        return [(Sum([self._parts[m] for m in counted], 1 / len(self.members)), self._cut)]
 
     def state_dict(self) -> dict[str, Any]:
         """The last sheets, where they are used again."""
-        return {"parts": {m: self._parts[m].body.clone() for m in self._members if self._reuse}}
+        return {"parts": {m: self._parts[m].body.clone() for m in self.members if self._reuse}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
@@ -159,11 +159,11 @@ class Slices(Exchange):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._of = dict(zip(self._members, self.cuts, strict=True))
-        self._mine = self._of[self._me]
-        self._servers = [m for m in self._members if self._of[m].nbytes]
-        self._out = {m: self._new(self._of[m]) for m in self._servers if m != self._me}
-        self._parts = {m: self._new(self._mine) for m in self._members}
+        self._of = dict(zip(self.members, self.cuts, strict=True))
+        self._mine = self._of[self.me]
+        self._servers = [m for m in self.members if self._of[m].nbytes]
+        self._out = {m: self._new(self._of[m]) for m in self._servers if m != self.me}
+        self._parts = {m: self._new(self._mine) for m in self.members}
         self._means = {m: self._new(self._of[m]) for m in self._servers}
         blocks = self._mine.blocks
         first, last = (blocks[0].start, blocks[-1].stop) if blocks else (0, 0)
@@ -172,24 +172,24 @@ class Slices(Exchange):
     def send(self, mail: Mail, number: int, source: Source, rest: Rest) -> None:
         """Pack slice after slice; what is packed travels while the next is."""
         means = self._press.means(source, rest, self.cuts)
-        for server in [*_from(self._me, self._members), self._me]:
+        for server in [*_from(self.me, self.members), self.me]:
             if server in self._servers:
-                sheet = self._parts[self._me] if server == self._me else self._out[server]
+                sheet = self._parts[self.me] if server == self.me else self._out[server]
                 self._press.pack(source, rest, sheet, means)
-                if server != self._me:
+                if server != self.me:
                     self._post(server, PART, number, sheet)
                 self._flush(mail)
 
     def finish(self, mail: Mail, number: int, firing: Iterable[int], guard: Guard, heard: Heard) -> Wait[None]:
         """Serve this rank's slice, then collect all others."""
         self._firing = tuple(sorted(firing))
-        if self._me in self._servers:
-            into = {peer: self._parts[peer] for peer in self._firing if peer != self._me}
+        if self.me in self._servers:
+            into = {peer: self._parts[peer] for peer in self._firing if peer != self.me}
             yield from self._receive(mail, PART, number, into, guard, heard)
-            self._press.pack(self._sum(), self._rest, self._means[self._me])
-            for peer in _from(self._me, self._members):
-                self._post(peer, MEAN, number, self._means[self._me])
-        means = {peer: self._means[peer] for peer in self._servers if peer != self._me}
+            self._press.pack(self._sum(), self._rest, self._means[self.me])
+            for peer in _from(self.me, self.members):
+                self._post(peer, MEAN, number, self._means[self.me])
+        means = {peer: self._means[peer] for peer in self._servers if peer != self.me}
         yield from self._receive(mail, MEAN, number, means, guard, _nothing)
 
     def agreed(self) -> list[tuple[Source, Cut]]:
@@ -198,9 +198,9 @@ class Slices(Exchange):
 
     def pass_by(self) -> None:
         """The last means count once more, and the server remembers by how much they are not the mean."""
-        if self._reuse and self._me in self._servers:
+        if self._reuse and self.me in self._servers:
             self._press.add(self._sum(), self._mine, self._rest)
-            self._press.add(Sum([self._means[self._me]], -1.0), self._mine, self._rest)
+            self._press.add(Sum([self._means[self.me]], -1.0), self._mine, self._rest)
 
     def state_dict(self) -> dict[str, Any]:
         """What the server's packing missed, and where they are used again the last sheets."""
@@ -219,8 +219,8 @@ class Slices(Exchange):
                 sheets[member].fill(body)
 
     def _sum(self) -> Sum:
-        counted = self._members if self._reuse else self._firing
-        return Sum([self._parts[m] for m in counted], 1 / len(self._members))
+        counted = self.members if self._reuse else self._firing
+        return Sum([self._parts[m] for m in counted], 1 / len(self.members))
 
 
 def _from(me: int, members: Sequence[int]) -> list[int]:

@@ -43,6 +43,7 @@ class Trigger:
         max_skip: int,
         like: Tensor | None,
     ) -> None:
+        self.history = history
         self._threshold, self._error_weight, self._max_skip = threshold, error_weight, max_skip
         self._moved: deque[float] = deque(maxlen=history)
         self._last = None if like is None else Rest(like.new_zeros(like.shape))
@@ -67,7 +68,7 @@ class Trigger:
         return reason is not None
 
     def _reason(self, number: int, press: Press, source: Source, rest: Rest, cuts: Sequence[Cut]) -> str | None:
-        if number <= (self._moved.maxlen or 0):
+        if number <= self.history:
             return "first"
         against = rest if self._last is None else self._last
         squares = [press.square(source, cut, against) for cut in cuts]

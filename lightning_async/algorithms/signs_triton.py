@@ -22,7 +22,7 @@ WIDTH = 128
 """Bytes of signs that one program writes."""
 
 
-def triton_signs(like: Tensor) -> Signs | None:
+def triton_signs(like: Tensor) -> Signs[Tensor] | None:
     """The kernels, where they can be had for tensors like this one."""
     return TritonSigns() if triton is not None and like.dtype == torch.float32 else None
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 Topology = Literal["ring", "exponential"]
 TOPOLOGIES: tuple[Topology, ...] = ("ring", "exponential")
-RING_LIMIT = 16  # beyond it the ring's spectral gap (O(1/n^2)) makes consensus slow
+RING_LIMIT = 16  # of members; beyond it the ring's spectral gap (O(1/n^2)) makes consensus slow
 
 
 def hops(topology: Topology, n: int) -> list[int]:

@@ -5,20 +5,24 @@
     NEWS: the holder is dead  -->                                    TOKEN to the next
     TAKE: a shard is ours now -->                                    TOKEN of the new generation
 
+    RATES of the own member   -->  the optimizers' numbers are those of run progress
+
 All else is `shard_service`. What a push counts: "sum" 1/n, "mean" 1/(batches in it), "delay" 1/n by a law of how late.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_async.algorithms.server_groups import Groups
+from lightning_async.algorithms.server_step import ServerStep
 from lightning_async.algorithms.shard_server import ShardServer
 from lightning_async.algorithms.shard_service import Answers, ShardService
-from lightning_async.algorithms.shards import ANSWER, BID, LAST, MILLION, PUSH, TOKEN
+from lightning_async.algorithms.shards import ANSWER, BID, LAST, MILLION, PUSH, RATES, TOKEN, Shard
 from lightning_async.algorithms.turns import Turns
 from lightning_async.algorithms.weighting import excess_rounds
 from lightning_async.transport.mail import Letter, Message
@@ -32,9 +36,19 @@ class TurnServer(ShardServer):
 
     Attributes:
         scale: What a push counts.
+        worths: How many batches were in each member's last push.
     """
 
     scale: Scale = "sum"
+    outer: ServerStep = field(init=False)
+
+    def _merge(self, letter: Letter, correction: Tensor, gamma: float) -> None:
+        """With "mean" each push is a step of its own."""
+        n, batches = len(self.members), letter.message.weight
+        self.worths[letter.peer] = float(batches)
+        among = n * len(self.worths) / sum(self.worths.values())
+        share, among = (1.0, 1.0) if self.scale == "mean" else (batches / n, among)
+        self.outer.arrive(self.weights, correction, gamma, n, share=share, among=among)
 
     def _gamma(self, letter: Letter, delay: int) -> float:
         n = len(self.members)
@@ -54,6 +68,8 @@ class TurnService(ShardService):
         first: Who holds the first tokens, by place.
         skip: Whether idle holders are passed over.
         scale: What a push counts.
+        groups: The user's optimizer.
+        shards: How the vector is cut.
         options: What `ShardService` takes beside.
     """
 
@@ -67,9 +83,12 @@ class TurnService(ShardService):
         first: Mapping[int, int],
         skip: bool,
         scale: Scale,
+        groups: Groups,
+        shards: Sequence[Shard],
         **options: Any,
     ) -> None:
-        self._scale, self._skip = scale, skip
+        self._scale, self._skip, self._groups = scale, skip, groups
+        self._begins = [shard.begin for shard in shards]
         self.turns = {at: Turns(first[at], skip=skip) for at in owned}
         super().__init__(me, members, owned, mirrored, **options)
 
@@ -80,6 +99,10 @@ class TurnService(ShardService):
     def _served(self, letter: Letter) -> Answers:
         m = letter.message
         turns = self.turns.get(m.reference)
+        if m.kind == RATES:
+            assert m.body is not None  # the numbers
+            self._groups.hear(m.body)
+            return []
         if m.kind == BID:
             if turns is not None and m.body is not None:
                 turns.bid(letter.peer, m.body.tolist())
@@ -106,5 +129,7 @@ class TurnService(ShardService):
             if granted is not None:
                 yield granted, Message(TOKEN, reference=at)
 
-    def _new(self, weights: Tensor) -> TurnServer:
-        return TurnServer(self._rules, weights, self._members, shrink=self._shrink, scale=self._scale)
+    def _new(self, weights: Tensor, number: int) -> TurnServer:
+        begin = self._begins[number]
+        rules = replace(self._rules, make_outer=lambda weights: ServerStep(weights, self._groups, begin))
+        return TurnServer(rules, weights, self._members, shrink=self._shrink, scale=self._scale)

@@ -6,8 +6,10 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_async.algorithms.sign_memory import warning
 from lightning_async.algorithms.signs import BLOCK
 from lightning_async.hooks import FIRST, SignState, sign_hook
 
@@ -36,5 +38,8 @@ class SignGradients(Callback):
                 "`SignGradients` needs strategy='ddp', whose module has communication hooks; with one device there is "
                 "nothing to send, and strategy='lazy_sign' sends signs by itself"
             )
+        remedy = "use strategy='lazy_sign', which sends the signs of updates"
+        if words := warning(trainer.optimizers, who="`SignGradients`", remedy=remedy):
+            rank_zero_warn(words)
         self.state = SignState(**self._knobs)
         model.register_comm_hook(self.state, sign_hook)

@@ -80,8 +80,10 @@ def delays(plt: Any, story: Story) -> Any:
 
 
 def _delay_map(plt: Any, senders: Sequence[int], shares: Any, labels: Sequence[str]) -> Any:
+    from matplotlib.colors import PowerNorm  # by roots: a few per cent far out are what a straggler's row shows
+
     figure, axes = plt.subplots(figsize=(10, 1.4 + min(8.0, 0.2 * len(senders))))
-    shown = axes.imshow(100 * shares, aspect="auto", cmap=MAP, interpolation="nearest", vmin=0)
+    shown = axes.imshow(100 * shares, aspect="auto", cmap=MAP, interpolation="nearest", norm=PowerNorm(0.5, vmin=0))
     axes.set(xlabel="delay in steps of the receiver", ylabel="sent by rank")
     axes.set_title("How late messages were", loc="left")
     _thin(axes.yaxis, [str(rank) for rank in senders], 20)
@@ -139,7 +141,9 @@ def traffic(plt: Any, story: Story) -> Any:
     _thin(left.yaxis, names, 12)
     figure.colorbar(shown, ax=left, label=f"{unit} sent", shrink=0.85)
     factor, unit = _unit(max(kinds.values()))
-    right.barh(list(kinds), [value / factor for value in kinds.values()], color=SHADES["compute"])
+    bars = right.barh(list(kinds), [value / factor for value in kinds.values()], color=SHADES["compute"])
+    right.bar_label(bars, fmt="%.3g", padding=3)  # what is too short to be seen has a number at least
+    right.margins(x=0.15)
     right.invert_yaxis()
     right.set(xlabel=f"{unit} sent, all ranks")
     return figure

@@ -60,6 +60,13 @@ def refuse_unknown(balance: object) -> None:
         raise ValueError(f"`balance` must be 'claim', 'equal', 'incremental' or its knobs, got {balance!r}")
 
 
+def meant_by(balance: Balance | None, *, in_step: bool) -> Balance:
+    """What a user means who may have said nothing. Members that go in step have equal shares."""
+    if in_step and balance not in (None, "equal"):
+        raise ValueError(f"`balance` must be 'equal' with mode='sync', whose ranks go in step, got {balance!r}")
+    return balance or ("equal" if in_step else "claim")
+
+
 def name_of(balance: Balance) -> Name:
     """The word for it."""
     return "incremental" if isinstance(balance, Incremental) else balance

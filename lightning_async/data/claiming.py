@@ -23,6 +23,8 @@ from lightning_async.data.sources import Sources
 from lightning_async.data.work import Work, key
 from lightning_async.transport.mail import Wait
 
+LAG, NEAR = 1.0, 4
+"""The end is near: so many seconds (a note is that old at most) and so many batches of the slowest before it."""
 _FRAGMENTS = 32
 """No draws ahead while so many ranges are unfinished: they would not fit into the note."""
 
@@ -56,6 +58,7 @@ class Claims(Work):
         super().__init__(desk, epoch, opening, done=done, batch=batch, pace=pace, handed=handed)
         self._seconds = seconds
         self._sources: Sources | None = None
+        self._near = False
 
     @property
     def repeated(self) -> int:
@@ -66,6 +69,11 @@ class Claims(Work):
     def reach(self) -> int:
         """The end of what was drawn from the epoch's own pool."""
         return 0 if self._sources is None else self._sources.reach
+
+    @property
+    def near(self) -> bool:
+        """As it was at the last batch."""
+        return self._near
 
     def seats(self) -> Iterable[Range]:
         """A batch for each."""
@@ -109,6 +117,7 @@ class Claims(Work):
         if pool is None or len(self.ledger.unfinished()) > _FRAGMENTS:
             return
         me, others = self._sight()
+        self._near = self._is_near([me, *others])
         amount = self._modest(appetite(me, self.held, self._sources.left(), others, self._seconds))
         if amount and not outlasts(me, min(amount, self._batch), self._sources.left(), others):
             pool.ask(amount)
@@ -159,6 +168,12 @@ class Claims(Work):
         assert self._crew is not None
         me = Worker(self._pace.rate, self.ledger.outstanding, self._batch)
         return me, self._crew.others(me)
+
+    def _is_near(self, workers: Sequence[Worker]) -> bool:
+        assert self._crew is not None
+        rates = [w.rate for w in workers if w.rate > 0]
+        slowest = max((w.batch / w.rate for w in workers if w.rate > 0), default=0.0)
+        return self.opening.used - self._crew.completed() <= (LAG + NEAR * slowest) * sum(rates)
 
     def _appetite(self) -> int:
         assert self._sources is not None

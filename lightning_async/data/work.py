@@ -112,7 +112,7 @@ class Work:
             self.reach,
             tuple(ledger.unfinished()),
         )
-        self._desk.publish(note.pack())
+        self._desk.publish(note.pack(), soon=self.near)
         self._crew.listen()
 
     def left_over(self) -> int:
@@ -155,6 +155,11 @@ class Work:
     def expected_batches(self) -> int:
         """How many batches this member will probably have trained on at the end of the epoch."""
         return math.ceil(self.opening.used / max(1, len(self._desk.members())) / self._batch)
+
+    @property
+    def near(self) -> bool:
+        """Whether the end is so near that who takes what is still left hangs on the newest notes."""
+        return False
 
     @property
     def reach(self) -> int:

@@ -2,6 +2,8 @@
 
 replica 0   first -> ... -> last        each stage's ranks   g_r -> all others,  mean in the order of ranks
 replica 1   first -> ... -> last        and wait for all: replicas go in step, stages do not
+
+Whether somebody wishes to stop goes along: so the last stages of all replicas know it after the same batch.
 """
 
 from __future__ import annotations
@@ -18,24 +20,34 @@ AVERAGES = range(FIRST_FREE_KIND + 8, FIRST_FREE_KIND + 10)
 
 
 class Replicas:
-    """The ranks that hold the same stage, seen from one of them."""
+    """The ranks that hold the same stage, seen from one of them.
+
+    Attributes:
+        wish: Whether somebody wished for something when they averaged last.
+    """
 
     def __init__(self, mail: Mail, ranks: Sequence[int]) -> None:
         self._mail, self._ranks = mail, tuple(ranks)
         self._count = 0
+        self.wish = False
 
-    def average(self, parameters: Sequence[Tensor]) -> Wait[None]:
+    @property
+    def alone(self) -> bool:
+        """Whether there is one only."""
+        return len(self._ranks) < 2
+
+    def average(self, parameters: Sequence[Tensor], *, wish: bool = False) -> Wait[None]:
         """Make the gradients the mean over all replicas; one that a replica does not have counts as zeros there."""
-        if len(self._ranks) < 2 or not parameters:
+        if self.alone:
             return
         self._count += 1
-        flat = torch.cat(
-            [_flat(p) for p in parameters] + [torch.tensor([float(p.grad is not None) for p in parameters])]
-        )
-        parts = yield from self._swap(flat)
+        there = torch.tensor([*(float(p.grad is not None) for p in parameters), float(wish)])
+        parts = yield from self._swap(torch.cat([*map(_flat, parameters), there]))
         total = torch.stack([parts[rank] for rank in self._ranks]).sum(0)
         sizes = [p.numel() for p in parameters]
-        means, have = torch.split(total / len(self._ranks), [*sizes, len(sizes)]), total[-len(sizes) :].tolist()
+        means = torch.split(total / len(self._ranks), [*sizes, len(there)])
+        *have, wishes = total[-len(there) :].tolist()
+        self.wish = wishes > 0
         for parameter, mean, there in zip(parameters, means, have, strict=False):
             if there:
                 parameter.grad = mean.view(parameter.shape).to(parameter)

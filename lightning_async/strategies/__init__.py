@@ -6,11 +6,17 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_async.strategies.async_global import AsyncGlobalStrategy
 from lightning_async.strategies.base import AsyncStrategy
+from lightning_async.strategies.cyclic_delay import CyclicDelayStrategy
 from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
 from lightning_async.strategies.gossip_ring import GossipRingStrategy
 from lightning_async.strategies.lazy_sign import LazySignStrategy
 
-STRATEGIES: tuple[type[AsyncStrategy], ...] = (GossipRingStrategy, AsyncGlobalStrategy, LazySignStrategy)
+STRATEGIES: tuple[type[AsyncStrategy], ...] = (
+    GossipRingStrategy,
+    AsyncGlobalStrategy,
+    LazySignStrategy,
+    CyclicDelayStrategy,
+)
 """Those whose ranks have replicas, and whose runs can be recorded."""
 
 
@@ -28,6 +34,7 @@ def register() -> None:
 __all__ = [
     "AsyncGlobalStrategy",
     "AsyncStrategy",
+    "CyclicDelayStrategy",
     "DelayedPipelineStrategy",
     "GossipRingStrategy",
     "LazySignStrategy",

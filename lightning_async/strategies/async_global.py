@@ -20,9 +20,10 @@ from lightning_async.algorithms.weighting import Attenuation
 from lightning_async.algorithms.wire import Wire
 from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
-from lightning_async.strategies.base import AsyncStrategy, StartMethod
+from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.inheritance import heirlooms
+from lightning_async.strategies.knobs import StartMethod, check_word
 from lightning_async.strategies.quality import Quality
 
 Mode = Literal["async", "sync"]
@@ -50,7 +51,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         outer_lr: Learning rate of the outer rule.
         outer_momentum: Momentum of the outer rule.
         shards: Parts of the weights, each with an owner; None: as many as ranks, at most 8.
-        mirror_every: Corrections between two copies of a shard on another rank; None: four for each rank.
+        mirror_every: Corrections of a shard that may be lost with its owner; None: eight for each rank.
         wire: "fp32", or "bf16" for half the bytes (what rounding cuts off of a correction stays with the sender).
         balance: "claim" (the share of the data follows the speed), "equal" (every rank the same number of samples), or
             "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).
@@ -113,10 +114,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"`mode` must be 'async' or 'sync', got {mode!r}")
-        if mode == "sync" and balance not in (None, "equal"):
-            raise ValueError(f"`balance` must be 'equal' with mode='sync', whose ranks go in step, got {balance!r}")
+        check_word("mode", mode, get_args(Mode))
         self.mode, self.accuracy_weight = mode, accuracy_weight
         self.quality = Quality(accuracy_weight)
         asynchronous = AsyncGlobal(
@@ -136,7 +134,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         algorithm = SyncGlobal.like(asynchronous) if mode == "sync" else asynchronous
         super().__init__(
             algorithm,
-            balance=balance or ("equal" if mode == "sync" else "claim"),
+            balance=balance,
             buffers=buffers,
             meet_every=meet_every,
             grace=grace,

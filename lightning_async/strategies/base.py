@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -29,6 +29,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
 from lightning_async.algorithms.algorithm import Algorithm
+from lightning_async.data.balance import meant_by
 from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
 from lightning_async.replica import Replica
@@ -41,6 +42,7 @@ from lightning_async.strategies.consensus import Consensus
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.inner_layer import InnerLayer
+from lightning_async.strategies.knobs import AtMeeting, StartMethod, check_word
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
@@ -48,9 +50,6 @@ from lightning_async.strategies.refusals import refuse, refuse_module, refuse_ru
 from lightning_async.strategies.shown import Shown
 from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.stepping import Stepping
-
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
-AtMeeting = Literal["adopt", "keep"]
 
 
 class AsyncStrategy(Shown):
@@ -61,7 +60,7 @@ class AsyncStrategy(Shown):
         algorithm: Algorithm,
         *,
         at_meeting: AtMeeting = "adopt",
-        balance: Balance = "claim",
+        balance: Balance | None = None,
         buffers: Buffers = "average",
         meet_every: int | None = None,
         grace: float = 10.0,
@@ -90,12 +89,9 @@ class AsyncStrategy(Shown):
             timeout=timeout,
             start_method=start_method,
         )
-        if at_meeting not in ("adopt", "keep"):
-            raise ValueError(f"`at_meeting` must be 'adopt' or 'keep', got {at_meeting!r}")
-        if buffers not in get_args(Buffers):
-            raise ValueError(f"`buffers` must be 'average', 'reestimate' or 'local', got {buffers!r}")
-        if start_method not in get_args(StartMethod):
-            raise ValueError(f"`start_method` must be one of {', '.join(get_args(StartMethod))}, got {start_method!r}")
+        check_word("at_meeting", at_meeting, get_args(AtMeeting))
+        check_word("buffers", buffers, get_args(Buffers))
+        check_word("start_method", start_method, get_args(StartMethod))
         self.algorithm, self.at_meeting, self.buffers = algorithm, at_meeting, buffers
         self.office = Office(
             interface=interface,
@@ -105,7 +101,7 @@ class AsyncStrategy(Shown):
             grace=grace,
             record=record,
         )
-        self.feeding = Feeding(balance)
+        self.feeding = Feeding(meant_by(balance, in_step=algorithm.in_step))
         self.clock = Clock(self, meet_every)
         self.checkpoints = Checkpoints(self)
         self.stepping, self.consensus, self.statistics = Stepping(self), Consensus(self), Statistics()

@@ -70,12 +70,23 @@ class Clock:
             setup_data()
             self.expect(trainer)
 
-        def then_keep_wishes(fetcher: Any) -> None:
-            advance_end(fetcher)
+        def keep_wishes(fetcher: Any) -> None:
+            run_start(fetcher)
             self._wishes.keep_stop(trainer)
 
+        def batch_over(fetcher: Any) -> None:
+            self.stop_together(trainer)
+            advance_end(fetcher)  # a validation, if one is due or all stop
+            self.stop_together(trainer)
+
+        def epoch_over() -> None:
+            epoch_end()
+            self.stop_together(trainer)
+
         setup_data = leash.wrap(trainer.fit_loop, "setup_data", then_expect)
-        advance_end = leash.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", then_keep_wishes)
+        run_start = leash.wrap(trainer.fit_loop.epoch_loop, "on_run_start", keep_wishes)
+        advance_end = leash.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", batch_over)
+        epoch_end = leash.wrap(trainer.fit_loop, "on_advance_end", epoch_over)
         self._requeue = leash.replace("_signal_connector._slurm_sigusr_handler_fn", self._wishes.want_requeue)
         for callback in compat.callbacks(trainer):
             if isinstance(callback, (ModelCheckpoint, Timer)):
@@ -162,6 +173,14 @@ class Clock:
         wishes = self._wishes.now(trainer, counts=self._counts.taken, val_seconds=self._counts.val_seconds)
         if wishes:
             self.progress.call(wishes)
+
+    def stop_together(self, trainer: Trainer) -> None:
+        """What tells one rank to stop, stops all: here if they have met, or else at the meeting that it calls."""
+        if self._strategy.meeting:
+            stop = trainer.should_stop and compat.can_stop_early(trainer)
+            trainer.should_stop = self._strategy.reduce_boolean_decision(stop, all=False) or trainer.should_stop
+        elif self._strategy.free:
+            self._wishes.keep_stop(trainer)
 
     def conclude(self, trainer: Trainer, outcome: Outcome) -> None:
         """What a meeting agreed on, told to Lightning: counts, schedules, whether to stop."""

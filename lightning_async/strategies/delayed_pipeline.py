@@ -11,7 +11,7 @@ the last stage it skips its own backward pass and optimizer step, which come wit
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -22,11 +22,10 @@ from lightning_async.pipeline.compensate import Compensate
 from lightning_async.pipeline.edge import Wire
 from lightning_async.pipeline.schedule import Order
 from lightning_async.pipeline.stash import Semantics
+from lightning_async.strategies.knobs import StartMethod
 from lightning_async.strategies.office import Office
 from lightning_async.strategies.pipe_setup import Baseline, Clip, PipeSetup, Split
 from lightning_async.strategies.pipeline_refusals import check_knobs
-
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 
 class DelayedPipelineStrategy(PipeSetup):
@@ -52,6 +51,7 @@ class DelayedPipelineStrategy(PipeSetup):
         replicas: How many pipelines, which average their gradients; the number of ranks is divided among them.
         baseline: "sync": the pipe is drained after every update (1F1B over the accumulated batches), for comparison.
         wire: How tensors travel: "as_is", or float32 as "bf16".
+        grace: Seconds that a run which gets a SIGTERM may take to stop after the same batch on all ranks, and save.
         interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
         silence: Seconds without a heartbeat after which a rank is no longer written to.
         patience: Seconds without a heartbeat after which a rank is declared dead, which ends the run.
@@ -82,6 +82,7 @@ class DelayedPipelineStrategy(PipeSetup):
         replicas: int = 1,
         baseline: Baseline = "none",
         wire: Wire = "as_is",
+        grace: float = 10.0,
         interface: str | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
@@ -119,6 +120,6 @@ class DelayedPipelineStrategy(PipeSetup):
         self.compensate, self.anneal, self.replicas, self.baseline = compensate, anneal, replicas, baseline
         self.clip = clip
         self.office = Office(
-            interface=interface, silence=silence, patience=patience, limit=waiting_timeout, record=None
+            interface=interface, silence=silence, patience=patience, limit=waiting_timeout, grace=grace, record=None
         )
         self.shrink = shrink

@@ -10,11 +10,12 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_async.algorithms.gossip import Mode, Wire, gossip
-from lightning_async.algorithms.topology import RING_LIMIT, Topology
+from lightning_async.algorithms.gossip import Gossip, Mode, Wire, gossip
+from lightning_async.algorithms.topology import Topology
 from lightning_async.data.share import Balance
-from lightning_async.strategies.base import AsyncStrategy, AtMeeting, StartMethod
+from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
+from lightning_async.strategies.knobs import AtMeeting, StartMethod
 
 
 class GossipRingStrategy(AsyncStrategy):
@@ -29,7 +30,8 @@ class GossipRingStrategy(AsyncStrategy):
         period: Exchange after every this many steps of a rank.
         max_delay: Contributions later than this many of the receiver's steps are refused and sent back; None: no bound.
         wire: "fp32", or "bf16" for half the bytes (what rounding cuts off stays with the sender).
-        topology: "ring", or "exponential" (one peer at a time, at distances 1, 2, 4, ...), better above 16 members.
+        topology: "ring", or "exponential" (one peer at a time, at distances 1, 2, 4, ...), better above 16 members,
+            and with "push_sum" above 8.
         mixing: How far the two ends of an edge move: 0.5 meets in the middle. None: 1/3, and 0.5 for two members.
         at_meeting: "adopt" (replicas go on from the consensus) or "keep" (each goes on from its own weights).
         balance: "claim" (the share of the data follows the speed), "equal" (every rank the same number of samples), or
@@ -55,6 +57,7 @@ class GossipRingStrategy(AsyncStrategy):
     """
 
     name = "gossip_ring"
+    algorithm: Gossip
 
     def __init__(
         self,
@@ -85,12 +88,10 @@ class GossipRingStrategy(AsyncStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        if mode == "sync" and balance not in (None, "equal"):
-            raise ValueError(f"`balance` must be 'equal' with mode='sync', whose ranks go in step, got {balance!r}")
         super().__init__(
             gossip(mode, period=period, max_delay=max_delay, wire=wire, topology=topology, mixing=mixing),
             at_meeting=at_meeting,
-            balance=balance or ("equal" if mode == "sync" else "claim"),
+            balance=balance,
             buffers=buffers,
             meet_every=meet_every,
             grace=grace,
@@ -114,8 +115,5 @@ class GossipRingStrategy(AsyncStrategy):
     def setup_environment(self) -> None:
         """A long ring is slow to agree: say so."""
         super().setup_environment()
-        if self.topology == "ring" and self.mode != "none" and self.world_size > RING_LIMIT:
-            rank_zero_warn(
-                f"{self.world_size} members on a ring agree slowly; topology='exponential' mixes them in about "
-                f"{(self.world_size - 1).bit_length()} messages"
-            )
+        if warning := self.algorithm.warning(self.world_size):
+            rank_zero_warn(warning)

@@ -14,14 +14,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_async.algorithms.lazy_sign import Compress, Compressor, Form, LazySign, Rule
+from lightning_async.algorithms.lazy_sign import LazySign
 from lightning_async.algorithms.sheets import Scale
+from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form
+from lightning_async.algorithms.sign_memory import warning
+from lightning_async.algorithms.sign_rules import Rule
 from lightning_async.algorithms.sign_trigger import News
 from lightning_async.algorithms.signs import BLOCK
-from lightning_async.strategies.base import AsyncStrategy, StartMethod
+from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.inheritance import heirlooms
+from lightning_async.strategies.knobs import StartMethod
 from lightning_async.strategies.resuming import KEY
 
 
@@ -129,7 +134,6 @@ class LazySignStrategy(AsyncStrategy):
                 warm_up=warm_up,
                 threads=threads,
             ),
-            balance="equal",
             buffers=buffers,
             meet_every=meet_every,
             grace=grace,
@@ -186,6 +190,12 @@ class LazySignStrategy(AsyncStrategy):
                 f"strategy={self.name!r}: with precision='16-mixed' gradients are scaled, and infinite now and then, "
                 "which compress='gradient' would keep for ever; use compress='update', or precision='bf16-mixed'"
             )
+        remedy = "use compress='update', the default"
+        signs = self.algorithm.compressor == "sign"
+        if signs and (
+            words := warning(self.optimizers, who=f"strategy={self.name!r} with compress='gradient'", remedy=remedy)
+        ):
+            rank_zero_warn(words)
 
 
 def _check_names(module: LightningModule, exact: Sequence[str]) -> None:

@@ -72,7 +72,7 @@ class Meetings(Callback):
             progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
             self._meet(trainer)
             self._attend(trainer, module)
-        while progress is not None and progress.ended and not clock.over and not trainer.should_stop:
+        while progress is not None and progress.ended and not clock.over and not _stops(trainer):
             self.strategy.set_off()
             self._meet(trainer)
             self._attend(trainer, module)
@@ -114,10 +114,20 @@ class Meetings(Callback):
 
     def _attend(self, trainer: Trainer, module: LightningModule) -> None:
         """What the loop does for those who met after a batch."""
+        clock = self.strategy.clock
         with compat.within_epoch(trainer):
             with compat.within_batch(trainer):
                 for callback in compat.callbacks(trainer):
                     if isinstance(callback, (ModelCheckpoint, Timer)):
                         callback.on_train_batch_end(trainer, module, None, None, 0)
-            if self.strategy.clock.validating:
+            clock.stop_together(trainer)
+            stops = trainer.should_stop and compat.can_stop_early(trainer)
+            if clock.validating or (stops and compat.validates_in_this_epoch(trainer)):
                 compat.validate(trainer)
+            clock.stop_together(trainer)
+
+
+def _stops(trainer: Trainer) -> bool:
+    """Whether the others leave the loop here: this rank's epoch is not more over than theirs."""
+    with compat.within_epoch(trainer):
+        return trainer.should_stop and compat.can_stop_early(trainer)

@@ -10,9 +10,7 @@ rank 0 could say what happened.
 
 from __future__ import annotations
 
-import os
 import secrets
-import socket
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
@@ -23,10 +21,12 @@ import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, though not exported by name
 
+from lightning_async.strategies.knobs import check_seconds
 from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
-from lightning_async.transport.cluster import ClusterCarrier, refuse_loopback
+from lightning_async.transport.cluster import ClusterCarrier
 from lightning_async.transport.mail import Wait
+from lightning_async.transport.network import check_network
 from lightning_async.transport.pages import Desk, Pages
 from lightning_async.transport.rounds import Rounds
 
@@ -54,12 +54,10 @@ class Office:
         grace: float = 10.0,
         record: str | None,
     ) -> None:
-        if not isinstance(grace, (int, float)) or isinstance(grace, bool) or grace < 0:
-            raise ValueError(f"`grace` must be a number of seconds of at least 0, got {grace!r}")
+        check_seconds("grace", grace, also_0=True)
         self.grace = grace
-        for name, value in (("silence", silence), ("patience", patience), ("meeting_timeout", limit)):
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"`{name}` must be a number of seconds above 0, got {value!r}")
+        for knob, value in (("silence", silence), ("patience", patience), ("meeting_timeout", limit)):
+            check_seconds(knob, value)
         if patience < silence:
             raise ValueError(f"`patience` must be at least `silence` ({silence}), got {patience}")
         if interface is not None and not isinstance(interface, str):
@@ -145,16 +143,8 @@ class Office:
         return self._carrier.members()[0] if self._carrier is not None else 0
 
     def check_network(self, nodes: int) -> None:
-        """Refuse a host whose name leads to itself, before anybody waits for it."""
-        if nodes > 1 and self.interface is None and "GLOO_SOCKET_IFNAME" not in os.environ:
-            name = socket.gethostname()
-            try:
-                refuse_loopback([socket.gethostbyname(name)], nodes=nodes)
-            except socket.gaierror as error:
-                raise ValueError(
-                    f"this host's name, {name!r}, leads to no address ({error}): name the network interface by "
-                    "GLOO_SOCKET_IFNAME (or `interface`), or correct /etc/hosts"
-                ) from None
+        """Refuse a network by which the others cannot be reached, before anybody waits for them."""
+        check_network(self.interface, nodes=nodes)
 
     def glance(self, timeout: float) -> None:
         """Wait a moment for something new, and stop here if somebody stopped the run."""

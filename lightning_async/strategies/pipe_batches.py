@@ -67,6 +67,7 @@ class PipeBatches(Resting):
         """Right before the first batch."""
         self._garbage.set_aside()
         if self.piped:
+            self.begun = True
             self.put_back(self.resumed.get("kept", {}))
         if not self.last and self.lr_scheduler_configs:
             for optimizer in self.optimizers:  # its first real step comes late: without this torch would warn

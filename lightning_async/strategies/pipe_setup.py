@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -92,6 +93,10 @@ class PipeSetup(PipeBatches):
             self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=self.fitting
         )
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
+        self.closing = self.begun = self._stop = self._requeue = False
+        self.office.flags.patient = lambda: self.closing or self.begun
+        if self.fitting and self.piped:
+            self.hear_requeue(self._leash)
         if self.replicas > 1:
             compat.share_by_sampler(trainer, self._leash)
         self.alone = not self.piped
@@ -183,26 +188,33 @@ class PipeSetup(PipeBatches):
             original()
             self.rest()
 
+        def on_run_start(fetcher: Any) -> None:
+            run_start(fetcher)
+            self.keep_stop()
+
         original = leash.wrap(module, "on_train_epoch_end", on_train_epoch_end)
+        run_start = leash.wrap(self.trainer.fit_loop.epoch_loop, "on_run_start", on_run_start)
         compat.around_ends_of_batches(self.trainer, leash, self.stop_together, self.stop_after_rest)
 
     def teardown(self) -> None:
         """Say farewell, stop all threads, put Lightning back as it was. Idempotent."""
-        self.alone = True  # whatever is still called after this is local
+        self.alone, self.begun = True, False  # whatever is still called after this is local
         self._garbage.put_back()
         self.office.close()
         for replaced in (self._leash, self._metrics):
             if replaced is not None:
                 replaced.restore()
         if self._turns is not None:
-            self._turns.place.stage.clear()
+            self._turns.end()
         self.resumed = {}
         self.telling.forget()
         super().teardown()
 
     def give_up(self, exception: BaseException) -> None:
-        """This rank stops: tell the others, and wait for nobody any more."""
-        self.alone = True
+        """This rank stops: tell the others, and wait for nobody any more, but for those who stop in good order too."""
+        if self.closing and isinstance(exception, SIGTERMException):
+            return
+        self.alone, self.begun = True, False
         self.office.announce(exception)
 
     def on_exception(self, exception: BaseException) -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_async.strategies import compat
+from lightning_async.strategies.knobs import check_word
 
 
 def check_knobs(
@@ -23,8 +24,7 @@ def check_knobs(
 ) -> None:
     """Raise `ValueError` for knobs that mean nothing. `chosen`: (value, what it may be) by name."""
     for knob, (value, allowed) in chosen.items():
-        if value not in allowed:
-            raise ValueError(f"`{knob}` must be one of {', '.join(allowed)}, got {value!r}")
+        check_word(knob, value, allowed)
     if isinstance(split, str) and split not in ("even", "auto"):
         raise ValueError(f"`split` must be 'even', 'auto' or a list of block numbers, got {split!r}")
     if not 0 < shrink <= 1:

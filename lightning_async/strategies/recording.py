@@ -58,10 +58,10 @@ class Scribe(Protocol):
 class Recording:
     """Where this rank's events go, if anywhere."""
 
-    def __init__(self, folder: str | None) -> None:
-        if folder is not None and not isinstance(folder, str):
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        if folder is not None and not isinstance(folder, (str, os.PathLike)):
             raise ValueError(f"`record` must be the path of a folder, or None, got {folder!r}")
-        self._folder = folder
+        self._folder = None if folder is None else os.fspath(folder)
         self._fits = 0
         self._file: TextIO | None = None
         self._scribe: Scribe | None = None

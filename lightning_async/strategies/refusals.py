@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
 from lightning_async.strategies import compat
@@ -63,16 +62,6 @@ def refuse_manual(module: LightningModule, name: str) -> None:
             f"strategy={name!r}: `buffers='reestimate'` runs `training_step` once more without training, but with "
             "manual optimisation it takes steps itself; use buffers='average'"
         )
-
-
-def refuse_schedulers(configs: list[LRSchedulerConfig], name: str) -> None:
-    """Raise for learning rates that would go by what one rank sees in mid-epoch, where no meeting can agree on it."""
-    for config in configs:
-        if config.interval == "step" and config.reduce_on_plateau:
-            raise MisconfigurationException(
-                f"strategy={name!r}: ReduceLROnPlateau with interval='step' goes by a metric that each rank sees "
-                "differently between meetings, and the ranks' learning rates would differ; use interval='epoch'"
-            )
 
 
 def _conflicts(trainer: Trainer) -> Iterator[str]:

@@ -48,6 +48,9 @@ class RecordedClock(Clock):
     def summon(self, trainer: Trainer) -> None:
         """All come to where they met."""
 
+    def stop_together(self, trainer: Trainer) -> None:
+        """See `RecordedMeetings`."""
+
     def conclude(self, trainer: Trainer, outcome: Outcome) -> None:
         """What came of the meeting is in the log."""
 

@@ -1,21 +1,37 @@
-"""Where all stages stop after the same batch: they hear what the last one logged, and whether to go on.
+"""Where all stages stop after the same batch: they hear what the last one logged, and do what anybody wishes.
 
-A callback, a hook or a user that sets `should_stop` on one rank in mid-epoch may not stop that rank alone: the others
-would wait for it. At a rest all agree; between rests the wish travels with the batches (`place`).
+A callback, a hook, a user or a signal that wishes something of one rank in mid-epoch may not stop that rank alone: the
+others would wait for it. At a rest all agree; between rests the wish travels with the batches (`place`):
+
+    should_stop               all leave the loop
+    SLURM's requeue signal    all save, and train on
+    SIGTERM                   all stop, in good order: who saves on exceptions saves a whole checkpoint
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
-from lightning_async.strategies import words
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_async.progress.report import Wish
+from lightning_async.strategies import compat, words
 from lightning_async.strategies.pipe_saving import PipeSaving
 
 
 class Resting(PipeSaving):
-    """The rests of one rank."""
+    """The rests of one rank.
 
-    rested = False
+    Attributes:
+        rested: Whether all have heard of each other since the last batch.
+        closing: Whether all stop here because they were told to end.
+        begun: Whether batches are trained on: a SIGTERM may wait for the next one.
+    """
+
+    rested = closing = begun = False
+    _stop = _requeue = False
 
     def rest(self, *, drain: bool = False) -> None:
         """All stages are after the same batch; all know what the last one logged, and whether to stop."""
@@ -31,16 +47,34 @@ class Resting(PipeSaving):
         known = self.together(words.broadcast(self.office.rounds, mine, 0))
         if self.global_rank != 0:
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in known.items()})
-        wish = trainer.should_stop or turns.place.wish or turns.place.halt > 0
+        wish = trainer.should_stop or self._stop
         trainer.should_stop = self.together(words.decide(self.office.rounds, wish, False))
         self.rested = True
 
+    def hear_requeue(self, leash: compat.Leash) -> None:
+        """SLURM's signal sets a flag: in its handler nobody may wait for the others."""
+
+        def want_requeue(*signal: object) -> None:
+            self._requeue = True
+
+        self._save_and_requeue: Callable[..., Any] = leash.replace(
+            "_signal_connector._slurm_sigusr_handler_fn", want_requeue
+        )
+
+    def keep_stop(self) -> None:
+        """What told one rank to stop before a batch is a wish."""
+        self._stop = self._stop or self.trainer.should_stop
+        self.trainer.should_stop = False
+
     def stop_together(self) -> None:
-        """One that wishes to stop in mid-epoch may not do so alone: all stop after the same batch."""
-        place, trainer = self.turns.place, self.trainer
-        if not (self.rested and trainer.should_stop):
-            place.wish = place.wish or trainer.should_stop
-            trainer.should_stop = 0 < place.halt <= self.turns.batches
+        """One that wishes something in mid-epoch may not do it alone: all do it after the same batch."""
+        place = self.turns.place
+        if not (self.rested and self.trainer.should_stop):
+            self.keep_stop()
+            mine = self._wishes()
+            place.wish = place.wish or bool(mine)
+            if 0 < place.halt <= self.turns.batches:
+                self._halt(mine)
         self.rested = False
 
     def stop_after_rest(self) -> None:
@@ -48,3 +82,24 @@ class Resting(PipeSaving):
         if self.rested:
             self.trainer.should_stop = self.together(words.decide(self.office.rounds, self.trainer.should_stop, False))
         self.rested = False
+
+    def _wishes(self) -> Wish:
+        wishes = Wish.STOP if self._stop and compat.can_stop_early(self.trainer) else Wish.NOTHING
+        if self._requeue:
+            wishes |= Wish.REQUEUE
+        return wishes | Wish.TERMINATE if self.office.flags.terminating else wishes
+
+    def _halt(self, mine: Wish) -> None:
+        """All are after the same batch, for what somebody wished."""
+        said = self.together(self.office.rounds.agree(bytes([mine.value]), what="what is wished"))
+        wishes = Wish(0)
+        for word in said.values():
+            wishes |= Wish(word[0])
+        self.turns.go_on()
+        if wishes & Wish.REQUEUE:
+            self._requeue = False
+            compat.requeue(self.trainer, self._save_and_requeue)
+        if wishes & Wish.TERMINATE:
+            self.closing = True
+            raise SIGTERMException()
+        self.trainer.should_stop = bool(wishes & Wish.STOP)

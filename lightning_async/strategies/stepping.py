@@ -1,6 +1,7 @@
 """One step is one batch, however many optimizers stepped in it; the algorithm stands on both sides of it.
 
 closure: backward -> before_step   the gradients, this rank's own and not clipped (under fp16's scaler: scaled)
+                                   where the algorithm takes them away: behind clipping, right before the optimizer
 clipping -> optimizer              counted if fp16's scaler skipped it; Adam's second moment corrected for n ranks
 batch ended -> after_step          what came is folded, what is asked is answered; an accumulated batch: nothing
 """
@@ -8,7 +9,7 @@ batch ended -> after_step          what came is folded, what is asked is answere
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -69,15 +70,39 @@ class Stepping:
 
     def with_exchange(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, after which the algorithm sees the gradients."""
-        strategy = self._strategy
+        return closure if self._strategy.algorithm.takes_gradients else self._then_exchange(closure)
 
+    def _then_exchange(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_exchange() -> Any:
             result = closure()
-            exchange = strategy.algorithm.before_step(strategy.replica, strategy.office.mail, self.taken + 1)
-            self._exchange(exchange)
+            self._before_step()
             return result
 
         return closure_then_exchange
+
+    def _before_step(self) -> None:
+        strategy = self._strategy
+        self._exchange(strategy.algorithm.before_step(strategy.replica, strategy.office.mail, self.taken + 1))
+
+    @contextmanager
+    def _taken_away(self, optimizer: Optimizer) -> Iterator[None]:
+        """Lightning clips inside of the closure that it hands to the optimizer; under fp16's scaler there is none."""
+        step, own = optimizer.step, "step" in vars(optimizer)
+
+        def exchange_then_step(closure: Callable[[], Any] | None = None) -> Any:
+            if closure is not None:
+                return step(self._then_exchange(closure))
+            self._before_step()
+            return step()
+
+        optimizer.step = exchange_then_step  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            if own:
+                optimizer.step = step  # type: ignore[method-assign]
+            else:
+                del optimizer.step
 
     @contextmanager
     def around(self, optimizer: Optimizer) -> Iterator[None]:
@@ -85,7 +110,10 @@ class Stepping:
         strategy = self._strategy
         self._stepped = True
         strategy.office.recording.step_with(optimizer, strategy.optimizers)
-        with self.skipped.watch(strategy.precision_plugin, optimizer):
+        with ExitStack() as watched:
+            watched.enter_context(self.skipped.watch(strategy.precision_plugin, optimizer))
+            if strategy.algorithm.takes_gradients:
+                watched.enter_context(self._taken_away(optimizer))
             yield
         if (moment := self.moment(optimizer)) is not None:
             moment.stretch(strategy.algorithm.averaged_over(len(strategy.office.mail.members())))

@@ -54,7 +54,7 @@ class Turns:
         self._entered: Tensor | None = None
         self._noted: list[Tensor] = []
         self._started = 0.0
-        self._looked = self._first = False
+        self._looked = self._first = self._begun = False
 
     def begin(self, *, fitting: bool) -> None:
         """Take this rank's place in the pipe."""
@@ -86,9 +86,15 @@ class Turns:
             since=self.batches,
         )
         self.replicas = Replicas(strategy.office.mail, strategy.ranks_of_stage())
+        self._begun = True
         if fitting and strategy.compensate == "nesterov":
             for optimizer in strategy.optimizers:
                 compensate.check_nesterov(optimizer)
+
+    def end(self) -> None:
+        """Hold nothing any more. A run that was refused has not begun."""
+        if self._begun:
+            self.place.stage.clear()
 
     def _is_blind(self) -> bool:
         blind = [o for o in self._strategy.optimizers if compensate.sees_no_factor(o)]
@@ -134,18 +140,27 @@ class Turns:
             self.parts.refuse_strays()
         entered, self._entered, place, batch = self._entered, None, self.place, self.batches
         place.note("B", batch, self._started)
+        mine = place.wish
+        place.wish = mine if self.replicas.alone else self.replicas.wish  # all of them name the same batch
         self._strategy.together(place.give_back(batch, gradient_of(entered)))
+        place.wish = mine
         self._strategy.together(place.end())
         self._settle(batch)
 
     def average(self) -> None:
         """The gradients are those of all replicas."""
-        self._strategy.together(self.replicas.average(self.parts.own()))
+        self._strategy.together(self.replicas.average(self.parts.own(), wish=self.place.wish))
 
     def drain(self) -> None:
         """Apply what is on its way."""
         self._strategy.together(self.place.drain())
         self._settle(self.batches)
+
+    def go_on(self) -> None:
+        """All have stopped after the same batch, for a moment: nothing is left of the wish."""
+        self.drain()
+        self.place.wish = self.replicas.wish = False
+        self.place.halt = 0
 
     def _enter(self, x: Tensor) -> Tensor:
         """On the last stage: what the call gives is what came from the stage before, run through the last blocks."""

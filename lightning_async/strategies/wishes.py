@@ -37,8 +37,8 @@ class Wishes:
         self.requeue = True
 
     def keep_stop(self, trainer: Trainer) -> None:
-        """Between meetings `should_stop` is a wish: Lightning would leave the loop at once, and this rank alone."""
-        if self._strategy.free and trainer.should_stop and compat.can_stop_early(trainer):
+        """Where one rank alone was told, `should_stop` is a wish: Lightning would leave the loop at once."""
+        if trainer.should_stop and compat.can_stop_early(trainer):
             trainer.should_stop, self.stop = False, True
 
     def validated(self) -> None:

@@ -9,7 +9,6 @@ Links are tended in the control thread (`links.py`), so nothing here waits for a
 
 from __future__ import annotations
 
-import ipaddress
 import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -25,16 +24,6 @@ from lightning_async.transport.mail import Letter, Loss, Message, Service
 from lightning_async.transport.service import Loop, ServiceThread
 from lightning_async.transport.slots import Here, Inbox, Slots
 from lightning_async.transport.traffic import Count
-
-
-def refuse_loopback(addresses: Iterable[str], *, nodes: int) -> None:
-    """A host whose name leads to itself cannot be reached from another one; say so before anybody waits for it."""
-    for address in addresses:
-        if nodes > 1 and ipaddress.ip_address(address).is_loopback:
-            raise ValueError(
-                f"this host's name resolves to {address}, where the other {nodes - 1} nodes cannot reach it: name the "
-                "network interface by GLOO_SOCKET_IFNAME (or `interface`), or correct /etc/hosts"
-            )
 
 
 class ClusterCarrier:
@@ -79,8 +68,6 @@ class ClusterCarrier:
             raise ValueError(f"`max_bytes` must be at least 0, got {max_bytes}")
         if connect_timeout <= 0:
             raise ValueError(f"`connect_timeout` must be above 0, got {connect_timeout}")
-        if fragment_bytes < 1:
-            raise ValueError(f"`fragment_bytes` must be at least 1, got {fragment_bytes}")
         self._keys = keys_of(store, f"lightning_async/{run}")
         self._me, self._world = me, world
         self._news_count = self._noticed = 0
@@ -273,9 +260,9 @@ class ClusterCarrier:
         """See `Board.drawn`."""
         return self._control.drawn(counter)
 
-    def publish(self, note: bytes) -> None:
+    def publish(self, note: bytes, *, soon: bool = False) -> None:
         """See `Board.publish`."""
-        self._control.publish(note)
+        self._control.publish(note, soon=soon)
 
     def notes(self) -> dict[int, bytes]:
         """See `Board.notes`."""

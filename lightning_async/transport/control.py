@@ -28,6 +28,8 @@ from lightning_async.transport.roll import NOBODY, Roll
 
 HURRY_SECONDS = 0.003
 """The tick while somebody waits for an answer."""
+SOON_SECONDS, SOON_FOR = 0.04, 0.2
+"""The beat while notes are wanted soon, in a small run; for how long after the last such note."""
 
 
 class Control:
@@ -76,7 +78,8 @@ class Control:
         self._wants: dict[int, int] = {}
         self._rings: set[int] = set()
         self._count = 0
-        self._due = 0.0
+        self._due = self._beaten = self._soon_until = 0.0
+        self._soon = min(self._beat, SOON_SECONDS * max(1.0, world / 16))  # all read all: the store's work is n * n
         self._bell = b""
         self._thread = threading.Thread(target=self._run, name=f"control-{me}", daemon=True)
 
@@ -122,11 +125,14 @@ class Control:
         """See `Board.drawn`."""
         return self._requests.drawn(counter)
 
-    def publish(self, note: bytes) -> None:
+    def publish(self, note: bytes, *, soon: bool = False) -> None:
         """See `Board.publish`."""
         check_note(note)
         with self._changed:
             self._notes[self.me] = bytes(note)
+        if soon:
+            self._soon_until = time.monotonic() + SOON_FOR
+            self._due = min(self._due, self._beaten + self._soon)
 
     def notes(self) -> dict[int, bytes]:
         """See `Board.notes`."""
@@ -218,7 +224,8 @@ class Control:
         store.set(f"beat/{self.me}", beat.pack())
 
     def _read(self, store: Keys) -> None:
-        self._due = time.monotonic() + self._beat
+        self._beaten = time.monotonic()
+        self._due = self._beaten + (self._soon if self._beaten < self._soon_until else self._beat)
         self._write(store)
         keys = [f"beat/{k}" for k in range(self.world)] + [f"dead/{k}" for k in range(self.world)]
         values = store.multi_get(keys)

@@ -137,6 +137,15 @@ class Wire:
             self.receive(torch.zeros(1), CANCEL_TAG).wait(timedelta(milliseconds=1))
 
 
+def has_address(interface: str) -> bool:
+    """Whether links can go by this network interface."""
+    try:
+        ProcessGroupGloo.create_device(interface=interface)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _device(interface: str | None) -> ProcessGroupGloo.Device:
     """The network device: the named interface, else the first of GLOO_SOCKET_IFNAME, else that of the host's name."""
     name = interface or os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0].strip()

@@ -138,7 +138,7 @@ class Seat:
         """The draws since the last call."""
         return self._drawn.pop(counter, [])
 
-    def publish(self, note: bytes) -> None:
+    def publish(self, note: bytes, *, soon: bool = False) -> None:
         """Replace this member's note."""
         self._hall.notes[self._me] = note
         self._hall.stage.moved()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final
 
 import torch
@@ -24,7 +25,7 @@ import torch
 from lightning_async.transport.checks import DTYPES
 
 MAGIC: Final = 0x4C41_4D41_494C_0001
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 WORDS: Final = 32
 HEADER_BYTES: Final = 8 * WORDS
 INLINE_BYTES: Final = 65536
@@ -62,6 +63,8 @@ _FIELDS: Final = (
 )
 FOLDS: Final = WORDS - 3 - len(_FIELDS)
 """So many numbers of folded messages fit into a header."""
+_BLANK: Final = (0,) * FOLDS
+_values: Final = attrgetter(*_FIELDS)
 _LAYOUT: Final = struct.Struct(f"<{WORDS}q")
 
 
@@ -82,7 +85,7 @@ class Header:
         reference: See `step`.
         dtype: Code of the body's dtype; `NO_BODY` for a message without one.
         nbytes: Length of the whole body.
-        fragment: Index of the fragment that this header ends.
+        fragment: Index of the fragment that this header ends; of a message, the length of the fragments of its body.
         seen: How many headers the sender of this one has received on this connection.
         own_step: The sender's step now.
         own_clock: The sender's clock now.
@@ -119,10 +122,9 @@ def run_number(run: str) -> int:
 
 def pack_into(buffer: memoryview, header: Header, *, run: int) -> None:
     """Write `header` to the first bytes of `buffer`. A number that needs more than 64 bits is a ValueError."""
-    values = (getattr(header, name) for name in _FIELDS)
-    blank = (0,) * (FOLDS - len(header.folded))
+    blank = _BLANK[len(header.folded) :]
     try:
-        _LAYOUT.pack_into(buffer, 0, MAGIC, PROTOCOL, run, *values, *header.folded, *blank)
+        _LAYOUT.pack_into(buffer, 0, MAGIC, PROTOCOL, run, *_values(header), *header.folded, *blank)
     except struct.error as error:
         raise ValueError(f"every number of a message must fit in 64 bits, got {header}") from error
 
@@ -143,7 +145,8 @@ def unpack(buffer: memoryview, *, run: int) -> Header:
             "give each run its own rendezvous, or all members of one run the same run id"
         )
     header = Header(*values[: len(_FIELDS)])
-    header.folded = tuple(number for number in values[len(_FIELDS) :] if number)
+    if values[len(_FIELDS)]:  # they stand at the front
+        header.folded = tuple(filter(None, values[len(_FIELDS) :]))
     return header
 
 

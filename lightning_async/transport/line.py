@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_async.transport.gloo import Connection, Pending
 from lightning_async.transport.header import HEADER_BYTES, WIRE_BYTES, Header, pack_into, unpack
+from lightning_async.transport.pieces import Pieces
 from lightning_async.transport.slots import Here, Slots
 from lightning_async.transport.traffic import HEADERS
 
@@ -45,7 +46,7 @@ class Line:
         slots: What the two members owe each other.
         here: This member as its headers describe it.
         run: The run's number: a header of another run is refused.
-        fragment: The longest piece in which a body travels, in bytes.
+        pieces: The length of the fragments in which a long body travels.
 
     Attributes:
         state: See above.
@@ -55,8 +56,8 @@ class Line:
         sending: Whether a long body is on its way to the peer.
     """
 
-    def __init__(self, *, slots: Slots, here: Here, run: int, fragment: int) -> None:
-        self.slots, self.here, self.fragment = slots, here, fragment
+    def __init__(self, *, slots: Slots, here: Here, run: int, pieces: Pieces) -> None:
+        self.slots, self.here, self.pieces = slots, here, pieces
         self.state = "opening"
         self.wire: Connection | None = None
         self.seen = self.peer_seen = 0

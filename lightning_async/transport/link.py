@@ -5,7 +5,7 @@
                                                           long body: receives posted into the box, then
             <------------------------------------- GOT
       4 MiB of body, FRAGMENT 0 ------------------------>
-      4 MiB of body, FRAGMENT 1 ------------------------>
+      4 MiB of body, FRAGMENT 1 ------------------------>         (shorter on a slow network: `pieces`)
             <------------------------------------- GOT    (at most 2 fragments are not answered)
       ...                                                 the last FRAGMENT: delivered
             <------------------------------------- folded, in the next header of any kind: B has used it
@@ -25,6 +25,7 @@ from lightning_async.transport.gloo import Clients, Wire, agree
 from lightning_async.transport.greeting import greet
 from lightning_async.transport.header import AnotherProtocolError, run_number
 from lightning_async.transport.line import Line
+from lightning_async.transport.pieces import Pieces
 from lightning_async.transport.receiver import Receiver
 from lightning_async.transport.sender import Sender
 from lightning_async.transport.shared import share
@@ -53,18 +54,16 @@ class Link:
         here: Here,
         run: str,
         generation: int = 1,
-        fragment_bytes: int = 4 << 20,
+        pieces: Pieces,
         connect_timeout: float = 30.0,
         interface: str | None = None,
         shared_memory: bool = True,
         news: Callable[[], None] = nothing,
     ) -> None:
-        if fragment_bytes < 1:
-            raise ValueError(f"`fragment_bytes` must be at least 1, got {fragment_bytes}")
         self.me, self.peer, self.generation = me, slots.peer, generation
         self.error: str | None = None
         self.refused = False
-        self.line = Line(slots=slots, here=here, run=run_number(run), fragment=fragment_bytes)
+        self.line = Line(slots=slots, here=here, run=run_number(run), pieces=pieces)
         self.sender, self.receiver = Sender(self.line), Receiver(self.line)
         self._clients, self._slots, self._here = clients, slots, here
         self._timeout, self._interface, self._news = connect_timeout, interface, news
@@ -105,7 +104,7 @@ class Link:
             self.line.wire = wire
         self.receiver.post_ahead()
         greet(self.line, wire)
-        way = share(wire, fragment=self.line.fragment, wanted=self._shared_memory)
+        way = share(wire, fragment=self.line.pieces.longest, wanted=self._shared_memory)
         with self._slots.changed:
             if self.state != "opening":
                 return False

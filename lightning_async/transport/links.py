@@ -20,6 +20,7 @@ from lightning_async.transport.control import Control
 from lightning_async.transport.gloo import Clients
 from lightning_async.transport.heartbeat import Silence
 from lightning_async.transport.link import Link
+from lightning_async.transport.pieces import Pieces
 from lightning_async.transport.slots import Here, Slots
 from lightning_async.transport.traffic import HEADERS
 
@@ -39,7 +40,7 @@ class Links:
         wished: The peers to which a link is wanted from the start.
         silence: See `heartbeat`.
         patience: See `heartbeat`.
-        fragment_bytes: See `Link`.
+        fragment_bytes: The longest piece in which a body travels.
         connect_timeout: See `Link`.
         interface: See `Link`.
         shared_memory: See `Link`.
@@ -70,10 +71,12 @@ class Links:
         self.by_peer: dict[int, Link] = {}
         self.refused: str | None = None
         self._clients, self._me, self._slots, self._here, self._run = clients, me, slots, here, run
-        self._fragment, self._timeout, self._interface, self._news = fragment_bytes, connect_timeout, interface, news
+        self._timeout, self._interface, self._news = connect_timeout, interface, news
+        self._pieces = {peer: Pieces(fragment_bytes) for peer in slots}
         self._patience, self._shared_memory = patience, shared_memory
         self._lines = Silence(slots, silence=silence, patience=patience, start=here.now())
         self._generations: dict[int, int] = {}
+        self._errors: dict[int, str] = {}
         self._wished = set(wished)
         self._eager = 0.0
 
@@ -128,7 +131,8 @@ class Links:
         if link is not None and link.state == "up" and self._lines.quiet(peer) >= self._patience:
             generation = max(generation, link.generation + 1)  # a cut that nobody told us of
         if generation and self._lines.quiet(peer) >= 2 * self._patience and self._me < peer:
-            control.roll.condemn(peer, f"it beats, but no connection with member {self._me} could be made or kept")
+            why = f"it beats, but no connection with member {self._me} could be made or kept"
+            control.roll.condemn(peer, f"{why}: {self._errors[peer]}" if peer in self._errors else why)
         generation = max(generation, control.wanted(peer))
         if link is not None and link.state == "up":
             control.roll.broken(peer, False)
@@ -140,6 +144,8 @@ class Links:
     def _renew(self, peer: int, generation: int, control: Control) -> None:
         link = self.by_peer.pop(peer, None)
         if link is not None:
+            if link.error is not None:
+                self._errors[peer] = link.error
             control.roll.broken(peer, link.state == "dead")
             link.close()
         if generation == 1:
@@ -157,7 +163,7 @@ class Links:
             here=self._here,
             run=self._run,
             generation=generation,
-            fragment_bytes=self._fragment,
+            pieces=self._pieces[peer],
             connect_timeout=self._timeout,
             interface=self._interface,
             shared_memory=self._shared_memory,

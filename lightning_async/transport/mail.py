@@ -191,8 +191,11 @@ class Board(Protocol):
     def drawn(self, counter: str) -> list[tuple[int, int]]:
         """The (first ticket, amount) of each of this member's draws that was answered since the last call, in order."""
 
-    def publish(self, note: bytes) -> None:
-        """Replace this member's note (at most 1 kB); it travels with the next heartbeat."""
+    def publish(self, note: bytes, *, soon: bool = False) -> None:
+        """Replace this member's note (at most 1 kB); it travels with the next heartbeat.
+
+        `soon`: this is of use for a moment only. Heartbeats come at once then, and the notes of others as fast.
+        """
 
     def notes(self) -> dict[int, bytes]:
         """The newest known note of every member that ever published one, also of the dead."""

@@ -51,10 +51,10 @@ class Pages:
             raise ValueError(f"`number` must be from 0 to {len(self._pages) - 1}, got {number}")
         return Desk(self, number)
 
-    def write(self, number: int, page: bytes) -> None:
+    def write(self, number: int, page: bytes, *, soon: bool = False) -> None:
         """Replace a page."""
         self._pages[number] = page
-        self.carrier.publish(bind(self._pages))
+        self.carrier.publish(bind(self._pages), soon=soon)
 
     def read(self, number: int) -> dict[int, bytes]:
         """The newest known page of every member that wrote one."""
@@ -101,9 +101,9 @@ class Desk:
         """The answers to this member's draws."""
         return self._carrier.drawn(counter)
 
-    def publish(self, note: bytes) -> None:
+    def publish(self, note: bytes, *, soon: bool = False) -> None:
         """Replace this room's page."""
-        self._pages.write(self._number, note)
+        self._pages.write(self._number, note, soon=soon)
 
     def notes(self) -> dict[int, bytes]:
         """The newest known page of every member."""

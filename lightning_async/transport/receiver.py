@@ -83,7 +83,9 @@ class Receiver:
             box.copy_(page.tensor[HEADER_BYTES : HEADER_BYTES + header.nbytes])
             self._slots.deliver(header, box)
             return
-        wire, parts = self._line.running(), torch.split(box, self._line.fragment)
+        if header.fragment < 1:
+            raise AnotherProtocolError(f"member {self._slots.peer} cut a body into pieces of {header.fragment} bytes")
+        wire, parts = self._line.running(), torch.split(box, header.fragment)
         self._incoming = _Incoming(header, box, [wire.receive(part, BODY_TAG) for part in parts])
 
     def receive_fragment(self, header: Header) -> None:

@@ -147,9 +147,9 @@ class RecordingCarrier:
         self._carrier.draw(counter, amount)
         self._write("draw", counter, amount)
 
-    def publish(self, note: bytes) -> None:
+    def publish(self, note: bytes, *, soon: bool = False) -> None:
         """Replace this member's note."""
-        self._carrier.publish(note)
+        self._carrier.publish(note, soon=soon)
         self._write("publish", len(note))
 
     def wait(self, timeout: float) -> None:

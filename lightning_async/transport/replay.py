@@ -166,7 +166,7 @@ class ReplayCarrier:
         checks.check_amount(amount)
         self._act("draw", counter, amount)
 
-    def publish(self, note: bytes) -> None:
+    def publish(self, note: bytes, *, soon: bool = False) -> None:
         """Replace this member's note."""
         checks.check_note(note)
         self._act("publish", len(note))

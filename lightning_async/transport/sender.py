@@ -1,7 +1,7 @@
 """The sender's half of a link: what to send next, in which pieces, and when a send is over. It never waits on the wire.
 
     DATA ---> GOT <---   FRAGMENT 0 --->  FRAGMENT 1 --->   GOT <---  FRAGMENT 2 --->        at most 2 not answered
-    short body: in DATA  long body: 4 MiB before each header, into receives that GOT told us are posted
+    short body: in DATA  long body: a piece before each header, into receives that GOT told us are posted
 
 A header of any kind tells what was folded here and how far we have read. A send is waited on when the peer is known to
 have read a later header: a formality that gloo wants, which takes no time then.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
@@ -28,13 +28,13 @@ WINDOW = PLACES
 
 @dataclass(slots=True)
 class Outgoing:
-    """A long body on its way: what is sent, and which headers must be seen before more may be."""
+    """A long body on its way: what is sent, and which header must be seen before more may be."""
 
     slot: Slot
     nbytes: int
+    piece: int
     announced: int
     sent: int = 0
-    trailers: deque[int] = field(default_factory=deque)
 
 
 class Sender:
@@ -46,6 +46,7 @@ class Sender:
         self._line, self._slots = line, line.slots
         self._sent = 0
         self._outgoing: Outgoing | None = None
+        self._unread: deque[tuple[int, float]] = deque()  # fragments: the number of the header behind it, sent when
 
     def next(self) -> Callable[[], None] | None:
         """What to send next; called with the lock held. Whatever it is, it says what was folded and received too."""
@@ -65,13 +66,19 @@ class Sender:
 
     def forget(self) -> None:
         """The link is closed, and the thread gone."""
+        if self._outgoing is not None or self._unread:
+            self._line.pieces.broke()
         self._outgoing, self.pages = None, []
         self.flying.clear()
 
     def _window_is_open(self, outgoing: Outgoing) -> bool:
-        while outgoing.trailers and outgoing.trailers[0] <= self._line.peer_seen:
-            outgoing.trailers.popleft()
-        return outgoing.announced <= self._line.peer_seen and len(outgoing.trailers) < WINDOW
+        self._look_what_was_read()
+        return outgoing.announced <= self._line.peer_seen and len(self._unread) < WINDOW
+
+    def _look_what_was_read(self) -> None:
+        while self._unread and self._unread[0][0] <= self._line.peer_seen:
+            _, since = self._unread.popleft()
+            self._line.pieces.read(self._line.here.now() - since)
 
     def _send_message(self, slot: Slot) -> None:
         header = slot.header
@@ -83,19 +90,19 @@ class Sender:
         if header.nbytes <= INLINE_BYTES:
             self._send_header(header, inline=slot.view(header.nbytes))
         else:
-            self._line.sending = True
+            self._line.sending, header.fragment = True, self._line.pieces.length
             self._send_header(header)
-            self._outgoing = Outgoing(slot, header.nbytes, announced=self._sent)
+            self._outgoing = Outgoing(slot, header.nbytes, header.fragment, announced=self._sent)
 
     def send_fragment(self, outgoing: Outgoing) -> None:
         """The next piece of a long body, and its header behind it."""
-        begin = outgoing.sent * self._line.fragment
-        end = min(begin + self._line.fragment, outgoing.nbytes)
+        begin = outgoing.sent * outgoing.piece
+        end = min(begin + outgoing.piece, outgoing.nbytes)
         body = outgoing.slot.view(outgoing.nbytes)[begin:end]
         work = self._line.running().send(body, BODY_TAG)
         self._send_header(Header(FRAGMENT, fragment=outgoing.sent), work=work)
         outgoing.sent += 1
-        outgoing.trailers.append(self._sent)
+        self._unread.append((self._sent, self._line.here.now()))
         if end == outgoing.nbytes:
             self._outgoing, self._line.sending = None, False
 
@@ -118,6 +125,7 @@ class Sender:
 
     def _land(self) -> None:
         """Sends that the peer has seen are over: waiting for them takes no time, and only now may they be dropped."""
+        self._look_what_was_read()
         while self.flying and self.flying[0][0] <= self._line.peer_seen:
             index, page, work = self.flying.popleft()
             if work is not None:

@@ -15,6 +15,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from lightning_async.transport.mail import Letter, Message, Service
 
 LOOK = 0.2
@@ -159,6 +162,7 @@ class Loop:
         self._me, self._deliver = me, deliver
         self._lock = threading.Lock()
         self._unfolded: dict[int, int] = {}
+        self._buffers: dict[int, Tensor] = {}
         self._number = 0
 
     def free(self, kind: int) -> bool:
@@ -169,12 +173,22 @@ class Loop:
         """Copy the message and deliver it at once, if its slot is free. Each kind is posted by one thread only."""
         if not self.free(message.kind):
             return False
-        copy = kept(replace(message, echo=max(0, message.echo)))
+        copy = replace(message, body=self._copied(message), echo=max(0, message.echo))
         with self._lock:
             self._number += 1
             self._unfolded[message.kind] = number = self._number
         self._deliver(self._me, number, copy)
         return True
+
+    def _copied(self, message: Message) -> Tensor | None:
+        """In a buffer that is kept: the slot is free, so nobody reads it."""
+        body = message.body
+        if body is None:
+            return None
+        buffer = self._buffers.get(message.kind)
+        if buffer is None or (buffer.shape, buffer.dtype) != (body.shape, body.dtype):
+            buffer = self._buffers[message.kind] = torch.empty_like(body, device="cpu")
+        return buffer.copy_(body.detach())
 
     def folded(self, letter: Letter) -> None:
         """The letter was used: its slot is free."""

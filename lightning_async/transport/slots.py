@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -34,6 +34,11 @@ from lightning_async.transport.traffic import HEADERS, Count, numbers_in
 
 def nothing() -> None:
     """What is called where nobody wants to know."""
+
+
+def _own(m: Message, body: Tensor | None, echo: int) -> Message:
+    """The message with the sender's own copy of its body; `replace` would take thrice as long, at every step."""
+    return Message(m.kind, body, m.step, m.version, echo, m.samples, m.weight, m.reference)
 
 
 def nobody(letter: Callable[[], Letter]) -> None:
@@ -182,7 +187,7 @@ class Slots:
                 return False
             self._posted += 1
             header.number = self._posted
-            slot.header, slot.message = header, replace(message, body=body, echo=header.echo)
+            slot.header, slot.message = header, _own(message, body, header.echo)
             slot.since = self._here.now()
             self.count(message.kind).numbers_out += numbers_in(body)
             self.queue.append(slot)

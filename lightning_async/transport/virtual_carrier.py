@@ -170,7 +170,7 @@ class VirtualCarrier:
         """The draws that were answered since the last call."""
         return self._drawn.pop(counter, [])
 
-    def publish(self, note: bytes) -> None:
+    def publish(self, note: bytes, *, soon: bool = False) -> None:
         """Replace this member's note."""
         checks.check_note(note)
         self._note = bytes(note)

@@ -45,8 +45,8 @@ class Member:
         self.weights.append(self.flat())
         self.times.append(now)
         if len(self.algorithm._members) > 1:
-            self.rests.append(self.algorithm._rest.vector.clone())
-            rest = getattr(self.algorithm._exchange, "_rest", None)
+            self.rests.append(self.algorithm.signs.rest.vector.clone())
+            rest = getattr(self.algorithm.signs.exchange, "_rest", None)
             self.servers.append((rest.base, rest.vector.clone()) if rest is not None else (0, torch.zeros(0)))
 
 

@@ -269,15 +269,12 @@ def test_whatever_freezes_what_is_missing_is_what_was_counted(seed: int) -> None
         missing = lost(outcome, r)
         assert outcome.consensus[16 * r].item() * n == pytest.approx(outcome.steps[r] - missing, rel=1e-4)
     count = sum(a.fate is Fate.LOST for r in range(n) for a in arrivals(outcome, r))
-    under_way = 6 * latency  # a mirror, the word that it is there, and the next one: all that arrives meanwhile may go
-    meanwhile = under_way / 0.02 + n * 4  # the owner's own every step, the others' once a round trip
-    assert count <= (1 + (seed % 2 == 0)) * (every + meanwhile)
+    assert count <= (1 + (seed % 2 == 0)) * every
 
 
-@pytest.mark.parametrize("every", [1, 5, 20])
+@pytest.mark.parametrize(("every", "latency"), [(1, 0.002), (5, 0.002), (20, 0.002), (5, 0.2)])  # ten steps
 @pytest.mark.parametrize("dead", range(4))
-def test_with_an_owner_at_most_the_arrivals_since_the_last_mirror_die(dead: int, every: int) -> None:
-    latency = 0.002
+def test_with_an_owner_at_most_so_many_arrivals_die(dead: int, every: int, latency: float) -> None:
     outcome = go(
         [1] * 4,
         local_steps=1,
@@ -288,7 +285,7 @@ def test_with_an_owner_at_most_the_arrivals_since_the_last_mirror_die(dead: int,
     )
     count = sum(a.fate is Fate.LOST for r in outcome.trained for a in arrivals(outcome, r))
     assert len(outcome.trained) == 3
-    assert count <= every + 4  # and those that came while the last mirror was on its way
+    assert count <= every
     for r in outcome.trained:
         assert outcome.trained[r].waits == 0
         assert any(a.delay >= 0 and a.peer != dead for a in arrivals(outcome, r))
@@ -417,7 +414,7 @@ KNOBS: list[tuple[dict[str, Any], str]] = [
     ({"outer_lr": -1}, "`outer_lr` must be a number above 0, got -1"),
     ({"outer_momentum": 1.5}, "`outer_momentum` must be at least 0 and below 1, got 1.5"),
     ({"shards": 0}, "`shards` must be an integer of at least 1, or None for as many as members, at most 8, got 0"),
-    ({"mirror_every": 0}, "`mirror_every` must be an integer of at least 1, or None for four for each member, got 0"),
+    ({"mirror_every": 0}, "`mirror_every` must be an integer of at least 1, or None for eight for each member, got 0"),
     ({"wire": "fp8"}, "`wire` must be 'fp32' or 'bf16', got 'fp8'"),
 ]
 
@@ -426,3 +423,15 @@ KNOBS: list[tuple[dict[str, Any], str]] = [
 def test_a_wrong_knob_says_what_is_wrong(knobs: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         AsyncGlobal(**knobs)
+
+
+def test_a_member_pushes_to_itself_as_often_as_to_the_others() -> None:
+    """On slow links: else its own shard would count so many versions of its own that the others looked late there."""
+    n = 4  # shards of 64 bytes
+    outcome = go([1.0] * n, seconds=6.0, attenuation="none", cluster={"latency": 0.01, "bandwidth": 64 / 0.05})
+    for rank in range(n):
+        delays = [a.delay for a in arrivals(outcome, rank) if a.peer != rank]
+        own = sum(a.peer == rank for a in arrivals(outcome, rank))
+        assert len(delays) > 9
+        assert own <= len(delays) / (n - 1) + 2
+        assert max(delays) <= 3 * (n - 1)

@@ -174,8 +174,8 @@ def test_a_twin_in_numpy_makes_the_same_weights_of_the_order_of_pushes(n: int) -
     _, trained = go([1, 1.5, 3, 2][:n], token="strict", shards=1, make_optimizer=sgd(momentum=0.9))
     pushes = sorted((a.folded, rank, a) for rank, one in trained.items() for a in one.arrivals)
     weights, buffer = [np.zeros(SIZE)], np.zeros(SIZE)
-    mu = 0.9 ** (1 / n)
     for version, rank, push in pushes:
+        mu = 0.9 ** (push.samples / n)
         gradient = push.samples * (weights[push.base] - TARGETS[rank].numpy())
         buffer = mu * buffer + gradient / n
         weights.append(weights[version] - LR * (1 - mu) / (1 - 0.9) * buffer)
@@ -350,7 +350,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_accumulate": 0}, "`max_accumulate` must be an integer of at least 1, or None for no bound, got 0"),
     ({"max_delay": -1}, "`max_delay` must be an integer of at least 1"),
     ({"shards": True}, "`shards` must be an integer of at least 1"),
-    ({"make_optimizer": lambda p: optim.LBFGS(p)}, "this optimizer cannot"),
+    ({"make_optimizer": lambda p: optim.LBFGS(p)}, "LBFGS cannot"),
 ]
 
 

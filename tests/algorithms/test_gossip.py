@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.algorithms.algorithm import UNIT
-from lightning_async.algorithms.gossip import gossip
+from lightning_async.algorithms.gossip import Mode, gossip
 from lightning_async.arrival import Fate
 from lightning_async.transport.virtual import VirtualCluster
 from tests.algorithms.one_hot import Outcome, run
@@ -241,6 +241,14 @@ def test_replicas_agree_in_the_end(n: int, mode: str) -> None:
     outcome = run([1] * n, seconds=12.0, mode=mode, lr=0.0, start=start)
     spread = torch.stack([r.weights() for r in outcome.replicas]) - outcome.consensus
     assert spread.square().mean().sqrt() < 1e-3 * STARTS.std()
+
+
+@pytest.mark.parametrize(("mode", "limit"), [("pairwise", 16), ("sync", 16), ("push_sum", 8), ("none", None)])
+def test_a_ring_that_is_too_long_is_warned_of(mode: Mode, limit: int | None) -> None:
+    assert gossip(mode).warning(limit or 1000) is None
+    assert gossip(mode, topology="exponential").warning(1000) is None
+    if limit is not None:
+        assert f"{limit + 1} members on a ring agree slowly" in str(gossip(mode).warning(limit + 1))
 
 
 KNOBS = [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn, optim
 
+from lightning_async.algorithms.server_groups import Groups, MakeOptimizer
 from lightning_async.algorithms.server_rates import spread
-from lightning_async.algorithms.server_step import MakeOptimizer, server_step
+from lightning_async.algorithms.server_step import ServerStep
 
 ROUNDS = 60
 MAKERS: dict[str, MakeOptimizer] = {
@@ -29,29 +32,37 @@ def synchronous(make: MakeOptimizer, gradients: Tensor) -> Tensor:
     return parameter.detach()
 
 
-def by_turns(make: MakeOptimizer, gradients: Tensor) -> Tensor:
-    """Where one step for each member's gradient leads."""
-    weights = torch.ones(32)
-    rule, n = server_step(make)(weights), gradients.shape[1]
-    for members in gradients:
-        for gradient in members:
-            rule.arrive(weights, gradient, 1 / n, n)
+def by_turns(make: MakeOptimizer, gradients: Tensor, batches: Sequence[int] = (1,)) -> Tensor:
+    """Where pushes of so many batches in turn lead, one or more in the place of each member's gradient."""
+    weights, n = torch.ones(32), gradients.shape[1]
+    parameter = nn.Parameter(torch.ones(32))
+    rule = ServerStep(weights, Groups(make([parameter]), [(parameter, 0)]))
+    stream, among = gradients.flatten(0, 1), n * len(batches) / sum(batches)
+    sizes = [count for _ in range(len(stream) // sum(batches)) for count in batches]
+    for pushed in stream[: sum(sizes)].split(sizes):
+        rule.arrive(weights, pushed.sum(0), 1 / n, n, share=len(pushed) / n, among=among)
     return weights
 
 
+@pytest.mark.parametrize("batches", [(1,), (2,), (4, 4, 4, 1)], ids=str)
 @pytest.mark.parametrize("n", [2, 4, 16, 64])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
-def test_the_movement_of_a_sample_is_that_of_synchronous_training_within_a_tenth(make: MakeOptimizer, n: int) -> None:
+def test_the_movement_of_a_sample_is_that_of_synchronous_training_within_a_tenth(
+    make: MakeOptimizer, n: int, batches: Sequence[int]
+) -> None:
     gradients = torch.linspace(0.5, 2.0, 32).expand(ROUNDS, n, 32)
-    moved, should = by_turns(make, gradients) - 1, synchronous(make, gradients) - 1
+    moved, should = by_turns(make, gradients, batches) - 1, synchronous(make, gradients) - 1
     torch.testing.assert_close(moved, should, rtol=0.1, atol=0.0)
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum"])
-def test_noise_makes_no_difference_to_what_is_linear_in_the_gradient(name: str) -> None:
-    n = 16
+@pytest.mark.parametrize(
+    ("n", "batches"), [(2, (1,)), *((n, batches) for n in (4, 16, 64) for batches in ((1,), (2,), (4, 4, 4, 1)))]
+)
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw"])
+def test_where_noise_is_three_times_the_signal_too(name: str, n: int, batches: Sequence[int]) -> None:
+    """As long as a push has no more batches than there are members: it would have less noise than their mean."""
     gradients = 1.0 + 3.0 * torch.randn(ROUNDS, n, 32, generator=torch.Generator().manual_seed(5))
-    moved, should = by_turns(MAKERS[name], gradients) - 1, synchronous(MAKERS[name], gradients) - 1
+    moved, should = by_turns(MAKERS[name], gradients, batches) - 1, synchronous(MAKERS[name], gradients) - 1
     assert moved.mean() / should.mean() == pytest.approx(1.0, abs=0.1)
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from lightning_async.algorithms.server_step import MakeOptimizer, server_step
+from lightning_async.algorithms.server_groups import Groups, MakeOptimizer, check_elementwise, numbers
+from lightning_async.algorithms.server_step import ServerStep
 
 GRADIENTS = torch.randn(12, 64, generator=torch.Generator().manual_seed(2))
 GOOD: dict[str, MakeOptimizer] = {
@@ -23,10 +24,15 @@ def start() -> Tensor:
     return torch.linspace(-1, 1, 64)
 
 
+def rule(make: MakeOptimizer, weights: Tensor, begin: int = 0) -> ServerStep:
+    whole = nn.Parameter(start())
+    return ServerStep(weights, Groups(make([whole]), [(whole, 0)]), begin)
+
+
 @pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
 def test_alone_it_is_the_optimizer_to_the_bit(make: MakeOptimizer) -> None:
     twin, weights = nn.Parameter(start()), start()
-    theirs, mine = make([twin]), server_step(make)(weights)
+    theirs, mine = make([twin]), rule(make, weights)
     for gradient in GRADIENTS:
         twin.grad = gradient.clone()
         theirs.step()
@@ -36,8 +42,8 @@ def test_alone_it_is_the_optimizer_to_the_bit(make: MakeOptimizer) -> None:
 
 @pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
 def test_two_halves_move_as_the_whole(make: MakeOptimizer) -> None:
-    whole, halves, rule = start(), [start()[:32].clone(), start()[32:].clone()], server_step(make)
-    rules = [rule(whole), rule(halves[0]), rule(halves[1])]
+    whole, halves = start(), [start()[:32].clone(), start()[32:].clone()]
+    rules = [rule(make, whole), rule(make, halves[0]), rule(make, halves[1], 32)]
     for gradient in GRADIENTS:
         for one, weights, part in zip(rules, (whole, *halves), (gradient, *gradient.split(32)), strict=True):
             one.arrive(weights, part, 0.25, 4)
@@ -46,12 +52,12 @@ def test_two_halves_move_as_the_whole(make: MakeOptimizer) -> None:
 
 @pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
 def test_an_heir_with_its_tensors_and_count_goes_on_to_the_bit(make: MakeOptimizer) -> None:
-    weights, rule = start(), server_step(make)
-    old = rule(weights)
+    weights = start()
+    old = rule(make, weights)
     for gradient in GRADIENTS[:5]:
         old.arrive(weights, gradient, 0.5, 2)
     heirs = weights.clone()
-    heir = rule(heirs)
+    heir = rule(make, heirs)
     heir.count = old.count
     for mine, theirs in zip(heir.tensors, old.tensors, strict=True):
         mine.copy_(theirs)
@@ -59,6 +65,24 @@ def test_an_heir_with_its_tensors_and_count_goes_on_to_the_bit(make: MakeOptimiz
         old.arrive(weights, gradient, 0.5, 2)
         heir.arrive(heirs, gradient, 0.5, 2)
     assert torch.equal(weights, heirs)
+
+
+def test_each_group_has_its_own_numbers_and_what_is_in_none_stays() -> None:
+    parts = [nn.Parameter(start()[16 * i : 16 * i + 16].clone()) for i in range(4)]
+    groups = [{"params": [parts[0], parts[2]], "weight_decay": 0.5}, {"params": [parts[1]], "lr": 0.01}]
+    theirs, weights = optim.AdamW(groups, 0.1), start()
+    known = Groups(theirs, [(p, 16 * i) for i, p in enumerate(parts)])
+    rules = [ServerStep(weights[:24], known), ServerStep(weights[24:], known, 24)]
+    for k, gradient in enumerate(GRADIENTS):
+        theirs.param_groups[1]["lr"] = 0.01 * (k + 1)
+        known.hear(numbers(theirs))
+        for p, part in zip(parts[:3], gradient.split(16), strict=False):
+            p.grad = part.clone()
+        theirs.step()
+        for one, part in zip(rules, (weights[:24], weights[24:]), strict=True):
+            one.arrive(part, gradient[:24] if one is rules[0] else gradient[24:], 1.0, 1)
+        assert torch.equal(weights, torch.cat([p.detach() for p in parts]))
+    assert torch.equal(weights[48:], start()[48:])
 
 
 class ByNorm(optim.SGD):
@@ -71,8 +95,8 @@ class ByNorm(optim.SGD):
 BAD: list[tuple[MakeOptimizer, str]] = [
     (lambda p: ByNorm(p, 0.1), "ByNorm moves two halves in another way than the whole"),
     (lambda p: optim.Adafactor(p), "Adafactor moves two halves"),
-    (lambda p: optim.Muon(p), "this optimizer cannot"),
-    (lambda p: optim.LBFGS(p), "this optimizer cannot"),
+    (lambda p: optim.Muon(p), "Muon cannot"),
+    (lambda p: optim.LBFGS(p), "LBFGS cannot"),
     (lambda p: optim.RMSprop(p), "knows how to spread a step of SGD, Adam or AdamW over the members' pushes, got RMS"),
 ]
 
@@ -80,4 +104,4 @@ BAD: list[tuple[MakeOptimizer, str]] = [
 @pytest.mark.parametrize(("make", "sentence"), BAD)
 def test_what_cannot_serve_is_refused_with_a_sentence(make: MakeOptimizer, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        server_step(make)
+        check_elementwise(make([nn.Parameter(torch.zeros(4, 4))]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_async.algorithms.press import Press, Rest, Sum, Values
 from lightning_async.algorithms.sheets import Span, cuts
-from lightning_async.algorithms.signs import NotFinite, NumpySigns, Signs, TorchSigns, nbytes
+from lightning_async.algorithms.signs import Flat, NotFinite, NumpySigns, Signs, TorchSigns, flat, nbytes
 
 SIZES = [0, 1, 7, 8, 9, 255, 256, 1000, 4096]
 WAYS = ["numpy", "torch"]
@@ -21,19 +21,52 @@ def numbers(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def signs(way: str, dtype: torch.dtype = torch.float32) -> Signs:
+def signs(way: str, dtype: torch.dtype = torch.float32) -> Signs[Flat]:
     return TorchSigns() if way == "torch" else NumpySigns(4096, dtype)
+
+
+def seen(way: str, tensor: Tensor) -> Flat:
+    """A tensor as this way takes it."""
+    return tensor if way == "torch" else flat(tensor)
 
 
 def send(way: str, p: Tensor) -> tuple[Tensor, Tensor, float]:
     """(what is sent, what stays, scale)"""
     by, bits = signs(way, p.dtype), torch.zeros(nbytes(p.numel()), dtype=torch.uint8)
-    scale = float(torch.tensor(by.mean(p), dtype=p.dtype))
-    by.pack(p, bits)
+    scale = float(torch.tensor(by.mean(seen(way, p)), dtype=p.dtype))
+    by.pack(seen(way, p), seen(way, bits))
     sent, left = torch.zeros_like(p), p.clone()
-    by.shift(sent, bits, scale, sent)
-    by.shift(left, bits, -scale, left)
+    by.shift(seen(way, sent), seen(way, bits), scale, seen(way, sent))
+    by.shift(seen(way, left), seen(way, bits), -scale, seen(way, left))
     return sent, left, scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("tracks", [False, True])
+def test_all_at_once_is_one_after_the_other(n: int, way: str, dtype: torch.dtype, tracks: bool) -> None:
+    p, kept, bits = numbers(n, dtype=dtype), numbers(n, 1, dtype=dtype), torch.zeros(nbytes(n), dtype=torch.uint8)
+    source = kept.clone() if tracks else p.clone()
+    by = signs(way, dtype)
+    scale = by.press(*(seen(way, tensor) for tensor in (p, bits, kept if tracks else p, kept)))
+    assert scale == pytest.approx(float(p.abs().mean()) if n else 0.0, rel=1e-6)
+    assert scale == float(torch.tensor(scale, dtype=dtype))
+    assert bits.tolist() == np.packbits(p.numpy() >= 0, bitorder="little").tolist()
+    assert torch.equal(kept, source - scale * torch.where(p >= 0, 1.0, -1.0).to(dtype))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_at_once_refuses_what_is_not_finite_and_takes_what_only_adds_up_to_it(way: str) -> None:
+    bits, kept = torch.zeros(125, dtype=torch.uint8), numbers(1000)
+    for bad in (math.nan, math.inf, -math.inf):
+        p = torch.where(torch.arange(1000) == 57, bad, numbers(1000))
+        with pytest.raises(NotFinite):
+            signs(way).press(*(seen(way, tensor) for tensor in (p, bits, p, kept)))
+        assert torch.equal(kept, numbers(1000))
+    large = torch.full((1000,), 3e38)
+    assert signs(way).press(*(seen(way, tensor) for tensor in (large, bits, large, kept))) == pytest.approx(3e38)
+    assert float(kept.abs().max()) < 1e33
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -75,7 +108,7 @@ def test_signs_come_back_as_they_were(n: int, way: str) -> None:
 def test_both_ways_write_the_same_bytes(n: int) -> None:
     p, bits = numbers(n), {way: torch.zeros(nbytes(n), dtype=torch.uint8) for way in WAYS}
     for way in WAYS:
-        signs(way).pack(p, bits[way])
+        signs(way).pack(seen(way, p), seen(way, bits[way]))
     assert torch.equal(bits["numpy"], bits["torch"])
     expected = np.packbits(p.numpy() >= 0, bitorder="little")
     assert bits["numpy"].tolist() == expected.tolist()
@@ -87,12 +120,12 @@ def test_what_is_not_finite_is_refused(way: str, bad: float) -> None:
     p = numbers(100)
     p[57] = bad
     with pytest.raises(NotFinite):
-        signs(way).mean(p)
+        signs(way).mean(seen(way, p))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_sum_may_be_too_large_where_no_number_is(way: str) -> None:
-    assert signs(way).mean(torch.full((1000,), 3e38)) == pytest.approx(3e38)
+    assert signs(way).mean(seen(way, torch.full((1000,), 3e38))) == pytest.approx(3e38)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -111,7 +144,7 @@ def test_zeros_send_nothing_and_denormals_survive(way: str) -> None:
 def test_the_scale_of_many_numbers_is_right(way: str) -> None:
     p = numbers(1 << 22)
     by = TorchSigns() if way == "torch" else NumpySigns(1 << 22)
-    assert by.mean(p) == pytest.approx(float(p.double().abs().mean()), rel=1e-6)
+    assert by.mean(seen(way, p)) == pytest.approx(float(p.double().abs().mean()), rel=1e-6)
 
 
 # -- whole sheets ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton comes with torch's builds for GPUs, and is not installed here")
 
@@ -14,14 +15,14 @@ SIZES = [1, 7, 8, 9, 1023, 1024, 1025, 5000]
 
 
 @pytest.fixture(params=["interpreter", pytest.param("device", marks=pytest.mark.gpu)])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Signs, str]:
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Signs[Tensor], str]:
     monkeypatch.setenv("TRITON_INTERPRET", str(int(request.param == "interpreter")))
     monkeypatch.setattr(signs_triton, "_made", [])
     return signs_triton.TritonSigns(), "cuda" if request.param == "device" else "cpu"
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_the_same_bytes_and_the_same_numbers(n: int, kernels: tuple[Signs, str]) -> None:
+def test_the_same_bytes_and_the_same_numbers(n: int, kernels: tuple[Signs[Tensor], str]) -> None:
     mine, device = kernels
     p = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(device)
     p[:: max(1, n // 3)] = 0.0
@@ -35,7 +36,7 @@ def test_the_same_bytes_and_the_same_numbers(n: int, kernels: tuple[Signs, str])
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-6, atol=1e-7)
 
 
-def test_in_place(kernels: tuple[Signs, str]) -> None:
+def test_in_place(kernels: tuple[Signs[Tensor], str]) -> None:
     mine, device = kernels
     p = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(device)
     bits, expected = torch.zeros(125, dtype=torch.uint8, device=device), torch.zeros_like(p)

@@ -50,6 +50,7 @@ class FakeDesk:
     def __init__(self, board: FakeBoard, me: int) -> None:
         self.board, self.me = board, me
         self.pending: dict[str, deque[tuple[float, int, int]]] = {}
+        self.soon: list[tuple[float, bool]] = []
 
     def now(self) -> float:
         return self.board.clock.time
@@ -78,9 +79,10 @@ class FakeDesk:
             found.append(waiting.popleft()[1:])
         return found
 
-    def publish(self, note: bytes) -> None:
+    def publish(self, note: bytes, *, soon: bool = False) -> None:
         assert len(note) <= 1024
         known = self.now() + self.board.beat
+        self.soon.append((self.now(), soon))
         self.board.words.setdefault(self.me, []).append((known, note))
 
     def notes(self) -> dict[int, bytes]:

@@ -39,6 +39,16 @@ def test_slow_store_and_late_notes_cost_no_waiting_in_mid_epoch(slowness: int) -
     assert all(len(m.waited) * 1e-3 <= 0.1 for m in members)
 
 
+def test_notes_are_wanted_soon_when_the_end_is_near_and_not_before() -> None:
+    board, members = crew([0.02] * 3 + [0.08], ahead=1, latency=0.004, beat=0.5)
+    begin(members, 8 * 1300)
+    assert audit(run(board, members), 8 * 1300).holds
+    end = max(m.finished or 0.0 for m in members)
+    for member in members:
+        assert not any(soon for time, soon in member.desk.soon if time < end / 2)
+        assert all(soon for time, soon in member.desk.soon if time > end - 4 * 0.08)
+
+
 def test_last_one_may_not_leave_what_others_left_to_it() -> None:
     board, members = crew([1.0, 1.0, 1.0, 1.0], ahead=3, latency=0.3, beat=5.0)
     begin(members, 8 * 41)

@@ -211,7 +211,7 @@ def test_a_metric_that_nobody_logs_is_told_after_the_first_meeting() -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"mode": "ring"}, "`mode` must be 'async' or 'sync', got 'ring'"),
+    ({"mode": "ring"}, "`mode` must be one of 'async', 'sync', got 'ring'"),
     ({"mode": "sync", "balance": "claim"}, "`balance` must be 'equal' with mode='sync'.*, got 'claim'"),
     ({"mode": "sync", "local_steps": 0}, "`local_steps` must be an integer of at least 1, 'speed' or 'epoch', got 0"),
     ({"mode": "sync", "wire": "fp64"}, "`wire` must be 'fp32' or 'bf16', got 'fp64'"),

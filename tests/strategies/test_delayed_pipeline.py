@@ -177,29 +177,46 @@ def test_replicas_stay_equal() -> None:
 
 
 class StopsItself(Piped):
-    """Wishes to stop in mid-epoch, on one rank."""
+    """Wishes to stop in mid-epoch, or where an epoch begins, on one rank."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, *, at_start: bool = False) -> None:
         super().__init__()
-        self.rank = rank
+        self.rank, self.at_start = rank, at_start
+
+    def on_train_epoch_start(self) -> None:
+        if self.global_rank == self.rank and self.at_start and self.current_epoch == 1:
+            self.trainer.should_stop = True
 
     def on_train_batch_end(self, *args: Any) -> None:
-        if self.global_rank == self.rank and self.trainer.global_step == 3:
+        if self.global_rank == self.rank and not self.at_start and self.trainer.global_step == 3:
             self.trainer.should_stop = True
 
 
-def _stops(rank: int) -> int:
-    lit = StopsItself(rank)
-    t = trainer(3, max_epochs=5)
+def _stops(ranks: int, rank: int, knobs: dict[str, Any], at_start: bool = False) -> tuple[int, list[float]]:
+    lit = StopsItself(rank, at_start=at_start)
+    t = trainer(ranks, max_epochs=5, knobs=knobs)
     t.fit(lit, loader(2), loader(20))
-    return t.global_step
+    return t.global_step, weights(lit)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_who_stops_in_mid_epoch_stops_all_after_the_same_batch(rank: int) -> None:
-    steps = run(3, _stops, rank)
-    assert len(set(steps)) == 1
-    assert 3 < steps[0] <= 3 + 2 * 4 + 1
+    ends = run(3, _stops, 3, rank, {})
+    assert all(end == ends[0] for end in ends)
+    assert 3 < ends[0][0] <= 3 + 2 * 4 + 1
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_who_stops_stops_all_replicas_after_the_same_batch(rank: int) -> None:
+    ends = run(4, _stops, 4, rank, {"replicas": 2})
+    assert all(end == ends[0] for end in ends)
+    assert 3 < ends[0][0] <= 3 + 2 * 2 + 2
+
+
+def test_who_stops_before_the_first_batch_of_an_epoch_stops_all_after_the_same_batch() -> None:
+    ends = run(2, _stops, 2, 1, {}, True)
+    assert all(end == ends[0] for end in ends)
+    assert 30 < ends[0][0] <= 30 + 2 * 2 + 1
 
 
 def _late(knobs: dict[str, Any], optimizer: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.strategies.features import page
+from tests.strategies.features import others, page
 from tests.strategies.features.table import Scene, Verdict
 from tests.strategies.ranks import run
 
@@ -31,6 +31,13 @@ def test_each_row_is_true(scene: Scene, tmp_path: Path) -> None:
     first, second = run(2, _seen, scene, tmp_path, timeout=SECONDS)
     wrong = [row for row in scene.rows if row.holds is not None and not row.holds(first, second)]
     assert not wrong, "\n".join(f"{row.of} {row.value}: not `{row.verdict.value}`: {row.words}" for row in wrong)
+
+
+@pytest.mark.parametrize("name", others.NAMES)
+def test_each_line_is_true_of_the_other_strategies(name: str, tmp_path: Path) -> None:
+    first, second = run(2, others.fits, name, tmp_path, timeout=SECONDS)
+    wrong = [line for line in others.LINES if not line.cells[name].holds(first, second)]
+    assert not wrong, "\n".join(f"{line.of}: not `{line.cells[name]}`" for line in wrong)
 
 
 def test_nothing_that_lightning_has_is_missing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,32 @@ def test_what_does_not_go_together_is_refused(
         trainer(1, strategy=LazySignStrategy(**knobs), **options).fit(module(), loader(), held_out())
 
 
+@pytest.mark.parametrize(
+    ("knobs", "module", "warned"),
+    [
+        (
+            {"compress": "gradient"},
+            {"momentum": 0.9},
+            "averages them with a momentum of 0.9: what signs miss counts 10 ",
+        ),
+        ({"compress": "gradient"}, {"optimizer": "adamw"}, "use compress='update', the default"),
+        ({"compress": "gradient"}, {"momentum": 0.5}, None),
+        ({"compress": "gradient", **WHOLE}, {"momentum": 0.9}, None),
+        ({}, {"momentum": 0.9}, None),
+    ],
+)
+def test_signs_of_gradients_are_warned_of_where_momentum_averages_them(
+    knobs: dict[str, Any], module: dict[str, Any], warned: str | None
+) -> None:
+    t = trainer(1, strategy=LazySignStrategy(**knobs))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        t.fit(Plain(**module), loader(), held_out())
+    said = [str(w.message) for w in caught if "sends signs of gradients" in str(w.message)]
+    assert len(said) == (warned is not None)
+    assert all(warned is not None and warned in words for words in said)
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +290,7 @@ def _through(n: int, knobs: dict[str, Any], path: str, resume: bool) -> Any:
     t = trainer(n, strategy=LazySignStrategy(**knobs), max_epochs=3, callbacks=[save])
     seen: list[float] = []
     begin = t.strategy.on_train_start
-    t.strategy.on_train_start = lambda: (begin(), seen.append(float(t.strategy.algorithm._rest.vector.norm())))[0]
+    t.strategy.on_train_start = lambda: (begin(), seen.append(float(t.strategy.algorithm.signs.rest.vector.norm())))[0]
     t.fit(lit, samples(), held_out_samples(), ckpt_path=path if resume else None)
     return lit.losses if resume else lit.losses[save.losses :], weights(lit), seen[0]
 

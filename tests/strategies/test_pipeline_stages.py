@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from lightning_async import AdaptiveShrink, DelayedPipelineStrategy, DelayStats
@@ -82,6 +83,12 @@ class Unlike(Piped):
         if how == "manual":
             self.automatic_optimization = False
 
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        by_step = {"scheduler": plateau, "interval": "step", "monitor": "val"}
+        return ([optimizer], [by_step]) if self.how == "plateau" else optimizer
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         hidden = self.prepare(x)
@@ -118,6 +125,7 @@ REFUSALS: list[tuple[int, str, dict[str, Any], dict[str, Any], str]] = [
     (3, "", {"split": [1]}, {}, "`split` must be 2 rising block numbers"),
     (3, "", {"replicas": 2}, {}, "3 ranks cannot be divided among 2 replicas"),
     (2, "", {"replicas": 2}, {}, "use strategy='ddp'"),
+    (2, "plateau", {}, {}, "use interval='epoch'"),
     (1, "manual", {}, {}, "with manual optimisation the module steps by itself"),
     (1, "", {}, {"precision": "16-true"}, "use 'bf16-mixed'"),
     (5, "", {}, {}, "4 blocks cannot be cut into 5 stages"),
@@ -127,8 +135,8 @@ REFUSALS: list[tuple[int, str, dict[str, Any], dict[str, Any], str]] = [
 KNOBS: list[tuple[dict[str, Any], str]] = [
     ({"split": "best"}, "`split` must be 'even', 'auto' or a list of block numbers, got 'best'"),
     ({"shrink": 0.0}, "`shrink` must be above 0 and at most 1, got 0.0"),
-    ({"semantics": "old"}, "`semantics` must be one of stash, recompute, hybrid, got 'old'"),
-    ({"order": "both"}, "`order` must be one of update_first, forward_first, got 'both'"),
+    ({"semantics": "old"}, "`semantics` must be one of 'stash', 'recompute', 'hybrid', got 'old'"),
+    ({"order": "both"}, "`order` must be one of 'update_first', 'forward_first', got 'both'"),
     ({"anneal": 0}, "`anneal` must be at least 1, got 0"),
     ({"replicas": 0}, "`replicas` must be at least 1, got 0"),
     ({"baseline": "sync", "shrink": 0.5}, "`shrink` must be 1 with baseline='sync'"),
@@ -200,6 +208,43 @@ def test_sigterm_stops_all_cleanly(rank: int, tmp_path: Path) -> None:
         forked.signal(rank, signal.SIGTERM)
         results = forked.results(SECONDS)
     assert [r.kind for r in results] == ["SIGTERMException"] * 3, results
+
+
+class Noted(Callback):
+    """After how many batches this rank stopped."""
+
+    batches = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.batches += 1
+
+
+def _terminated(folder: str, rank: int, where: str) -> int:
+    class Told(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
+            if (trainer.global_rank, number, where) == (rank, 3, "batch"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
+            if (trainer.global_rank, trainer.sanity_checking, where) == (rank, False, "validation"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    saver = ModelCheckpoint(folder, filename="end", save_on_exception=True, every_n_epochs=100)
+    lit, noted = Piped(), Noted()
+    t = trainer(3, callbacks=[Told(), noted, saver], enable_checkpointing=True, max_epochs=100)
+    with pytest.raises(SIGTERMException):
+        t.fit(lit, loader(), loader(20))
+    return noted.batches
+
+
+@pytest.mark.parametrize(("rank", "where"), [(0, "batch"), (2, "validation")])
+def test_sigterm_stops_all_after_the_same_batch_and_saves_the_whole(rank: int, where: str, tmp_path: Path) -> None:
+    ends = run(3, _terminated, str(tmp_path), rank, where)
+    assert len(set(ends)) == 1
+    (file,) = tmp_path.glob("*.ckpt")
+    saved = torch.load(file, weights_only=True)
+    Piped().load_state_dict(saved["state_dict"])
+    assert saved["global_step"] == saved["delayed_pipeline"]["batches"] == ends[0] > 0
 
 
 def _unequal(devices: int, more: int) -> None:

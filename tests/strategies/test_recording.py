@@ -122,5 +122,9 @@ def test_a_loss_is_read_if_that_costs_no_wait(outputs: Tensor, loss: float | Non
     assert scribe.losses == [loss]
 
 
+def test_a_folder_may_be_a_path(tmp_path: Path) -> None:
+    assert GossipRingStrategy(record=tmp_path).office.recording.on  # type: ignore[arg-type]
+
+
 def test_names_of_logs() -> None:
     assert [log_name(3), log_name(3, 2)] == ["rank3.jsonl", "fit2.rank3.jsonl"]

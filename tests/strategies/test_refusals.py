@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning.pytorch.plugins import Precision
 from torch import nn
 
 from lightning_async import GossipRingStrategy
+from lightning_async.algorithms.gossip import Gossip
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.refusals import refuse_module, refuse_optimizers
 from tests.strategies.lit import Lit, loader, trainer
@@ -120,15 +122,17 @@ def test_parameters(lit: type[Lit], sentence: str) -> None:
 
 KNOBS = [
     ({"mode": "ring"}, "`mode` must be one of"),
-    ({"at_meeting": "leave"}, "`at_meeting` must be 'adopt' or 'keep', got 'leave'"),
-    ({"buffers": "mean"}, "`buffers` must be 'average', 'reestimate' or 'local', got 'mean'"),
+    ({"at_meeting": "leave"}, "`at_meeting` must be one of 'adopt', 'keep', got 'leave'"),
+    ({"buffers": "mean"}, "`buffers` must be one of 'average', 'reestimate', 'local', got 'mean'"),
     ({"balance": "fair"}, "`balance` must be 'claim', 'equal', 'incremental' or its knobs, got 'fair'"),
     ({"mode": "sync", "balance": "claim"}, "`balance` must be 'equal' with mode='sync'"),
-    ({"start_method": "thread"}, "`start_method` must be one of popen, spawn, fork, forkserver, got 'thread'"),
+    ({"start_method": "thread"}, "`start_method` must be one of 'popen', 'spawn', 'fork', 'forkserver', got 'thread'"),
     ({"silence": 0}, "`silence` must be a number of seconds above 0, got 0"),
     ({"patience": "long"}, "`patience` must be a number of seconds above 0, got 'long'"),
     ({"silence": 5.0, "patience": 1.0}, "`patience` must be at least `silence`"),
     ({"meeting_timeout": -1}, "`meeting_timeout` must be a number of seconds above 0, got -1"),
+    ({"meeting_timeout": math.nan}, "`meeting_timeout` must be a number of seconds above 0, got nan"),
+    ({"grace": -0.1}, "`grace` must be a number of seconds of at least 0, got -0.1"),
     ({"interface": 3}, "`interface` must be the name of a network interface, got 3"),
     ({"record": 3}, "`record` must be the path of a folder, or None, got 3"),
 ]
@@ -138,6 +142,17 @@ KNOBS = [
 def test_wrong_knobs(knobs: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         GossipRingStrategy(**knobs)
+
+
+def test_a_long_ring_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gossip, "ring_limit", 0)
+    with pytest.warns(UserWarning, match="1 members on a ring agree slowly"):
+        trainer(1, max_epochs=0).fit(Lit(), loader(), loader(10, shuffle=False))
+
+
+def test_an_interface_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match=r"`interface` must name a network interface .*, got 'eth77'"):
+        trainer(1, knobs={"interface": "eth77"}).fit(Lit(), loader(), loader(10, shuffle=False))
 
 
 def test_no_keyword_is_swallowed() -> None:

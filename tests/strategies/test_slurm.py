@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lightning_async import SpeedFaults
+from tests.strategies import piped
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
 
@@ -36,8 +37,8 @@ class Warned(L.Callback):
         self.saved.append(trainer.global_step)
 
 
-def job(folder: Path, rank: int | None, steps: int) -> dict[str, Any]:
-    """One rank of a SLURM job whose `scontrol` is a script that writes down what it was told."""
+def queue(folder: Path) -> dict[str, Any]:
+    """Of a Trainer in a SLURM job whose `scontrol` is a script that writes down what it was told."""
     me = os.environ["RANK"]
     os.environ |= {
         "SLURM_JOB_ID": JOB,
@@ -50,14 +51,17 @@ def job(folder: Path, rank: int | None, steps: int) -> dict[str, Any]:
         "SLURM_NODELIST": "127.0.0.1",
         "PATH": f"{folder}:{os.environ['PATH']}",
     }
+    return {"plugins": [SLURMEnvironment(auto_requeue=True)], "default_root_dir": str(folder)}
+
+
+def job(folder: Path, rank: int | None, steps: int) -> dict[str, Any]:
     lit, warned = Lit(), Warned(rank, folder)
     t = trainer(
         2,
-        plugins=[SLURMEnvironment(auto_requeue=True)],
         callbacks=[SpeedFaults(step_seconds=0.01, slow={1: 4.0}), warned],
         max_steps=steps,
         max_epochs=-1,
-        default_root_dir=str(folder),
+        **queue(folder),
     )
     t.fit(lit, loader(), loader(24, shuffle=False))
     end = torch.cat([p.detach().flatten() for p in lit.parameters()]).tolist()
@@ -88,3 +92,24 @@ def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slur
     assert again["steps"] == also["steps"] == 60
     assert again["end"] == also["end"]
     assert 2 * (60 - at) - (again["batches"] + also["batches"]) in (0, 1), "it went on from where it was saved"
+
+
+def pipeline(folder: Path, rank: int | None) -> dict[str, Any]:
+    lit, warned = piped.Piped(), Warned(rank, folder)
+    t = piped.trainer(3, callbacks=[warned], max_epochs=3, **queue(folder))
+    t.fit(lit, piped.loader(), piped.loader(20))
+    return {"saved": warned.saved, "steps": t.global_step, "end": piped.weights(lit), "batches": warned.batches}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_stages_of_a_pipeline_save_after_the_same_batch_and_train_on(slurm: Path, rank: int) -> None:
+    """Its middle stage too, which waits for both others."""
+    ends = run(3, pipeline, slurm, rank)
+    assert all(end == ends[0] for end in ends)
+    assert (ends[0]["steps"], ends[0]["batches"]) == (24, 24)
+    (at,) = ends[0]["saved"]
+    assert 8 <= at <= 8 + 2 * 4 + 1
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n"
+    again = run(3, pipeline, slurm, None)
+    assert all(end["batches"] == 24 - at for end in again), "it went on from where it was saved"
+    assert all(end["end"] == ends[0]["end"] for end in again), "to the bit"

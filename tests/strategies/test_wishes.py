@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import SpeedFaults
-from tests.strategies.lit import INPUTS, TARGETS, Lit, trainer
+from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
 from tests.strategies.ranks import Forked, run
 
 SECONDS = 0.004  # a step
@@ -85,6 +85,74 @@ def test_ranks_in_step_that_are_told_to_end_meet_and_save(rank: int, tmp_path: P
     assert found[0]["batches"] == found[1]["batches"]
     assert found[0]["end"] == found[1]["end"]
     assert len(list(tmp_path.glob("*.ranks/*rank*"))) == 2
+
+
+class Told(L.Callback):
+    """Where all have met one rank is told to stop, in this hook; remembers where it validated."""
+
+    def __init__(self, hook: str, rank: int) -> None:
+        self.rank, self.asked = rank, 0
+        self.validated: list[int] = []
+        setattr(self, hook, self._told)
+
+    def _told(self, trainer: L.Trainer, *_: Any) -> None:
+        self.asked += trainer.strategy.meeting and not trainer.sanity_checking  # type: ignore[attr-defined]
+        trainer.should_stop = trainer.should_stop or (trainer.global_rank == self.rank and self.asked >= 2)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.validated.append(trainer.global_step)
+
+
+def met(hook: str, rank: int, dry: bool) -> dict[str, Any]:
+    told, lit = Told(hook, rank), Lit()
+    options = {"val_check_interval": 8, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    t = trainer(2, callbacks=[told, SpeedFaults(step_seconds=0.001, slow={1: 3.0})], max_epochs=6, **options)
+    lengths = [240, 240 if not dry else 16]
+    t.fit(lit, DataLoader(Some(lengths), batch_size=4), loader(24, shuffle=False))
+    end = torch.cat([p.detach().flatten() for p in lit.parameters()]).tolist()
+    return {"steps": t.global_step, "epoch": t.current_epoch, "end": end, "validated": told.validated}
+
+
+class Some(IterableDataset[Any]):
+    """So many samples on each rank."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+
+    def __iter__(self) -> Any:
+        return zip(range(self.lengths[int(os.environ["RANK"])]), INPUTS, TARGETS, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("hook", "rank", "dry", "epochs"),
+    [
+        ("on_train_batch_end", 0, False, 1),
+        ("on_validation_end", 1, False, 1),
+        ("on_train_epoch_start", 1, False, 2),
+        ("on_train_epoch_end", 0, False, 2),
+        ("on_train_batch_end", 0, True, 1),
+        ("on_validation_end", 1, True, 1),
+        ("on_validation_end", 0, True, 1),
+    ],
+)
+def test_what_tells_one_rank_at_a_meeting_stops_all(hook: str, rank: int, dry: bool, epochs: int) -> None:
+    first, second = run(2, met, hook, rank, dry)
+    assert first == second
+    assert first["epoch"] == epochs
+
+
+def early(folder: Path) -> dict[str, Any]:
+    """All are told to stop, long before they may; and one is dry in every epoch."""
+    stops = L.pytorch.callbacks.EarlyStopping("val", patience=1, min_delta=1e9)
+    t = trainer(2, callbacks=[stops], min_epochs=3, max_epochs=6)
+    t.fit(Lit(), DataLoader(Some([40, 12]), batch_size=4), loader(24, shuffle=False))
+    return {"steps": t.global_step, "epoch": t.current_epoch}
+
+
+def test_a_dry_rank_stops_no_sooner_than_the_others_may(tmp_path: Path) -> None:
+    first, second = run(2, early, tmp_path)
+    assert first == second
+    assert first["epoch"] == 3
 
 
 def uneven() -> str:

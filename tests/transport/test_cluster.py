@@ -18,7 +18,7 @@ import torch
 from torch.distributed import HashStore, TCPStore
 from torch.distributed.distributed_c10d import Store
 
-from lightning_async.transport.cluster import ClusterCarrier, refuse_loopback
+from lightning_async.transport.cluster import ClusterCarrier
 from lightning_async.transport.mail import Carrier, Letter, Message
 from tests.transport.worlds import BUSY
 
@@ -261,14 +261,6 @@ def test_what_cannot_travel_is_refused_also_without_a_link(store: Store) -> None
             a.post(peer, message)
 
 
-def test_an_address_that_leads_home_is_refused() -> None:
-    refuse_loopback(["127.0.0.1"], nodes=1)
-    refuse_loopback(["10.0.0.1", "fe80::1"], nodes=4)
-    for address in ("127.0.1.1", "::1"):
-        with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME"):
-            refuse_loopback(["10.0.0.1", address], nodes=2)
-
-
 # a member in a process of its own
 
 
@@ -306,9 +298,8 @@ def test_a_killed_member_is_buried(mixed: tuple[list[ClusterCarrier], int]) -> N
     assert a.post(2, Message(KIND, torch.full((16 << 20,), 3.0)))
     until([a], lambda: a._links.by_peer[2].line.sending)
     os.kill(pid, signal.SIGKILL)
-    begin = time.monotonic()
     until([a], lambda: a.members() == b.members() == (0, 1))
-    assert time.monotonic() - begin < 3, "a closed connection and silence are enough"
+    assert "its connection was closed" in a._control.reasons[2], "that and silence are enough: nobody was patient"
     (loss,) = a.lost()
     assert loss.message.body.numel() == 16 << 20  # type: ignore[union-attr]
     assert b.lost() == []

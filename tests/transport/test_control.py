@@ -285,3 +285,14 @@ def test_the_loss_of_the_host_is_told_in_words(host: tuple[int, int]) -> None:
         until(lambda: all(one.failed is not None for one in room.all), limit=3)
         assert "torchrun" in (room.all[0].failed or "")
         assert room.all[0].members() == (0, 1)
+
+
+def test_notes_that_are_wanted_soon_do_not_wait_for_the_beat(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a beat would take longer than the test."""
+    with Room(store, 2, silence=4 * 60.0, patience=300.0) as room:
+        for one in room.all:
+            one._beat = 60.0
+            one.publish(b"on time")
+        until(lambda: all(one._due > time.monotonic() + 30 for one in room.all))
+        room.all[0].publish(b"soon", soon=True)
+        until(lambda: room.all[1].publish(b"me too", soon=True) or room.all[1].notes()[0] == b"soon")

@@ -24,6 +24,7 @@ from lightning_async.transport.checks import DTYPES
 from lightning_async.transport.gloo import Clients, keys_of
 from lightning_async.transport.link import Link
 from lightning_async.transport.mail import Letter, Message
+from lightning_async.transport.pieces import Pieces
 from lightning_async.transport.shared import SharedBodies
 from lightning_async.transport.slots import HEADERS, Here, Inbox, Slots
 from tests.transport.worlds import BUSY
@@ -62,7 +63,7 @@ class End:
             here=self.here,
             run=run,
             generation=generation,
-            fragment_bytes=fragment_bytes,
+            pieces=Pieces(fragment_bytes),
             connect_timeout=10.0,
             interface="lo",
             shared_memory=self.shared_memory,
@@ -188,6 +189,18 @@ def test_thousands_of_random_messages_both_ways(pair: tuple[End, End]) -> None:
         assert sorted(sent) == sorted(read)
         assert sum(messages for _, messages, _ in sent) == 1000
         assert end.slots.traffic[HEADERS].bytes_out >= 256 * 1000
+
+
+def test_each_body_is_cut_as_its_sender_says(pair: tuple[End, End]) -> None:
+    a, b = pair
+    for length in (1 << 20, 1 << 16, 33_333, 1001):
+        a.link.line.pieces.length = length
+        body = torch.randint(0, 256, (70_000,), dtype=torch.uint8)
+        assert a.slots.post(Message(20, body))
+        letter = b.take(20)
+        assert torch.equal(letter.message.body, body)  # type: ignore[arg-type]
+        b.slots.folded(letter)
+        until(lambda: a.slots.free(20))
 
 
 def test_letters_come_in_the_order_of_their_posts_also_behind_a_long_one(store: Store) -> None:

@@ -628,7 +628,7 @@ def test_joins_are_checked() -> None:
 
 
 def race(members: int, steps: int, elements: int) -> float:
-    """Seconds of a real core for a ring of gossip. The figure in the docs is race(1000, 100, 1000)."""
+    """Seconds of a real core for a ring of gossip. (A thousand members with real gradients: `benchmarks.thousand`.)"""
     cluster = VirtualCluster(members, bandwidth=1e8)
     weights = [torch.zeros(elements) for _ in range(members)]
     start = time.process_time()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.strategies.features.fits import STEPS, alike, fit
+from tests.strategies.features.fits import STEPS, alike, fit, whole
 from tests.strategies.features.table import Scene, differs, works
 
 
@@ -51,7 +51,9 @@ LIMITS = Scene(
         works(
             "limit_val_batches",
             "0",
-            lambda a, b: a["val 0"].evaluated == 0 and alike(a["val 0"], b["val 0"]),
+            lambda a, b: (
+                a["val 0"].evaluated == 0 and alike(a["val 0"], b["val 0"]) and whole(a["val 0"], b["val 0"], 1)
+            ),
         ),
         differs(
             "overfit_batches",

@@ -20,6 +20,7 @@ from tests.strategies.features import (
     loaders,
     modes,
     optimizers,
+    others,
     precisions,
     savers,
     schedules,
@@ -103,7 +104,7 @@ def page() -> str:
     by_section: dict[str, list[Row]] = {section: [] for section in LISTS}
     for section, row in rows():
         by_section.setdefault(section, []).append(row)
-    parts = [HEAD, summary(), *(_section(name, found) for name, found in by_section.items() if found)]
+    parts = [HEAD, summary(), *(_section(name, found) for name, found in by_section.items() if found), others.section()]
     return "\n".join(parts)
 
 

@@ -27,7 +27,7 @@ def precisions(folder: Path) -> dict[str, Any]:
             dtypes.update(str(p.dtype) for p in module.parameters())
             return str(trainer.precision)
 
-        return Fitted(fit(look=look, precision=precision, max_epochs=1), dtypes=dtypes)
+        return Fitted(fit(look=look, precision=precision, max_epochs=1, gradient_clip_val=1.0), dtypes=dtypes)
 
     return {str(precision): of(precision) for precision in (*PRECISIONS, *ALIASES, "16-mixed")}
 

@@ -130,7 +130,8 @@ STREAMS = Scene(
             "LightningDataModule",
             "",
             lambda a, b: (
-                whole(a["module"], b["module"], 1)
+                alike(a["module"], b["module"])
+                and whole(a["module"], b["module"], 1)
                 and a["module"].called == ["prepare_data", "setup", "teardown"]
                 and b["module"].called == ["setup", "teardown"]
             ),

@@ -133,7 +133,6 @@ def tuned(folder: Path) -> dict[str, Any]:
         "size": heard(lambda: fit(Sized(), callbacks=[BatchSizeFinder()])),
         "lr_find": heard(lambda: Tuner(maker()).lr_find(Lit(), samples(), held_out())),
         "scale": heard(lambda: Tuner(maker()).scale_batch_size(Sized())),
-        "after": fit(max_epochs=1),
     }
 
 

@@ -68,7 +68,6 @@ def averaging(folder: Path) -> dict[str, Any]:
         "backbone": fit(Backbone(), callbacks=[BackboneFinetuning(1, verbose=False)], look=_thawed),
         "thaws": fit(Backbone(), callbacks=[Thaws()], look=_thawed),
         "accumulate": fit(callbacks=[GradientAccumulationScheduler({1: 4})]),
-        "plain": fit(),
     }
 
 

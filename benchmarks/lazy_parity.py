@@ -1,0 +1,71 @@
+"""Signs at every step against `ddp` with momentum and with Adam: 4 ranks in step, 10 paired seeds, `ddp`'s rate.
+
+    limit      ddp: one model, the mean gradient of four batches, computed exactly
+    control    periodic: one step in four is sent, at the same learning rate
+
+What is sent is the optimizer's update, by slices or gathered, or the gradient. Seeds are shared out among the cores;
+results depend on seeds alone. More variants, silence and label skew are in `lazy_accuracy`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from statistics import fmean
+
+import torch
+
+from benchmarks.accuracy import Compared, Run, ddp
+from benchmarks.lazy_accuracy import NOTES, VARIANTS, N, Setting, Signed, _parity, _row, cnn, signed
+from benchmarks.table import Claim, Role, Row, Table
+from benchmarks.tasks import characters
+
+NAMES = ("always", "always, gather", "always, gradient", "periodic")
+SAMPLES = 3200
+"""Of the characters: 200 steps."""
+
+
+def settings(quick: bool) -> list[Setting]:
+    """What the table is made of."""
+    if quick:
+        return [Setting("digits, CNN", cnn(), range(2), NAMES)]
+    return [
+        Setting("digits, CNN", cnn(), range(10), NAMES),
+        Setting("characters", characters(SAMPLES), range(10), NAMES),
+    ]
+
+
+def run(quick: bool) -> Table:
+    """Both tasks."""
+    rows: list[Row] = []
+    claims: list[Claim] = []
+    for place, setting in enumerate(settings(quick)):
+        found = _all(partial(one, quick, place), setting.seeds)
+        exact = [first for first, _ in found]
+        mine = {name: [signs[i] for _, signs in found] for i, name in enumerate(NAMES)}
+        rows.append(Row(f"{setting.name}: ddp", Role.LIMIT, {"loss": fmean(r.score.loss for r in exact)}))
+        rows += [_row(setting, name, mine, exact) for name in NAMES]
+        for name in () if quick else NAMES[:2]:
+            ended = [s.run for s in mine[name] if s.run is not None]
+            claims.append(_parity(_called(setting, name), Compared.of(ended, exact)))
+    return Table(f"Equal samples, {N} ranks in step, signs at every step", rows, claims, NOTES)
+
+
+def _called(setting: Setting, name: str) -> Setting:
+    """The same setting, called by its variant too."""
+    return Setting(f"{setting.name}: {name}", setting.task, setting.seeds, setting.variants)
+
+
+def one(quick: bool, place: int, seed: int) -> tuple[Run, list[Signed]]:
+    """One seed of one setting, in a process of its own."""
+    torch.set_num_threads(1)
+    task = settings(quick)[place].task
+    return ddp(task, seed, N), [signed(task, seed, VARIANTS[name]) for name in NAMES]
+
+
+def _all(work: partial[tuple[Run, list[Signed]]], seeds: Sequence[int]) -> list[tuple[Run, list[Signed]]]:
+    with ProcessPoolExecutor(min(len(seeds), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(work, seeds))

@@ -1,0 +1,56 @@
+"""Each knob of `lazy_sign` is one of few words, or a number within bounds, or is refused in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+from lightning_async.algorithms.sheets import SCALES
+from lightning_async.algorithms.sign_notices import MOST
+from lightning_async.algorithms.sign_rules import RULES
+from lightning_async.algorithms.sign_trigger import News
+from lightning_async.algorithms.signs import BITS
+
+Compress = Literal["update", "gradient"]
+Compressor = Literal["sign", "none"]
+Form = Literal["auto", "slices", "gather"]
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "rule": tuple(RULES),
+    "compress": get_args(Compress),
+    "compressor": get_args(Compressor),
+    "scale": SCALES,
+    "form": get_args(Form),
+    "news": get_args(News),
+}
+LEAST = {"block": BITS, "min_size": 0, "history": 1, "max_skip": 0, "ahead": 0, "warm_up": 0, "threads": 1}
+
+
+def check(**knobs: object) -> None:
+    """Raise for a value that its knob cannot have."""
+    for name, value in knobs.items():
+        if name in CHOICES:
+            _check_choice(name, value)
+        elif name in LEAST:
+            _check_integer(name, value)
+        else:
+            _check_weight(name, value)
+
+
+def _check_choice(name: str, value: object) -> None:
+    if value not in CHOICES[name]:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, CHOICES[name]))}, got {value!r}")
+
+
+def _check_integer(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < LEAST[name]:
+        raise ValueError(f"`{name}` must be an integer of at least {LEAST[name]}, got {value!r}")
+    if name == "block" and value % BITS:
+        raise ValueError(f"`block` must be a multiple of {BITS}, got {value}")
+    if name == "ahead" and value > MOST:
+        raise ValueError(f"`ahead` must be at most {MOST} rounds, got {value}")
+
+
+def _check_weight(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
+        raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}")

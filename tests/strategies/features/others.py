@@ -1,0 +1,293 @@
+"""The other strategies: what each makes of what counts, saves, averages and streams. One table, a column for each.
+
+fits    the same fits under every strategy, on two ranks; what both ranks saw goes to the lines
+Line    a feature, its value, and a cell for each strategy: a verdict, words, and what must hold
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_async import AsyncGlobalStrategy, LazySignStrategy
+from tests.strategies import lit, piped
+from tests.strategies.features.fits import Fitted, Watch, alike, held_out, maker, samples, told
+from tests.strategies.features.table import Verdict
+
+NAMES = GLOBAL, LAZY, PIPE = ("async_global", "lazy_sign", "delayed_pipeline")
+EVERY, MOST = 8, 20  # steps
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one strategy makes of a feature."""
+
+    verdict: Verdict
+    words: str
+    holds: Callable[[Any, Any], bool]
+
+    def __str__(self) -> str:
+        return f"{self.verdict.value}: {self.words}" if self.words else self.verdict.value
+
+
+@dataclass(frozen=True)
+class Line:
+    """One feature with one value, under all of them."""
+
+    of: str
+    value: str
+    cells: dict[str, Cell]
+
+    def __str__(self) -> str:
+        return f"| {self.of} | {self.value} | {' | '.join(str(self.cells[name]) for name in NAMES)} |\n"
+
+
+# -- the fits ----------------------------------------------------------------------------------------------------------
+
+
+class Own(IterableDataset[Any]):
+    """A stream that ends sooner on rank 1."""
+
+    def __init__(self, name: str) -> None:
+        self.data = piped.loader().dataset if name == PIPE else samples().dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.data[i] for i in range(40 if os.environ["RANK"] == "0" else 16))
+
+
+class Told(L.Callback):
+    """At its third batch, rank 1 is told something."""
+
+    def __init__(self, do: Callable[[L.Trainer], object]) -> None:
+        self.do, self.batches = do, 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.batches += 1
+        if (trainer.global_rank, self.batches) == (1, 3):
+            self.do(trainer)
+
+
+def fits(name: str, folder: Path) -> dict[str, Fitted]:
+    """The same fits, under one strategy."""
+
+    def fit(callbacks: Sequence[L.Callback] = (), module: Any = None, data: Any = None, **options: Any) -> Fitted:
+        return _tried(lambda: _fit(name, callbacks, module or _module(name), data, options))
+
+    def saver(part: str, **when: Any) -> ModelCheckpoint:
+        return ModelCheckpoint(folder / part, filename="{step}", save_top_k=-1, **when)
+
+    by_hand = _module(name)
+    by_hand.automatic_optimization = False
+    across = {"val_check_interval": EVERY, "check_val_every_n_epoch": None, "max_epochs": -1, "max_steps": MOST}
+    found = {
+        "steps": fit([saver("steps", every_n_train_steps=EVERY)], _scheduled(name, _cycle), **across),
+        "time": fit(
+            [saver("time", train_time_interval=timedelta(seconds=0.1))], max_time={"seconds": 0.4}, max_epochs=-1
+        ),
+        "later": fit([saver("later")], plugins=[AsyncCheckpointIO()], max_epochs=1),
+        "accumulated": fit(max_epochs=1, accumulate_grad_batches=2, precision="bf16-true"),
+        "average": fit([EMAWeightAveraging()], max_epochs=1),
+        "plateau": fit(module=_scheduled(name, _plateau), max_epochs=3),
+        "by hand": fit(module=by_hand, max_epochs=1),
+        "stop": fit([Told(lambda trainer: setattr(trainer, "should_stop", True))], max_epochs=9),
+        "stream": fit(data=DataLoader(Own(name), batch_size=4), max_epochs=1),
+        "end": fit(
+            [
+                Told(lambda trainer: os.kill(os.getpid(), signal.SIGTERM)),
+                saver("end", save_on_exception=True, every_n_epochs=99),
+            ],
+            max_epochs=99,
+        ),
+    }
+    return {
+        key: Fitted(value, files=sorted(f.name for f in (folder / key).glob("*.ckpt"))) for key, value in found.items()
+    }
+
+
+def _fit(name: str, callbacks: Sequence[L.Callback], module: Any, data: Any, options: dict[str, Any]) -> Fitted:
+    watch, saves = Watch(), any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    options = {"callbacks": [*callbacks, watch], "enable_checkpointing": saves, **options}
+    if name == PIPE:
+        one, loaders = piped.trainer(2, **options), (piped.loader(), piped.loader(20))
+    else:
+        strategy = AsyncGlobalStrategy() if name == GLOBAL else LazySignStrategy()
+        one, loaders = maker(strategy=strategy, **options), (samples(), held_out())
+    one.fit(module, loaders[0] if data is None else data, loaders[1])
+    return Fitted(told(one, module, watch), total=getattr(module, "total", 0))
+
+
+def _tried(fit: Callable[[], Fitted]) -> Fitted:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return Fitted(fit(), said="")
+        except BaseException as refusal:
+            return Fitted(said=str(refusal) or type(refusal).__name__)
+
+
+def _module(name: str) -> Any:
+    return piped.Piped() if name == PIPE else lit.Lit()
+
+
+def _scheduled(name: str, make: Callable[[Any, int], dict[str, Any]]) -> Any:
+    module = _module(name)
+
+    def configure() -> Any:
+        optimizer = torch.optim.SGD(module.parameters(), 0.01)
+        module.total = int(module.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"interval": "step", **make(optimizer, module.total)}}
+
+    module.configure_optimizers = configure
+    return module
+
+
+def _cycle(optimizer: Any, total: int) -> dict[str, Any]:
+    return {"scheduler": OneCycleLR(optimizer, 0.01, total_steps=total)}
+
+
+def _plateau(optimizer: Any, total: int) -> dict[str, Any]:
+    return {"scheduler": ReduceLROnPlateau(optimizer, patience=0, threshold=1e9), "monitor": "val", "frequency": 4}
+
+
+# -- what must hold ----------------------------------------------------------------------------------------------------
+
+
+def _all(key: str, holds: Callable[[Any], bool] = lambda one: True) -> Callable[[Any, Any], bool]:
+    """Both ranks end alike, and each as it should."""
+    return lambda a, b: (
+        not a[key].said and not b[key].said and alike(a[key], b[key]) and holds(a[key]) and holds(b[key])
+    )
+
+
+def works(key: str, holds: Callable[[Any], bool] = lambda one: True, words: str = "") -> Cell:
+    """As with `ddp`."""
+    return Cell(Verdict.WORKS, words, _all(key, holds))
+
+
+def differs(key: str, words: str, holds: Callable[[Any], bool] = lambda one: True) -> Cell:
+    """Otherwise than with `ddp`."""
+    return Cell(Verdict.DIFFERS, words, _all(key, holds))
+
+
+def refused(key: str, sentence: str) -> Cell:
+    """Every rank hears this sentence."""
+    return Cell(Verdict.REFUSED, sentence, lambda a, b: sentence in a[key].said and sentence in b[key].said)
+
+
+def _line(of: str, value: str, everywhere: Cell | None = None, **cells: Cell) -> Line:
+    return Line(of, value, {name: cells.get(name) or everywhere for name in NAMES})  # type: ignore[misc]
+
+
+def _at(attribute: str) -> Callable[[Any], bool]:
+    return lambda one: list(one[attribute]) == [EVERY, 2 * EVERY]
+
+
+def _cycled(one: Any) -> bool:
+    """The schedule has the run's length, and ended where one rank's schedule ends."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.01)
+    twin = OneCycleLR(optimizer, 0.01, total_steps=MOST)
+    for _ in range(MOST):
+        optimizer.step()
+        twin.step()
+    return bool(one.total == MOST and round(one.rates[-1], 9) == round(optimizer.param_groups[0]["lr"], 9))
+
+
+OF_THE_RUN = "steps of the run"
+LINES = [
+    _line(
+        "`max_steps`",
+        str(MOST),
+        works("steps", lambda one: one.global_step == MOST),
+        async_global=differs("steps", OF_THE_RUN, lambda one: one.global_step == MOST),
+    ),
+    _line(
+        "`val_check_interval`",
+        f"{EVERY}, `check_val_every_n_epoch=None`",
+        works("steps", _at("validated")),
+        async_global=differs("steps", "batches of all ranks", _at("validated")),
+    ),
+    _line(
+        "`ModelCheckpoint`",
+        f"`every_n_train_steps={EVERY}`",
+        works("steps", lambda one: one.files == [f"step={2 * EVERY}.ckpt", f"step={EVERY}.ckpt"]),
+        async_global=differs("steps", OF_THE_RUN, _at("saved")),
+    ),
+    _line(
+        "`OneCycleLR` by step",
+        "`total_steps=trainer.estimated_stepping_batches`",
+        works("steps", _cycled),
+        async_global=differs("steps", "stepped by the run", _cycled),
+    ),
+    _line(
+        "`ReduceLROnPlateau` by step",
+        "",
+        differs("plateau", "asked at meetings", lambda one: one.rates[-1] < one.rates[0]),
+        delayed_pipeline=refused("plateau", "use interval='epoch'"),
+    ),
+    _line(
+        "`max_time`, `train_time_interval`",
+        "",
+        differs("time", "by the first rank's clock", lambda one: bool(one.files)),
+        delayed_pipeline=differs("time", "all ask each other after every batch", lambda one: bool(one.files)),
+    ),
+    _line(
+        "`should_stop`, on one rank",
+        "",
+        differs("stop", "all stop at a meeting", lambda one: one.epoch == 1),
+        delayed_pipeline=differs("stop", "all stop after the same batch", lambda one: one.epoch == 1),
+    ),
+    _line(
+        "SIGTERM to one rank",
+        "`ModelCheckpoint(save_on_exception=True)`",
+        Cell(Verdict.WORKS, "all save, and stop", lambda a, b: a["end"].said == b["end"].said and bool(a["end"].files)),
+    ),
+    _line("`AsyncCheckpointIO`", "", works("later", lambda one: len(one.files) == 1)),
+    _line(
+        "`accumulate_grad_batches`, `precision`",
+        '2, `"bf16-true"`',
+        works("accumulated"),
+        async_global=differs("accumulated", "each rank its own batches; exchanged in float32"),
+        lazy_sign=differs("accumulated", "exchanged in float32"),
+    ),
+    _line(
+        "`EMAWeightAveraging`",
+        "",
+        works("average"),
+        delayed_pipeline=refused("average", "average checkpoints afterwards"),
+    ),
+    _line(
+        "manual optimisation", "", works("by hand"), delayed_pipeline=refused("by hand", "use automatic optimisation")
+    ),
+    _line(
+        "streams of unequal lengths",
+        "",
+        async_global=differs("stream", "who runs dry comes to the others' meetings"),
+        lazy_sign=refused("stream", "where all ranks take each step together they need equal numbers of batches"),
+        delayed_pipeline=refused("stream", "all stages must be given the same batches"),
+    ),
+]
+HEAD = """## With the other strategies
+
+The same fits under each, on two ranks; what both ranks saw is compared with what the line says. That a run goes on to
+the bit from a checkpoint is tested for each of them too.
+
+"""
+
+
+def section() -> str:
+    """This part of the page."""
+    head = f"| feature | value | {' | '.join(f'`{name}`' for name in NAMES)} |\n|{' --- |' * (2 + len(NAMES))}\n"
+    return HEAD + head + "".join(map(str, LINES))

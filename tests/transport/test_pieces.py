@@ -1,0 +1,113 @@
+"""A long body arrives however slow the network is; how long its pieces are follows from how long they take."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from contextlib import ExitStack
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed import HashStore
+
+from lightning_async.transport import gloo
+from lightning_async.transport.cluster import ClusterCarrier
+from lightning_async.transport.mail import Message
+from lightning_async.transport.pieces import LEAST, Pieces
+from tests.transport.worlds import BUSY
+
+KIND = 20
+RATE = 0.5e6  # bytes a second
+BODY = torch.arange(180_000, dtype=torch.float32)  # 1.4 s of the wire, in one piece; the patience is 1 s
+
+
+class Queued:
+    """A send that begins when the wire is free."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.work: gloo.Pending | None = None
+
+    def wait(self, timeout: timedelta = timedelta(seconds=BUSY)) -> bool:
+        assert self.begun.wait(timeout.total_seconds())
+        return self.work is not None and self.work.wait(timeout)
+
+
+class SlowWire(gloo.Wire):
+    """A wire that carries so many bytes a second, one message behind the other."""
+
+    def __init__(self, *args: Any, **knobs: Any) -> None:
+        super().__init__(*args, **knobs)
+        self._queue: queue.Queue[tuple[Tensor, int, Queued]] = queue.Queue()
+        self._over = threading.Event()
+        threading.Thread(target=self._carry, daemon=True).start()
+
+    def send(self, tensor: Tensor, tag: int) -> Any:
+        queued = Queued()
+        self._queue.put((tensor, tag, queued))
+        return queued
+
+    def _carry(self) -> None:
+        while not self._over.is_set():
+            with contextlib.suppress(queue.Empty, RuntimeError):
+                tensor, tag, queued = self._queue.get(timeout=0.05)
+                if not self._over.wait(tensor.numel() * tensor.element_size() / RATE):
+                    queued.work = super().send(tensor, tag)
+                queued.begun.set()
+
+    def cancel(self) -> None:
+        self._over.set()
+        super().cancel()
+
+
+def test_a_body_that_travels_longer_than_the_patience_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece it would never: each time the line falls silent, the link is made anew and the body begins again."""
+    monkeypatch.setattr("lightning_async.transport.link.Wire", SlowWire)
+    store, knobs = HashStore(), {"silence": 0.5, "patience": 1.0, "tick": 0.02, "interface": "lo"}
+    with ExitStack() as stack:
+        a, b = (
+            stack.enter_context(
+                ClusterCarrier(store=store, me=me, world=2, run="test", shared_memory=False, **knobs)  # type: ignore[arg-type]
+            )
+            for me in range(2)
+        )
+        end = time.monotonic() + BUSY
+        while not a.post(1, Message(KIND, BODY)):
+            a.wait(0.01)
+        while not (letters := b.take(KIND)):
+            assert time.monotonic() < end, "it never came"
+            b.wait(0.1)
+        assert torch.equal(letters[0].message.body, BODY)  # type: ignore[arg-type]
+        assert a._links.by_peer[1].generation > 1, "the first piece was longer on its way than the patience"
+        assert a.members() == b.members() == (0, 1)
+
+
+def test_pieces_are_halved_while_they_are_slow_and_doubled_while_they_are_quick() -> None:
+    pieces = Pieces(4 << 20)
+    pieces.read(0.1)
+    assert pieces.length == 4 << 20, "never longer than the longest"
+    pieces.read(5.0)
+    assert pieces.length == 2 << 20
+    pieces.read(1.0)
+    assert pieces.length == 2 << 20, "that is what they should be"
+    pieces.broke()
+    assert pieces.length == 256 << 10
+    for _ in range(5):
+        pieces.broke()
+    assert pieces.length == LEAST
+    for _ in range(6):
+        pieces.read(0.01)
+    assert pieces.length == 4 << 20
+
+
+def test_short_bounds_are_kept() -> None:
+    pieces = Pieces(1000)
+    pieces.broke()
+    assert pieces.length == 1000
+    with pytest.raises(ValueError, match="`fragment_bytes` must be at least 1, got 0"):
+        Pieces(0)
