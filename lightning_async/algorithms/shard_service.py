@@ -122,7 +122,7 @@ class ShardService:
             return [_not_here(letter)]
         if not self._may_go(owned, letter):
             owned.held.append(_kept(letter))
-            return []
+            return self._mirror(owned, letter.message.reference)  # a shard that was just inherited has none yet
         return [*self._merge(owned, letter), *self._let_go(owned)]
 
     def _merge(self, owned: Owned, letter: Letter) -> Answers:

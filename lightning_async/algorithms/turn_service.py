@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_async.algorithms.server_groups import Groups
 from lightning_async.algorithms.server_step import ServerStep
 from lightning_async.algorithms.shard_server import ShardServer
-from lightning_async.algorithms.shard_service import Answers, ShardService
+from lightning_async.algorithms.shard_service import Answers, Owned, ShardService
 from lightning_async.algorithms.shards import ANSWER, BID, LAST, MILLION, PUSH, RATES, TOKEN, Shard
 from lightning_async.algorithms.turns import Turns
 from lightning_async.algorithms.weighting import excess_rounds
@@ -107,11 +107,16 @@ class TurnService(ShardService):
             if turns is not None and m.body is not None:
                 turns.bid(letter.peer, m.body.tolist())
             return []
-        if turns is not None and m.kind in (PUSH, LAST):
+        if turns is not None and m.kind in (PUSH, LAST) and not m.weight:
             turns.pushed(letter.peer)
-            if not m.weight:
-                return [self._paused(letter)]
+            return [self._paused(letter)]
         return super().__call__(letter)
+
+    def _merge(self, owned: Owned, letter: Letter) -> Answers:
+        """A push that is held for a mirror keeps the token: who is through then is known before the next one has it."""
+        if (turns := self.turns.get(letter.message.reference)) is not None:
+            turns.pushed(letter.peer)
+        return super()._merge(owned, letter)
 
     def _paused(self, letter: Letter) -> tuple[int, Message]:
         """Nothing is left to push: no step, and no turn until the members have met."""

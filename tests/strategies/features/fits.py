@@ -105,7 +105,7 @@ def told(one: L.Trainer, module: Any, watch: Watch) -> Fitted:
         found,
         batches=len(watch.steps),
         global_step=one.global_step,
-        steps=one.strategy.steps,  # type: ignore[attr-defined]
+        steps=getattr(one.strategy, "steps", 0),
         epoch=one.current_epoch,
         seen=list(getattr(module, "seen", ())),
         weights=weights(module),
