@@ -25,6 +25,7 @@ class ClusterWorld:
                 run="contract",
                 peers=[peer for peer in range(n) if peer != me],
                 tick=0.02,
+                connect_timeout=5.0,  # a world may end while a link is in its rendezvous: so long its thread stays
                 interface="lo",
                 shared_memory=shared_memory,
             )
