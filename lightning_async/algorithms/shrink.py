@@ -164,7 +164,7 @@ class Stability(Law):
 
     def of(self, excess: float) -> float:
         """Less, the higher the pressure."""
-        return math.pow(steadiness(excess), self.pressure)
+        return steadiness(excess) ** self.pressure
 
     def observe(self, loss: float) -> None:
         """One more loss."""
