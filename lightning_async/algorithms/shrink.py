@@ -147,24 +147,21 @@ class Alignment(Law):
 
 
 class Stability(Law):
-    """What stays stable without a delay stays so with it: the factor is that of the largest stable steps, `steadiness`.
+    """1 / (1 + pressure x excess): the pressure grows while the loss rises, and eases off while it does not.
 
-    That is so at a pressure of 1, where it begins: a run that is too fast for its delays need not diverge to be spoiled
-    (it hovers, and its loss rises nowhere), so nothing is tried before the loss has fallen. The factor is the power
-    `pressure` of that one. The pressure eases off while the loss, as a mean over about 100 steps, is lower than ever,
-    and hardly while it stays. It grows while the mean over about 10 steps is above the lowest one by more than the
-    noise of single losses; what does not pass in some hundred steps is the new level. A loss that is no number raises
-    the pressure at once. Whoever has no loss goes by another's.
+    The loss rises if its mean over about 10 steps is above that over about 100 by more than half of the noise of the
+    first. One that is no number raises the pressure at once. It begins at `first`: a run that is too fast for its
+    delays is lost before anything could be learnt of it. Whoever has no loss goes by another's pressure.
     """
 
-    def __init__(self, growth: float = 0.05, ease: float = 0.002, most: float = 4.0) -> None:
+    def __init__(self, first: float = 0.5, growth: float = 0.05, ease: float = 0.002, most: float = 1000.0) -> None:
         self._growth, self._ease, self._most = growth, ease, most
-        self.pressure, self._fast, self._slow, self._noise, self._lowest = 1.0, 0.0, 0.0, 0.0, math.inf
+        self.pressure, self._fast, self._slow, self._noise = first, 0.0, 0.0, 0.0
         self._steps = 0
 
     def of(self, excess: float) -> float:
         """Less, the higher the pressure."""
-        return steadiness(excess) ** self.pressure
+        return 1 / (1 + self.pressure * excess)
 
     def observe(self, loss: float) -> None:
         """One more loss."""
@@ -178,36 +175,19 @@ class Stability(Law):
         self._noise += long * (abs(loss - self._fast) - self._noise)
         self._fast += quick * (loss - self._fast)
         self._slow += long * (loss - self._slow)
-        if self._steps <= 20:
-            return
-        falling, rising = self._slow < self._lowest, self._fast > self._lowest + self._noise
-        if rising:
-            self.pressure = min(self._most, self.pressure + self._growth * (1 + self.pressure))
-        else:
-            self.pressure *= 1 - self._ease * (1.0 if falling else 0.1)
-        forget = 1.0 if falling else 0.01 if rising else 0.001
-        self._lowest = forget * self._slow + (1 - forget) * self._lowest if self._lowest < math.inf else self._slow
+        rising = self._steps > 20 and self._fast > self._slow + 0.5 * self._noise
+        self.pressure = min(self._most, self.pressure + self._growth * (1 + self.pressure) * rising)
+        self.pressure *= 1 - self._ease * (not rising)
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers."""
-        names = ("pressure", "_fast", "_slow", "_noise", "_lowest", "_steps")
+        names = ("pressure", "_fast", "_slow", "_noise", "_steps")
         return {name.lstrip("_"): getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on there."""
         self.pressure, self._steps = float(state["pressure"]), int(state["steps"])
         self._fast, self._slow, self._noise = (float(state[name]) for name in ("fast", "slow", "noise"))
-        self._lowest = float(state["lowest"])
-
-
-def steadiness(delay: float) -> float:
-    """The largest learning rate at which late gradients converge, as a part of that without a delay.
-
-    Of SGD on one parabola: w' = w - lr c w(t - delay), whose modes z^t obey (z - 1) z^delay = -lr c, reaches its limit
-    where one of them is on the unit circle. With momentum m, and lr / (1 - m) in the place of lr, it is nearly the same
-    (m = 0.9: at most a quarter less).
-    """
-    return math.sin(math.pi / (4 * delay + 2))
 
 
 def law(name: LawName, *, beta: float = 0.5, rate: float = 0.1, power: float = 0.5, knee: float = 8.0) -> Law:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_async.algorithms.gossip import HEALTHY
-from lightning_async.algorithms.shrink import Alignment, Law, LawName, Relative, Stability, cosine, law, steadiness
+from lightning_async.algorithms.shrink import Alignment, Law, LawName, Relative, Stability, cosine, law
 from lightning_async.arrival import Arrival
 from tests.algorithms.one_hot import Outcome, run
 
@@ -126,75 +126,21 @@ def test_alignment_shrinks_what_points_against_the_fresh_and_holds_still_in_nois
     assert made.factor(0, -x, x) == 1
 
 
-def late_descent(step: float, delay: int, momentum: float, steps: int = 4000) -> float:
-    """How far from the bottom of a parabola of curvature 1 SGD ends, from 1, if its gradients come so late."""
-    past, velocity, farthest = [1.0] * (delay + 1), 0.0, 0.0
-    for at in range(steps):
-        velocity = momentum * velocity - step * (1 - momentum) * past[0]
-        past = [*past[1:], past[-1] + velocity]
-        farthest = max(farthest, abs(past[-1])) if at > steps - 100 else 0.0
-        if abs(past[-1]) > 1e6:
-            break
-    return max(farthest, abs(past[-1]))
-
-
-@pytest.mark.parametrize("delay", [0, 1, 2, 3, 5, 9])
-def test_steadiness_is_the_largest_step_that_converges(delay: int) -> None:
-    largest = 2 * steadiness(delay)
-    assert late_descent(0.97 * largest, delay, 0.0) < 0.1
-    assert late_descent(1.03 * largest, delay, 0.0) > 1.0
-
-
-@pytest.mark.parametrize("delay", [1, 3, 5])
-def test_with_momentum_it_is_nearly_the_same(delay: int) -> None:
-    largest = 2 * steadiness(delay)
-    assert late_descent(0.74 * largest, delay, 0.9) < 0.1
-    assert late_descent(1.03 * largest, delay, 0.9) > 1.0
-
-
-def test_stability_begins_with_what_is_as_steady_as_no_delay() -> None:
-    assert [Stability().factor(delay) for delay in (0, 1, 7)] == [1.0, pytest.approx(0.5), steadiness(7)]
-
-
 def test_stability_rises_with_the_loss_and_relaxes() -> None:
     made, noise = Stability(), random.Random(1)
     for step in range(1500):
         made.observe(3 * math.exp(-step / 500) + 0.05 * noise.random())
-    assert made.pressure < 0.1
+    assert made.pressure < 0.05
     for step in range(60):
         made.observe(1 + step / 10)
     risen = made.pressure
     assert risen > 1
     assert made.factor(6) < 0.2
-    for step in range(1500):
-        made.observe(5 * math.exp(-step / 500) + 0.05 * noise.random())
+    for _ in range(1500):
+        made.observe(1 + 0.05 * noise.random())
     assert made.pressure < 0.2 * risen
     made.observe(math.inf)
     assert made.pressure >= 1
-
-
-def test_stability_holds_still_while_a_run_hovers() -> None:
-    """A run that is too fast for its delays may hover for ever: that is no reason to become faster."""
-    made, noise = Stability(), random.Random(2)
-    for step in range(1000):
-        made.observe(1 + math.exp(-step / 50) + noise.gauss(0, 0.3))
-    before = made.pressure
-    for _ in range(500):
-        made.observe(1 + noise.gauss(0, 0.3))
-    assert 0.8 * before < made.pressure < 1.2 * before
-
-
-def test_what_stays_is_the_new_level() -> None:
-    """A loss that rises for another reason, and stays there, does not raise the pressure for ever."""
-    made, noise = Stability(), random.Random(3)
-    for _ in range(500):
-        made.observe(1 + noise.gauss(0, 0.1))
-    for _ in range(1000):
-        made.observe(3 + noise.gauss(0, 0.1))
-    there = made.pressure
-    for _ in range(3000):
-        made.observe(3 + noise.gauss(0, 0.1))
-    assert made.pressure < 0.8 * there
 
 
 @pytest.mark.parametrize("name", LAWS)
