@@ -117,7 +117,7 @@ class Hosts:
                     os.kill(pid, signal.SIGKILL)
             for process in self._processes:
                 process.poll()  # reaps the dead, which a namespace counts as its own
-            time.sleep(0.01)
+            time.sleep(0.01)  # between looks, up to the limit above
         for process in self._processes:
             process.wait(FAREWELL)
             if process.stdin:

@@ -151,7 +151,7 @@ class Ranks:
                 raise RuntimeError(f"rank {rank} ended before it said {word!r}:\n{self.output(rank)}")
             if time.monotonic() > end:
                 raise TimeoutError(f"rank {rank} did not say {word!r} within {timeout} s:\n{self.output(rank)}")
-            time.sleep(0.01)
+            time.sleep(0.01)  # between looks at the children, up to the limit
 
     def output(self, rank: int) -> str:
         """The end of what a rank printed."""

@@ -48,12 +48,12 @@ class _Sleep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
         ctx.seconds = seconds
-        time.sleep(seconds)
+        time.sleep(seconds)  # the emulated compute
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        time.sleep(ctx.seconds)
+        time.sleep(ctx.seconds)  # the emulated compute
         return gradients[0], None
 
 
@@ -67,7 +67,7 @@ class _SleepBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        time.sleep(ctx.seconds)
+        time.sleep(ctx.seconds)  # the emulated compute
         return gradients[0], None
 
 

@@ -73,7 +73,7 @@ def test_what_is_logged_was_done_and_a_slow_rank_0_slows_nobody(slow: int, tmp_p
     assert saved == [15, 30, 45, 60]
     fast, slowed = found[1 - slow]["batches"], found[slow]["batches"]
     assert fast + slowed == 2 * STEPS
-    assert fast > 1.5 * slowed, "nobody goes at the pace of the slow one"
+    assert fast > 2 * slowed, "nobody goes at the pace of the slow one"
 
 
 def accumulated(folder: Path) -> dict[str, Any]:
