@@ -45,11 +45,13 @@ class Clock:
         validating: Whether a validation follows the last meeting.
         empty: The ranks that had not trained in the epoch when all met last.
         waited: Whether this rank had nothing more to train on in its epoch, and others had, when the run was saved.
+        met: Whether all have met in this run. Before that Lightning's loop may take this rank, whose epoch was over as
+            the run was saved, where it does not take the others.
     """
 
     def __init__(self, strategy: AsyncStrategy, meet_every: int | None) -> None:
         self.progress: Progress | None = None
-        self.over = self.validating = self.waited = False
+        self.over = self.validating = self.waited = self.met = False
         self.empty: tuple[int, ...] = ()
         self._strategy = strategy
         self._counts, self._wishes = Counts(meet_every), Wishes(strategy)
@@ -123,7 +125,7 @@ class Clock:
         self._schedules.give_back()
         self._restored = {}
         self.progress, self.empty = None, ()
-        self.over = self._wishes.requeue = self._wishes.stop = False
+        self.over = self.met = self._wishes.requeue = self._wishes.stop = False
 
     def _earlier(self, trainer: Trainer, n: int) -> tuple[Tally, Tally]:
         """What an earlier part of the run did, as if it had been done by so many members as there are now."""
@@ -176,14 +178,15 @@ class Clock:
 
     def stop_together(self, trainer: Trainer) -> None:
         """What tells one rank to stop, stops all: here if they have met, or else at the meeting that it calls."""
-        if self._strategy.meeting:
+        if self._strategy.meeting and self.met:
             stop = trainer.should_stop and compat.can_stop_early(trainer)
             trainer.should_stop = self._strategy.reduce_boolean_decision(stop, all=False) or trainer.should_stop
-        elif self._strategy.free:
+        elif self.progress is not None:
             self._wishes.keep_stop(trainer)
 
     def conclude(self, trainer: Trainer, outcome: Outcome) -> None:
         """What a meeting agreed on, told to Lightning: counts, schedules, whether to stop."""
+        self.met = True
         self._write(trainer)
         if self._counts.taken and not self._log_steps.is_logged(trainer):
             self._log_steps.follow(trainer, trainer.global_step - 1)

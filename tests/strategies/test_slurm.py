@@ -22,19 +22,28 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ign
 
 
 class Warned(L.Callback):
-    """Gets SLURM's signal once, at its eighth batch, if it is this rank; and the end after the run was saved."""
+    """Gets SLURM's signal once, after its eighth batch or in the `last` of an epoch after that, if it is this rank."""
 
-    def __init__(self, rank: int | None, folder: Path) -> None:
-        self.rank, self.requeued, self.batches = rank, folder / "requeued", 0
+    def __init__(self, rank: int | None, last: bool = False) -> None:
+        self.rank, self.last, self.batches = rank, last, 0
         self.saved: list[int] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.last and self.batches > 8 and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self.last = False
+            self._warn(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.batches += 1
-        if trainer.global_rank == self.rank and self.batches == 8:
-            os.kill(os.getpid(), signal.SIGUSR1)
+        if self.batches == 8 and not self.last:
+            self._warn(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
         self.saved.append(trainer.global_step)
+
+    def _warn(self, trainer: L.Trainer) -> None:
+        if trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def queue(folder: Path) -> dict[str, Any]:
@@ -54,8 +63,8 @@ def queue(folder: Path) -> dict[str, Any]:
     return {"plugins": [SLURMEnvironment(auto_requeue=True)], "default_root_dir": str(folder)}
 
 
-def job(folder: Path, rank: int | None, steps: int) -> dict[str, Any]:
-    lit, warned = Lit(), Warned(rank, folder)
+def job(folder: Path, rank: int | None, steps: int, last: bool = False) -> dict[str, Any]:
+    lit, warned = Lit(), Warned(rank, last)
     t = trainer(
         2,
         callbacks=[SpeedFaults(step_seconds=0.01, slow={1: 4.0}), warned],
@@ -76,9 +85,11 @@ def slurm(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["anywhere", "in the last batch of its epoch"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slurm: Path, rank: int) -> None:
-    first, second = run(2, job, slurm, rank, 60)
+def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slurm: Path, rank: int, last: bool) -> None:
+    """Where one rank's epoch is over by then and the other's is not, only the other goes on training first."""
+    first, second = run(2, job, slurm, rank, 60, last)
     assert first["steps"] == second["steps"] == 60, "the job trains on until it is ended"
     assert first["saved"] == second["saved"]
     (at,) = first["saved"]
@@ -95,7 +106,7 @@ def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slur
 
 
 def pipeline(folder: Path, rank: int | None) -> dict[str, Any]:
-    lit, warned = piped.Piped(), Warned(rank, folder)
+    lit, warned = piped.Piped(), Warned(rank)
     t = piped.trainer(3, callbacks=[warned], max_epochs=3, **queue(folder))
     t.fit(lit, piped.loader(), piped.loader(20))
     return {"saved": warned.saved, "steps": t.global_step, "end": piped.weights(lit), "batches": warned.batches}
