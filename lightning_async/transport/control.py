@@ -43,6 +43,7 @@ class Control:
         tick: Seconds between looks at the bell.
         silence: See `heartbeat`.
         patience: See `heartbeat`.
+        late: See `heartbeat`.
         look: Called in the control thread at every tick; True asks for the next one soon.
         bury: Called in the control thread with each peer found dead, before anybody is told that it is.
         news: Called when something was found that somebody may wait for.
@@ -58,11 +59,12 @@ class Control:
         tick: float = 0.1,
         silence: float = 2.0,
         patience: float = 30.0,
+        late: float | None = None,
         look: Callable[[], bool] = lambda: False,
         bury: Callable[[int], None] = lambda peer: None,
         news: Callable[[], None] = lambda: None,
     ) -> None:
-        self.roll = Roll(me=me, world=world, members=members, silence=silence, patience=patience, bury=bury)
+        self.roll = Roll(me=me, world=world, members=members, silence=silence, patience=patience, late=late, bury=bury)
         if tick <= 0:
             raise ValueError(f"`tick` must be above 0, got {tick}")
         self.me, self.world = me, world
@@ -163,6 +165,10 @@ class Control:
         """Tell everybody which link to `peer` this member wants, and ring at the peer's."""
         self._wants[peer] = generation
         self._rings.add(peer)
+
+    def has_begun(self, peer: int) -> bool:
+        """Whether the peer was ever heard of."""
+        return peer in self._beats
 
     def wanted(self, peer: int) -> int:
         """Which link the peer wants to us; 0 for none."""

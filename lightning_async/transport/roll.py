@@ -26,6 +26,7 @@ class Roll:
         members: Those alive at the start.
         silence: See `heartbeat`.
         patience: See `heartbeat`.
+        late: See `heartbeat`.
         bury: Called with each peer found dead, before anybody is told that it is.
 
     Attributes:
@@ -43,6 +44,7 @@ class Roll:
         members: Iterable[int] | None,
         silence: float,
         patience: float,
+        late: float | None,
         bury: Callable[[int], None],
     ) -> None:
         alive = sorted(range(world) if members is None else set(members))
@@ -55,7 +57,7 @@ class Roll:
         self.peers = tuple(k for k in alive if k != me)
         self._me = me
         self._bury = bury
-        self._judge = Silence(self.peers, silence=silence, patience=patience, start=time.monotonic())
+        self._judge = Silence(self.peers, silence=silence, patience=patience, start=time.monotonic(), late=late)
         self._broken: set[int] = set()
         self._condemned: dict[int, str] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import signal
@@ -15,6 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_async import GossipRingStrategy, SpeedFaults
+from lightning_async.transport.cluster import ClusterCarrier
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
@@ -98,6 +100,23 @@ def test_fit_validate_test_predict_and_fit_again_on_one_trainer(tmp_path: Path) 
     loaded = Lit()
     loaded.load_state_dict(torch.load(first["newest"], weights_only=True)["state_dict"])
     assert weights(loaded) == first["refitted"]
+
+
+def test_who_comes_late_to_a_later_stage_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a rank 0 does that uploads its checkpoint first: at the first stage all were there a moment ago."""
+    late: list[float | None] = []
+
+    class Watched(ClusterCarrier):
+        def __init__(self, **knobs: Any) -> None:
+            late.append(knobs["late"])
+            super().__init__(**knobs)
+
+    monkeypatch.setattr("lightning_async.strategies.office.ClusterCarrier", Watched)
+    t = trainer(1, max_epochs=1)
+    t.fit(Lit(), loader(), loader(10, shuffle=False))
+    t.validate(Lit(), loader(10, shuffle=False), verbose=False)
+    t.validate(Lit(), loader(10, shuffle=False), verbose=False)
+    assert late == [None, math.inf, math.inf]
 
 
 def _stops_early() -> int:

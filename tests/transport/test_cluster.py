@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
 import signal
@@ -190,6 +191,15 @@ class _Deaf:
 
     def close(self) -> bool:
         return True
+
+
+def test_one_who_is_to_come_is_waited_for(store: Store) -> None:
+    """Also by the links: with nobody there they are not silent, but not there yet."""
+    with make(store, 0, 2, peers=[1], silence=0.2, patience=0.2, late=math.inf) as carrier:
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            carrier.wait(0.01)
+            assert carrier.members() == (0, 1)
 
 
 def test_lingering_lets_the_last_words_arrive(cluster: Cluster) -> None:
