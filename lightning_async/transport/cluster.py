@@ -133,6 +133,11 @@ class ClusterCarrier:
         """Why this member cannot go on, in words, or None: declared dead, the store lost, another version at a peer."""
         return self._control.failed or self._links.refused or self._service_failed
 
+    @property
+    def deaths(self) -> dict[int, str]:
+        """Why each peer died that did; not those that left."""
+        return self._control.roll.deaths
+
     def start(self) -> None:
         """Begin; again is nothing."""
         if self._state == "made":

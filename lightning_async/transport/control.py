@@ -24,7 +24,7 @@ from lightning_async.transport.checks import check_amount, check_note
 from lightning_async.transport.gloo import Keys
 from lightning_async.transport.heartbeat import Beat
 from lightning_async.transport.requests import Requests
-from lightning_async.transport.roll import NOBODY, Roll
+from lightning_async.transport.roll import LEFT, NOBODY, Roll
 
 HURRY_SECONDS = 0.003
 """The tick while somebody waits for an answer."""
@@ -251,7 +251,6 @@ class Control:
             store.add(f"bell/{peer}", 1)
 
     def _leave(self, store: Keys) -> None:
-        """Say that this is no accident: nobody needs to be patient with one who has left."""
         self._write(store)
-        store.compare_set(f"dead/{self.me}", NOBODY, b"it left the run")
+        store.compare_set(f"dead/{self.me}", NOBODY, LEFT)
         self._ring(store, self.roll.peers)

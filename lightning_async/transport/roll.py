@@ -15,6 +15,8 @@ from lightning_async.transport.heartbeat import Silence
 
 NOBODY = b"-"
 """What stands under a member's `dead` key while it lives."""
+LEFT = b"it left the run"
+"""What a member writes there itself: this is no accident, and nobody needs to be patient."""
 
 
 class Roll:
@@ -60,6 +62,11 @@ class Roll:
         self._judge = Silence(self.peers, silence=silence, patience=patience, start=time.monotonic(), late=late)
         self._broken: set[int] = set()
         self._condemned: dict[int, str] = {}
+
+    @property
+    def deaths(self) -> dict[int, str]:
+        """Why each member died that did; not those that left."""
+        return {k: why for k, why in list(self.reasons.items()) if k in self.peers and why != LEFT.decode()}
 
     def broken(self, peer: int, broken: bool) -> None:
         """Whether the connection to `peer` was closed by the other side and is not up again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging.handlers
 import math
 import os
 import pickle
@@ -144,13 +145,16 @@ def _dies(folder: str, dead: int) -> dict[str, Any]:
     faults = SpeedFaults(step_seconds=0.004)
     t = trainer(3, enable_checkpointing=True, callbacks=[saved, faults, Dies()], max_epochs=3, knobs={"silence": 0.5})
     held_out = loader(10, shuffle=False)
+    told = logging.handlers.BufferingHandler(100)
+    logging.getLogger("lightning_async").addHandler(told)
     t.fit(lit, loader(), held_out)
     try:
         t.validate(lit, held_out)
         sentence = ""
     except RuntimeError as error:
         sentence = str(error)
-    return {"weights": weights(lit), "best": saved.best_model_path, "sentence": sentence}
+    words = [record.getMessage() for record in told.buffer]
+    return {"weights": weights(lit), "best": saved.best_model_path, "sentence": sentence, "told": words}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -162,6 +166,8 @@ def test_the_others_go_on_after_a_death_and_the_first_that_lives_saves(dead: int
     living = [r.value for r in results if r.kind is None]
     assert len(living) == 2, results
     assert living[0]["weights"] == living[1]["weights"]
+    (word,) = [word for end in living for word in end["told"]]
+    assert f"rank {dead} is dead: its connection was closed" in word
     loaded = Lit()
     loaded.load_state_dict(torch.load(living[0]["best"], weights_only=True)["state_dict"])
     assert weights(loaded) == living[0]["weights"]
