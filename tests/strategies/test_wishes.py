@@ -226,7 +226,7 @@ def test_ranks_in_step_do_not_wait_for_one_whose_stream_has_ended() -> None:
 def timed(folder: Path) -> dict[str, Any]:
     class Dies(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            if trainer.global_rank == 0 and trainer.global_step >= 20:
+            if trainer.global_rank == 0 and trainer.global_step >= 5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     lit, begin = Lit(), time.monotonic()
@@ -251,5 +251,5 @@ def test_where_the_first_rank_dies_the_next_ones_clock_stops_the_run(tmp_path: P
     assert [one.kind for one in living] == [None, None], living
     first, second = (one.value for one in living)
     assert (first["end"], first["steps"]) == (second["end"], second["steps"])
-    assert first["steps"] > 20
+    assert first["steps"] > 5
     assert first["seconds"] < 3 + 20, "on a busy machine; a hang would take half an hour"
