@@ -120,7 +120,9 @@ class Consensus:
         office, algorithm = strategy.office, strategy.algorithm
         replica = strategy.replica
         strategy.together(strategy.clock.leave(strategy.trainer))
-        new = strategy.together(renewed(strategy.trainer.lightning_module, replica, office.rounds))
+        settled = strategy.clock.closing.settled  # nothing could change since all said so
+        module = strategy.trainer.lightning_module
+        new = None if settled else strategy.together(renewed(module, replica, office.rounds))
         if new is not None:
             replica = new
             algorithm.begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)

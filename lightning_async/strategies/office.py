@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -126,8 +125,8 @@ class Office:
         *,
         gathers: bool = True,
     ) -> T:
-        """Run a `Wait` to its end; see `waiting.drive`. `gathers`: its short mail may leave together at the end."""
-        with self.carrier.gathered() if gathers else nullcontext():
+        """Run a `Wait` to its end; see `waiting.drive`. `gathers`: its short mail leaves together, not at once."""
+        with self.carrier.gathered(posts=gathers):
             return drive(waiting, self.flags, limit=self.limit, sign=sign, heed=heed)
 
     def check_complete(self, world: int) -> None:

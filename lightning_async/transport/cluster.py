@@ -151,6 +151,7 @@ class ClusterCarrier:
             linger: Wait at most so long for the live peers to fold what was posted to them, and to be told what was
                 folded here. Without it what is on the way is cut off, within milliseconds.
         """
+        self._here.gathering.send()
         if self._state == "started" and linger > 0:
             with self._changed:
                 self._changed.wait_for(self._is_idle, linger)
@@ -241,9 +242,9 @@ class ClusterCarrier:
         finally:
             self._control.waiting(False)
 
-    def gathered(self) -> AbstractContextManager[None]:
-        """A block whose short mail leaves together at its end; see `gathering`."""
-        return self._here.gathering.gathered()
+    def gathered(self, *, posts: bool = True) -> AbstractContextManager[None]:
+        """A block whose short mail leaves together at its end; not `posts`: each post at once. See `gathering`."""
+        return self._here.gathering.gathered(posts=posts)
 
     def traffic(self) -> dict[int, dict[int, Count]]:
         """Counters by peer and kind; kind 0 counts headers."""

@@ -22,13 +22,13 @@ from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
 
-def _fit(devices: int, knobs: dict[str, Any], slow: float) -> dict[str, Any]:
+def _fit(devices: int, knobs: dict[str, Any], slow: float, batch: int) -> dict[str, Any]:
     torch.manual_seed(int(os.environ["RANK"]))  # ranks begin unequal, and the strategy makes them equal
     lit = Lit()
     lit.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
     faults = SpeedFaults(step_seconds=0.002, slow={devices - 1: slow})
     t = trainer(devices, knobs=knobs, callbacks=[faults])
-    t.fit(lit, loader(), loader(10, shuffle=False))
+    t.fit(lit, loader(batch), loader(10, shuffle=False))
     pickle.dumps(lit.metric)  # as the user made it
     strategy = t.strategy
     assert isinstance(strategy, GossipRingStrategy)
@@ -53,14 +53,16 @@ CASES = [
 
 @pytest.mark.parametrize(("mode", "devices", "at_meeting"), CASES)
 def test_all_ranks_end_equal_and_every_sample_is_seen_once(mode: str, devices: int, at_meeting: str) -> None:
-    ends = run(devices, _fit, devices, {"mode": mode, "at_meeting": at_meeting}, 1.0 if mode == "sync" else 3.0)
+    hears = devices > 1 and mode in ("pairwise", "push_sum")
+    knobs, slow = {"mode": mode, "at_meeting": at_meeting}, 1.0 if mode == "sync" else 3.0
+    ends = run(devices, _fit, devices, knobs, slow, 4 if hears else 8)
     for end in ends[1:]:
         for key in ("weights", "val", "metric", "train"):
             assert end[key] == ends[0][key]
     seen = Counter(index for end in ends for index in end["seen"])
     assert set(seen.values()) == {2}
     assert len(seen) == 240
-    if devices > 1 and mode in ("pairwise", "push_sum"):
+    if hears:
         assert all(end["arrivals"] for end in ends)
 
 
@@ -72,14 +74,14 @@ def _all_stages(folder: str) -> dict[str, Any]:
     callbacks = [saved, newest, EarlyStopping("val", patience=5), faults]
     t = trainer(2, enable_checkpointing=True, callbacks=callbacks, max_epochs=3)
     held_out = loader(10, shuffle=False)
-    t.fit(lit, loader(), held_out)
+    t.fit(lit, loader(8), held_out)
     fitted = weights(lit)
     t.validate(lit, held_out)
     t.test(lit, held_out, ckpt_path="best")
     tested = float(t.callback_metrics["test"])
     predicted = t.predict(lit, held_out)
     t.fit_loop.max_epochs = 4
-    t.fit(lit, loader(), held_out)
+    t.fit(lit, loader(8), held_out)
     return {
         "fitted": fitted,
         "refitted": weights(lit),
@@ -124,7 +126,7 @@ def _stops_early() -> int:
     lit = Lit()
     early = EarlyStopping("val", patience=1, min_delta=1e9)
     t = trainer(2, callbacks=[early, SpeedFaults(step_seconds=0.002, slow={1: 4.0})], max_epochs=6, min_epochs=4)
-    t.fit(lit, loader(), loader(10, shuffle=False))
+    t.fit(lit, loader(8), loader(10, shuffle=False))
     return t.current_epoch
 
 
