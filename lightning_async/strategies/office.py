@@ -21,6 +21,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, though not exported by name
 
+from lightning_async.strategies.alike import check_alike
 from lightning_async.strategies.knobs import check_seconds
 from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
@@ -146,6 +147,10 @@ class Office:
     def check_network(self, nodes: int) -> None:
         """Refuse a network by which the others cannot be reached, before anybody waits for them."""
         check_network(self.interface, nodes=nodes)
+
+    def check_alike(self, mine: Mapping[str, Any]) -> None:
+        """Stop here if the ranks are not of one version, method and knobs."""
+        self.drive(check_alike(mine, self.rounds))
 
     def glance(self, timeout: float) -> None:
         """Wait a moment for something new, and stop here if somebody stopped the run."""

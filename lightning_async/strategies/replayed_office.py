@@ -8,7 +8,7 @@ Place              what a Trainer asks of its cluster environment: the member's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -80,6 +80,9 @@ class ReplayedOffice(Office):
 
     def check_network(self, nodes: int) -> None:
         """There is none."""
+
+    def check_alike(self, mine: Mapping[str, Any]) -> None:
+        """They trained: they were."""
 
     def announce(self, exception: BaseException) -> None:
         """Nobody waits for a member that failed: the stage ends all."""
