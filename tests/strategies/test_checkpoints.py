@@ -245,7 +245,7 @@ def _lags(folder: str, slow: list[int], options: dict[str, Any]) -> str:
         gate.set()
     saved = ModelCheckpoint(f"{folder}/saved", **{"filename": "{epoch}", **options})
     io = AsyncCheckpointIO(Gated(gate))
-    t = trainer(2, enable_checkpointing=True, plugins=[io], callbacks=[saved, Opens(gate)], max_epochs=4)
+    t = trainer(2, enable_checkpointing=True, plugins=[io], callbacks=[saved, Opens(gate)], max_epochs=3)
     t.fit(Draws(), samples(), held_out())
     return saved.best_model_path
 
