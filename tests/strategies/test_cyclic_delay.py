@@ -41,7 +41,7 @@ def _fit(devices: int, knobs: dict[str, Any], optimizer: str, slow: float) -> di
     faults = SpeedFaults(step_seconds=0.002, slow={devices - 1: slow})
     strategy = CyclicDelayStrategy(**knobs)
     t = trainer(devices, strategy=strategy, callbacks=[faults])
-    t.fit(lit, loader(8), loader(10, shuffle=False))
+    t.fit(lit, loader(8), loader(40, shuffle=False))
     return {
         "weights": weights(lit),
         "seen": lit.seen,
@@ -101,7 +101,7 @@ def _alone(optimizer: str, strategy: Any, options: dict[str, Any]) -> list[float
     torch.manual_seed(1)
     lit = Grouped(optimizer)
     trainer(1, strategy=strategy or CyclicDelayStrategy(), **options).fit(
-        lit, loader(shuffle=False), loader(10, shuffle=False)
+        lit, loader(shuffle=False), loader(40, shuffle=False)
     )
     return weights(lit)
 
@@ -152,7 +152,7 @@ def _with_a_death(knobs: dict[str, Any]) -> Any:
     lit = Net()
     strategy = CyclicDelayStrategy(silence=0.3, mirror_every=2, patience=2.0, **knobs)
     callbacks = [SpeedFaults(step_seconds=0.03), Faulty(2, 6, lambda module: os.kill(os.getpid(), signal.SIGKILL))]
-    trainer(3, strategy=strategy, callbacks=callbacks, max_epochs=1).fit(lit, loader(2), loader(10, shuffle=False))
+    trainer(3, strategy=strategy, callbacks=callbacks, max_epochs=1).fit(lit, loader(2), loader(40, shuffle=False))
     return weights(lit)
 
 
@@ -211,4 +211,4 @@ class With(Lit):
 )
 def test_what_does_not_go_together_is_refused(module: Any, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(MisconfigurationException, match=sentence):
-        trainer(1, strategy=CyclicDelayStrategy(), **options).fit(module, loader(), loader(10, shuffle=False))
+        trainer(1, strategy=CyclicDelayStrategy(), **options).fit(module, loader(), loader(40, shuffle=False))
