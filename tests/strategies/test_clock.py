@@ -59,7 +59,7 @@ def fit(
     one = trainer(
         2, callbacks=[*(callbacks or []), SpeedFaults(step_seconds=seconds, slow={slow: 4.0}), watch], **options
     )
-    one.fit(module, loader() if data is None else data, loader(24, shuffle=False), ckpt_path=ckpt_path)
+    one.fit(module, loader() if data is None else data, loader(40, shuffle=False), ckpt_path=ckpt_path)
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])
     return {
         "steps": watch.steps,
@@ -346,7 +346,7 @@ def terminated(folder: Path, rank: int) -> list[float]:
     module = Lit()
     t = trainer(2, callbacks=[Told(signal.SIGTERM, rank), saver], enable_checkpointing=True, max_epochs=50)
     with pytest.raises(SIGTERMException):
-        t.fit(module, loader(), loader(24, shuffle=False))
+        t.fit(module, loader(), loader(40, shuffle=False))
     return [float(x) for p in module.parameters() for x in p.detach().flatten()]
 
 

@@ -46,7 +46,7 @@ def _fit(devices: int, knobs: dict[str, Any], optimizer: str, slow: float) -> di
     faults = SpeedFaults(step_seconds=0.002, slow={devices - 1: slow})
     strategy = CyclicDelayStrategy(**knobs)
     t = trainer(devices, strategy=strategy, callbacks=[faults])
-    t.fit(lit, loader(8), loader(10, shuffle=False))
+    t.fit(lit, loader(8), loader(40, shuffle=False))
     return {
         "weights": weights(lit),
         "seen": lit.seen,
@@ -379,4 +379,4 @@ class With(Lit):
 )
 def test_what_does_not_go_together_is_refused(module: Any, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(MisconfigurationException, match=sentence):
-        trainer(1, strategy=CyclicDelayStrategy(), **options).fit(module, loader(), loader(10, shuffle=False))
+        trainer(1, strategy=CyclicDelayStrategy(), **options).fit(module, loader(), loader(40, shuffle=False))

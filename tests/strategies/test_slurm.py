@@ -82,7 +82,7 @@ def job(
         max_epochs=-1,
         **queue(folder),
     )
-    t.fit(lit, loader(), loader(24, shuffle=False))
+    t.fit(lit, loader(), loader(40, shuffle=False))
     end = torch.cat([p.detach().flatten() for p in lit.parameters()]).tolist()
     return {"saved": warned.saved, "steps": t.global_step, "end": end, "batches": warned.batches, "seen": lit.seen}
 

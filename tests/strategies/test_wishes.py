@@ -196,7 +196,7 @@ def early(folder: Path) -> dict[str, Any]:
     """All are told to stop, long before they may; and one is dry in every epoch."""
     stops = L.pytorch.callbacks.EarlyStopping("val", patience=1, min_delta=1e9)
     t = trainer(2, callbacks=[stops], min_epochs=3, max_epochs=6)
-    t.fit(Lit(), DataLoader(Some([40, 12]), batch_size=4), loader(24, shuffle=False))
+    t.fit(Lit(), DataLoader(Some([40, 12]), batch_size=4), loader(40, shuffle=False))
     return {"steps": t.global_step, "epoch": t.current_epoch}
 
 
