@@ -43,6 +43,8 @@ SIGNS: Knobs = {"min_size": 128, "block": 4096, "form": "slices", "max_skip": SI
 VARIANTS: Mapping[str, Knobs] = {
     "always": {"rule": "always"},
     "always, gather": {"rule": "always", "form": "gather"},
+    "always, stretch 1": {"rule": "always", "stretch": 1.0},
+    "always, gather, stretch 1": {"rule": "always", "form": "gather", "stretch": 1.0},
     "always, gradient": {"rule": "always", "compress": "gradient"},
     "always, warm-up": {"rule": "always", "warm_up": True},
     "always, gather, warm-up": {"rule": "always", "form": "gather", "warm_up": True},

@@ -30,7 +30,7 @@ from lightning_async.algorithms.sign_notices import MOST, NOTICE, Notices
 from lightning_async.algorithms.sign_rounds import SignRounds
 from lightning_async.algorithms.sign_rules import RULES, Rule
 from lightning_async.algorithms.sign_trigger import News, Trigger
-from lightning_async.algorithms.signs import BLOCK, NotFinite
+from lightning_async.algorithms.signs import BLOCK, STRETCH, NotFinite
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Mail, Message, Wait
@@ -60,6 +60,7 @@ class LazySign(Algorithm):
         compressor: Compressor = "sign",
         scale: Scale = "block",
         block: int = BLOCK,
+        stretch: float = STRETCH,
         min_size: int = 1024,
         form: Form = "auto",
         news: News = "change",
@@ -73,9 +74,10 @@ class LazySign(Algorithm):
     ) -> None:
         check(rule=rule, compress=compress, compressor=compressor, scale=scale, form=form, news=news)
         check(block=block, min_size=min_size, history=history, max_skip=max_skip, ahead=ahead, warm_up=warm_up)
-        check(threads=threads, threshold=threshold, error_weight=error_weight)
+        check(threads=threads, threshold=threshold, error_weight=error_weight, stretch=stretch)
         self.rule, self.compress, self.compressor, self.scale = rule, compress, compressor, scale
         self.block, self.min_size, self.form, self.threads = block, min_size, form, threads
+        self.stretch = stretch
         self.news, self.history, self.threshold, self.error_weight = news, history, threshold, error_weight
         self.max_skip, self.ahead, self.warm_up = max_skip, ahead, warm_up
         self.travels_whole: Callable[[Tensor], bool] = lambda parameter: False
@@ -264,7 +266,7 @@ class LazySign(Algorithm):
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _new_rounds(self, replica: Replica, flat: Tensor) -> SignRounds:
-        press = Press(flat, block=self.block, threads=self.threads)
+        press = self._press(flat)
         return SignRounds(
             RULES[self.rule],
             press,
@@ -278,6 +280,9 @@ class LazySign(Algorithm):
             guard=self._guard,
             heard=self._heard,
         )
+
+    def _press(self, like: Tensor) -> Press:
+        return Press(like, block=self.block, threads=self.threads, stretch=self.stretch)
 
     def _new_exchange(self, replica: Replica, press: Press, *, whole: bool) -> Exchange:
         gather = self.form == "gather" or (self.form == "auto" and len(self._members) <= FEW)

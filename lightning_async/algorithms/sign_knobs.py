@@ -31,6 +31,8 @@ def check(**knobs: object) -> None:
     for name, value in knobs.items():
         if name in CHOICES:
             _check_choice(name, value)
+        elif name == "stretch":
+            _check_stretch(value)
         elif name in LEAST:
             _check_integer(name, value)
         else:
@@ -49,6 +51,11 @@ def _check_integer(name: str, value: object) -> None:
         raise ValueError(f"`block` must be a multiple of {BITS}, got {value}")
     if name == "ahead" and value > MOST:
         raise ValueError(f"`ahead` must be at most {MOST} rounds, got {value}")
+
+
+def _check_stretch(value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 2:
+        raise ValueError(f"`stretch` must be above 0 and below 2, where what is held back would grow, got {value!r}")
 
 
 def _check_weight(name: str, value: object) -> None:
