@@ -25,7 +25,7 @@ from lightning_async.algorithms.press import Press, Rest, Source, Values
 from lightning_async.algorithms.settle import settle
 from lightning_async.algorithms.sheets import Cut, Scale, Span, cuts
 from lightning_async.algorithms.sign_exchange import MEAN, PART, Exchange, Gather, Slices
-from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form, check
+from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form, check, stretched
 from lightning_async.algorithms.sign_notices import MOST, NOTICE, Notices
 from lightning_async.algorithms.sign_rounds import SignRounds
 from lightning_async.algorithms.sign_rules import RULES, Rule
@@ -60,7 +60,7 @@ class LazySign(Algorithm):
         compressor: Compressor = "sign",
         scale: Scale = "block",
         block: int = BLOCK,
-        stretch: float = STRETCH,
+        stretch: float | None = None,
         min_size: int = 1024,
         form: Form = "auto",
         news: News = "change",
@@ -74,10 +74,11 @@ class LazySign(Algorithm):
     ) -> None:
         check(rule=rule, compress=compress, compressor=compressor, scale=scale, form=form, news=news)
         check(block=block, min_size=min_size, history=history, max_skip=max_skip, ahead=ahead, warm_up=warm_up)
-        check(threads=threads, threshold=threshold, error_weight=error_weight, stretch=stretch)
+        check(threads=threads, threshold=threshold, error_weight=error_weight)
         self.rule, self.compress, self.compressor, self.scale = rule, compress, compressor, scale
         self.block, self.min_size, self.form, self.threads = block, min_size, form, threads
-        self.stretch = stretch
+        repeats = compress == "update" and not RULES[rule].tracks
+        self.stretch = stretched(stretch, STRETCH if repeats else 1.0)
         self.news, self.history, self.threshold, self.error_weight = news, history, threshold, error_weight
         self.max_skip, self.ahead, self.warm_up = max_skip, ahead, warm_up
         self.travels_whole: Callable[[Tensor], bool] = lambda parameter: False

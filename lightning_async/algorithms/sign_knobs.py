@@ -31,8 +31,6 @@ def check(**knobs: object) -> None:
     for name, value in knobs.items():
         if name in CHOICES:
             _check_choice(name, value)
-        elif name == "stretch":
-            _check_stretch(value)
         elif name in LEAST:
             _check_integer(name, value)
         else:
@@ -53,9 +51,13 @@ def _check_integer(name: str, value: object) -> None:
         raise ValueError(f"`ahead` must be at most {MOST} rounds, got {value}")
 
 
-def _check_stretch(value: object) -> None:
+def stretched(value: float | None, default: float) -> float:
+    """What `stretch` is, where None is the default."""
+    if value is None:
+        return default
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 2:
         raise ValueError(f"`stretch` must be above 0 and below 2, where what is held back would grow, got {value!r}")
+    return value
 
 
 def _check_weight(name: str, value: object) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 BLOCK = 1 << 16
 """Numbers of a block: 256 kB of float32, so that all that is done to it is done in a core's own cache."""
 STRETCH = 1.6
-"""Scales of updates, in means of their sizes."""
+"""Scales of updates, in means of their sizes; where nothing goes the same way for long, 1 is better."""
 BITS = 8
 Array = NDArray[Any]
 Flat = Any

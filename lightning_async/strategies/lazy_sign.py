@@ -23,7 +23,7 @@ from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form
 from lightning_async.algorithms.sign_memory import warning
 from lightning_async.algorithms.sign_rules import Rule
 from lightning_async.algorithms.sign_trigger import News
-from lightning_async.algorithms.signs import BLOCK, STRETCH
+from lightning_async.algorithms.signs import BLOCK
 from lightning_async.progress.report import Wish
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
@@ -46,7 +46,8 @@ class LazySignStrategy(AsyncStrategy):
         compressor: "sign", or "none": numbers travel whole, the control.
         scale: What has a scale of its own: "block", "tensor", or "global".
         block: Numbers of a block.
-        stretch: A scale is so many times the mean size of its numbers, above 0 and below 2.
+        stretch: A scale is so many times the mean size of its numbers, above 0 and below 2; None: 1.6 for updates,
+            which go the same way for many steps, and 1 for gradients and with rule="innovation".
         min_size: Tensors with fewer numbers travel whole.
         exact: Names of parameters that travel whole; `*` stands for any part of a name.
         form: "slices" (each rank is the server of a slice), "gather" (everybody hears everybody), or "auto": gather for
@@ -92,7 +93,7 @@ class LazySignStrategy(AsyncStrategy):
         compressor: Compressor = "sign",
         scale: Scale = "block",
         block: int = BLOCK,
-        stretch: float = STRETCH,
+        stretch: float | None = None,
         min_size: int = 1024,
         exact: Sequence[str] = (),
         form: Form = "auto",

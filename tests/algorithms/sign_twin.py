@@ -31,9 +31,9 @@ class Twin:
         max_skip: int = 7,
         ahead: int = 1,
         news: str = "change",
-        stretch: float = STRETCH,
+        stretch: float | None = None,
     ) -> None:
-        self.stretch = stretch
+        self.stretch = stretch or (1.0 if rule == "innovation" else STRETCH)
         self.n, self.d, self.rule, self.block, self.slices = n, d, rule, block, slices
         self.history, self.threshold, self.max_skip, self.ahead, self.news = history, threshold, max_skip, ahead, news
         self.rest, self.server = np.zeros((n, d)), np.zeros(d)  # `innovation`: rest is G, what all have of each rank

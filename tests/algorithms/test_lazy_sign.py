@@ -188,11 +188,13 @@ def test_innovation_converges_linearly(form: str, steps: int) -> None:
     assert sum(one.algorithm.trigger.fired["skipped"] for one in some) > steps / 10
 
 
-def test_signs_with_feedback_come_close_where_the_ranks_differ() -> None:
-    some = members(4, [(D,)], **SMALL)
+@pytest.mark.parametrize(("stretch", "within"), [(1.0, 0.05), (1.6, 0.1)])
+def test_signs_with_feedback_come_close_where_the_ranks_differ(stretch: float, within: float) -> None:
+    """Without momentum a larger scale only holds back more."""
+    some = members(4, [(D,)], stretch=stretch, **SMALL)
     gradient, best = quadratic(4, D)
     on_virtual(some, gradient, steps=150, lr=lambda k: 0.5 / (1 + k / 10))
-    assert (some[0].flat() - best).norm() < 0.05 * best.norm()
+    assert (some[0].flat() - best).norm() < within * best.norm()
 
 
 @pytest.mark.parametrize("carrier", LIVES)
