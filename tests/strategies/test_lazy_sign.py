@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,19 @@ class Watches(Callback):
         self.prints.append(hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:12])
 
 
-def own_share(n: int) -> DataLoader[Any]:
+def own_share(n: int, batch_size: int) -> DataLoader[Any]:
     """This rank's samples, chosen by the test and not by a sampler."""
     mine = slice(int(os.environ["RANK"]), None, n)
-    return DataLoader(TensorDataset(torch.arange(240)[mine], INPUTS[mine], TARGETS[mine]), batch_size=4)
+    return DataLoader(TensorDataset(torch.arange(240)[mine], INPUTS[mine], TARGETS[mine]), batch_size=batch_size)
 
 
 def held_out() -> DataLoader[Any]:
     return loader(40, shuffle=False)
 
 
-def _fit(n: int, knobs: dict[str, Any] | None, module: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _fit(
+    n: int, knobs: dict[str, Any] | None, module: dict[str, Any], batch: int, options: dict[str, Any]
+) -> dict[str, Any]:
     torch.manual_seed(int(os.environ["RANK"]) if knobs is not None else 0)
     lit, watches = Plain(**module), Watches()
     if knobs is not None and os.environ["RANK"] == "0":
@@ -70,12 +73,21 @@ def _fit(n: int, knobs: dict[str, Any] | None, module: dict[str, Any], options: 
         lit = Plain(**module)
     strategy = "ddp" if knobs is None else LazySignStrategy(**knobs)
     t = trainer(n, strategy=strategy, callbacks=[watches], use_distributed_sampler=False, **options)
-    t.fit(lit, own_share(n), held_out())
+    t.fit(lit, own_share(n, batch), held_out())
     return {"weights": weights(lit), "prints": watches.prints, "val": float(t.callback_metrics["val"])}
 
 
-def fit(n: int, knobs: dict[str, Any] | None, module: dict[str, Any] | None = None, **options: Any) -> list[Any]:
-    return run(n, _fit, n, knobs, module or {}, options)
+def fit(
+    n: int, knobs: dict[str, Any] | None, module: dict[str, Any] | None = None, batch: int = 8, **options: Any
+) -> list[Any]:
+    return run(n, _fit, n, knobs, module or {}, batch, options)
+
+
+@cache
+def by_ddp(n: int, **module: Any) -> list[float]:
+    """The weights with which ddp ends."""
+    end: list[float] = fit(n, None, module)[0]["weights"]
+    return end
 
 
 WHOLE: dict[str, Any] = {"compressor": "none"}
@@ -89,13 +101,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with"
 @pytest.mark.parametrize("form", ["gather", "slices"])
 def test_whole_gradients_on_two_ranks_are_ddp_to_the_bit(form: str, module: dict[str, Any]) -> None:
     mine = fit(2, {**WHOLE, "compress": "gradient", "form": form}, module)
-    assert mine[0]["weights"] == fit(2, None, module)[0]["weights"]
+    assert mine[0]["weights"] == by_ddp(2, **module)
 
 
 @pytest.mark.parametrize("compress", ["update", "gradient"])
 def test_whole_numbers_on_three_ranks_are_ddp_to_rounding(compress: str) -> None:
     mine = fit(3, {**WHOLE, "compress": compress}, {"momentum": 0.9})
-    assert mine[0]["weights"] == pytest.approx(fit(3, None, {"momentum": 0.9})[0]["weights"], rel=1e-5, abs=1e-6)
+    assert mine[0]["weights"] == pytest.approx(by_ddp(3, momentum=0.9), rel=1e-5, abs=1e-6)
 
 
 def test_one_rank_is_plain_training_to_the_bit() -> None:
@@ -120,7 +132,7 @@ SIGNS: dict[str, Any] = {"min_size": 0, "block": 16, "history": 5, "max_skip": 3
 )
 def test_weights_are_the_same_everywhere_at_every_step(n: int, knobs: dict[str, Any]) -> None:
     ends = fit(n, {**SIGNS, **knobs}, {"momentum": 0.5}, max_epochs=2)
-    assert len(ends[0]["prints"]) == 2 * 240 // n // 4
+    assert len(ends[0]["prints"]) == 2 * 240 // n // 8
     for end in ends[1:]:
         assert end["prints"] == ends[0]["prints"]
         assert end["val"] == ends[0]["val"]
@@ -129,7 +141,7 @@ def test_weights_are_the_same_everywhere_at_every_step(n: int, knobs: dict[str, 
 
 def test_it_learns_what_ddp_learns() -> None:
     module = {"optimizer": "adam", "lr": 0.01}
-    ends = {name: fit(2, knobs, module, max_epochs=6)[0]["val"] for name, knobs in (("ddp", None), ("signs", SIGNS))}
+    ends = {name: fit(2, knobs, module, 4, max_epochs=6)[0]["val"] for name, knobs in (("ddp", None), ("signs", SIGNS))}
     untrained = float(TARGETS.square().mean())
     assert ends["signs"] < 0.1 * untrained
     assert ends["signs"] < 1.5 * ends["ddp"]
@@ -279,7 +291,7 @@ def test_signs_of_gradients_are_warned_of_where_momentum_averages_them(
     t = trainer(1, strategy=LazySignStrategy(**knobs))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        t.fit(Plain(**module), loader(), held_out())
+        t.fit(Plain(**module), loader(n=24), held_out())
     said = [str(w.message) for w in caught if "sends signs of gradients" in str(w.message)]
     assert len(said) == (warned is not None)
     assert all(warned is not None and warned in words for words in said)
