@@ -66,7 +66,7 @@ def test_weights_and_what_is_held_back_follow_exact_steps(n: int, rule: str, for
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("carrier", LIVES)
 def test_weights_are_the_same_on_all_ranks_after_every_step(rule: str, form: str, carrier: str) -> None:
-    some = world(4, rule, form=form, steps=30, carrier=carrier)
+    some = world(4, rule, form=form, carrier=carrier, steps=60 if carrier == "virtual" else 12)
     for m in some[1:]:
         assert all(torch.equal(a, b) for a, b in zip(m.weights, some[0].weights, strict=True))
 
@@ -137,7 +137,7 @@ def test_a_warm_up_takes_the_steps_of_synchronous_sgd(rule: str) -> None:
 
 @pytest.mark.parametrize("carrier", LIVES)
 def test_without_a_bar_every_rank_sends_whenever_anything_changed(carrier: str) -> None:
-    always, lazy = world(3, "always"), world(3, "accumulate", threshold=0.0, carrier=carrier)
+    always, lazy = world(3, "always", steps=30), world(3, "accumulate", threshold=0.0, steps=30, carrier=carrier)
     assert torch.equal(always[0].weights[-1], lazy[0].weights[-1])
 
 
@@ -211,8 +211,9 @@ def test_the_counter_example_to_signs_without_feedback(carrier: str) -> None:
     assert sum(gradient(0, k, torch.zeros(8)).sign().mean() for k in range(400)) < -100  # its signs point uphill
     some = members(2, [(8,)], block=8, min_size=0)
     start = some[0].flat()
-    LIVES[carrier](some, gradient, steps=400, lr=lambda k: 0.01)
-    assert (some[0].flat() - start).mean() < -0.7
+    steps = 400 if carrier == "virtual" else 150
+    LIVES[carrier](some, gradient, steps=steps, lr=lambda k: 0.01)
+    assert (some[0].flat() - start).mean() < -0.7 * steps / 400
 
 
 # -- silence costs no wait ---------------------------------------------------------------------------------------------
