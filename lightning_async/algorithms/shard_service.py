@@ -39,7 +39,7 @@ from lightning_async.algorithms.shards import (
     shard_of,
     succeeds,
 )
-from lightning_async.algorithms.wire import EXACT, Codec
+from lightning_async.algorithms.wire import EXACT, Wires
 from lightning_async.transport.mail import Letter, Message
 
 Answers = Iterable[tuple[int, Message]]
@@ -86,7 +86,7 @@ class ShardService:
         *,
         blank: Callable[[int], Tensor],
         rules: Rules,
-        codec: Codec,
+        codec: Wires,
         mirror_every: int | None = None,
         shrink: Callable[[], Shrink] = lambda: no_shrink,
     ) -> None:
@@ -129,10 +129,12 @@ class ShardService:
         server, m = owned.server, letter.message
         assert m.body is not None  # a push always has a body
         own = letter.peer == self._me
-        correction = (EXACT if own else self._codec).decode(m.body, server.weights.dtype)
+        codec = self._codec.of(shard_of(m.reference))
+        exact = own or m.kind == LAST
+        correction = (EXACT if exact else codec).decode(m.body, server.weights.dtype)
         said = server.arrive(letter, correction, last=m.kind == LAST)
         owned.mirroring.fresh += 1
-        weights = server.weights if own else self._codec.encode(server.weights)
+        weights = server.weights if own else codec.answer(server.weights)
         return [_answer(letter, server, weights, said), *self._mirror(owned, m.reference)]
 
     def _let_go(self, owned: Owned) -> Answers:

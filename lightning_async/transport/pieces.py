@@ -34,7 +34,7 @@ class Pieces:
         self.longest = self.length = longest
 
     def read(self, seconds: float) -> None:
-        """The peer has read a piece, so many seconds after it was sent."""
+        """The peer has read a piece, so many seconds after it was sent, or after it had read the one before."""
         if seconds > SLOW:
             self._set(self.length // 2)
         elif seconds < QUICK:
