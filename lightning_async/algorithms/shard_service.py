@@ -123,7 +123,7 @@ class ShardService:
         if not self._may_go(owned, letter):
             owned.held.append(_kept(letter))
             return self._mirror(owned, letter.message.reference)  # a shard that was just inherited has none yet
-        return [*self._merge(owned, letter), *self._let_go(owned)]
+        return self._let_go(owned, self._merge(owned, letter))
 
     def _merge(self, owned: Owned, letter: Letter) -> Answers:
         server, m = owned.server, letter.message
@@ -137,12 +137,12 @@ class ShardService:
         weights = server.weights if own else codec.answer(server.weights)
         return [_answer(letter, server, weights, said), *self._mirror(owned, m.reference)]
 
-    def _let_go(self, owned: Owned) -> Answers:
-        """Of those that wait, in the order of their arrival, whoever may go on now."""
-        answers: list[tuple[int, Message]] = []
+    def _let_go(self, owned: Owned, answers: Answers = ()) -> Answers:
+        """Of those that wait, in the order of their arrival, whoever may go on now; after these answers, which have the
+        weights of their own versions."""
         while (free := next((x for x in owned.held if self._may_go(owned, x)), None)) is not None:
             owned.held.remove(free)
-            answers += self._merge(owned, free)
+            answers = [*_apart(answers, owned.server.weights), *self._merge(owned, free)]
         return answers
 
     def _may_go(self, owned: Owned, letter: Letter) -> bool:
@@ -248,7 +248,9 @@ class ShardService:
         return []
 
     def _without_mirror(self, weights: Tensor, number: int) -> Owned:
+        """Taken over."""
         owned = Owned(self._new(weights, number))
+        owned.server.unheard = set(self._members)
         owned.mirroring.anew(self._most)
         return owned
 
@@ -275,6 +277,12 @@ def _answer(letter: Letter, server: ShardServer, weights: Tensor, said: int, new
         reference=m.reference,
     )
     return letter.peer, answer
+
+
+def _apart(answers: Answers, weights: Tensor) -> Answers:
+    """They are posted later, and the weights are about to change."""
+    for whom, message in answers:
+        yield whom, replace(message, body=weights.clone()) if message.body is weights else message
 
 
 def _not_here(letter: Letter) -> tuple[int, Message]:

@@ -361,16 +361,21 @@ def test_a_bound_that_is_kept_by_waiting_is_kept(bound: int) -> None:
     assert outcome.trained[3].waits == 0
 
 
+@pytest.mark.parametrize("every", [1, None])
+@pytest.mark.parametrize("when", [0.05, 0.3, 0.9, 2.5])
 @pytest.mark.parametrize("dead", [None, 0, 1, 2])
-def test_with_a_bound_nobody_waits_for_who_waits_in_a_meeting_or_is_dead(dead: int | None) -> None:
-    """Members 0 and 1 end first, and wait for the last one before they meet, without a look at their mail."""
+def test_with_a_bound_nobody_waits_for_who_waits_in_a_meeting_or_is_dead(
+    dead: int | None, when: float, every: int | None
+) -> None:
+    """Members 0 and 1 end first, and wait for the last one before they meet, without a look at their mail. That they do
+    may have been known to the dead owner alone."""
     n, cluster = 3, VirtualCluster(3, latency=0.01, silence=0.3, limit=60.0)
     if dead is not None:
-        cluster.kill(dead, at=0.9)
+        cluster.kill(dead, at=when)
 
     def life(carrier: Carrier) -> Program:
         replica, rounds = Replica([nn.Parameter(torch.zeros(64))]), Rounds(carrier)
-        algorithm = AsyncGlobal(local_steps=1, on_late="wait", max_delay=1, shards=1)
+        algorithm = AsyncGlobal(local_steps=1, on_late="wait", max_delay=1, shards=1, mirror_every=every)
         algorithm.begin(replica, carrier, UNIT, Rounds(carrier, channel=1))
         for step in range(1, 6 if carrier.me < 2 else 101):
             yield 0.02 * (1 + carrier.me)

@@ -75,6 +75,8 @@ def test_what_would_be_too_much_in_no_mirror_is_held_and_answered_when_the_mirro
         for _, message in one(Letter(1, 0, back, 0.0)):
             if message.kind == MIRROR:
                 travelling.append(message)
-            else:
-                answered.append(message.echo)
+                continue
+            answered.append(message.echo)
+            assert message.body is not None
+            assert message.body.unique().tolist() == [message.version / 4], "the weights are those of the version"
     assert answered == list(range(1, 20)), "in the order in which they came"
