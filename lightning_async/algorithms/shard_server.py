@@ -59,8 +59,8 @@ class ShardServer:
             otherwise: then `pushed` is complete.
         bases: The version that each member started from.
         pausing: The members that push nothing until all have met.
-        unheard: The members of which nothing has come since the shard was taken over. They pull before they push, so none
-            of them can be late; and whether they are pausing, only the old owner may have known.
+        unheard: The members of which nothing has come since the shard was taken over. They pull before they push, so
+            none of them can be late; and whether they are pausing, only the old owner may have known.
         pushed: The step of each member's last arrival.
         paces: Microseconds of each member's step.
         worths: What each member's last arrival weighed.

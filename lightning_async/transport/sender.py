@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -34,6 +35,15 @@ class Outgoing:
     sent: int = 0
 
 
+class Unread(NamedTuple):
+    """A piece that was sent: the number of the header behind it, when, how many bytes, and its body's piece length."""
+
+    header: int
+    since: float
+    nbytes: int
+    piece: int
+
+
 class Sender:
     """What the sender thread of one link does."""
 
@@ -43,7 +53,7 @@ class Sender:
         self._line, self._slots = line, line.slots
         self._sent = 0
         self._outgoing: Outgoing | None = None
-        self._unread: deque[tuple[int, float]] = deque()  # fragments: the number of the header behind it, sent when
+        self._unread: deque[Unread] = deque()
         self._read = 0.0  # when the newest answer to any was read
 
     def next(self) -> Callable[[], None] | None:
@@ -75,15 +85,15 @@ class Sender:
 
     def _look_what_was_read(self) -> None:
         """How long each piece took by itself: what was sent behind another had to wait for that one first."""
-        read = [since for number, since in self._unread if number <= self._line.peer_seen]
+        read = [one for one in self._unread if one.header <= self._line.peer_seen]
         if not read:
             return
         now = self._line.here.now()
-        seconds = (now - max(read[0], self._read)) / len(read)
+        seconds = (now - max(read[0].since, self._read)) / len(read)
         self._read = now
-        for _ in read:
+        for one in read:
             self._unread.popleft()
-            self._line.pieces.read(seconds)
+            self._line.pieces.read(seconds, one.nbytes, piece=one.piece)
 
     def _send_message(self, slot: Slot) -> None:
         header = slot.header
@@ -107,7 +117,7 @@ class Sender:
         work = self._line.running().send(body, BODY_TAG)
         self._send_header(Header(FRAGMENT, fragment=outgoing.sent), work=work)
         outgoing.sent += 1
-        self._unread.append((self._sent, self._line.here.now()))
+        self._unread.append(Unread(self._sent, self._line.here.now(), end - begin, outgoing.piece))
         if end == outgoing.nbytes:
             self._outgoing, self._line.sending = None, False
 

@@ -89,11 +89,15 @@ def test_a_body_that_travels_longer_than_the_patience_arrives(monkeypatch: pytes
 
 def test_pieces_are_halved_while_they_are_slow_and_doubled_while_they_are_quick() -> None:
     pieces = Pieces(4 << 20)
-    pieces.read(0.1)
+
+    def read(seconds: float) -> None:
+        pieces.read(seconds, pieces.length, piece=pieces.length)
+
+    read(0.1)
     assert pieces.length == 4 << 20, "never longer than the longest"
-    pieces.read(5.0)
+    read(5.0)
     assert pieces.length == 2 << 20
-    pieces.read(1.0)
+    read(1.0)
     assert pieces.length == 2 << 20, "that is what they should be"
     pieces.broke()
     assert pieces.length == 256 << 10
@@ -101,8 +105,23 @@ def test_pieces_are_halved_while_they_are_slow_and_doubled_while_they_are_quick(
         pieces.broke()
     assert pieces.length == LEAST
     for _ in range(6):
-        pieces.read(0.01)
+        read(0.01)
     assert pieces.length == 4 << 20
+
+
+def test_many_pieces_of_one_body_make_the_next_ones_twice_as_long_or_half_and_no_more() -> None:
+    """Else a body that was cut off after some quick pieces would begin again in pieces that are too long for ever."""
+    pieces = Pieces(4 << 20)
+    pieces.length = LEAST
+    for _ in range(10):
+        pieces.read(0.1, LEAST, piece=LEAST)
+    assert pieces.length == 2 * LEAST
+    pieces.read(0.1, 5, piece=LEAST)  # a short end says nothing
+    assert pieces.length == 2 * LEAST
+    pieces.length = 1 << 20
+    for _ in range(10):
+        pieces.read(3.0, 1 << 20, piece=1 << 20)
+    assert pieces.length == 1 << 19
 
 
 def test_short_bounds_are_kept() -> None:

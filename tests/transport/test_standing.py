@@ -62,7 +62,7 @@ def travels(a: End, b: End, body: Tensor, kind: int = 20) -> None:
 def test_a_body_of_two_pieces_arrives_without_a_word_of_its_receiver(pair: Pair) -> None:
     a, b = pair
     travels(a, b, bytes_of(5 * PIECE))
-    until(lambda: not a.link.sender._unread or a.link.line.peer_seen >= a.link.sender._unread[-1][0])
+    until(lambda: not a.link.sender._unread or a.link.line.peer_seen >= a.link.sender._unread[-1].header)
     gagged, body = Gagged(b), bytes_of(WINDOW * PIECE - 5)
     assert a.slots.post(Message(21, body))
     letter = b.take(21)
@@ -81,7 +81,7 @@ def test_there_are_never_more_pieces_on_the_wire_than_receives_that_stand(pair: 
         class Counted:
             def send(self, tensor: Tensor, tag: int, me: int = me, end: End = end) -> Any:
                 if tag == BODY_TAG:
-                    unread = [n for n, _ in end.link.sender._unread if n > end.link.line.peer_seen]
+                    unread = [x for x in end.link.sender._unread if x.header > end.link.line.peer_seen]
                     most[me] = max(most[me], len(unread) + 1)
                 return wires[me].send(tensor, tag)
 
