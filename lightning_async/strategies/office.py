@@ -10,6 +10,7 @@ rank 0 could say what happened.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -101,6 +102,7 @@ class Office:
             peers=tuple(r for r in range(world) if abs(r - me) in (1, world - 1) and r != me),
             silence=self.silence,
             patience=self.patience,
+            late=None if self._count == 1 else math.inf,  # a wait for it has its own bound: `limit`
             interface=self.interface,
         )
         self._carrier.start()

@@ -38,6 +38,7 @@ class ClusterCarrier:
         peers: Links to open at once, in the background. Others are opened by the first post.
         silence: Seconds without a heartbeat after which a member is not `live`.
         patience: Seconds after which it is declared dead.
+        late: Seconds after which one that has not begun at all is declared dead; by default `patience`.
         max_bytes: The longest body that this member takes.
         fragment_bytes: The longest piece in which a body travels.
         connect_timeout: The longest that a rendezvous may take when the peer dies on its way to it.
@@ -57,6 +58,7 @@ class ClusterCarrier:
         peers: Iterable[int] = (),
         silence: float = 2.0,
         patience: float = 30.0,
+        late: float | None = None,
         max_bytes: int = 4 << 30,
         fragment_bytes: int = 4 << 20,
         connect_timeout: float = 30.0,
@@ -110,6 +112,7 @@ class ClusterCarrier:
             tick=tick,
             silence=silence,
             patience=patience,
+            late=late,
             look=lambda: self._links.look(self._control),
             bury=self._bury,
             news=self._news,
@@ -129,6 +132,11 @@ class ClusterCarrier:
     def failed(self) -> str | None:
         """Why this member cannot go on, in words, or None: declared dead, the store lost, another version at a peer."""
         return self._control.failed or self._links.refused or self._service_failed
+
+    @property
+    def deaths(self) -> dict[int, str]:
+        """Why each peer died that did; not those that left."""
+        return self._control.roll.deaths
 
     def start(self) -> None:
         """Begin; again is nothing."""
