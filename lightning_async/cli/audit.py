@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_async.cli.story import Story, tell, trained
+from lightning_async.cli.story import Story, counts_samples, tell, trained
 from lightning_async.cli.tell import many
 from lightning_async.strategies.course import WrongInput
 
@@ -108,10 +108,11 @@ def _samples(story: Story) -> Iterator[Finding]:
     if not story.logs:
         yield Finding("samples", None, RECORD)
         return
-    begun = [log.notes_of("epoch") for log in story.logs.values()]
+    logs = [log for log in story.logs.values() if counts_samples(log)]
+    begun = [log.notes_of("epoch") for log in logs]
     epochs = {note["epoch"]: note["data"] for notes in begun for note in notes}
     counts: dict[int, Counter[Any]] = {epoch: Counter() for epoch in epochs}
-    for notes, log in zip(begun, story.logs.values(), strict=True):
+    for notes, log in zip(begun, logs, strict=True):
         for note, batches in zip(notes, trained(log), strict=False):
             counts[note["epoch"]].update(sample for batch in batches for sample in batch)
     if not any(counts.values()):

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_async.strategies import STRATEGIES
+from lightning_async.strategies import STRATEGIES, DelayedPipelineStrategy
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.course import WrongInput
 from lightning_async.strategies.recording import log_name
 from lightning_async.transport.log import Log
 
 KINDS: dict[str, type[AsyncStrategy]] = {kind.name: kind for kind in STRATEGIES}
+PIPELINE = DelayedPipelineStrategy.name
 SAME = ("run", "world", "strategy", "knobs")
 
 
@@ -86,8 +87,8 @@ def arguments_of(text: str | None) -> dict[str, Any]:
 def check(logs: Mapping[int, Log], arguments: argparse.Namespace) -> None:
     """Refuse what cannot be replayed, each with a sentence."""
     header = logs[0].header
-    if header.get("strategy") not in KINDS:
-        raise WrongInput(f"the run's strategy {header.get('strategy')!r} is not among {', '.join(KINDS)}")
+    if header.get("strategy") not in (*KINDS, PIPELINE):
+        raise WrongInput(f"the run's strategy {header.get('strategy')!r} is not among {', '.join([*KINDS, PIPELINE])}")
     if header["device"] != "cpu" and header["trainer"]["precision"].startswith(("16", "transformer")):
         raise WrongInput(f"the run's precision was {header['trainer']['precision']}, which a CPU does not have")
     if arguments.member is not None and arguments.member not in logs:

@@ -10,19 +10,25 @@ import argparse
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import Strategy
 
-from lightning_async.cli.inputs import KINDS, arguments_of, load, made
+from lightning_async.cli.inputs import KINDS, PIPELINE, arguments_of, load, made
+from lightning_async.pipeline.edge import LostStageError
 from lightning_async.strategies.averages import Averages
 from lightning_async.strategies.course import Course, WrongInput
 from lightning_async.strategies.replayed import RecordedMeetings, seat, seated
 from lightning_async.strategies.replayed_office import Place
+from lightning_async.strategies.replayed_pipe import seat_stage
 from lightning_async.strategies.replaying import Replaying
 from lightning_async.transport.hall import Hall
 from lightning_async.transport.log import Log
 from lightning_async.transport.replay import ReplayCarrier, replay
-from lightning_async.transport.stage import Program, Stage
+from lightning_async.transport.stage import Program, Stage, Stop
+
+Seated = tuple[Strategy, list[Callback]]
+"""A strategy of a replay, and the callbacks that stand first among its Trainer's."""
 
 
 def recompute(logs: dict[int, Log], arguments: argparse.Namespace, course: Course) -> None:
@@ -33,7 +39,13 @@ def recompute(logs: dict[int, Log], arguments: argparse.Namespace, course: Cours
 
     def program(carrier: ReplayCarrier) -> Program:
         yield from ()  # it waits inside of Lightning
-        _fit(carrier, logs[carrier.me], hall, arguments, course)
+        log = logs[carrier.me]
+        try:
+            _fit(carrier, log, hall, arguments, course)
+        except LostStageError:
+            if log.finished or not log.over:
+                raise
+            raise Stop from None  # so it ended in the run
 
     replay(logs, dict.fromkeys(logs, program), stage=stage, wanted=wanted)
 
@@ -49,18 +61,15 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
     module.configure_callbacks = list  # callbacks are left out
     if arguments.ckpt and not begin["resumed"]:
         _load_weights(module, arguments.ckpt)
-    replaying = Replaying(carrier, log, course, hall)
-    place = Place(carrier.me, carrier.world)
     try:
-        strategy = seated(KINDS[header["strategy"]])(**header["knobs"], cluster_environment=place)
+        strategy, callbacks = (_stage if header["strategy"] == PIPELINE else _replica)(carrier, log, hall, course)
     except (TypeError, ValueError) as error:
         raise WrongInput(f"the run's {header['strategy']} cannot be made again from its knobs: {error}") from None
-    seat(strategy, replaying, carrier, hall, begin["mass"])
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         strategy=strategy,
-        callbacks=[RecordedMeetings(strategy, replaying, log), Averages(strategy)],
+        callbacks=callbacks,
         logger=DummyLogger(),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -79,6 +88,18 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
         datamodule=made(arguments.datamodule, LightningDataModule) if arguments.datamodule else None,
         ckpt_path=arguments.ckpt if begin["resumed"] else None,
     )
+
+
+def _replica(carrier: ReplayCarrier, log: Log, hall: Hall, course: Course) -> Seated:
+    replaying = Replaying(carrier, log, course, hall)
+    kind = seated(KINDS[log.header["strategy"]])
+    strategy = kind(**log.header["knobs"], cluster_environment=Place(carrier.me, carrier.world))
+    seat(strategy, replaying, carrier, hall, log.first("start")["mass"])
+    return strategy, [RecordedMeetings(strategy, replaying, log), Averages(strategy)]
+
+
+def _stage(carrier: ReplayCarrier, log: Log, hall: Hall, course: Course) -> Seated:
+    return seat_stage(carrier, log, course, hall, Place(carrier.me, carrier.world))
 
 
 def _load_weights(module: LightningModule, path: Path) -> None:

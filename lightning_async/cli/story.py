@@ -189,7 +189,8 @@ class _Reader:
             elif line[1] == "batch":
                 self._story.steps[self._rank] += 1
                 self._loss = line[2]
-        self._story.samples[self._rank] = sum(len(batch) for epoch in trained(log) for batch in epoch)
+        if counts_samples(log):
+            self._story.samples[self._rank] = sum(len(batch) for epoch in trained(log) for batch in epoch)
 
     def _time(self, value: list[Any]) -> None:
         what, *now = value
@@ -226,6 +227,11 @@ class _Reader:
 
     def _traffic(self, value: Mapping[str, Any]) -> None:
         _links(self._story, self._rank, value)
+
+
+def counts_samples(log: Log) -> bool:
+    """Whether this rank's samples count: all stages of a pipeline see the same ones, and the last one counts them."""
+    return bool((log.first("start") or {}).get("counts", True))
 
 
 def trained(log: Log) -> list[list[list[Any]]]:

@@ -14,6 +14,7 @@ from lightning_async.version import __version__
 
 HARMLESS = {
     "Meetings",
+    "Rests",
     "Averages",
     "TQDMProgressBar",
     "RichProgressBar",

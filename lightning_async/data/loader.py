@@ -122,7 +122,7 @@ def shared_loader(
         share.begin_epoch(order.epoch, total=len(order), digest=order.digest, items=order.items)
         share.rewind()
 
-    return _remade(loader, SharedBatches(order, begin or begin_all, pull, whole=whole, tell=tell))
+    return remade(loader, SharedBatches(order, begin or begin_all, pull, whole=whole, tell=tell))
 
 
 def recorded_loader(loader: DataLoader[Any], batches: Iterable[Any]) -> DataLoader[Any]:
@@ -142,7 +142,8 @@ def _parts(loader: DataLoader[Any]) -> tuple[Any, int, bool]:
     return batches, 1, True
 
 
-def _remade(loader: DataLoader[Any], batches: SharedBatches) -> DataLoader[Any]:
+def remade(loader: DataLoader[Any], batches: Iterable[Any]) -> DataLoader[Any]:
+    """A loader like `loader` that fetches these batches."""
     single: dict[str, Any] = {"batch_size": None, "sampler": batches}
     options: dict[str, Any] = single if loader.batch_sampler is None else {"batch_sampler": batches}
     if loader.pin_memory_device:

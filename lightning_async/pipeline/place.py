@@ -58,6 +58,8 @@ class Place:
         wire: How tensors travel.
         device: Where this stage computes.
         since: The last batch before the first one, where a run goes on.
+        aside: Carries what is no part of the training: rests, and what is evaluated; None: the mail.
+        watch: Is given what each pass of a batch passes on, before it leaves.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Place:
         wire: Wire = "as_is",
         device: torch.device | None = None,
         since: int = 0,
+        aside: Mail | None = None,
+        watch: Callable[[schedule.Pass, int, Tensor], object] = lambda direction, batch, made: None,
     ) -> None:
         self.stage, self.mail, self.shrink, self.order = stage, mail, shrink, order
         self.norms = Norms()
@@ -79,7 +83,8 @@ class Place:
         self.arrivals: list[Arrival] = []
         self.timeline: list[tuple[schedule.Pass, int, float, float]] = []
         self.wish, self.halt = False, 0
-        self._update = update
+        self._update, self._watch = update, watch
+        self._aside = mail if aside is None else aside
         self._ends: dict[int, bool] = {}
         self._batch = self._since = since
         self._ended: dict[int, int] = {}
@@ -88,15 +93,18 @@ class Place:
         self._before, self._behind = before, behind
         self._neighbours = [rank for rank in (before, behind) if rank is not None]
         if before is not None:
-            self._from_before = Receiver(
-                mail, before, ACTIVATIONS, ended=lambda: self._has_ended(before), wire=wire, device=device
+            self._from_before, self._evaluated_before = (
+                Receiver(way, before, ACTIVATIONS, ended=lambda: self._has_ended(before), wire=wire, device=device)
+                for way in (mail, self._aside)
             )
             self._to_before = Sender(mail, before, GRADIENTS, wire=wire)
         if behind is not None:
             self._from_behind = Receiver(
                 mail, behind, GRADIENTS, ended=lambda: self._has_ended(behind), wire=wire, device=device
             )
-            self._to_behind = Sender(mail, behind, ACTIVATIONS, wire=wire)
+            self._to_behind, self._evaluated_behind = (
+                Sender(way, behind, ACTIVATIONS, wire=wire) for way in (mail, self._aside)
+            )
 
     # -- one turn ------------------------------------------------------------------------------------------------------
 
@@ -107,23 +115,25 @@ class Place:
             yield from self._apply_due()
 
     def arrived(self, batch: int) -> Wait[Parcel]:
-        """What the stage before made of this batch."""
-        parcel = yield from self._from_before.receive(batch)
+        """What the stage before made of this batch; below 0: of one that is only evaluated."""
+        parcel = yield from (self._from_before if batch > 0 else self._evaluated_before).receive(batch)
         self.wish = self.wish or bool(parcel.stamp & WISH)
         self.norms.before = parcel.told
         return replace(parcel, stamp=parcel.stamp & ~WISH)
 
     def forward(self, batch: int, x: Tensor, compute: Compute) -> Tensor:
         """Run it through the own blocks."""
-        start = self.mail.now()
+        start = self.now()
         out = self.stage.forward(batch, x, compute, step=self.updates)
         self.note("F", batch, start)
+        self._watch("F", batch, out)
         return out
 
     def pass_on(self, batch: int, out: Tensor, stamp: int = 0) -> Wait[None]:
         """Give the stage behind what this one made of the batch."""
         told = self.norms.before + self.norms.own
-        yield from self._to_behind.send(batch, out, stamp | WISH * self.wish, told)
+        way = self._to_behind if batch > 0 else self._evaluated_behind
+        yield from way.send(batch, out, stamp | WISH * self.wish, told)
 
     def end(self) -> Wait[None]:
         """What comes after the forward pass."""
@@ -136,12 +146,17 @@ class Place:
         """Give the stage before the gradient of what it sent."""
         if self.stage.last and self.wish and not self.halt:
             self.halt = batch + schedule.delay(0, self.stage.stages)
+        self._watch("B", batch, gradient)
         yield from self._to_before.send(batch, gradient, self.halt, self.norms.behind + self.norms.own)
+
+    def now(self) -> float:
+        """Seconds on this member's clock."""
+        return self._aside.now()
 
     def note(self, direction: schedule.Pass, batch: int, start: float) -> None:
         """Enter a pass that ends now in the timeline."""
         if len(self.timeline) < REMEMBERED:
-            self.timeline.append((direction, batch, start, self.mail.now()))
+            self.timeline.append((direction, batch, start, self.now()))
 
     def turn(self, batch: int, x: Tensor | None, compute: Compute, *, ends: bool = True) -> Wait[None]:
         """A whole turn of a stage that is not the last; `x` is what the first one begins with."""
@@ -170,7 +185,7 @@ class Place:
         parcel = yield from self._from_behind.receive(batch)
         self.halt = parcel.stamp or self.halt
         self.norms.behind = parcel.told
-        factor, start = self._factor(batch, parcel), self.mail.now()
+        factor, start = self._factor(batch, parcel), self.now()
         gradient = self.stage.backward(batch, parcel.tensor, factor)
         self.note("B", batch, start)
         if gradient is not None:
@@ -180,7 +195,6 @@ class Place:
             self._update()
             self.stage.after_step()
             self.updates += 1
-            self.mail.at(self.updates)
 
     def _factor(self, batch: int, parcel: Parcel) -> float:
         behind = self._behind if self._behind is not None else self.mail.me
@@ -197,12 +211,12 @@ class Place:
     def rest(self, done: int) -> Wait[None]:
         """Stop here together with the neighbours, after so many batches; gradients may stay on their way."""
         unmarked = list(self._neighbours)
-        while unmarked := [r for r in unmarked if not self.mail.post(r, Message(MARKER, step=done))]:
-            yield from present(self.mail, unmarked[0])
+        while unmarked := [r for r in unmarked if not self._aside.post(r, Message(MARKER, step=done))]:
+            yield from present(self._aside, unmarked[0])
             yield f"rank {unmarked[0]} to hear of a rest after batch {done}"
         for rank in self._neighbours:
             while (last := self._has_ended(rank)) is None:
-                yield from present(self.mail, rank)
+                yield from present(self._aside, rank)
                 yield f"rank {rank} to rest after batch {done}"
             if last != done:
                 raise LostStageError(
@@ -212,7 +226,7 @@ class Place:
             del self._ended[rank]
 
     def _has_ended(self, rank: int) -> int | None:
-        for letter in self.mail.take(MARKER):
+        for letter in self._aside.take(MARKER):
             self._ended[letter.peer] = letter.message.step
-            self.mail.folded(letter)
+            self._aside.folded(letter)
         return self._ended.get(rank)

@@ -17,7 +17,7 @@ STRATEGIES: tuple[type[AsyncStrategy], ...] = (
     LazySignStrategy,
     CyclicDelayStrategy,
 )
-"""Those whose ranks have replicas, and whose runs can be recorded."""
+"""Those whose ranks have replicas."""
 
 
 def register() -> None:

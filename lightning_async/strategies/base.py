@@ -28,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
-from lightning_async.algorithms.algorithm import Algorithm
+from lightning_async.algorithms.algorithm import Algorithm, no_shrink
 from lightning_async.data.balance import meant_by
 from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
@@ -39,6 +39,7 @@ from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.clock import Clock
 from lightning_async.strategies.consensus import Consensus
+from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.inner_layer import InnerLayer
@@ -207,7 +208,7 @@ class AsyncStrategy(Shown):
         self.checkpoints.put_back()
         self.office.recording.start(self)
         self.clock.begin(self.trainer)
-        self.consensus.come()
+        self.clock.set_out(self.trainer, self.consensus.come)
         self._garbage.set_aside()
 
     def listen(self) -> None:
@@ -251,6 +252,12 @@ class AsyncStrategy(Shown):
     def on_train_end(self) -> None:
         """Every rank takes the consensus home."""
         self.consensus.take_home()
+
+    def begins_with(self) -> dict[str, Any]:
+        """What a log says of this rank before its first step."""
+        shrink = self.algorithm.shrink
+        law = None if shrink is no_shrink else name_of(shrink)
+        return {"weights": digest(self.replica.flat), "mass": self.feeding.mass, "shrink": law}
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from lightning_async.progress.progress import Outcome, Progress
 from lightning_async.progress.report import Wish
 from lightning_async.progress.tally import Tally
 from lightning_async.strategies import compat
+from lightning_async.strategies.closing import Closing
 from lightning_async.strategies.counts import NEVER, Counts, ask_at_meetings
 from lightning_async.strategies.log_steps import LogSteps
 from lightning_async.strategies.logbook import Logbook
@@ -45,16 +46,16 @@ class Clock:
         validating: Whether a validation follows the last meeting.
         empty: The ranks that had not trained in the epoch when all met last.
         waited: Whether this rank had nothing more to train on in its epoch, and others had, when the run was saved.
-        met: Whether all have met in this run. Before that Lightning's loop may take this rank, whose epoch was over as
-            the run was saved, where it does not take the others.
+        closing: How a meeting ends: whether all stop there.
     """
 
     def __init__(self, strategy: AsyncStrategy, meet_every: int | None) -> None:
         self.progress: Progress | None = None
-        self.over = self.validating = self.waited = self.met = False
+        self.over = self.validating = self.waited = False
         self.empty: tuple[int, ...] = ()
         self._strategy = strategy
         self._counts, self._wishes = Counts(meet_every), Wishes(strategy)
+        self.closing = Closing(strategy, self._wishes.keep_stop)
         self._schedules, self._log_steps, self._logbook = Schedules(), LogSteps(), Logbook()
         self._restored: dict[str, Any] = {}
         self._written = 0
@@ -71,19 +72,20 @@ class Clock:
         def then_expect() -> None:
             setup_data()
             self.expect(trainer)
+            self._wishes.keep_stop(trainer)  # of a hook before the training; alone it would skip all of it
 
         def keep_wishes(fetcher: Any) -> None:
             run_start(fetcher)
             self._wishes.keep_stop(trainer)
 
         def batch_over(fetcher: Any) -> None:
-            self.stop_together(trainer)
+            self.closing.before_validation(trainer)
             advance_end(fetcher)  # a validation, if one is due or all stop
-            self.stop_together(trainer)
+            self.closing.after_validation(trainer)
 
         def epoch_over() -> None:
             epoch_end()
-            self.stop_together(trainer)
+            self.closing.after_epoch(trainer)
 
         setup_data = leash.wrap(trainer.fit_loop, "setup_data", then_expect)
         run_start = leash.wrap(trainer.fit_loop.epoch_loop, "on_run_start", keep_wishes)
@@ -125,7 +127,8 @@ class Clock:
         self._schedules.give_back()
         self._restored = {}
         self.progress, self.empty = None, ()
-        self.over = self.met = self._wishes.requeue = self._wishes.stop = False
+        self.over = self._wishes.requeue = self._wishes.stop = False
+        self.closing.forget()
 
     def _earlier(self, trainer: Trainer, n: int) -> tuple[Tally, Tally]:
         """What an earlier part of the run did, as if it had been done by so many members as there are now."""
@@ -176,17 +179,16 @@ class Clock:
         if wishes:
             self.progress.call(wishes)
 
-    def stop_together(self, trainer: Trainer) -> None:
-        """What tells one rank to stop, stops all: here if they have met, or else at the meeting that it calls."""
-        if self._strategy.meeting and self.met:
-            stop = trainer.should_stop and compat.can_stop_early(trainer)
-            trainer.should_stop = self._strategy.reduce_boolean_decision(stop, all=False) or trainer.should_stop
-        elif self.progress is not None:
-            self._wishes.keep_stop(trainer)
+    def set_out(self, trainer: Trainer, roll_call: Callable[[], Outcome]) -> None:
+        """All are here before the first batch: what told one of them to stop by now stops all."""
+        assert self.progress is not None  # behind `begin`
+        self._wishes.keep_stop(trainer)
+        self.progress.wishes |= Wish.STOP if self._wishes.stop else Wish.NOTHING
+        if roll_call().wishes & Wish.STOP:
+            trainer.should_stop, self._wishes.stop = True, False
 
     def conclude(self, trainer: Trainer, outcome: Outcome) -> None:
         """What a meeting agreed on, told to Lightning: counts, schedules, whether to stop."""
-        self.met = True
         self._write(trainer)
         if self._counts.taken and not self._log_steps.is_logged(trainer):
             self._log_steps.follow(trainer, trainer.global_step - 1)
@@ -199,20 +201,21 @@ class Clock:
         if outcome.wishes & Wish.STOP:
             trainer.should_stop, self._wishes.stop = True, False
         self.empty = outcome.empty
+        stops = bool(outcome.wishes & Wish.STOP) and compat.can_stop_early(trainer)
         reached = 0 <= trainer.max_steps <= trainer.global_step
-        self.over = outcome.ended or bool(outcome.due & Due.END_EPOCH) or bool(outcome.wishes & Wish.STOP) or reached
+        self.over = outcome.ended or bool(outcome.due & Due.END_EPOCH) or stops or reached
         self._schedules.meet(trainer.global_step)
-        self.validating = self._validates(trainer, outcome)
+        self.validating = self._validates(trainer, outcome, stops=stops)
+        self.closing.begin(stops=stops, over=self.over, validating=self.validating)
         if self.validating:
             self._wishes.validated()
             iteration = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
             trainer.val_check_batch = iteration + 1
 
-    def _validates(self, trainer: Trainer, outcome: Outcome) -> bool:
+    def _validates(self, trainer: Trainer, outcome: Outcome, *, stops: bool) -> bool:
         """Whether a validation follows this meeting."""
         due = outcome.due & Due.VALIDATE or outcome.first & Wish.VALIDATE or (outcome.ended and self._counts.at_end)
-        stopped = outcome.wishes & Wish.STOP
-        return self._counts.taken and bool(due or stopped) and compat.validates_in_this_epoch(trainer)
+        return self._counts.taken and bool(due or stops) and compat.validates_in_this_epoch(trainer)
 
     def leave(self, trainer: Trainer) -> Wait[None]:
         """A meeting ends, with its validation behind it."""

@@ -20,6 +20,7 @@ from lightning_async.progress.report import Wish
 from lightning_async.progress.tally import ZERO, Tally
 from lightning_async.replica import Replica
 from lightning_async.strategies import words
+from lightning_async.strategies.alike import check_alike, creed
 from lightning_async.strategies.buffers import average_buffers, broadcast_frozen
 from lightning_async.strategies.saved import agree_on_saved
 from lightning_async.strategies.telling import Telling
@@ -45,7 +46,8 @@ class Consensus:
         self._strategy = strategy
 
     def begin(self, model: torch.nn.Module, replica: Replica) -> None:
-        """Give every rank the first one's weights and buffers."""
+        """Give every rank the first one's weights and buffers, if the ranks are alike."""
+        self._strategy.together(check_alike(creed(self._strategy), self._strategy.office.rounds))
         self._strategy.together(self._equalise(model, replica))
 
     def _equalise(self, model: torch.nn.Module, replica: Replica) -> Wait[None]:
@@ -118,7 +120,9 @@ class Consensus:
         office, algorithm = strategy.office, strategy.algorithm
         replica = strategy.replica
         strategy.together(strategy.clock.leave(strategy.trainer))
-        new = strategy.together(renewed(strategy.trainer.lightning_module, replica, office.rounds))
+        settled = strategy.clock.closing.settled  # nothing could change since all said so
+        module = strategy.trainer.lightning_module
+        new = None if settled else strategy.together(renewed(module, replica, office.rounds))
         if new is not None:
             replica = new
             algorithm.begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)

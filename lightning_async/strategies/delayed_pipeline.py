@@ -24,6 +24,7 @@ from lightning_async.pipeline.schedule import Order
 from lightning_async.pipeline.stash import Semantics
 from lightning_async.strategies.knobs import StartMethod
 from lightning_async.strategies.office import Office
+from lightning_async.strategies.pipe_recording import StageRecording
 from lightning_async.strategies.pipe_setup import Baseline, Clip, PipeSetup, Split
 from lightning_async.strategies.pipeline_refusals import check_knobs
 
@@ -56,6 +57,7 @@ class DelayedPipelineStrategy(PipeSetup):
         silence: Seconds without a heartbeat after which a rank is no longer written to.
         patience: Seconds without a heartbeat after which a rank is declared dead, which ends the run.
         waiting_timeout: The longest that a stage may wait for one thing, in seconds.
+        record: Folder for each rank's event log, from which the run can be replayed to the bit; None: no log.
         start_method: How local processes start: "popen", "spawn", "fork" or "forkserver".
         timeout: For the default process group, which is used at start-up only.
         process_group_backend: Backend of the default process group.
@@ -87,6 +89,7 @@ class DelayedPipelineStrategy(PipeSetup):
         silence: float = 2.0,
         patience: float = 30.0,
         waiting_timeout: float = 1800.0,
+        record: str | None = None,
         start_method: StartMethod = "popen",
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
@@ -122,4 +125,5 @@ class DelayedPipelineStrategy(PipeSetup):
         self.office = Office(
             interface=interface, silence=silence, patience=patience, limit=waiting_timeout, grace=grace, record=None
         )
+        self.office.recording = StageRecording(record)
         self.shrink = shrink

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import lightning
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_async.algorithms.algorithm import no_shrink
 from lightning_async.strategies.compat import callbacks
 from lightning_async.version import __version__
-
-if TYPE_CHECKING:
-    from lightning_async.strategies.base import AsyncStrategy
 
 TRAINER = (
     "max_epochs",
@@ -30,12 +27,29 @@ TRAINER = (
 """What the Trainer was told that changes a step."""
 
 
+class Recorded(Protocol):
+    """A strategy whose runs can be recorded."""
+
+    name: str
+
+    @property
+    def trainer(self) -> Trainer:
+        """Whom it serves."""
+
+    @property
+    def root_device(self) -> torch.device:
+        """Where this rank computes."""
+
+    def begins_with(self) -> dict[str, Any]:
+        """What of its own a member starts with: "weights" (a digest), "mass", "shrink"."""
+
+
 def digest(weights: Tensor) -> str:
     """Eight bytes that differ, almost surely, between any two vectors."""
     return hashlib.blake2b(weights.detach().cpu().numpy().data, digest_size=8).hexdigest()
 
 
-def about(strategy: AsyncStrategy) -> dict[str, Any]:
+def about(strategy: Recorded) -> dict[str, Any]:
     """What a replay has to know before it can begin."""
     trainer, module = strategy.trainer, type(strategy.trainer.lightning_module)
     return {
@@ -52,26 +66,29 @@ def about(strategy: AsyncStrategy) -> dict[str, Any]:
     }
 
 
-def start(strategy: AsyncStrategy) -> dict[str, Any]:
+def start(strategy: Recorded) -> dict[str, Any]:
     """With what a member starts."""
-    trainer, shrink = strategy.trainer, strategy.algorithm.shrink
+    trainer = strategy.trainer
     return {
-        "weights": digest(strategy.replica.flat),
         "numbers": sum(p.numel() for p in trainer.lightning_module.parameters() if p.requires_grad),
-        "mass": strategy.feeding.mass,
         "epoch": trainer.current_epoch,
         "resumed": trainer.ckpt_path is not None,
-        "shrink": None if shrink is no_shrink else getattr(shrink, "__qualname__", type(shrink).__name__),
+        **strategy.begins_with(),
     }
 
 
-def knobs_of(strategy: AsyncStrategy) -> dict[str, Any]:
+def knobs_of(strategy: Recorded) -> dict[str, Any]:
     """The strategy's own knobs by name: each is an attribute of it, of its algorithm or of its feeding."""
     lightnings = inspect.signature(DDPStrategy.__init__).parameters
     mine = [name for name in inspect.signature(type(strategy).__init__).parameters if name not in lightnings]
-    places = (strategy, strategy.algorithm, strategy.feeding)
+    places = (strategy, *(getattr(strategy, part) for part in ("algorithm", "feeding") if hasattr(strategy, part)))
     found = {name: getattr(place, name) for name in mine for place in places[::-1] if hasattr(place, name)}
-    return {name: value for name, value in found.items() if value is None or isinstance(value, (bool, int, float, str))}
+    return {name: value for name, value in found.items() if _is_plain(value)}
+
+
+def name_of(law: object) -> str:
+    """What a law is called."""
+    return str(getattr(law, "__qualname__", type(law).__name__))
 
 
 def knobs_of_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -80,6 +97,11 @@ def knobs_of_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
         {name: plain for name, value in group.items() if name != "params" and (plain := _plain(value)) is not None}
         for group in optimizer.param_groups
     ]
+
+
+def _is_plain(value: Any) -> bool:
+    one = value is None or isinstance(value, (bool, int, float, str))
+    return one or (isinstance(value, list) and all(isinstance(number, int) for number in value))
 
 
 def _plain(value: Any) -> Any:

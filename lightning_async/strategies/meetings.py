@@ -11,6 +11,7 @@ does there what Lightning's loop does for them: save, stop, validate.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -70,11 +71,9 @@ class Meetings(Callback):
             progress.ended, clock.over = True, False
         if progress is not None and self.strategy.free:
             progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-            self._meet(trainer)
             self._attend(trainer, module)
         while progress is not None and progress.ended and not clock.over and not _stops(trainer):
             self.strategy.set_off()
-            self._meet(trainer)
             self._attend(trainer, module)
         self._tell_apart()
 
@@ -87,10 +86,11 @@ class Meetings(Callback):
         """First of all callbacks: after an exception nobody may wait for anybody."""
         self.strategy.give_up(exception)
 
-    def _meet(self, trainer: Trainer) -> None:
+    def _meet(self, trainer: Trainer, *, where: AbstractContextManager[None] | None = None) -> None:
         if not self.strategy.free:
             return
-        wishes = self.strategy.meet()
+        with where or nullcontext():
+            wishes = self.strategy.meet()
         if wishes & Wish.REQUEUE:
             self.strategy.clock.requeued(trainer)
         if wishes & Wish.TERMINATE:
@@ -113,18 +113,19 @@ class Meetings(Callback):
             )
 
     def _attend(self, trainer: Trainer, module: LightningModule) -> None:
-        """What the loop does for those who met after a batch."""
+        """Meet, and do what the loop does for those who met after a batch."""
         clock = self.strategy.clock
+        self._meet(trainer, where=compat.within_epoch(trainer))
         with compat.within_epoch(trainer):
             with compat.within_batch(trainer):
                 for callback in compat.callbacks(trainer):
                     if isinstance(callback, (ModelCheckpoint, Timer)):
                         callback.on_train_batch_end(trainer, module, None, None, 0)
-            clock.stop_together(trainer)
+            clock.closing.before_validation(trainer)
             stops = trainer.should_stop and compat.can_stop_early(trainer)
             if clock.validating or (stops and compat.validates_in_this_epoch(trainer)):
                 compat.validate(trainer)
-            clock.stop_together(trainer)
+            clock.closing.after_validation(trainer)
 
 
 def _stops(trainer: Trainer) -> bool:

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_async.algorithms.algorithm import no_shrink
 from lightning_async.data.counts import samples_in
 from lightning_async.pipeline import draws
 from lightning_async.strategies import whole
+from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of
+from lightning_async.strategies.pipe_recording import Held
 from lightning_async.strategies.resting import Resting
 
 Timeline = list[tuple[str, int, float, float]]
@@ -36,6 +39,7 @@ class PipeBatches(Resting):
 
     timelines: dict[int, Timeline]
     _fresh = False
+    _trained_alone = 0
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -48,12 +52,16 @@ class PipeBatches(Resting):
 
     def process_dataloader(self, dataloader: object) -> object:
         """A new iterator draws its order next; where a run goes on, the one that it drew then."""
-        if not self.piped or not self.trainer.training:
+        if not self.trainer.training:
             return dataloader
+        if not self.piped:
+            return self.recording.noted(self, dataloader)
         turns, between = self.turns, self.resumed.get("between_epochs", True)
         self._fresh = between  # in mid-epoch no epoch starts next
         draws.reseed(turns.seed, turns.batches if between else self.epoch_began, draws.BETWEEN)
-        return dataloader if between else FromMidEpoch(dataloader, turns.batches - self.epoch_began)
+        done = 0 if between else turns.batches - self.epoch_began
+        noted = self.recording.noted(self, dataloader, done=done)
+        return noted if between else FromMidEpoch(noted, done)
 
     def epoch_started(self) -> None:
         """The order of the data is drawn next, the same on all ranks."""
@@ -66,6 +74,8 @@ class PipeBatches(Resting):
     def on_train_start(self) -> None:
         """Right before the first batch."""
         self._garbage.set_aside()
+        self._trained_alone = 0
+        self.recording.start(self)
         if self.piped:
             self.begun = True
             self.put_back(self.resumed.get("kept", {}))
@@ -86,10 +96,12 @@ class PipeBatches(Resting):
         """See `turns`."""
         step = partial(super().training_step, *args, **kwargs)
         self.set_off()
+        self._note_knobs()
         return self.turns.train(step, self.precision_plugin.train_step_context) if self.piped else step()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """See `turns`."""
+        self.recording.strayed()
         step = partial(super().validation_step, *args, **kwargs)
         return self.turns.evaluate(step, self.precision_plugin.val_step_context) if self.piped else step()
 
@@ -114,6 +126,7 @@ class PipeBatches(Resting):
         """The step that Lightning's loop asks for: on the last stage as ever, elsewhere it comes with the gradient."""
         if not self.last:
             return closure()
+        self._note_knobs()
 
         def closure_then_average() -> Any:
             result = closure()
@@ -124,11 +137,41 @@ class PipeBatches(Resting):
 
     def step_now(self, optimizer: Optimizer) -> None:
         """The step of a stage before the last: its gradients are there. Hooks and clipping as ever."""
+        self._note_knobs()
         with self.turns.around_step(optimizer):
             super().optimizer_step(optimizer, lambda: None)
 
+    def batch_ended(self, outputs: Any) -> None:
+        """One batch is trained on."""
+        recording = self.recording
+        if self.last:
+            recording.loss(outputs)
+        recording.batch()
+        self._trained_alone += not self.piped
+        step = self.turns.batches if self.piped else self._trained_alone
+        self.office.mail.at(step)
+        recording.stepped(step, self.held)
+
+    @property
+    def held(self) -> Held:
+        """The weights that live here."""
+        return Held(self.turns.parts.own if self.piped else self.trainer.lightning_module.parameters)
+
+    def begins_with(self) -> dict[str, Any]:
+        """What a log says of this rank before its first batch. The data are counted where they end."""
+        shrink = self.shrink
+        law = None if shrink is no_shrink or isinstance(shrink, (int, float)) else name_of(shrink)
+        own = {"weights": digest(self.held.flat), "mass": 1, "shrink": law}
+        seed = self.turns.seed if self.piped else 0
+        return {**own, "cuts": list(self.cuts), "seed": seed, "counts": self.last}
+
+    def _note_knobs(self) -> None:
+        for optimizer in self.optimizers:
+            self.recording.step_with(optimizer, self.optimizers)
+
     def on_train_end(self) -> None:
         """Every rank takes the whole module home."""
+        self.recording.finish()
         if self.piped:
             passes = self.together(whole.gather(self.office.rounds, list(self.turns.place.timeline)))
             self.timelines = {self.depth - 1 - rank: line for rank, line in enumerate(passes[: self.depth])}

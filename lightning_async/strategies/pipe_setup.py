@@ -89,6 +89,7 @@ class PipeSetup(PipeBatches):
         self.office.check_complete(self.world_size)
         super().setup_environment()
         self.fitting = trainer.state.fn == TrainerFn.FITTING
+        self.office.recording.introduce(self)
         self.office.open(
             self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=self.fitting
         )
@@ -127,7 +128,8 @@ class PipeSetup(PipeBatches):
         seed = self.together(self._equalise(module))
         handover.take(leash)
         blocks = handover.blocks
-        spans = partition.spans(self._cuts(handover), len(blocks))
+        self.cuts = self._cuts(handover)
+        spans = partition.spans(self.cuts, len(blocks))
         self._turns = Turns(self, handover, Parts(module, blocks, spans, self.index), seed=seed)
         if self.fitting:
             self.turns.batches = self.resumed.get("batches", 0)

@@ -11,6 +11,7 @@ from typing import TypeVar
 from lightning.pytorch import Trainer
 
 from lightning_async.strategies.collectives import Collectives
+from lightning_async.strategies.pipe_recording import StageRecording
 from lightning_async.strategies.turns import Turns
 from lightning_async.transport.mail import Wait
 
@@ -23,10 +24,12 @@ class Pipes(Collectives):
     Attributes:
         replicas: How many there are.
         fitting: Whether this run trains.
+        cuts: The blocks at which the stages behind the first begin, once the network is cut.
     """
 
     replicas = 1
     fitting = False
+    cuts: tuple[int, ...] = ()
     _turns: Turns | None = None
 
     @property
@@ -56,6 +59,13 @@ class Pipes(Collectives):
     def ranks_of_stage(self) -> list[int]:
         """Who holds this rank's stage in each replica."""
         return list(range(self.global_rank % self.depth, self.world_size, self.depth))
+
+    @property
+    def recording(self) -> StageRecording:
+        """Where this rank's events go, if anywhere."""
+        found = self.office.recording
+        assert isinstance(found, StageRecording)  # it was put there with the office
+        return found
 
     @property
     def trainer(self) -> Trainer:

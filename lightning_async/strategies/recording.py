@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.arrival import Arrival
-from lightning_async.replica import Replica
-from lightning_async.strategies.facts import about, digest, knobs_of_groups, start
+from lightning_async.strategies.facts import Recorded, about, digest, knobs_of_groups, start
 from lightning_async.transport import chance
 from lightning_async.transport.mail import Carrier
 from lightning_async.transport.record import RecordingCarrier
@@ -34,6 +33,14 @@ if TYPE_CHECKING:
     from lightning_async.strategies.waiting import Flags
 
 EVERY = 100  # steps between two digests of the weights
+
+
+class Weights(Protocol):
+    """What a rank trains: a replica, or the part of one that lives on a stage."""
+
+    @property
+    def flat(self) -> Tensor:
+        """All of it."""
 
 
 class Scribe(Protocol):
@@ -76,7 +83,7 @@ class Recording:
         """Whether events are written."""
         return self._folder is not None
 
-    def introduce(self, strategy: AsyncStrategy) -> None:
+    def introduce(self, strategy: Recorded) -> None:
         """What the header is to say of this run."""
         if self.on:
             self._about = about(strategy)
@@ -101,11 +108,12 @@ class Recording:
 
     # -- what happens in a run, in this order -------------------------------------------------------------------------
 
-    def epoch(self, epoch: int, size: int) -> None:
-        """The first batch of an epoch is about to be fetched from `size` samples."""
+    def epoch(self, epoch: int, size: int, *, batches: int | None = None) -> None:
+        """The first batch of an epoch is about to be fetched from `size` samples; of so many, if that is known."""
         self._met = False
         if self._scribe is not None:
-            self._note("epoch", {"epoch": epoch, "data": size, "chance": self._news_of_chance()})
+            length = {} if batches is None else {"batches": batches}
+            self._note("epoch", {"epoch": epoch, "data": size, **length, "chance": self._news_of_chance()})
 
     def fetched(self, batch: Any) -> None:
         """These samples are fetched; they may be trained on later, or, at a sudden end, never."""
@@ -115,7 +123,7 @@ class Recording:
             self._met = False
             self._scribe.note_fetched(batch if isinstance(batch, (list, tuple)) else [batch])
 
-    def start(self, strategy: AsyncStrategy) -> None:
+    def start(self, strategy: Recorded) -> None:
         """Training starts from these weights."""
         if self._scribe is not None:
             self._note("start", start(strategy))
@@ -170,19 +178,19 @@ class Recording:
         recorded = None if self._scribe is None else self._scribe.note(name, value)
         return value if recorded is None else float(recorded)
 
-    def stepped(self, step: int, replica: Replica) -> None:
+    def stepped(self, step: int, replica: Weights) -> None:
         """A step was taken, and what came was folded."""
         if self._scribe is not None and step % EVERY == 0:
             self._note("weights", digest(replica.flat))
 
-    def meeting(self, replica: Replica) -> None:
+    def meeting(self, replica: Weights) -> None:
         """The members meet, each with its own weights."""
         if self._scribe is not None:
             self._time("meet")
             self._note("own", digest(replica.flat))
             self._scribe.note_meeting()
 
-    def met(self, replica: Replica) -> None:
+    def met(self, replica: Weights) -> None:
         """They agreed on these weights."""
         self._met = True
         if self._scribe is not None:

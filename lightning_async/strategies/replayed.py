@@ -10,6 +10,7 @@ log: messages, samples, learning rates, where the members meet. What no log has 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_async.progress.progress import Outcome
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.clock import Clock
+from lightning_async.strategies.compat import Leash
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.replayed_feeding import RecordedFeeding
 from lightning_async.strategies.replayed_office import ReplayedOffice
@@ -35,6 +37,9 @@ class RecordedClock(Clock):
     def take(self, trainer: Trainer) -> None:
         """This Trainer was told nothing that counts."""
 
+    def hold(self, trainer: Trainer, leash: Leash, meeting: Callable[[], bool]) -> None:
+        """There are no callbacks that could act by themselves."""
+
     def batch_started(self, trainer: Trainer) -> None:
         """See `Replaying.clock`."""
 
@@ -48,8 +53,9 @@ class RecordedClock(Clock):
     def summon(self, trainer: Trainer) -> None:
         """All come to where they met."""
 
-    def stop_together(self, trainer: Trainer) -> None:
+    def set_out(self, trainer: Trainer, roll_call: Callable[[], Outcome]) -> None:
         """See `RecordedMeetings`."""
+        roll_call()
 
     def conclude(self, trainer: Trainer, outcome: Outcome) -> None:
         """What came of the meeting is in the log."""

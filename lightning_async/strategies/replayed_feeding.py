@@ -6,7 +6,7 @@ log: batch 1 [4 8 1], batch 2 [0 7 3], ...  -->  the loader's data set, collate 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -20,10 +20,18 @@ from lightning_async.transport.replay import ReplayCarrier
 
 
 class RecordedFeeding(Feeding):
-    """Feeds the recorded batches."""
+    """Feeds the recorded batches.
 
-    def __init__(self, carrier: ReplayCarrier, replaying: Replaying, mass: int) -> None:
+    Args:
+        carrier: Knows them.
+        replaying: Is told what was trained on.
+        mass: What a step of this member weighed.
+        lengths: Of each epoch, how many batches its loader had: with a length Lightning fetches none ahead.
+    """
+
+    def __init__(self, carrier: ReplayCarrier, replaying: Replaying, mass: int, *, lengths: Sequence[int] = ()) -> None:
         super().__init__("equal")
+        self._lengths, self._opened = lengths, 0
         self._replaying, self._recorded_mass = replaying, mass
         self._coming = iter(carrier.epochs())
         self._fetched: deque[list[Any]] = deque()
@@ -46,11 +54,17 @@ class RecordedFeeding(Feeding):
         def began() -> None:
             recording.epoch(epoch(), size)
 
-        return recorded_loader(loader, _Batches(self, began, recording.fetched, single=single))
+        kind = _SizedBatches if self._lengths else _Batches
+        return recorded_loader(loader, kind(self, began, recording.fetched, single=single))
+
+    def length(self) -> int:
+        """How many batches the loader has in this epoch."""
+        return self._lengths[min(max(0, self._opened - 1), len(self._lengths) - 1)]
 
     def next_epoch(self) -> Iterator[list[Any]]:
         """The batches of the next epoch; what was fetched before is not trained on any more."""
         self._fetched.clear()
+        self._opened += 1
         for batch in next(self._coming, []):
             self._fetched.append(batch)
             yield batch
@@ -76,3 +90,10 @@ class _Batches:
         for batch in self._feeding.next_epoch():
             self._fetched(batch)
             yield batch[0] if self._single else batch
+
+
+class _SizedBatches(_Batches):
+    """The same with a length."""
+
+    def __len__(self) -> int:
+        return self._feeding.length()

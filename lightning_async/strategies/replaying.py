@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from lightning.pytorch import Trainer
@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.arrival import Arrival
-from lightning_async.replica import Replica
-from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.compat import set_global_step
 from lightning_async.strategies.course import Course, Difference, Step, WrongInput
-from lightning_async.strategies.recording import Recording
+from lightning_async.strategies.facts import Recorded
+from lightning_async.strategies.recording import Recording, Weights
 from lightning_async.transport import chance
 from lightning_async.transport.hall import Hall
 from lightning_async.transport.log import Log
@@ -33,6 +32,7 @@ WEIGHTS = {
     "weights": "its weights",
     "own": "its weights, with which it came to the meeting,",
     "consensus": "the weights that the members agreed on",
+    "drained": "its weights, with all gradients applied,",
 }
 UNKNOWN = " (by how much the weights differ is not known: a log holds no weights)"
 START = (
@@ -40,6 +40,13 @@ START = (
     "--module that is built as the run's was: same arguments, same seed, nothing random before it"
 )
 DATA = ", though the weights before it are as recorded: the samples are others, or the module draws numbers of its own"
+
+
+class Replayed(Recorded, Protocol):
+    """The strategy of a replay."""
+
+    def arrivals(self, reader: object = None) -> list[Arrival]:
+        """What came since this reader's last call."""
 
 
 class Replaying(Recording):
@@ -55,7 +62,7 @@ class Replaying(Recording):
         self._last_fold: Arrival | None = None
         self._meetings = 0
         self._before: Tensor | None = None
-        self.strategy: AsyncStrategy | None = None
+        self.strategy: Replayed | None = None
         self.samples: list[Any] = []  # of the batch that was trained on last
 
     def meets(self) -> bool:
@@ -88,7 +95,7 @@ class Replaying(Recording):
             self._course.steps[-1].own = _moved(self._before, now)
             self._before = now
 
-    def stepped(self, step: int, replica: Replica) -> None:
+    def stepped(self, step: int, replica: Weights) -> None:
         """A step is over; perhaps it is the last that is wanted."""
         done = next(one for one in reversed(self._course.steps) if one.member == self._log.me)
         done.arrivals = self._arrived()
@@ -100,12 +107,12 @@ class Replaying(Recording):
         if step == self._course.until:
             self._hall.stage.park()
 
-    def meeting(self, replica: Replica) -> None:
+    def meeting(self, replica: Weights) -> None:
         """What is folded from here on belongs to the meeting."""
         super().meeting(replica)
         self._meetings += 1
 
-    def met(self, replica: Replica) -> None:
+    def met(self, replica: Weights) -> None:
         """Say so when all have met."""
         self._arrived()
         super().met(replica)

@@ -33,11 +33,13 @@ class Rests(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A stop is heard before each batch."""
         self.strategy.listen()
+        self.strategy.recording.clock(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Who saves by steps may look at a metric."""
+        """The batch is trained on. Who saves by steps may look at a metric."""
+        self.strategy.batch_ended(outputs)
         if any(_saves_now(trainer, callback) for callback in compat.callbacks(trainer)):
             self.strategy.rest()
 

@@ -11,6 +11,7 @@ change: what is exchanged would no longer be what is trained.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -33,15 +34,23 @@ def check_unchanged(module: nn.Module, replica: Replica) -> None:
         )
 
 
+def trained_word(module: nn.Module, replica: Replica) -> bytes:
+    """What this rank trains, and whether that is what it trained: its word for the others."""
+    digest = hashlib.sha256("\n".join(_names(module)).encode()).hexdigest()
+    return f"{int(replica.holds(module.parameters()))}{digest}".encode()
+
+
+def all_unchanged(words: Collection[bytes]) -> bool:
+    """Whether all train the same, and what they trained."""
+    return len(set(words)) == 1 and all(word[:1] == b"1" for word in words)
+
+
 def renewed(module: nn.Module, replica: Replica, rounds: Rounds) -> Wait[Replica | None]:
     """A replica of what is trained from here on; None if that is what it was."""
-    names = sorted(name for name, p in module.named_parameters() if p.requires_grad)
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    word = f"{int(replica.holds(module.parameters()))}{digest}".encode()
-    words = yield from rounds.agree(word, what="what is trained")
+    words = yield from rounds.agree(trained_word(module, replica), what="what is trained")
     if len({word[1:] for word in words.values()}) > 1:
-        yield from _refuse(names, tuple(words), rounds)
-    if all(word[:1] == b"1" for word in words.values()):
+        yield from _refuse(_names(module), tuple(words), rounds)
+    if all_unchanged(words.values()):
         return None
     replica.let_go()
     new = Replica(module.parameters())  # of the consensus, which stands in
@@ -49,6 +58,10 @@ def renewed(module: nn.Module, replica: Replica, rounds: Rounds) -> Wait[Replica
     new.stand_in(weights)
     new.stay()
     return new
+
+
+def _names(module: nn.Module) -> list[str]:
+    return sorted(name for name, p in module.named_parameters() if p.requires_grad)
 
 
 def _refuse(names: list[str], ranks: tuple[int, ...], rounds: Rounds) -> Wait[None]:

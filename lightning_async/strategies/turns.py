@@ -84,6 +84,8 @@ class Turns:
             wire=strategy.wire,
             device=strategy.root_device,
             since=self.batches,
+            aside=strategy.office.carrier,
+            watch=strategy.recording.passed,
         )
         self.replicas = Replicas(strategy.office.mail, strategy.ranks_of_stage())
         self._begun = True
@@ -114,10 +116,10 @@ class Turns:
         ends = compat.ends_in_step(self._strategy.trainer)
         drive(place.begin(batch, ends=ends))
         if place.stage.last:
-            started = place.mail.now()
+            started = place.now()
             output = self._run_user(step, batch, self._enter)
             place.note("F", batch, started)
-            self._started = place.mail.now()
+            self._started = place.now()
             return output
         with self._ahead():
             if place.stage.index == 0:
@@ -153,8 +155,11 @@ class Turns:
 
     def drain(self) -> None:
         """Apply what is on its way."""
+        recording, held = self._strategy.recording, self._strategy.held
+        recording.meeting(held)
         self._strategy.together(self.place.drain())
         self._settle(self.batches)
+        recording.met(held)
 
     def go_on(self) -> None:
         """All have stopped after the same batch, for a moment: nothing is left of the wish."""
@@ -207,6 +212,7 @@ class Turns:
 
     def _settle(self, batch: int) -> None:
         self.arrivals.add(self.place.arrivals)
+        self._strategy.recording.arrived(self.place.arrivals)
         self.place.arrivals.clear()
         draws.reseed(self.seed, batch, draws.BETWEEN)
 

@@ -2,6 +2,7 @@
 
     training thread                       control thread                          store
     propose, draw, decided, publish ----> requests, then a tick:
+                                            anything new? --------------------->  multi_get bell/me, said
                                             answer requests ------------------->  compare_set, add, check + get
                                             beat due, or the bell rang? ------->  set beat/me, multi_get beat/*, dead/*
                                             judge silence; declare the dead --->  compare_set dead/k
@@ -9,7 +10,8 @@
 
 With the store's host frozen every call blocks, so the training thread only leaves requests and reads what was found.
 Keys: `beat/k`, `dead/k` (first reason stays), `bell/k` (a counter that others ring: there is something to read),
-`say/...` (decisions), `draw/...` (tickets). All are made at the start, so that no read waits for a missing one.
+`say/...` (decisions), `said` (how often one was proposed), `draw/...` (tickets). What is read without a `check` is made
+at the start, so that no read waits for a missing key.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from torch.distributed import DistError
 from lightning_async.transport.checks import check_amount, check_note
 from lightning_async.transport.gloo import Keys
 from lightning_async.transport.heartbeat import Beat
-from lightning_async.transport.requests import Requests
-from lightning_async.transport.roll import NOBODY, Roll
+from lightning_async.transport.requests import SAID, Requests
+from lightning_async.transport.roll import LEFT, NOBODY, Roll
 
 HURRY_SECONDS = 0.003
 """The tick while somebody waits for an answer."""
@@ -43,6 +45,7 @@ class Control:
         tick: Seconds between looks at the bell.
         silence: See `heartbeat`.
         patience: See `heartbeat`.
+        late: See `heartbeat`.
         look: Called in the control thread at every tick; True asks for the next one soon.
         bury: Called in the control thread with each peer found dead, before anybody is told that it is.
         news: Called when something was found that somebody may wait for.
@@ -58,11 +61,12 @@ class Control:
         tick: float = 0.1,
         silence: float = 2.0,
         patience: float = 30.0,
+        late: float | None = None,
         look: Callable[[], bool] = lambda: False,
         bury: Callable[[int], None] = lambda peer: None,
         news: Callable[[], None] = lambda: None,
     ) -> None:
-        self.roll = Roll(me=me, world=world, members=members, silence=silence, patience=patience, bury=bury)
+        self.roll = Roll(me=me, world=world, members=members, silence=silence, patience=patience, late=late, bury=bury)
         if tick <= 0:
             raise ValueError(f"`tick` must be above 0, got {tick}")
         self.me, self.world = me, world
@@ -164,6 +168,10 @@ class Control:
         self._wants[peer] = generation
         self._rings.add(peer)
 
+    def has_begun(self, peer: int) -> bool:
+        """Whether the peer was ever heard of."""
+        return peer in self._beats
+
     def wanted(self, peer: int) -> int:
         """Which link the peer wants to us; 0 for none."""
         beat = self._beats.get(peer)
@@ -196,11 +204,14 @@ class Control:
             store.compare_set(f"beat/{k}", b"", NOBODY)
             store.compare_set(f"dead/{k}", b"", NOBODY)
             store.add(f"bell/{k}", 0)
+        store.add(SAID, 0)
 
     def _one_tick(self, store: Keys) -> None:
-        if self._requests.answer(store):
+        bell, said = store.multi_get([f"bell/{self.me}", SAID])
+        due, rang, self._bell = time.monotonic() >= self._due, bell != self._bell, bell
+        if self._requests.answer(store, said=int(said), anew=due):
             self._news()
-        if time.monotonic() >= self._due or self._bell_rang(store):
+        if due or rang:
             self._read(store)
         soon = self._look()
         if self._rings:
@@ -212,11 +223,6 @@ class Control:
             timeout = HURRY_SECONDS if hurry else max(0.0, min(self._tick, self._due - time.monotonic()))
             self._changed.wait_for(lambda: self._requests.asked or self._stop, timeout)
             self._requests.asked = False
-
-    def _bell_rang(self, store: Keys) -> bool:
-        bell = store.multi_get([f"bell/{self.me}"])[0]
-        rang, self._bell = bell != self._bell, bell
-        return rang
 
     def _write(self, store: Keys) -> None:
         self._count += 1
@@ -245,7 +251,6 @@ class Control:
             store.add(f"bell/{peer}", 1)
 
     def _leave(self, store: Keys) -> None:
-        """Say that this is no accident: nobody needs to be patient with one who has left."""
         self._write(store)
-        store.compare_set(f"dead/{self.me}", NOBODY, b"it left the run")
+        store.compare_set(f"dead/{self.me}", NOBODY, LEFT)
         self._ring(store, self.roll.peers)

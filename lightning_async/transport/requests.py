@@ -1,8 +1,11 @@
 """Requests are what the training thread wants of the store: it leaves them here, and reads later what was found.
 
     training thread            control thread                      store
-    propose, draw, decided --> answer: in order, kind by kind -->  compare_set say/..., add draw/..., check + get
+    propose, draw, decided --> answer: in order, kind by kind -->  compare_set say, add said; add draw; check + get
     decided, drawn         <-- the first value stays; each ticket goes to one member
+
+Who proposes counts it under `said`, behind the value: while that count stands still, nothing that was looked for once
+can have come, and a tick looks for no key. Who died between the two is heard at the next beat, which looks for all.
 
 Neither thread waits for the other one: there is a lock for appending, and none is held while the store is asked.
 """
@@ -19,7 +22,9 @@ from lightning_async.transport.gloo import Keys
 WATCH_SECONDS = 10.0
 """A key is looked for until this long after `decided` last asked for it."""
 FLAGS = frozenset({"abort", "stop"})
-"""Asked for before every batch and in every wait: each tick looks for them, and no wait hurries for them alone."""
+"""Asked for before every batch and in every wait: no wait hurries for them alone."""
+SAID = "said"
+"""The counter of what was proposed."""
 
 
 class Requests:
@@ -38,6 +43,8 @@ class Requests:
         self._drawn: dict[str, list[tuple[int, int]]] = {}
         self._watched: dict[str, float] = {}
         self._decided: dict[str, bytes] = {}
+        self._looked: set[str] = set()  # the watched keys that were looked for before
+        self._said = 0
 
     # the training thread
 
@@ -86,13 +93,19 @@ class Requests:
 
     # the control thread
 
-    def answer(self, store: Keys) -> bool:
-        """Requests in the order in which they were made, kind by kind; whether anything was found."""
+    def answer(self, store: Keys, *, said: int, anew: bool) -> bool:
+        """Requests in the order in which they were made, kind by kind; whether anything was found.
+
+        Args:
+            store: The control thread's client.
+            said: What `said` counted just now.
+            anew: Whether to look for all that is watched even if that count stood still.
+        """
+        anew |= said != self._said
+        self._said = said
         found = bool(self._proposals or self._draws)
         while self._proposals:
-            key, value = self._proposals[0]
-            # The mark in front keeps an empty value from looking like a missing one, which would be overwritten.
-            self._decided[key] = store.compare_set(f"say/{key}", b"", b"=" + value)[1:]
+            self._propose(store, *self._proposals[0])
             self._proposals.popleft()
         while self._draws:
             counter, amount = self._draws.popleft()
@@ -100,9 +113,21 @@ class Requests:
             with self.changed:
                 self._drawn.setdefault(counter, []).append((first, amount))
         for key, asked in list(self._watched.items()):
-            if key not in self._decided and store.check([f"say/{key}"]):
-                self._decided[key] = store.get(f"say/{key}")[1:]
-                found = True
+            if key not in self._decided and (anew or key not in self._looked):
+                found |= self._look_for(store, key)
             if key in self._decided or time.monotonic() - asked > WATCH_SECONDS:
                 self._watched.pop(key, None)
+                self._looked.discard(key)
         return found
+
+    def _propose(self, store: Keys, key: str, value: bytes) -> None:
+        # The mark in front keeps an empty value from looking like a missing one, which would be overwritten.
+        self._decided[key] = store.compare_set(f"say/{key}", b"", b"=" + value)[1:]
+        if (said := store.add(SAID, 1)) == self._said + 1:  # nobody else said anything meanwhile
+            self._said = said
+
+    def _look_for(self, store: Keys, key: str) -> bool:
+        self._looked.add(key)
+        if there := store.check([f"say/{key}"]):
+            self._decided[key] = store.get(f"say/{key}")[1:]
+        return there

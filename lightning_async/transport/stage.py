@@ -6,7 +6,7 @@
                     park(): did all that is wanted of it --> goes on only as far as others need it
 
 Threads serve only to pause a program in the middle of an ordinary call; nothing runs in parallel, so nothing is locked.
-The process's random generators are each actor's own while it is on.
+The process's random generators, and torch's default precision, are each actor's own while it is on.
 """
 
 from __future__ import annotations
@@ -49,19 +49,22 @@ class Actor:
         self._turn = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._live, name=f"replay of member {member}", daemon=True)
         self._chance: chance.Chance = {}
+        self._dtype = torch.get_default_dtype()
 
     def go(self) -> None:
         """Run until it waits for something, or ends."""
         self.missing, self.word = None, ""
-        outside = chance.taken()
+        outside, dtype = chance.taken(), torch.get_default_dtype()
         chance.put_back(self._chance)
+        torch.set_default_dtype(self._dtype)
         if self._thread.ident is None:
             self._thread.start()
         else:
             self._turn.release()
         self._back.acquire()
-        self._chance = chance.taken()
+        self._chance, self._dtype = chance.taken(), torch.get_default_dtype()
         chance.put_back(outside)
+        torch.set_default_dtype(dtype)
 
     def pause(self) -> None:
         """Called by the program itself: give the turn back."""

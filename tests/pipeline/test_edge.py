@@ -87,3 +87,25 @@ def test_another_batch_than_the_one_that_is_due() -> None:
     sender, receiver = _pair(cluster)
     with pytest.raises(LostStageError, match="rank 0 sent batch 2 where batch 1 was due"):
         cluster.run({0: sender.send(2, torch.zeros(1)), 1: receiver.receive(1)})
+
+
+def test_what_was_sent_right_before_the_end_is_received() -> None:
+    """The batch and the word that it was the last may both come between two looks of the receiver."""
+    cluster = VirtualCluster(2)
+    sender, receiver = cluster.carriers
+    edge = Receiver(receiver, 0, ACTIVATIONS, ended=lambda: ended[0])
+    ended: list[int | None] = [None]
+    looks = 0
+    take = receiver.take
+
+    def late(kind: int) -> Any:
+        nonlocal looks
+        looks += 1
+        if looks < 3:
+            return []
+        ended[0] = 1
+        return take(kind) if looks > 3 else []
+
+    receiver.take = late  # type: ignore[method-assign]
+    got = cluster.run({0: Sender(sender, 1, ACTIVATIONS).send(1, torch.ones(2)), 1: edge.receive(1)})[1]
+    assert got.tensor.tolist() == [1.0, 1.0]

@@ -28,7 +28,7 @@ def _fit(devices: int, knobs: dict[str, Any], slow: float) -> dict[str, Any]:
     faults = SpeedFaults(step_seconds=0.002, slow={devices - 1: slow})
     strategy = AsyncGlobalStrategy(**knobs)
     t = trainer(devices, strategy=strategy, callbacks=[faults])
-    t.fit(lit, loader(), loader(10, shuffle=False))
+    t.fit(lit, loader(8), loader(10, shuffle=False))
     return {
         "weights": weights(lit),
         "seen": lit.seen,

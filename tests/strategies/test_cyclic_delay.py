@@ -46,7 +46,7 @@ def _fit(devices: int, knobs: dict[str, Any], optimizer: str, slow: float) -> di
     faults = SpeedFaults(step_seconds=0.002, slow={devices - 1: slow})
     strategy = CyclicDelayStrategy(**knobs)
     t = trainer(devices, strategy=strategy, callbacks=[faults])
-    t.fit(lit, loader(), loader(10, shuffle=False))
+    t.fit(lit, loader(8), loader(10, shuffle=False))
     return {
         "weights": weights(lit),
         "seen": lit.seen,

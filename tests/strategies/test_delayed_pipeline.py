@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import Any
 
 import pytest
@@ -224,6 +225,12 @@ def _late(knobs: dict[str, Any], optimizer: str) -> dict[str, Any]:
     return _fit(3, knobs, {"optimizer": optimizer}, {})
 
 
+@cache
+def _uncorrected(optimizer: str) -> list[float]:
+    losses: list[float] = run(3, _late, {}, optimizer)[0]["losses"]
+    return losses
+
+
 @pytest.mark.parametrize(
     ("knobs", "optimizer"),
     [
@@ -235,9 +242,9 @@ def _late(knobs: dict[str, Any], optimizer: str) -> dict[str, Any]:
     ],
 )
 def test_corrections_change_the_run_but_for_its_last_stage_at_first(knobs: dict[str, Any], optimizer: str) -> None:
-    ends, bare = run(3, _late, knobs, optimizer), run(3, _late, {}, optimizer)
-    assert ends[0]["losses"] != bare[0]["losses"]
-    assert ends[0]["losses"][:2] == bare[0]["losses"][:2]  # no earlier stage has stepped yet
+    losses, bare = run(3, _late, knobs, optimizer)[0]["losses"], _uncorrected(optimizer)
+    assert losses != bare
+    assert losses[:2] == bare[:2]  # no earlier stage has stepped yet
 
 
 def test_delays_are_shown() -> None:

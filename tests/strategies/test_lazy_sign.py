@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async import LazySignStrategy
+from lightning_async.callbacks import SpeedFaults
 from lightning_async.cli import main
 from tests.cli import recorded
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer, weights
@@ -51,17 +53,19 @@ class Watches(Callback):
         self.prints.append(hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:12])
 
 
-def own_share(n: int) -> DataLoader[Any]:
+def own_share(n: int, batch_size: int) -> DataLoader[Any]:
     """This rank's samples, chosen by the test and not by a sampler."""
     mine = slice(int(os.environ["RANK"]), None, n)
-    return DataLoader(TensorDataset(torch.arange(240)[mine], INPUTS[mine], TARGETS[mine]), batch_size=4)
+    return DataLoader(TensorDataset(torch.arange(240)[mine], INPUTS[mine], TARGETS[mine]), batch_size=batch_size)
 
 
 def held_out() -> DataLoader[Any]:
     return loader(40, shuffle=False)
 
 
-def _fit(n: int, knobs: dict[str, Any] | None, module: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _fit(
+    n: int, knobs: dict[str, Any] | None, module: dict[str, Any], batch: int, options: dict[str, Any]
+) -> dict[str, Any]:
     torch.manual_seed(int(os.environ["RANK"]) if knobs is not None else 0)
     lit, watches = Plain(**module), Watches()
     if knobs is not None and os.environ["RANK"] == "0":
@@ -69,12 +73,21 @@ def _fit(n: int, knobs: dict[str, Any] | None, module: dict[str, Any], options: 
         lit = Plain(**module)
     strategy = "ddp" if knobs is None else LazySignStrategy(**knobs)
     t = trainer(n, strategy=strategy, callbacks=[watches], use_distributed_sampler=False, **options)
-    t.fit(lit, own_share(n), held_out())
+    t.fit(lit, own_share(n, batch), held_out())
     return {"weights": weights(lit), "prints": watches.prints, "val": float(t.callback_metrics["val"])}
 
 
-def fit(n: int, knobs: dict[str, Any] | None, module: dict[str, Any] | None = None, **options: Any) -> list[Any]:
-    return run(n, _fit, n, knobs, module or {}, options)
+def fit(
+    n: int, knobs: dict[str, Any] | None, module: dict[str, Any] | None = None, batch: int = 8, **options: Any
+) -> list[Any]:
+    return run(n, _fit, n, knobs, module or {}, batch, options)
+
+
+@cache
+def by_ddp(n: int, **module: Any) -> list[float]:
+    """The weights with which ddp ends."""
+    end: list[float] = fit(n, None, module)[0]["weights"]
+    return end
 
 
 WHOLE: dict[str, Any] = {"compressor": "none"}
@@ -88,13 +101,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with"
 @pytest.mark.parametrize("form", ["gather", "slices"])
 def test_whole_gradients_on_two_ranks_are_ddp_to_the_bit(form: str, module: dict[str, Any]) -> None:
     mine = fit(2, {**WHOLE, "compress": "gradient", "form": form}, module)
-    assert mine[0]["weights"] == fit(2, None, module)[0]["weights"]
+    assert mine[0]["weights"] == by_ddp(2, **module)
 
 
 @pytest.mark.parametrize("compress", ["update", "gradient"])
 def test_whole_numbers_on_three_ranks_are_ddp_to_rounding(compress: str) -> None:
     mine = fit(3, {**WHOLE, "compress": compress}, {"momentum": 0.9})
-    assert mine[0]["weights"] == pytest.approx(fit(3, None, {"momentum": 0.9})[0]["weights"], rel=1e-5, abs=1e-6)
+    assert mine[0]["weights"] == pytest.approx(by_ddp(3, momentum=0.9), rel=1e-5, abs=1e-6)
 
 
 def test_one_rank_is_plain_training_to_the_bit() -> None:
@@ -119,7 +132,7 @@ SIGNS: dict[str, Any] = {"min_size": 0, "block": 16, "history": 5, "max_skip": 3
 )
 def test_weights_are_the_same_everywhere_at_every_step(n: int, knobs: dict[str, Any]) -> None:
     ends = fit(n, {**SIGNS, **knobs}, {"momentum": 0.5}, max_epochs=2)
-    assert len(ends[0]["prints"]) == 2 * 240 // n // 4
+    assert len(ends[0]["prints"]) == 2 * 240 // n // 8
     for end in ends[1:]:
         assert end["prints"] == ends[0]["prints"]
         assert end["val"] == ends[0]["val"]
@@ -128,7 +141,7 @@ def test_weights_are_the_same_everywhere_at_every_step(n: int, knobs: dict[str, 
 
 def test_it_learns_what_ddp_learns() -> None:
     module = {"optimizer": "adam", "lr": 0.01}
-    ends = {name: fit(2, knobs, module, max_epochs=6)[0]["val"] for name, knobs in (("ddp", None), ("signs", SIGNS))}
+    ends = {name: fit(2, knobs, module, 4, max_epochs=6)[0]["val"] for name, knobs in (("ddp", None), ("signs", SIGNS))}
     untrained = float(TARGETS.square().mean())
     assert ends["signs"] < 0.1 * untrained
     assert ends["signs"] < 1.5 * ends["ddp"]
@@ -219,6 +232,8 @@ def test_a_nan_stops_the_run_before_it_is_fed_back() -> None:
         ({"threshold": -0.1}, "`threshold` must be a number of at least 0, got -0.1"),
         ({"threshold": float("nan")}, "`threshold` must be a number of at least 0, got nan"),
         ({"error_weight": "3"}, "`error_weight` must be a number of at least 0, got '3'"),
+        ({"deadline": -1}, "`deadline` must be a number of seconds of at least 0, or None for no deadline, got -1"),
+        ({"deadline": 0.1, "rule": "paper"}, "`deadline` goes with rule='always' alone, got 'paper'"),
         ({"exact": "bias"}, "`exact` must be a list of names, got 'bias': write \\['bias'\\]"),
     ],
 )
@@ -274,10 +289,77 @@ def test_signs_of_gradients_are_warned_of_where_momentum_averages_them(
     t = trainer(1, strategy=LazySignStrategy(**knobs))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        t.fit(Plain(**module), loader(), held_out())
+        t.fit(Plain(**module), loader(n=24), held_out())
     said = [str(w.message) for w in caught if "sends signs of gradients" in str(w.message)]
     assert len(said) == (warned is not None)
     assert all(warned is not None and warned in words for words in said)
+
+
+# -- a deadline --------------------------------------------------------------------------------------------------------
+
+
+class Adds(Plain):
+    """Adds up what its optimizer has done."""
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        before = _flat(self)
+        super().optimizer_step(*arguments, **options)
+        self.moved = getattr(self, "moved", torch.zeros_like(before)) + _flat(self) - before
+
+
+def _flat(module: L.LightningModule) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+class ByRound(Callback):
+    """A fingerprint of the weights by epoch and round, and what is held back at the end."""
+
+    def __init__(self) -> None:
+        self.prints: dict[tuple[int, int], str] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *arguments: Any) -> None:
+        where = (trainer.current_epoch, trainer.strategy.algorithm.late.round)
+        self.prints[where] = hashlib.sha256(_flat(module).numpy().tobytes()).hexdigest()[:12]
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        strategy = trainer.strategy
+        state = strategy.algorithm.state_dict()
+        held, served = state["rest"] / trainer.world_size, state["exchange"]
+        held[served["base"] : served["base"] + served["rest"].numel()] += served["rest"]
+        self.held = torch.cat([part.flatten() for part in strategy.replica.parts(held)])
+
+
+def _slow(n: int, deadline: float, slow: dict[int, float]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    lit, rounds = Adds(), ByRound()
+    start = _flat(lit)
+    strategy = LazySignStrategy(**SIGNS, deadline=deadline)
+    faults = SpeedFaults(step_seconds=0.02, slow=slow)
+    t = trainer(n, strategy=strategy, callbacks=[rounds, faults], max_epochs=2)
+    t.fit(lit, loader(), held_out())
+    return {
+        "prints": rounds.prints,
+        "seen": lit.seen,
+        "end": (_flat(lit) - start).tolist(),
+        "moved": lit.moved.tolist(),
+        "held": rounds.held.tolist(),
+        "missed": strategy.algorithm.skipped,
+    }
+
+
+def test_rounds_close_without_a_slow_rank_and_what_it_sends_counts_when_it_comes() -> None:
+    n = 3
+    ends = run(n, _slow, n, 0.0, {2: 8.0})
+    prints: dict[tuple[int, int], str] = {}
+    for end in ends:
+        assert all(prints.setdefault(where, one) == one for where, one in end["prints"].items())
+        assert end["end"] == ends[0]["end"]
+    assert sorted(index for end in ends for index in end["seen"]) == sorted(2 * list(range(240)))
+    assert len(ends[2]["seen"]) < len(ends[0]["seen"])
+    assert ends[2]["missed"] > 0
+    moved = sum(torch.tensor(end["moved"]) for end in ends) / n
+    held = sum(torch.tensor(end["held"]) for end in ends)
+    torch.testing.assert_close(torch.tensor(ends[0]["end"]) + held, moved, rtol=1e-4, atol=1e-5)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -321,9 +403,11 @@ def _recorded(folder: str, knobs: dict[str, Any]) -> None:
     trainer(2, strategy=LazySignStrategy(record=folder, **knobs)).fit(recorded.Net())
 
 
-@pytest.mark.parametrize("rule", ["always", "accumulate"])
-def test_a_recorded_run_is_replayed_to_the_bit(rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(2, _recorded, str(tmp_path), {**SIGNS, "rule": rule})
+@pytest.mark.parametrize("knobs", [{}, {"rule": "accumulate"}, {"deadline": 0.0}], ids=str)
+def test_a_recorded_run_is_replayed_to_the_bit(
+    knobs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(2, _recorded, str(tmp_path), {**SIGNS, **knobs})
     status = main(["replay", str(tmp_path), "--module", "tests.cli.recorded:Net"])
     said = capsys.readouterr()
     assert status == 0, said.out + said.err

@@ -22,10 +22,12 @@ TRUE = [("bf16-true", mode, "keep") for mode in MODES]
 TRUE += [("bf16-true", "pairwise", "adopt"), ("16-true", "push_sum", "adopt")]
 
 
-def fit(lit: L.LightningModule, *callbacks: Callback, slow: float = 3.0, **options: Any) -> GossipRingStrategy:
+def fit(
+    lit: L.LightningModule, *callbacks: Callback, slow: float = 3.0, batch: int = 8, **options: Any
+) -> GossipRingStrategy:
     faults = [SpeedFaults(step_seconds=0.002, slow={1: slow})] if slow > 1 else []
     t = trainer(2, callbacks=[*faults, *callbacks], **options)
-    t.fit(lit, loader(), loader(10, shuffle=False))
+    t.fit(lit, loader(batch), loader(10, shuffle=False))
     strategy = t.strategy
     assert isinstance(strategy, GossipRingStrategy)
     return strategy
@@ -118,7 +120,7 @@ def _scaled(mode: str) -> Any:
     lit, still = Overflows(), Still()
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
     slow = 1.0 if mode == "sync" else 3.0
-    strategy = fit(lit, still, plugins=[plugin], knobs={"mode": mode}, max_epochs=1, slow=slow)
+    strategy = fit(lit, still, plugins=[plugin], knobs={"mode": mode}, max_epochs=1, slow=slow, batch=4)
     return weights(lit), strategy.skipped_steps, strategy.steps, still.moved
 
 
@@ -155,7 +157,7 @@ def _scheduled(mode: str) -> Any:
 def test_a_schedule_of_accumulation(mode: str) -> None:
     (first, steps), (second, also_steps) = run(2, _scheduled, mode)
     assert first == second
-    assert steps == also_steps == 30 + 8  # 30 batches an epoch; the last 2 of the second are a step of their own
+    assert steps == also_steps == 15 + 4  # 15 batches an epoch; the last 3 of the second are a step of their own
 
 
 class Clipped(Lit):

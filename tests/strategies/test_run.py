@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging.handlers
+import math
 import os
 import pickle
 import signal
@@ -15,17 +17,18 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_async import GossipRingStrategy, SpeedFaults
+from lightning_async.transport.cluster import ClusterCarrier
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
 
-def _fit(devices: int, knobs: dict[str, Any], slow: float) -> dict[str, Any]:
+def _fit(devices: int, knobs: dict[str, Any], slow: float, batch: int) -> dict[str, Any]:
     torch.manual_seed(int(os.environ["RANK"]))  # ranks begin unequal, and the strategy makes them equal
     lit = Lit()
     lit.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
     faults = SpeedFaults(step_seconds=0.002, slow={devices - 1: slow})
     t = trainer(devices, knobs=knobs, callbacks=[faults])
-    t.fit(lit, loader(), loader(10, shuffle=False))
+    t.fit(lit, loader(batch), loader(10, shuffle=False))
     pickle.dumps(lit.metric)  # as the user made it
     strategy = t.strategy
     assert isinstance(strategy, GossipRingStrategy)
@@ -50,14 +53,16 @@ CASES = [
 
 @pytest.mark.parametrize(("mode", "devices", "at_meeting"), CASES)
 def test_all_ranks_end_equal_and_every_sample_is_seen_once(mode: str, devices: int, at_meeting: str) -> None:
-    ends = run(devices, _fit, devices, {"mode": mode, "at_meeting": at_meeting}, 1.0 if mode == "sync" else 3.0)
+    hears = devices > 1 and mode in ("pairwise", "push_sum")
+    knobs, slow = {"mode": mode, "at_meeting": at_meeting}, 1.0 if mode == "sync" else 3.0
+    ends = run(devices, _fit, devices, knobs, slow, 4 if hears else 8)
     for end in ends[1:]:
         for key in ("weights", "val", "metric", "train"):
             assert end[key] == ends[0][key]
     seen = Counter(index for end in ends for index in end["seen"])
     assert set(seen.values()) == {2}
     assert len(seen) == 240
-    if devices > 1 and mode in ("pairwise", "push_sum"):
+    if hears:
         assert all(end["arrivals"] for end in ends)
 
 
@@ -69,14 +74,14 @@ def _all_stages(folder: str) -> dict[str, Any]:
     callbacks = [saved, newest, EarlyStopping("val", patience=5), faults]
     t = trainer(2, enable_checkpointing=True, callbacks=callbacks, max_epochs=3)
     held_out = loader(10, shuffle=False)
-    t.fit(lit, loader(), held_out)
+    t.fit(lit, loader(8), held_out)
     fitted = weights(lit)
     t.validate(lit, held_out)
     t.test(lit, held_out, ckpt_path="best")
     tested = float(t.callback_metrics["test"])
     predicted = t.predict(lit, held_out)
     t.fit_loop.max_epochs = 4
-    t.fit(lit, loader(), held_out)
+    t.fit(lit, loader(8), held_out)
     return {
         "fitted": fitted,
         "refitted": weights(lit),
@@ -100,11 +105,28 @@ def test_fit_validate_test_predict_and_fit_again_on_one_trainer(tmp_path: Path) 
     assert weights(loaded) == first["refitted"]
 
 
+def test_who_comes_late_to_a_later_stage_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a rank 0 does that uploads its checkpoint first: at the first stage all were there a moment ago."""
+    late: list[float | None] = []
+
+    class Watched(ClusterCarrier):
+        def __init__(self, **knobs: Any) -> None:
+            late.append(knobs["late"])
+            super().__init__(**knobs)
+
+    monkeypatch.setattr("lightning_async.strategies.office.ClusterCarrier", Watched)
+    t = trainer(1, max_epochs=1)
+    t.fit(Lit(), loader(), loader(10, shuffle=False))
+    t.validate(Lit(), loader(10, shuffle=False), verbose=False)
+    t.validate(Lit(), loader(10, shuffle=False), verbose=False)
+    assert late == [None, math.inf, math.inf]
+
+
 def _stops_early() -> int:
     lit = Lit()
     early = EarlyStopping("val", patience=1, min_delta=1e9)
     t = trainer(2, callbacks=[early, SpeedFaults(step_seconds=0.002, slow={1: 4.0})], max_epochs=6, min_epochs=4)
-    t.fit(lit, loader(), loader(10, shuffle=False))
+    t.fit(lit, loader(8), loader(10, shuffle=False))
     return t.current_epoch
 
 
@@ -125,13 +147,16 @@ def _dies(folder: str, dead: int) -> dict[str, Any]:
     faults = SpeedFaults(step_seconds=0.004)
     t = trainer(3, enable_checkpointing=True, callbacks=[saved, faults, Dies()], max_epochs=3, knobs={"silence": 0.5})
     held_out = loader(10, shuffle=False)
+    told = logging.handlers.BufferingHandler(100)
+    logging.getLogger("lightning_async").addHandler(told)
     t.fit(lit, loader(), held_out)
     try:
         t.validate(lit, held_out)
         sentence = ""
     except RuntimeError as error:
         sentence = str(error)
-    return {"weights": weights(lit), "best": saved.best_model_path, "sentence": sentence}
+    words = [record.getMessage() for record in told.buffer]
+    return {"weights": weights(lit), "best": saved.best_model_path, "sentence": sentence, "told": words}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -143,6 +168,8 @@ def test_the_others_go_on_after_a_death_and_the_first_that_lives_saves(dead: int
     living = [r.value for r in results if r.kind is None]
     assert len(living) == 2, results
     assert living[0]["weights"] == living[1]["weights"]
+    (word,) = [word for end in living for word in end["told"]]
+    assert f"rank {dead} is dead: its connection was closed" in word
     loaded = Lit()
     loaded.load_state_dict(torch.load(living[0]["best"], weights_only=True)["state_dict"])
     assert weights(loaded) == living[0]["weights"]

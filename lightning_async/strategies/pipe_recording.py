@@ -1,0 +1,106 @@
+"""The event log of a stage: as every rank's, and of each pass of a batch a stamp of what it passed on.
+
+    stage 0   F 17 --> 8c1f..   B 13 --> nothing          which stage first made something else, and of which batch,
+    stage 1   F 17 --> 02ae..   B 15 --> 77d0..           shows at once, and not only in a loss two stages later
+    last      loss of 17        B 17 --> 5b6e..
+
+Between meetings of the log the pipe is full; at each it is drained (for a checkpoint, a stop, at the end). Rests and
+what is evaluated between them change no weights: they are not in the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_async.data.loader import is_shareable, remade
+from lightning_async.pipeline.schedule import Pass
+from lightning_async.strategies.facts import digest
+from lightning_async.strategies.feeding import size_of
+from lightning_async.strategies.pipe_data import stamp_of
+from lightning_async.strategies.recording import Recording, Weights
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.pipe_batches import PipeBatches
+
+PASSES = {"F": "forward", "B": "backward"}
+
+
+class Held:
+    """The weights that live on a stage, as `Recording` looks at a replica's."""
+
+    def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
+        self._parameters = parameters
+
+    @property
+    def flat(self) -> Tensor:
+        """All of them, as bytes: they may be of several kinds."""
+        parts = (p.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for p in self._parameters())
+        return torch.cat([torch.zeros(0, dtype=torch.uint8), *parts])
+
+
+class StageRecording(Recording):
+    """Where this stage's events go, if anywhere."""
+
+    def passed(self, direction: Pass, batch: int, made: Tensor) -> None:
+        """What a pass of a batch made is about to leave."""
+        if self._scribe is not None:
+            self._note(direction, [batch, stamp_of(made)])
+
+    def clock(self, trainer: Trainer) -> None:
+        """A batch begins; how many there are in an update may change from epoch to epoch."""
+        super().clock(trainer)
+        if self._scribe is not None:
+            self._scribe.note("accumulate", trainer.accumulate_grad_batches, news=True)
+
+    def strayed(self) -> None:
+        """The random generators are not where the last batch left them."""
+        self._met = True
+
+    def met(self, replica: Weights) -> None:
+        """The pipe is drained: all gradients are applied."""
+        self.strayed()
+        if self._scribe is not None:
+            self._note("drained", digest(replica.flat))
+
+    def noted(self, strategy: PipeBatches, loader: object, *, done: int = 0) -> object:
+        """The user's loader, of which each batch is written down, but for the first `done`; a stream as it is."""
+        if not self.on or type(loader) is not DataLoader or not is_shareable(loader):
+            return loader
+        trainer, size = strategy.trainer, size_of(loader)
+        batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        length = len(batches) if isinstance(batches, Sized) else None
+
+        def began() -> None:
+            self.epoch(trainer.current_epoch, size, batches=length)
+
+        return remade(loader, _Noted(batches, began, self.fetched, done))
+
+
+class _Noted:
+    """A sampler of batches that says what it gives: the order of an epoch is drawn before that is said."""
+
+    def __init__(
+        self, batches: Iterable[Any], began: Callable[[], None], fetched: Callable[[Any], None], done: int
+    ) -> None:
+        self._batches, self._began, self._fetched, self._done = batches, began, fetched, done
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self._batches))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_batches"], name)
+
+    def __iter__(self) -> Iterator[Any]:
+        done, self._done = self._done, 0
+        for at, batch in enumerate(self._batches):
+            if at == done:
+                self._began()
+            if at >= done:
+                self._fetched(batch)
+            yield batch

@@ -1,0 +1,146 @@
+"""A stage of a recorded run, once more: the run's own strategy in a Trainer of its own, on its log.
+
+The seed draws what it drew, batches are the recorded ones, and every tensor that a stage got is made again by its
+neighbour's replay. The pipe is drained where it was drained. Rests, and what was evaluated there, are left out: they
+change no weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn import Module
+
+from lightning_async.strategies.course import Course
+from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
+from lightning_async.strategies.pipe_recording import PASSES, StageRecording
+from lightning_async.strategies.replayed_feeding import RecordedFeeding
+from lightning_async.strategies.replayed_office import Place, ReplayedOffice
+from lightning_async.strategies.replaying import Replaying
+from lightning_async.strategies.rests import Rests
+from lightning_async.transport.hall import Hall
+from lightning_async.transport.log import Log
+from lightning_async.transport.mail import Wait
+from lightning_async.transport.replay import ReplayCarrier
+
+
+class ReplayingStage(Replaying, StageRecording):
+    """Compares what a stage passes on, too."""
+
+    def clock(self, trainer: Trainer) -> None:
+        """The end of an epoch, and of an update, as the log has them."""
+        super().clock(trainer)
+        if (batches := self._carrier.note("accumulate", None)) is not None:
+            trainer.accumulate_grad_batches = batches
+
+    def fetched(self, batch: Any) -> None:
+        """Whether something else drew random numbers before it is in the log."""
+        self.strayed()
+        super().fetched(batch)
+
+    def _compare(self, name: str, now: Any, recorded: Any) -> None:
+        if name not in PASSES:
+            super()._compare(name, now, recorded)
+        elif recorded is not None and self._course.tolerance is None:
+            self._course.digests += 1
+            if now != recorded:
+                was, stamp = f"{recorded[1]:08x} for batch {recorded[0]}", f"{now[1]:08x} for batch {now[0]}"
+                said = f"the stamp of what its {PASSES[name]} pass passed on was {was} and is {stamp} now"
+                self._differ(self._log.step + 1, said)
+
+
+class RecordedRests(Rests):
+    """The stages drain the pipe where they did, and train as long as they trained."""
+
+    def __init__(self, strategy: DelayedPipelineStrategy, replaying: ReplayingStage, log: Log) -> None:
+        super().__init__(strategy)
+        self._replaying = replaying
+        self._epochs = log.number_of_epochs()
+        self._last = set(log.last_batches())
+        self._batches = 0
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Learning rates come from the log; a scheduler may go by a metric that nobody computes here."""
+        self.strategy.lr_scheduler_configs = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch is trained on; perhaps the pipe was drained behind it, perhaps the epoch was over."""
+        self._batches += 1
+        self.strategy.batch_ended(outputs)
+        trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = self._batches in self._last
+        while self._replaying.meets():
+            self.strategy.turns.drain()
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Perhaps it was the last."""
+        self._epochs -= 1
+        trainer.should_stop = self._epochs <= 0
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """The pipe is drained, if it was."""
+
+
+class SeatedPipeline(DelayedPipelineStrategy):
+    """The strategy, for stages of one process."""
+
+    recorded: RecordedFeeding
+    seed = 0
+
+    def setup_distributed(self) -> None:
+        """No process group: the hall takes its place."""
+
+    def load_checkpoint(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Lightning holds a lock meanwhile, for which the others would wait: each member reads its part alone."""
+        with self._replayed.alone():
+            return super().load_checkpoint(*arguments, **options)
+
+    def _equalise(self, module: Module) -> Wait[int]:
+        """The run's seed, whatever was drawn before it."""
+        yield from super()._equalise(module)
+        return self.seed
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """The recorded batches."""
+        return self.recorded.share_out(dataloader, self.office, lambda: self.trainer.current_epoch)
+
+    def batch_ended(self, outputs: Any) -> None:
+        """One of the recorded batches is trained on."""
+        self.recorded.completed()
+        super().batch_ended(outputs)
+
+    def rest(self, *, drain: bool = False) -> None:
+        """See `RecordedRests`: where the pipe was drained is in the log."""
+
+    def keep_stop(self) -> None:
+        """How long they trained is in the log."""
+
+    def stop_together(self) -> None:
+        """See `keep_stop`."""
+
+    def stop_after_rest(self) -> None:
+        """See `keep_stop`."""
+
+    def on_train_end(self) -> None:
+        """Nobody wants the module."""
+
+    @property
+    def _replayed(self) -> ReplayedOffice:
+        assert isinstance(self.office, ReplayedOffice)  # see `seat_stage`
+        return self.office
+
+
+def seat_stage(
+    carrier: ReplayCarrier, log: Log, course: Course, hall: Hall, place: Place
+) -> tuple[SeatedPipeline, list[Callback]]:
+    """A stage's strategy, cut where it was cut, and the callback that stands first among its Trainer's."""
+    begin, replaying = log.first("start"), ReplayingStage(carrier, log, course, hall)
+    cuts = {"split": begin["cuts"]} if begin["cuts"] else {}
+    strategy = SeatedPipeline(**log.header["knobs"] | cuts, cluster_environment=place)
+    strategy.office = ReplayedOffice(carrier, replaying, hall)
+    lengths = [note["batches"] for note in log.notes_of("epoch") if "batches" in note]
+    strategy.recorded = RecordedFeeding(carrier, replaying, begin["mass"], lengths=lengths)
+    replaying.strategy, strategy.seed = strategy, begin["seed"]
+    return strategy, [RecordedRests(strategy, replaying, log)]
