@@ -116,9 +116,9 @@ def test_who_comes_late_to_a_later_stage_is_waited_for(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("lightning_async.strategies.office.ClusterCarrier", Watched)
     t = trainer(1, max_epochs=1)
-    t.fit(Lit(), loader(), loader(10, shuffle=False))
-    t.validate(Lit(), loader(10, shuffle=False), verbose=False)
-    t.validate(Lit(), loader(10, shuffle=False), verbose=False)
+    t.fit(Lit(), loader(), loader(40, shuffle=False))
+    t.validate(Lit(), loader(40, shuffle=False), verbose=False)
+    t.validate(Lit(), loader(40, shuffle=False), verbose=False)
     assert late == [None, math.inf, math.inf]
 
 
@@ -146,7 +146,7 @@ def _dies(folder: str, dead: int) -> dict[str, Any]:
     saved = ModelCheckpoint(folder, filename="{epoch}")
     faults = SpeedFaults(step_seconds=0.004)
     t = trainer(3, enable_checkpointing=True, callbacks=[saved, faults, Dies()], max_epochs=3, knobs={"silence": 0.5})
-    held_out = loader(10, shuffle=False)
+    held_out = loader(40, shuffle=False)
     told = logging.handlers.BufferingHandler(100)
     logging.getLogger("lightning_async").addHandler(told)
     t.fit(lit, loader(), held_out)
