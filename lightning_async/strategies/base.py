@@ -140,7 +140,7 @@ class AsyncStrategy(Shown):
         self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=fitting)
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
         self.alone = self.apart = self._closing = False
-        self.office.flags.patient = lambda: self._closing or (self.alone and self.clock.progress is not None)
+        self.office.flags.patient = lambda: self._closing or self.clock.progress is not None
         if fitting:
             self.clock.take(trainer)
             self.clock.hold(trainer, self._leash, lambda: self.meeting)
