@@ -29,6 +29,8 @@ from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.tasks import Score, Task, characters, digits
 from lightning_async.algorithms.adam import SecondMoment
 from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink, no_shrink
+from lightning_async.algorithms.cyclic_delay import CyclicDelay
+from lightning_async.algorithms.exchange import Exchange
 from lightning_async.algorithms.training import Trained, Training, train
 from lightning_async.algorithms.weighting import excess_rounds
 from lightning_async.arrival import Fate
@@ -55,6 +57,14 @@ VARIANTS: Mapping[str, Mapping[str, Knobs]] = {
         "8 steps": {"strategy": "async_global", "local_steps": "speed"},
         "paper": {"strategy": "async_global", "local_steps": 8, "attenuation": "paper"},
         "sync": {"strategy": "async_global", "mode": "sync", "local_steps": 8},
+        "none": NONE,
+    },
+    "cyclic_delay": {
+        "cyclic_delay": {"strategy": "cyclic_delay"},
+        "strict": {"strategy": "cyclic_delay", "token": "strict"},
+        "delta": {"strategy": "cyclic_delay", "push": "delta"},
+        "lr": {"strategy": "cyclic_delay", "compensation": "lr"},
+        "dc": {"strategy": "cyclic_delay", "compensation": "dc"},
         "none": NONE,
     },
 }
@@ -208,8 +218,10 @@ def asynchronous(
 def _member(task: Task, seed: int, knobs: Knobs, moment: type[SecondMoment] = SecondMoment) -> Member:
     model = task.model(seed)
     replica = Replica(model.parameters())
-    optimizer = task.optimize(model.parameters(), task.lr)
-    return Member(model, optimizer, replica, algorithm(knobs), moment(optimizer))
+    optimizer, found = task.optimize(model.parameters(), task.lr), algorithm(knobs)
+    if isinstance(found, CyclicDelay):
+        found.optimizer = optimizer  # the server's are made like it
+    return Member(model, optimizer, replica, found, moment(optimizer))
 
 
 def _program(task: Task, member: Member, cluster: VirtualCluster, plan: Plan, r: int, watch: _Watch) -> Training:
@@ -258,8 +270,15 @@ class _Watch:
 
 
 def _mean(members: Sequence[Member]) -> Tensor:
+    if isinstance(members[0].algorithm, CyclicDelay):
+        return _served([member.algorithm.exchanges for member in members if isinstance(member.algorithm, CyclicDelay)])
     masses = torch.tensor([float(getattr(member.algorithm, "mass", UNIT)) for member in members])
     return torch.einsum("r,rw->w", masses / masses.sum(), torch.stack([member.replica.flat for member in members]))
+
+
+def _served(exchanges: Sequence[Sequence[Exchange]]) -> Tensor:
+    """The server's weights, as far as anybody has pulled them."""
+    return torch.cat([max(of_shard, key=lambda x: x.version).base for of_shard in zip(*exchanges, strict=True)])
 
 
 def _outcome(task: Task, members: list[Member], trained: Mapping[int, Trained], curve: Sequence[Point]) -> Run:

@@ -144,7 +144,7 @@ class Found:
         return f"{self.ratio:.2f}" if self.low is None else f"{self.ratio:.2f} ({self.low:.2f} to {high})"
 
 
-def _found(curves: Curves, baseline: Curves, target: float, rate: float) -> Found:
+def time_to(curves: Curves, baseline: Curves, target: float, rate: float) -> Found:
     """Time to the target over the limit. Both curves are resampled by seed, in pairs."""
 
     def ratio(seeds: Tensor) -> float:
@@ -185,7 +185,7 @@ def _at_speed(setting: Setting, baseline: Curves, target: float, slow: float) ->
     for name, knobs in setting.variants.items():
         print(f"  {setting.name}: {name}, slow rank {slow:g}x", file=sys.stderr, flush=True)
         runs = [asynchronous(setting.task, seed, knobs, speeds, points=POINTS) for seed in setting.seeds]
-        found[name] = _found(Curves.of(runs), baseline, target, rate)
+        found[name] = time_to(Curves.of(runs), baseline, target, rate)
     return AtSpeed(limit, lock_step / limit, found)
 
 

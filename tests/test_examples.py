@@ -17,6 +17,7 @@ from tests.strategies.ranks import FORK
 EXAMPLES = {
     "async_global.py",
     "cli.py",
+    "cyclic_delay.py",
     "delayed_pipeline.py",
     "demo.py",
     "gossip_ring.py",
@@ -74,6 +75,13 @@ def test_global_weights(mode: str, script: Script) -> None:
     said = script("async_global.py", "--mode", mode, "--devices", "2", "--epochs", "1", "--start-method", "fork")
     assert "validation loss" in said
     assert "delays of rank 0's exchanges" in said
+
+
+@pytest.mark.parametrize("arguments", [(), ("--token", "strict"), ("--push", "delta")], ids=str)
+def test_turns(arguments: tuple[str, ...], script: Script) -> None:
+    said = script("cyclic_delay.py", *arguments, "--devices", "2", "--epochs", "1", "--start-method", "fork")
+    assert "validation loss" in said
+    assert "batches in rank 0's pushes" in said
 
 
 def test_a_pipeline(script: Script) -> None:

@@ -13,15 +13,18 @@ Asynchrony begets momentum (Mitliagkas et al. 2016): late gradients move W as if
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink
-from lightning_async.algorithms.outer import outer_rule
+from lightning_async.algorithms.compensation import How
+from lightning_async.algorithms.compensation import compensation as compensated
+from lightning_async.algorithms.delta_exchange import DeltaExchange
+from lightning_async.algorithms.images import bundle, gathered, recut
 from lightning_async.algorithms.own_service import OwnService
 from lightning_async.algorithms.owners import Owners
 from lightning_async.algorithms.server_groups import Groups, MakeOptimizer, check_elementwise, numbers
@@ -41,8 +44,11 @@ from lightning_async.algorithms.shards import (
     cut,
     shard_of,
 )
+from lightning_async.algorithms.taken_gradients import TakenGradients, UsedGradients
 from lightning_async.algorithms.token_exchange import TokenExchange
-from lightning_async.algorithms.turn_service import Scale, TurnService
+from lightning_async.algorithms.turn_knobs import Push, Token, check_count, check_turns
+from lightning_async.algorithms.turn_server import Moves, Scale
+from lightning_async.algorithms.turn_service import TurnService
 from lightning_async.algorithms.weighting import law
 from lightning_async.algorithms.wire import EXACT
 from lightning_async.arrival import Arrival
@@ -50,21 +56,25 @@ from lightning_async.replica import Replica
 from lightning_async.transport.mail import Letter, Mail, Message, Wait
 from lightning_async.transport.rounds import Rounds
 
-Token = Literal["skip", "strict"]
-
 
 class CyclicDelay(Algorithm):
     """The member's side; what it serves is in `turn_service`.
 
-    It takes the gradients away before the optimizer of the member could step with them.
+    With push="gradient" it takes the gradients away before the optimizer of the member could step with them. With
+    push="delta" that optimizer steps, and what it moved is pushed: the server adds it.
 
     Args:
-        make_optimizer: Builds the user's optimizer, as for synchronous training; None: `optimizer` is given later.
+        make_optimizer: Builds the user's optimizer, as for synchronous training; None: `optimizer` is given later, or
+            never, with push="delta".
+        push: What adds up: "gradient", or "delta" (what own steps moved).
         token: "skip": idle holders are passed over; "strict": the ring is never left, and members wait.
         scale: What a push counts: "sum" (each batch one n-th), "mean" (each push as one batch), or "delay" (as "sum",
             and less if it is later than in a healthy run).
         strength: How much less with scale="delay": (1 + excess)^-strength; None: 0.5.
+        compensation: What is done about late pushes: "none", "lr" or "dc" (see `compensation`).
+        compensation_strength: Its exponent or factor; None: 0.5 for "lr", 0.04 for "dc".
         max_accumulate: So many batches may add up; then the member waits for its turn. None: no bound.
+        warm_up: Over so many own steps that bound grows from 1.
         max_delay: Pushes with an excess of more than so many versions are shrunk; None: none are.
         shards: How many shards; None: as many as members, at most 8.
         mirror_every: Pushes of a shard that may be in no mirror of it; None: eight for each member.
@@ -72,10 +82,9 @@ class CyclicDelay(Algorithm):
     Attributes:
         optimizer: The user's, before a run begins. The server's are made after it, and go by its numbers at each step.
         refused: Batches whose gradients were not finite: they are not added.
+        heritage: The states of all members of another world, which this one goes on from; taken up at the beginning.
     """
 
-    takes_gradients = True
-    shrinks = "gradients"
     kinds: ClassVar[Mapping[int, str]] = {**NAMES, TOKEN: "token", BID: "token"}
 
     def __init__(
@@ -83,29 +92,44 @@ class CyclicDelay(Algorithm):
         *,
         make_optimizer: MakeOptimizer | None = None,
         token: Token = "skip",
+        push: Push = "gradient",
         scale: Scale = "sum",
         strength: float | None = None,
+        compensation: How = "none",
+        compensation_strength: float | None = None,
         max_accumulate: int | None = None,
+        warm_up: int = 0,
         max_delay: int | None = 1000,
         shards: int | None = None,
         mirror_every: int | None = None,
     ) -> None:
-        _check_choice("token", token, get_args(Token))
-        _check_choice("scale", scale, get_args(Scale))
-        if strength is not None and scale != "delay":
-            raise ValueError(f"`strength` has no meaning with scale={scale!r}: leave it out")
-        _check_count("max_accumulate", max_accumulate, "no bound")
-        _check_count("max_delay", max_delay, "no bound")
-        _check_count("shards", shards, "as many as members, at most 8")
-        _check_count("mirror_every", mirror_every, "eight for each member")
-        self.token, self.scale, self.max_accumulate = token, scale, max_accumulate
-        self.shards, self.mirror_every = shards, mirror_every
+        check_turns(
+            token=token,
+            push=push,
+            scale=scale,
+            strength=strength,
+            compensation=compensation,
+            max_accumulate=max_accumulate,
+            warm_up=warm_up,
+        )
+        check_count("max_delay", max_delay, "no bound")
+        check_count("shards", shards, "as many as members, at most 8")
+        check_count("mirror_every", mirror_every, "eight for each member")
+        self.token, self.push, self.scale = token, push, scale
+        self.late = compensated(compensation, compensation_strength)
+        self.max_accumulate, self.warm_up, self.shards, self.mirror_every = (
+            max_accumulate,
+            warm_up,
+            shards,
+            mirror_every,
+        )
+        self.takes_gradients, self.shrinks = push == "gradient", "gradients" if push == "gradient" else "corrections"
         if make_optimizer is not None:
             check_elementwise(make_optimizer([nn.Parameter(torch.zeros(1))]))
         self._make_optimizer = make_optimizer
         self.optimizer: Optimizer | None = None
-        make_outer = outer_rule(None, lr=1.0, momentum=0.0)  # for pushes that are steps
-        self.rules = Rules("poly", law("poly", strength), max_delay, "shrink", make_outer)
+        self.rules = Rules("poly", law("poly", strength), max_delay, "shrink", Moves)
+        self.heritage: Sequence[Mapping[str, Any]] = ()
         self._beginnings = 0
 
     # -- a run --------------------------------------------------------------------------------------------------------
@@ -113,13 +137,15 @@ class CyclicDelay(Algorithm):
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """All have the same weights: those are the server's, version 0."""
         self._beginnings += 1
-        self._samples, self._rounds, self._step, self.refused = mass // UNIT, rounds, 0, 0
+        self._samples, self._rounds, self._step, self._paused = mass // UNIT, rounds, 0, False
         self._arrivals: list[Arrival] = []
         self._images = torch.empty(0, dtype=torch.uint8)
-        self._gradient, self._taken, self._paused = torch.zeros_like(replica.flat), False, False
+        own = self.push == "delta"
+        self._taken = UsedGradients() if own else TakenGradients(replica, self._users(replica))
         shards = cut(replica.numel, min(self.shards or MANY, mail.world))
         self.owners = Owners(rounds.carrier, len(shards), self._beginnings)
-        self.exchanges = [TokenExchange(shard, replica.flat) for shard in shards]
+        kind = TokenExchange if self.push == "gradient" else DeltaExchange
+        self.exchanges: list[TokenExchange | DeltaExchange] = [kind(shard, replica.flat) for shard in shards]
         members = mail.members()
         first: dict[int, int] = {}
         for exchange in self.exchanges:
@@ -127,8 +153,11 @@ class CyclicDelay(Algorithm):
             exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
             first[exchange.place] = members[number % len(members)]
             exchange.token = exchange.place if first[exchange.place] == mail.me else 0
-        mail.serve((*SERVED, BID, RATES), self._service(replica, mail, first))
+        service = self._service(replica, mail, first)
+        mail.serve((*SERVED, BID, RATES), service)
         self._own = OwnService(mail)
+        heritage, self.heritage = self.heritage, ()
+        self._inherit(heritage, replica.flat.cpu(), mail, service)
 
     def _service(self, replica: Replica, mail: Mail, first: Mapping[int, int]) -> TurnService:
         flat, members = replica.flat.cpu(), mail.members()
@@ -142,7 +171,8 @@ class CyclicDelay(Algorithm):
             blank=lambda number: torch.zeros_like(self.exchanges[number].base, device="cpu"),
             skip=self.token == "skip",
             scale=self.scale,
-            groups=Groups(self._users(replica), replica.places),
+            late=self.late,
+            groups=Groups(self._users(replica), replica.places) if self.push == "gradient" else None,
             shards=[exchange.shard for exchange in self.exchanges],
             rules=self.rules,
             codec=EXACT,
@@ -158,25 +188,34 @@ class CyclicDelay(Algorithm):
         return self.optimizer
 
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
-        """Take the gradients away."""
+        """Take the gradients away, where they are what is pushed."""
         yield from ()  # never waits
-        for (parameter, _), part in zip(replica.places, replica.parts(self._gradient), strict=True):
-            if parameter.grad is not None:
-                part.add_(parameter.grad.flatten())
-                parameter.grad, self._taken = None, True
+        self._taken.take()
         return []
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
-        """Add them up, and push where it is this member's turn."""
-        self._step = step
+        """Add up, and push where it is this member's turn."""
+        self._step, alone = step, mail.members() == (mail.me,)
         self._add_up()
-        self._own.rates(numbers(self._users(replica)))
+        if self.push == "gradient":
+            yield from self._tell_rates(numbers(self._users(replica)), replica, mail, wait=alone)
         self._tend(replica, mail)
-        if (most := self.max_accumulate) is not None:
+        if (most := self.most) is not None:
             yield from self._until(lambda x: x.count < most, "the token", replica, mail)
-        if self.token == "strict" or mail.members() == (mail.me,):
-            yield from self._until(lambda x: not x.asked, "the server's answer", replica, mail)
+        if self.token == "strict" or alone:  # alone: before the next batch, whose gradients would else be late
+            yield from self._until(lambda x: not (x.asked or (alone and x.count)), "the server's answer", replica, mail)
         return self.arrived()
+
+    @property
+    def most(self) -> int | None:
+        """So many batches may add up in this step."""
+        most = self.max_accumulate
+        return most if most is None or self._step >= self.warm_up else 1 + (most - 1) * self._step // self.warm_up
+
+    @property
+    def refused(self) -> int:
+        """Batches whose gradients were not finite."""
+        return self._taken.refused
 
     def stop(self, replica: Replica, mail: Mail) -> Wait[None]:
         """This member goes to where all wait for each other: from now on nobody may wait for its next push."""
@@ -191,8 +230,12 @@ class CyclicDelay(Algorithm):
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
         """What was pulled is the base of what comes."""
-        self._gradient.zero_()
-        self._taken = self._paused = False
+        self._taken.drop()
+        self._paused = False
+
+    def averaged_over(self, n: int) -> int:
+        """Each batch's move counts one n-th; of gradients it is the server that steps."""
+        return n if self.push == "delta" else 1
 
     def healthy_delay(self, n: int) -> int:
         """Between two pushes of a member, each of the others pushes once; without waiting, twice."""
@@ -210,6 +253,7 @@ class CyclicDelay(Algorithm):
         return {
             "method": type(self).__name__,
             "shards": len(self.exchanges),
+            "push": self.push,
             "step": self._step,
             "refused": self.refused,
             "images": self._images,
@@ -219,41 +263,51 @@ class CyclicDelay(Algorithm):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of the same method, on the weights of that meeting."""
-        mine = {"method": type(self).__name__, "shards": len(self.exchanges)}
+        mine = {"method": type(self).__name__, "shards": len(self.exchanges), "push": self.push}
         for name, now in mine.items():
             if state.get(name) != now:
                 raise ValueError(
                     f"the run was saved with {name} {state.get(name)!r} and goes on with {now!r}: go on with the same, "
                     "or start anew from the weights alone"
                 )
-        self._step, self.refused = state["step"], state["refused"]
+        self._step, self._taken.refused = state["step"], state["refused"]
         for exchange, version, pushes in zip(self.exchanges, state["versions"], state["pushes"], strict=True):
             exchange.version, exchange.step, exchange.clean = version, pushes, self._step
         self._images = state["images"].clone()
         self._own.put(self._images)
 
+    def _inherit(self, states: Sequence[Mapping[str, Any]], flat: Tensor, mail: Mail, service: TurnService) -> None:
+        """Go on from the states of all members of another world: what the server's optimizers remember is cut anew.
+
+        Its letter is the first that the own service gets: the others push when all have begun.
+        """
+        mine = (type(self).__name__, self.push)
+        old = gathered(state["images"] for state in states if (state.get("method"), state.get("push")) == mine)
+        if not old:
+            return
+        owned = [exchange.shard for exchange in self.exchanges if exchange.owner == mail.me]
+        self._own.put(bundle(recut(old, flat, owned, service.anew, count=max)))
+        for exchange in self.exchanges:
+            exchange.version = max(max(state["versions"]) for state in states)
+
     # -- between two steps --------------------------------------------------------------------------------------------
 
     def _add_up(self) -> None:
         """Before anything is folded: these gradients belong to the old weights."""
-        if not self._taken:  # a batch without any
-            return
-        self._taken = False
-        if bool(torch.isfinite(self._gradient).all()):
+        gradient = self._taken.used()
+        if gradient is not None:
             for exchange in self.exchanges:
-                exchange.add(self._gradient, self._samples)
-        else:
-            self.refused += 1
-        self._gradient.zero_()
+                exchange.add(gradient, self._samples)
+        self._taken.drop()
 
     def _tend(self, replica: Replica, mail: Mail, kind: int | None = None) -> None:
         """Fold what came, push where a token is, say where none is. Never waits."""
         self._pump(replica, mail)
         for exchange in self.exchanges:
             if kind is None:
-                exchange.give(mail, self._step)
+                exchange.give(replica, mail, self._step)
             elif exchange.astray or exchange.clean < self._step:
-                exchange.give(mail, self._step, kind=kind)
+                exchange.give(replica, mail, self._step, kind=kind)
             self._bid(exchange, mail)
 
     def _pump(self, replica: Replica, mail: Mail) -> None:
@@ -278,7 +332,7 @@ class CyclicDelay(Algorithm):
             self.owners.doubt(exchange.shard.number)
         self._arrivals += exchange.fold(letter, replica)
 
-    def _bid(self, exchange: TokenExchange, mail: Mail) -> None:
+    def _bid(self, exchange: TokenExchange | DeltaExchange, mail: Mail) -> None:
         """Once for each batch, and when others are heard than before."""
         bid = (self._step, mail.live())
         if self.token == "strict" or exchange.has_token or exchange.asked or exchange.bidden == bid:
@@ -287,7 +341,7 @@ class CyclicDelay(Algorithm):
         if mail.post(exchange.owner, Message(BID, heard, reference=exchange.place)):
             exchange.bidden = bid
 
-    def _move(self, exchange: TokenExchange) -> None:
+    def _move(self, exchange: TokenExchange | DeltaExchange) -> None:
         """A shard has a new owner."""
         number, before = exchange.shard.number, exchange.place
         exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
@@ -307,20 +361,18 @@ class CyclicDelay(Algorithm):
             pausing=False,
         )
 
-    def _until(self, done: Callable[[TokenExchange], bool], what: str, replica: Replica, mail: Mail) -> Wait[None]:
+    def _tell_rates(self, now: Tensor, replica: Replica, mail: Mail, *, wait: bool) -> Wait[None]:
+        """Who is alone steps with these numbers, and not with those of the step before."""
+        while not self._own.rates(now) and wait:
+            yield "the own service to hear the optimizer's numbers"
+            self._pump(replica, mail)
+
+    def _until(
+        self, done: Callable[[TokenExchange | DeltaExchange], bool], what: str, replica: Replica, mail: Mail
+    ) -> Wait[None]:
         while (waits := next((x for x in self.exchanges if not done(x)), None)) is not None:
             yield f"{what} of shard {waits.shard.number}"
             self._tend(replica, mail)
 
     def _current_shrink(self) -> Shrink:
         return self.shrink
-
-
-def _check_choice(name: str, choice: object, choices: tuple[str, ...]) -> None:
-    if choice not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {choice!r}")
-
-
-def _check_count(name: str, count: object, none: str) -> None:
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        raise ValueError(f"`{name}` must be an integer of at least 1, or None for {none}, got {count!r}")

@@ -102,7 +102,8 @@ class Exchange:
             return []  # of an owner that was one
         asked, self.asked = self.asked, 0
         if m.weight == NOT_HERE:
-            self.samples += self._sent if asked != PULL else 0
+            if asked != PULL:
+                self._take_back()
             return []
         assert m.kind == ANSWER  # and who owns the shard answers with its weights
         assert m.body is not None
@@ -116,12 +117,16 @@ class Exchange:
         if included:
             self.clean = self.step if self._exact else self.step - 1
         elif self._unanswered:
-            self.samples += self._sent
+            self._take_back()
         arrivals = [self._arrival(letter, asked)] if included else []
         self.base.copy_(server)
         self.version, self._unanswered = m.version, 0
         self.pulls += asked == PULL
         return lost + arrivals
+
+    def _take_back(self) -> None:
+        """The last push is in nobody's weights: what it counts as is still to be pushed."""
+        self.samples += self._sent
 
     def _arrival(self, letter: Letter, asked: int) -> Arrival:
         m = letter.message

@@ -42,7 +42,12 @@ def gathered(bundles: Iterable[Tensor]) -> dict[int, Tensor]:
 
 
 def recut(
-    old: Mapping[int, Tensor], weights: Tensor, shards: Iterable[Shard], new: Callable[[Tensor], ShardServer]
+    old: Mapping[int, Tensor],
+    weights: Tensor,
+    shards: Iterable[Shard],
+    new: Callable[[Tensor], ShardServer],
+    *,
+    count: Callable[[Iterable[int]], int] = lambda counts: 0,
 ) -> dict[int, Tensor]:
     """Images of these shards, made of those of all members of another world.
 
@@ -51,6 +56,7 @@ def recut(
         weights: The consensus.
         shards: The shards that are wanted.
         new: Makes a shard's server of its weights.
+        count: What becomes of what else the outer rules remember, given all their counts: they begin anew.
     """
     servers = []
     for shard in cut(weights.numel(), len(old)):
@@ -63,6 +69,7 @@ def recut(
         server = new(weights[shard.part].clone())
         server.version = max(one.version for one in servers)
         server.bases = dict.fromkeys(server.members, server.version)
+        server.outer.count = count([one.outer.count for one in servers])
         for mine, all_of_it in zip(server.outer.tensors, whole, strict=True):
             mine.copy_(all_of_it[shard.part])
         images[shard.number] = server.image()

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lightning_async.algorithms.algorithm import Algorithm
-from lightning_async.algorithms.press import Press, Source, Values
+from lightning_async.algorithms.press import Press, Rest, Source, Values
 from lightning_async.algorithms.settle import settle
-from lightning_async.algorithms.sheets import Scale, Span, cuts
+from lightning_async.algorithms.sheets import Cut, Scale, Span, cuts
 from lightning_async.algorithms.sign_exchange import MEAN, PART, Exchange, Gather, Slices
 from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form, check
 from lightning_async.algorithms.sign_notices import MOST, NOTICE, Notices
@@ -86,15 +86,18 @@ class LazySign(Algorithm):
 
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """All weights are equal; nothing was left over yet."""
+        self._begin(mail, rounds)
+        if self._alone:
+            return
+        self._kept = replica.weights() if self.compress == "update" else torch.zeros_like(replica.flat)
+        self.signs = self._new_rounds(replica, replica.flat)
+
+    def _begin(self, mail: Mail, rounds: Rounds) -> None:
         self._rounds, self._members, self._me = rounds, mail.members(), mail.me
         self._step = self._met = self.skipped = 0
         self._peers = [member for member in self._members if member != self._me]
         self._ended: set[int] = set()
         self._arrivals = []
-        if self._alone:
-            return
-        self._kept = replica.weights() if self.compress == "update" else torch.zeros_like(replica.flat)
-        self.signs = self._new_rounds(replica, replica.flat)
 
     @property
     def trigger(self) -> Trigger:
@@ -139,14 +142,25 @@ class LazySign(Algorithm):
     def _round(self, mail: Mail, source: Source) -> Wait[None]:
         """Send or not, and learn what all agreed on; nobody waits where nobody sends."""
         try:
-            sent = yield from self.signs.take(mail, source)
+            sent = yield from self._take(mail, source)
         except NotFinite as error:
             raise RuntimeError(
-                f"the {self.compress} of rank {self._me} in round {self.signs.number} has a NaN or an infinity, "
+                f"the {self.compress} of rank {self._me} in round {self._number} has a NaN or an infinity, "
                 "which would stay in what is fed back for ever: lower the learning rate, clip gradients, or look for "
                 "the batch"
             ) from error
         self.skipped += not sent
+
+    def _take(self, mail: Mail, source: Source) -> Wait[bool]:
+        return (yield from self.signs.take(mail, source))
+
+    @property
+    def _number(self) -> int:
+        return 0 if self._alone else self.signs.number
+
+    @property
+    def _rest(self) -> Rest:
+        return self.signs.rest
 
     def _heard(self, letter: Letter) -> None:
         launched = max(letter.message.echo, self._met)
@@ -212,21 +226,23 @@ class LazySign(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """What is left over here and at this rank's server, and what the rule remembers."""
-        number = 0 if self._alone else self.signs.number
-        state: dict[str, Any] = {"method": "LazySign", "rule": self.rule, "round": number, "step": self._met}
+        state: dict[str, Any] = {"method": "LazySign", "rule": self.rule, "round": self._number, "step": self._met}
         return state if self._alone else {**state, **self.signs.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of the same rule."""
-        if (saved := (state.get("method"), state.get("rule"))) != ("LazySign", self.rule):
-            raise ValueError(
-                f"the state of {saved[0] or 'another method'} with rule {saved[1]!r} does not fit lazy_sign with rule "
-                f"{self.rule!r}: go on with the rule that the run was started with, or start anew from the weights"
-            )
+        self._check_state(state, self.rule)
         self._step = self._met = state["step"]
         if not self._alone:
             self.signs.number = state["round"]
             self.signs.load_state_dict(state)
+
+    def _check_state(self, state: Mapping[str, Any], way: str) -> None:
+        if (saved := (state.get("method"), state.get("way", state.get("rule")))) != ("LazySign", way):
+            raise ValueError(
+                f"the state of {saved[0] or 'another method'} with rule {saved[1]!r} does not fit lazy_sign with rule "
+                f"{way!r}: go on with the rule that the run was started with, or start anew from the weights"
+            )
 
     def inherit(self, replica: Replica, states: Iterable[Mapping[str, Any]], *, world: int) -> None:
         """Take over what ranks of a run with `world` members had not sent: the mean over all of it stays what it was.
@@ -241,7 +257,7 @@ class LazySign(Algorithm):
             if (slice_ := served.get("rest")) is not None:
                 all_of_it[served["base"] : served["base"] + slice_.numel()] += slice_
             if not self._alone:
-                self.signs.rest.vector.add_(all_of_it.to(replica.flat), alpha=len(self._members))
+                self._rest.vector.add_(all_of_it.to(replica.flat), alpha=len(self._members))
             elif self.compress == "update":
                 replica.shift(all_of_it.to(replica.flat))
 
@@ -264,22 +280,26 @@ class LazySign(Algorithm):
         )
 
     def _new_exchange(self, replica: Replica, press: Press, *, whole: bool) -> Exchange:
+        gather = self.form == "gather" or (self.form == "auto" and len(self._members) <= FEW)
+        parts = self._cuts(replica, parts=1 if gather else len(self._members), whole=whole)
+        form = Gather if gather else Slices
+        reuse = RULES[self.rule].reuses
+        return form(press, parts, self._me, self._members, reuse=reuse, like=replica.flat)
+
+    def _cuts(self, replica: Replica, *, parts: int, whole: bool = False) -> list[Cut]:
+        """The model in so many sheets."""
         spans = [Span(at, at + p.numel(), i) for i, (p, at) in enumerate(replica.places)]
         whole = whole or self.compressor == "none"
         exact = [i for i, (p, _) in enumerate(replica.places) if whole or self.travels_whole(p)]
-        gather = self.form == "gather" or (self.form == "auto" and len(self._members) <= FEW)
-        parts = cuts(
+        return cuts(
             spans,
-            parts=1 if gather else len(self._members),
+            parts=parts,
             dtype=replica.flat.dtype,
             exact=exact,
             min_size=self.min_size,
             block=self.block,
             scale=self.scale,
         )
-        form = Gather if gather else Slices
-        reuse = RULES[self.rule].reuses
-        return form(press, parts, self._me, self._members, reuse=reuse, like=replica.flat)
 
     def _new_trigger(self, flat: Tensor) -> Trigger:
         silence = RULES[self.rule]

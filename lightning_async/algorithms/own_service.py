@@ -33,7 +33,7 @@ class OwnService:
     def tell(self, owners: Iterable[int] = ()) -> None:
         """Say what is new; of a death, to the other owners too."""
         mail = self._mail
-        known = (mail.members(), next_of(mail.me, mail.live()))
+        known = (mail.members(), self._mirror())
         if known != self._told:
             deaths, self._told, (members, mirror) = known[0] != self._told[0], known, known
             ranks = torch.tensor(members, dtype=torch.int64)
@@ -41,6 +41,13 @@ class OwnService:
             others = set(owners).intersection(members) - {mail.me} if deaths else ()
             self._commands += [(owner, Message(NEWS, ranks)) for owner in sorted(others)]
         self._post()
+
+    def _mirror(self) -> int | None:
+        """Where mirrors go. Who is cut off from all the others is succeeded by one of them: there what it merges must
+        be known, or wait. Of two nobody succeeds the other."""
+        mail = self._mail
+        near = next_of(mail.me, mail.live())
+        return next_of(mail.me, mail.members()) if near is None and len(mail.members()) > 2 else near
 
     def _post(self) -> None:
         """As far as the slots are free, for each in order; what was for the dead is dropped."""
@@ -60,11 +67,12 @@ class OwnService:
             take = Message(TAKE, first, version=exchange.version, reference=exchange.place)
             self._commands.append((self._mail.me, take))
 
-    def rates(self, now: Tensor) -> None:
-        """The optimizer's numbers, if they are others than before; where there is no room the next ones will do."""
+    def rates(self, now: Tensor) -> bool:
+        """The optimizer's numbers, if they are others than before; whether they are told: there may be no room."""
         told = self._rates is not None and torch.equal(self._rates, now)
         if not told and self._mail.post(self._mail.me, Message(RATES, now)):
-            self._rates = now
+            self._rates, told = now, True
+        return told
 
     def put(self, images: Tensor) -> None:
         """A run goes on: the service's shards are these."""

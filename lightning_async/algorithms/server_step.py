@@ -56,6 +56,7 @@ class ServerStep:
         *,
         share: float | None = None,
         among: float | None = None,
+        pace: float = 1.0,
     ) -> None:
         """Step by a gradient that counts `gamma`.
 
@@ -66,10 +67,12 @@ class ServerStep:
             n: How many members push in a round.
             share: What part of a synchronous step it is; None: one n-th.
             among: How many such pushes make one, on average; None: n.
+            pace: By what the learning rate is multiplied.
         """
         share = 1 / n if share is None else share
         for group, now in zip(self._optimizer.param_groups, self._groups.now, strict=True):
             group.update(spread(now, share))
+            group["lr"] *= pace
         self._remind(share)
         gradient = correction * (gamma / share if self._is_adam else gamma)
         for piece, parameter in self._pieces:

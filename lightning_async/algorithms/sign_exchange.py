@@ -129,7 +129,7 @@ class Gather(Exchange):
     def send(self, mail: Mail, number: int, source: Source, rest: Rest) -> None:
         """Pack one sheet for all."""
         self._press.pack(source, rest, self._parts[self.me])
-        for peer in _from(self.me, self.members):
+        for peer in from_here(self.me, self.members):
             self._post(peer, PART, number, self._parts[self.me])
         self._flush(mail)
 
@@ -172,7 +172,7 @@ class Slices(Exchange):
     def send(self, mail: Mail, number: int, source: Source, rest: Rest) -> None:
         """Pack slice after slice; what is packed travels while the next is."""
         means = self._press.means(source, rest, self.cuts)
-        for server in [*_from(self.me, self.members), self.me]:
+        for server in [*from_here(self.me, self.members), self.me]:
             if server in self._servers:
                 sheet = self._parts[self.me] if server == self.me else self._out[server]
                 self._press.pack(source, rest, sheet, means)
@@ -187,7 +187,7 @@ class Slices(Exchange):
             into = {peer: self._parts[peer] for peer in self._firing if peer != self.me}
             yield from self._receive(mail, PART, number, into, guard, heard)
             self._press.pack(self._sum(), self._rest, self._means[self.me])
-            for peer in _from(self.me, self.members):
+            for peer in from_here(self.me, self.members):
                 self._post(peer, MEAN, number, self._means[self.me])
         means = {peer: self._means[peer] for peer in self._servers if peer != self.me}
         yield from self._receive(mail, MEAN, number, means, guard, _nothing)
@@ -223,7 +223,7 @@ class Slices(Exchange):
         return Sum([self._parts[m] for m in counted], 1 / len(self.members))
 
 
-def _from(me: int, members: Sequence[int]) -> list[int]:
+def from_here(me: int, members: Sequence[int]) -> list[int]:
     """The peers in the order of the ring from `me` on, so that not all write to the same one first."""
     at = members.index(me)
     return [*members[at + 1 :], *members[:at]]

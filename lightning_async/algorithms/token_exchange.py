@@ -58,7 +58,7 @@ class TokenExchange(Exchange):
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
-    def give(self, mail: Mail, step: int, *, kind: int = PUSH) -> None:
+    def give(self, replica: Replica, mail: Mail, step: int, *, kind: int = PUSH) -> None:
         """If it is this member's turn push the sum; first find out about a push that was never answered."""
         if self.asked:
             return

@@ -7,54 +7,25 @@
 
     RATES of the own member   -->  the optimizers' numbers are those of run progress
 
-All else is `shard_service`. What a push counts: "sum" 1/n, "mean" 1/(batches in it), "delay" 1/n by a law of how late.
+All else is `shard_service`; the shards themselves are `turn_server`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
+from lightning_async.algorithms.compensation import Compensation
 from lightning_async.algorithms.server_groups import Groups
 from lightning_async.algorithms.server_step import ServerStep
-from lightning_async.algorithms.shard_server import ShardServer
 from lightning_async.algorithms.shard_service import Answers, Owned, ShardService
 from lightning_async.algorithms.shards import ANSWER, BID, LAST, MILLION, PUSH, RATES, TOKEN, Shard
+from lightning_async.algorithms.turn_server import Moves, Scale, TurnServer
 from lightning_async.algorithms.turns import Turns
-from lightning_async.algorithms.weighting import excess_rounds
 from lightning_async.transport.mail import Letter, Message
-
-Scale = Literal["sum", "mean", "delay"]
-
-
-@dataclass
-class TurnServer(ShardServer):
-    """A shard whose pushes are sums of gradients.
-
-    Attributes:
-        scale: What a push counts.
-        worths: How many batches were in each member's last push.
-    """
-
-    scale: Scale = "sum"
-    outer: ServerStep = field(init=False)
-
-    def _merge(self, letter: Letter, correction: Tensor, gamma: float) -> None:
-        """With "mean" each push is a step of its own."""
-        n, batches = len(self.members), letter.message.weight
-        self.worths[letter.peer] = float(batches)
-        among = n * len(self.worths) / sum(self.worths.values())
-        share, among = (1.0, 1.0) if self.scale == "mean" else (batches / n, among)
-        self.outer.arrive(self.weights, correction, gamma, n, share=share, among=among)
-
-    def _gamma(self, letter: Letter, delay: int) -> float:
-        n = len(self.members)
-        if self.scale == "mean":
-            return 1 / letter.message.weight
-        return (self.rules.law(excess_rounds(delay, n)) if self.scale == "delay" else 1.0) / n
 
 
 class TurnService(ShardService):
@@ -68,7 +39,8 @@ class TurnService(ShardService):
         first: Who holds the first tokens, by place.
         skip: Whether idle holders are passed over.
         scale: What a push counts.
-        groups: The user's optimizer.
+        late: What is done about late ones.
+        groups: The user's optimizer; None: pushes are moves.
         shards: How the vector is cut.
         options: What `ShardService` takes beside.
     """
@@ -83,11 +55,12 @@ class TurnService(ShardService):
         first: Mapping[int, int],
         skip: bool,
         scale: Scale,
-        groups: Groups,
+        late: Compensation,
+        groups: Groups | None,
         shards: Sequence[Shard],
         **options: Any,
     ) -> None:
-        self._scale, self._skip, self._groups = scale, skip, groups
+        self._scale, self._late, self._skip, self._groups = scale, late, skip, groups
         self._begins = [shard.begin for shard in shards]
         self.turns = {at: Turns(first[at], skip=skip) for at in owned}
         super().__init__(me, members, owned, mirrored, **options)
@@ -99,7 +72,7 @@ class TurnService(ShardService):
     def _served(self, letter: Letter) -> Answers:
         m = letter.message
         turns = self.turns.get(m.reference)
-        if m.kind == RATES:
+        if m.kind == RATES and self._groups is not None:
             assert m.body is not None  # the numbers
             self._groups.hear(m.body)
             return []
@@ -122,7 +95,8 @@ class TurnService(ShardService):
         """Nothing is left to push: no step, and no turn until the members have met."""
         m, server = letter.message, self.owned[letter.message.reference].server
         server.pushed[letter.peer] = m.step
-        server.pausing[letter.peer] = server.bases[letter.peer] = server.version
+        server.handed_out(letter.peer)
+        server.pausing[letter.peer] = server.version
         answer = Message(ANSWER, server.weights, version=server.version, weight=MILLION, reference=m.reference)
         return letter.peer, answer
 
@@ -130,11 +104,17 @@ class TurnService(ShardService):
         self.turns = {at: self.turns.get(at) or Turns(after=self._me, skip=self._skip) for at in self.owned}
         for at, turns in self.turns.items():
             server = self.owned[at].server
-            granted = turns.grant(server.members, server.pausing)
+            alone = len(server.members) == 1  # what its last push rounded off it may push again
+            granted = turns.grant(server.members, () if alone else server.pausing)
             if granted is not None:
                 yield granted, Message(TOKEN, reference=at)
 
+    def anew(self, weights: Tensor) -> TurnServer:
+        """A server of some weights, for who cuts shards anew."""
+        return self._new(weights, 0)
+
     def _new(self, weights: Tensor, number: int) -> TurnServer:
-        begin = self._begins[number]
-        rules = replace(self._rules, make_outer=lambda weights: ServerStep(weights, self._groups, begin))
-        return TurnServer(rules, weights, self._members, shrink=self._shrink, scale=self._scale)
+        groups, begin = self._groups, self._begins[number]
+        make = Moves if groups is None else lambda part: ServerStep(part, groups, begin)
+        rules = replace(self._rules, make_outer=make)
+        return TurnServer(rules, weights, self._members, shrink=self._shrink, scale=self._scale, late=self._late)

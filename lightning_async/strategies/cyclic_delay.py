@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -12,13 +13,16 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_async.algorithms.cyclic_delay import CyclicDelay, Token
+from lightning_async.algorithms.compensation import How
+from lightning_async.algorithms.cyclic_delay import CyclicDelay
 from lightning_async.algorithms.server_groups import check_elementwise
-from lightning_async.algorithms.turn_service import Scale
+from lightning_async.algorithms.turn_knobs import Push, Token
+from lightning_async.algorithms.turn_server import Scale
 from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
+from lightning_async.strategies.inheritance import heirlooms
 from lightning_async.strategies.knobs import StartMethod
 
 
@@ -26,18 +30,25 @@ class CyclicDelayStrategy(AsyncStrategy):
     """Cyclic updates with dynamic delay (Hu et al. 2018): the user's optimizer steps global weights, by turns.
 
     Each rank adds up its gradients until it has the token, pushes their sum, and pulls the newest weights: a fast rank
-    puts more batches into a push. The optimizer steps on the server, which all ranks are together; theirs do not.
+    puts more batches into a push. The optimizer steps on the server, which all ranks are together; theirs do not, but
+    with push="delta", where each rank's own optimizer steps and what it moved is pushed.
 
     Args:
         token: "skip" (nobody waits; who has nothing ready is passed over), or "strict" (the paper's: the ring is never
             left, no push is more than n - 1 versions late, and ranks wait for their turn's answer).
+        push: What adds up: "gradient", or "delta" (what local optimizer steps moved; any optimizer will do).
         scale: What a push counts: "sum" (each batch one n-th, as with `ddp`), "mean" (each push as one whole step), or
             "delay" (as "sum", and less if it is later than in a healthy run).
         strength: How much less with scale="delay": (1 + excess rounds)^-strength; None: 0.5.
+        compensation: What is done about late pushes: "none", "lr" (a shorter step) or "dc" (DC-ASGD: the gradient is
+            guessed as it would be today; for push="gradient").
+        compensation_strength: With "lr" the exponent p of 1 / (1 + excess rounds)^p, None: 0.5; with "dc" the factor
+            lambda, None: 0.04.
         max_accumulate: So many batches may add up; then the rank waits for its turn. None: no bound.
+        warm_up: Steps of a rank over which that bound grows from 1; 0: none.
         max_delay: Pushes later than this many versions beyond what equal ranks have are shrunk; None: none are.
         shards: Parts of the weights, each with a token and an owner; None: as many as ranks, at most 8.
-        mirror_every: Pushes between two copies of a shard on another rank; None: four for each rank.
+        mirror_every: Pushes of a shard that may be in no copy of it on another rank; None: eight for each rank.
         balance: "claim" (the share of the data follows the speed), "equal" (every rank the same number of samples), or
             "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
@@ -67,9 +78,13 @@ class CyclicDelayStrategy(AsyncStrategy):
         self,
         *,
         token: Token = "skip",
+        push: Push = "gradient",
         scale: Scale = "sum",
         strength: float | None = None,
+        compensation: How = "none",
+        compensation_strength: float | None = None,
         max_accumulate: int | None = None,
+        warm_up: int = 0,
         max_delay: int | None = 1000,
         shards: int | None = None,
         mirror_every: int | None = None,
@@ -95,9 +110,13 @@ class CyclicDelayStrategy(AsyncStrategy):
         super().__init__(
             CyclicDelay(
                 token=token,
+                push=push,
                 scale=scale,
                 strength=strength,
+                compensation=compensation,
+                compensation_strength=compensation_strength,
                 max_accumulate=max_accumulate,
+                warm_up=warm_up,
                 max_delay=max_delay,
                 shards=shards,
                 mirror_every=mirror_every,
@@ -125,9 +144,16 @@ class CyclicDelayStrategy(AsyncStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Refuse what a server cannot step, and hand it the optimizer."""
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._refuse(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and self.algorithm.push == "gradient":
+            self._refuse()
             self.algorithm.optimizer = self.optimizers[0]
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
+        """Also what all old ranks served, if they were more or fewer."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.algorithm.heritage = heirlooms(self, checkpoint_path, checkpoint, everything=True)
+        return checkpoint
 
     def meet(self) -> Wish:
         """Nobody may wait for the turn of a rank that waits at a meeting."""
@@ -135,19 +161,20 @@ class CyclicDelayStrategy(AsyncStrategy):
             self.office.drive(self.algorithm.stop(self.replica, self.office.mail))
         return super().meet()
 
-    def _refuse(self, trainer: Trainer) -> None:
+    def _refuse(self) -> None:
         if len(self.optimizers) != 1:
             raise MisconfigurationException(
                 f"strategy={self.name!r}: the server steps by one optimizer, and there are {len(self.optimizers)}: "
-                "give one optimizer with a parameter group for each, or use strategy='async_global'"
+                "give one optimizer with a parameter group for each, or push='delta'"
             )
         optimizer = self.optimizers[0]
         try:
             check_elementwise(optimizer)
         except ValueError as error:
             raise MisconfigurationException(f"strategy={self.name!r}: {error}") from error
-        if str(trainer.precision) == "16-mixed":
+        scaled = getattr(self.precision_plugin, "scaler", None) is not None
+        if scaled and any(group.get("fused") for group in optimizer.param_groups):
             raise MisconfigurationException(
-                f"strategy={self.name!r}: steps that precision='16-mixed' skips are not pushed rightly yet; use "
-                "precision='bf16-mixed'"
+                f"strategy={self.name!r}: with fused=True {type(optimizer).__name__} takes fp16's scale out of the "
+                "gradients in its own step, and here the server steps: leave out `fused`"
             )

@@ -59,6 +59,7 @@ class Feeding:
         self._streams = Streams(self._drawn)
         self._interrupted = Interrupted(rank_zero_warn)
         self._memory: dict[str, Any] = {}
+        self._in_mid_epoch = False
         self._tell_epoch: Callable[[int], None] | None = None
 
     @property
@@ -123,6 +124,12 @@ class Feeding:
                 "resumed run begins the stream anew: use a loader with a `state_dict`, as torchdata's "
                 "StatefulDataLoader, or `num_workers=0`"
             )
+        elif source_of(loader) is None and self._in_mid_epoch:
+            rank_zero_warn(
+                f"`{type(loader).__name__}` has no state, so this run begins its stream anew and trains again on what "
+                "it has trained on: use a loader with a `state_dict`, as torchdata's StatefulDataLoader or litdata's "
+                "StreamingDataLoader"
+            )
         return self._streams.watch(loader)
 
     def completed(self, batch: object = None) -> None:
@@ -150,6 +157,7 @@ class Feeding:
         self.batches = self.samples = 0
         self._begun, self._by_sample, self._tell_epoch = True, False, None
         self._streams.clear()
+        self._in_mid_epoch = False
         self._interrupted = Interrupted(rank_zero_warn)
         self._memory = {}
 
@@ -174,9 +182,10 @@ class Feeding:
         """The state of each stream of this rank, as of what was trained on; None where it has none."""
         return self._streams.bookmarks()
 
-    def load_loader_states(self, states: Sequence[Any]) -> None:
+    def load_loader_states(self, states: Sequence[Any], *, in_mid_epoch: bool = False) -> None:
         """Go on with this rank's own streams from there. To be called before the loader is shared out."""
         self._streams.load(states)
+        self._in_mid_epoch = in_mid_epoch
 
     def _new_loaders(self) -> None:
         """Lightning makes all its loaders before it draws from one: what comes after that replaces them."""

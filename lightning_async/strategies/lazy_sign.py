@@ -16,6 +16,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_async.algorithms.late_sign import LateSign
 from lightning_async.algorithms.lazy_sign import LazySign
 from lightning_async.algorithms.sheets import Scale
 from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form
@@ -23,6 +24,7 @@ from lightning_async.algorithms.sign_memory import warning
 from lightning_async.algorithms.sign_rules import Rule
 from lightning_async.algorithms.sign_trigger import News
 from lightning_async.algorithms.signs import BLOCK
+from lightning_async.progress.report import Wish
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.inheritance import heirlooms
@@ -53,6 +55,9 @@ class LazySignStrategy(AsyncStrategy):
         threshold: A rank sends where its news exceed so many times the mean square of those rounds.
         error_weight: How much what signs miss counts against sending.
         max_skip: Silent rounds in a row, at most.
+        deadline: Seconds that a step waits for the late; then its round closes without them, and what they send counts
+            when it comes, `max_skip` rounds later at most. Shares of the data follow the speed then. None: all wait for
+            all, in lock-step.
         ahead: So many rounds ahead a rank says whether it sends; more where a message travels longer than a step takes.
         warm_up: So many steps send whole numbers at first.
         threads: Threads that pack and unpack, on a CPU.
@@ -94,6 +99,7 @@ class LazySignStrategy(AsyncStrategy):
         threshold: float = 0.8,
         error_weight: float = 0.0,
         max_skip: int = 7,
+        deadline: float | None = None,
         ahead: int = 1,
         warm_up: int = 0,
         threads: int = 1,
@@ -116,24 +122,25 @@ class LazySignStrategy(AsyncStrategy):
     ) -> None:
         if isinstance(exact, str):
             raise ValueError(f"`exact` must be a list of names, got {exact!r}: write [{exact!r}]")
+        knobs: dict[str, Any] = {
+            "rule": rule,
+            "compress": compress,
+            "compressor": compressor,
+            "scale": scale,
+            "block": block,
+            "min_size": min_size,
+            "form": form,
+            "news": news,
+            "history": history,
+            "threshold": threshold,
+            "error_weight": error_weight,
+            "max_skip": max_skip,
+            "ahead": ahead,
+            "warm_up": warm_up,
+            "threads": threads,
+        }
         super().__init__(
-            LazySign(
-                rule=rule,
-                compress=compress,
-                compressor=compressor,
-                scale=scale,
-                block=block,
-                min_size=min_size,
-                form=form,
-                news=news,
-                history=history,
-                threshold=threshold,
-                error_weight=error_weight,
-                max_skip=max_skip,
-                ahead=ahead,
-                warm_up=warm_up,
-                threads=threads,
-            ),
+            LazySign(**knobs) if deadline is None else LateSign(deadline=deadline, **knobs),
             buffers=buffers,
             meet_every=meet_every,
             grace=grace,
@@ -171,6 +178,12 @@ class LazySignStrategy(AsyncStrategy):
         states, world = self._heirlooms
         self.algorithm.inherit(self.replica, states, world=world)
         self._heirlooms = ([], 1)
+
+    def meet(self) -> Wish:
+        """Nobody may wait for a rank that waits at a meeting."""
+        if self.free and isinstance(self.algorithm, LateSign):
+            self.office.drive(self.algorithm.stop(self.office.mail))
+        return super().meet()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
         """Where another number of ranks saved it, what they had not sent yet falls to these."""

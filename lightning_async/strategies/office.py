@@ -10,9 +10,9 @@ rank 0 could say what happened.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -102,6 +102,7 @@ class Office:
             peers=tuple(r for r in range(world) if abs(r - me) in (1, world - 1) and r != me),
             silence=self.silence,
             patience=self.patience,
+            late=None if self._count == 1 else math.inf,  # a wait for it has its own bound: `limit`
             interface=self.interface,
         )
         self._carrier.start()
@@ -124,8 +125,8 @@ class Office:
         *,
         gathers: bool = True,
     ) -> T:
-        """Run a `Wait` to its end; see `waiting.drive`. `gathers`: its short mail may leave together at the end."""
-        with self.carrier.gathered() if gathers else nullcontext():
+        """Run a `Wait` to its end; see `waiting.drive`. `gathers`: its short mail leaves together, not at once."""
+        with self.carrier.gathered(posts=gathers):
             return drive(waiting, self.flags, limit=self.limit, sign=sign, heed=heed)
 
     def check_complete(self, world: int) -> None:

@@ -35,6 +35,7 @@ class RankFiles:
     def __init__(self) -> None:
         self._saves: dict[str, Saves] = {}
         self._named: dict[str, str] = {}
+        self._finished: set[str] = set()
         self._late: list[str] = []
 
     def begin(self, io: CheckpointIO, path: str, save: str, ranks: Sequence[int], options: Any) -> None:
@@ -49,6 +50,7 @@ class RankFiles:
         Where files are written later, the main file on the disk may still name the save before: that one stays.
         """
         before, self._named[path] = self._named.get(path), save
+        self._finished.add(path)
         if not writes_later(io):
             self._clear(io, path, keep={save})
         elif before is not None:
@@ -63,11 +65,15 @@ class RankFiles:
         self._clear(io, path, keep=set())
         self._saves.pop(path, None)
         self._named.pop(path, None)
+        self._finished.discard(path)
 
     def settle(self, io: CheckpointIO) -> None:
-        """All ranks have written all: only what the main files name stays."""
-        for path, save in self._named.items():
-            self._clear(io, path, keep={save})
+        """All ranks have written all: only what the main files name stays.
+
+        Those that were only read stay as they are: they may have been written since, by another spelling of the path.
+        """
+        for path in self._finished:
+            self._clear(io, path, keep={self._named[path]})
         for file in self._late:
             _discard(io, file)
         for folder in {os.path.dirname(file) for file in self._late}:

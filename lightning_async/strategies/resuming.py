@@ -59,8 +59,8 @@ class Resuming:
             own = _without_place(own, checkpoint)
             self._warn(path, ranks, list(reasons))
         strategy.feeding.load_state_dict(shared["data"])
-        strategy.feeding.load_loader_states(own.get("loaders", ()))
         self._waiting, self._between_epochs = own, _epoch_is_over(checkpoint)
+        strategy.feeding.load_loader_states(own.get("loaders", ()), in_mid_epoch=not self._between_epochs)
         return {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
 
     def before_loader(self) -> None:

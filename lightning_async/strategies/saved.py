@@ -6,12 +6,13 @@ look for files that nobody wrote.
 
 from __future__ import annotations
 
+import json
+
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_async.strategies.compat import callbacks
-from lightning_async.strategies.words import broadcast
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 
@@ -19,13 +20,13 @@ PATHS = ("best_model_path", "last_model_path", "kth_best_model_path")
 
 
 def agree_on_saved(trainer: Trainer, rounds: Rounds) -> Wait[None]:
-    """Give every rank the paths of the first living rank."""
-    source = rounds.carrier.members()[0]
+    """Give every rank the paths of the first living rank. All say theirs: who was first may die on the way."""
     for callback in callbacks(trainer):
         if isinstance(callback, ModelCheckpoint):
             mine = {name: str(getattr(callback, name)) for name in PATHS}
             mine["best_k"] = {path: float(score) for path, score in callback.best_k_models.items()}  # type: ignore[assignment]
-            theirs = yield from broadcast(rounds, mine, source)
+            said = yield from rounds.agree(json.dumps(mine).encode(), what="what was saved")
+            theirs = json.loads(said[min(said)])
             for name in PATHS:
                 setattr(callback, name, theirs[name])
             callback.best_k_models = {path: torch.tensor(score) for path, score in theirs["best_k"].items()}

@@ -6,6 +6,7 @@ flags on the board:   "stop"  (a SIGTERM somewhere: everybody stops cleanly)
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from lightning_async.transport.mail import Carrier, Wait
 
 T = TypeVar("T")
 GLANCE = 0.2  # seconds between two looks at the flags while waiting
+log = logging.getLogger(__name__)
 
 
 class PeerFailedError(RuntimeError):
@@ -45,6 +47,7 @@ class Flags:
     spent: float = 0.0
     waited: float = 0.0
     _stopping: float | None = None
+    _mourned: set[int] = field(default_factory=set)  # whose deaths were told
 
     @property
     def terminating(self) -> bool:
@@ -53,6 +56,7 @@ class Flags:
 
     def raise_if_set(self) -> None:
         """Raise if the run is to stop. Called before every batch and at every glance of a wait."""
+        self._mourn()
         if self.sigterm:  # set by a signal handler, which may not do more than that
             self.carrier.propose("stop", str(self.carrier.me).encode())
         abort = self.carrier.decided("abort")
@@ -64,6 +68,14 @@ class Flags:
             self._stopping = self._stopping or time.monotonic()
             if not self.patient() or time.monotonic() - self._stopping >= self.grace:
                 raise SIGTERMException()
+
+    def _mourn(self) -> None:
+        """Tell the user of each death, once, by the first rank that lives: Lightning's rank 0 may be the dead one."""
+        deaths: dict[int, str] = getattr(self.carrier, "deaths", {})
+        for rank in sorted(deaths.keys() - self._mourned - {*self.carrier.members()} if deaths else ()):
+            self._mourned.add(rank)
+            if self.carrier.me == (left := self.carrier.members())[0]:
+                log.warning("rank %d is dead: %s. Left: rank %s", rank, deaths[rank], ", ".join(map(str, left)))
 
     def announce(self, exception: BaseException) -> None:
         """Tell the others that this rank stops, unless it stops because of them."""

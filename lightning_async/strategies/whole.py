@@ -28,7 +28,7 @@ _ALIGNED = 16
 
 def gather(rounds: Rounds, tree: Any) -> Wait[list[Any]]:
     """What each rank brought, in the order of ranks."""
-    parts = yield from words.gather_uneven(rounds, pack(tree), what="gather the stages")
+    parts, _ = yield from rounds.exchange(pack(tree), "gather")
     return [unpack(part) for part in parts]
 
 

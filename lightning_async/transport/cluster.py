@@ -38,6 +38,7 @@ class ClusterCarrier:
         peers: Links to open at once, in the background. Others are opened by the first post.
         silence: Seconds without a heartbeat after which a member is not `live`.
         patience: Seconds after which it is declared dead.
+        late: Seconds after which one that has not begun at all is declared dead; by default `patience`.
         max_bytes: The longest body that this member takes.
         fragment_bytes: The longest piece in which a body travels.
         connect_timeout: The longest that a rendezvous may take when the peer dies on its way to it.
@@ -57,6 +58,7 @@ class ClusterCarrier:
         peers: Iterable[int] = (),
         silence: float = 2.0,
         patience: float = 30.0,
+        late: float | None = None,
         max_bytes: int = 4 << 30,
         fragment_bytes: int = 4 << 20,
         connect_timeout: float = 30.0,
@@ -110,6 +112,7 @@ class ClusterCarrier:
             tick=tick,
             silence=silence,
             patience=patience,
+            late=late,
             look=lambda: self._links.look(self._control),
             bury=self._bury,
             news=self._news,
@@ -130,6 +133,11 @@ class ClusterCarrier:
         """Why this member cannot go on, in words, or None: declared dead, the store lost, another version at a peer."""
         return self._control.failed or self._links.refused or self._service_failed
 
+    @property
+    def deaths(self) -> dict[int, str]:
+        """Why each peer died that did; not those that left."""
+        return self._control.roll.deaths
+
     def start(self) -> None:
         """Begin; again is nothing."""
         if self._state == "made":
@@ -143,6 +151,7 @@ class ClusterCarrier:
             linger: Wait at most so long for the live peers to fold what was posted to them, and to be told what was
                 folded here. Without it what is on the way is cut off, within milliseconds.
         """
+        self._here.gathering.send()
         if self._state == "started" and linger > 0:
             with self._changed:
                 self._changed.wait_for(self._is_idle, linger)
@@ -233,9 +242,9 @@ class ClusterCarrier:
         finally:
             self._control.waiting(False)
 
-    def gathered(self) -> AbstractContextManager[None]:
-        """A block whose short mail leaves together at its end; see `gathering`."""
-        return self._here.gathering.gathered()
+    def gathered(self, *, posts: bool = True) -> AbstractContextManager[None]:
+        """A block whose short mail leaves together at its end; not `posts`: each post at once. See `gathering`."""
+        return self._here.gathering.gathered(posts=posts)
 
     def traffic(self) -> dict[int, dict[int, Count]]:
         """Counters by peer and kind; kind 0 counts headers."""

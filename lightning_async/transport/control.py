@@ -26,7 +26,7 @@ from lightning_async.transport.checks import check_amount, check_note
 from lightning_async.transport.gloo import Keys
 from lightning_async.transport.heartbeat import Beat
 from lightning_async.transport.requests import SAID, Requests
-from lightning_async.transport.roll import NOBODY, Roll
+from lightning_async.transport.roll import LEFT, NOBODY, Roll
 
 HURRY_SECONDS = 0.003
 """The tick while somebody waits for an answer."""
@@ -45,6 +45,7 @@ class Control:
         tick: Seconds between looks at the bell.
         silence: See `heartbeat`.
         patience: See `heartbeat`.
+        late: See `heartbeat`.
         look: Called in the control thread at every tick; True asks for the next one soon.
         bury: Called in the control thread with each peer found dead, before anybody is told that it is.
         news: Called when something was found that somebody may wait for.
@@ -60,11 +61,12 @@ class Control:
         tick: float = 0.1,
         silence: float = 2.0,
         patience: float = 30.0,
+        late: float | None = None,
         look: Callable[[], bool] = lambda: False,
         bury: Callable[[int], None] = lambda peer: None,
         news: Callable[[], None] = lambda: None,
     ) -> None:
-        self.roll = Roll(me=me, world=world, members=members, silence=silence, patience=patience, bury=bury)
+        self.roll = Roll(me=me, world=world, members=members, silence=silence, patience=patience, late=late, bury=bury)
         if tick <= 0:
             raise ValueError(f"`tick` must be above 0, got {tick}")
         self.me, self.world = me, world
@@ -166,6 +168,10 @@ class Control:
         self._wants[peer] = generation
         self._rings.add(peer)
 
+    def has_begun(self, peer: int) -> bool:
+        """Whether the peer was ever heard of."""
+        return peer in self._beats
+
     def wanted(self, peer: int) -> int:
         """Which link the peer wants to us; 0 for none."""
         beat = self._beats.get(peer)
@@ -245,7 +251,6 @@ class Control:
             store.add(f"bell/{peer}", 1)
 
     def _leave(self, store: Keys) -> None:
-        """Say that this is no accident: nobody needs to be patient with one who has left."""
         self._write(store)
-        store.compare_set(f"dead/{self.me}", NOBODY, b"it left the run")
+        store.compare_set(f"dead/{self.me}", NOBODY, LEFT)
         self._ring(store, self.roll.peers)

@@ -1,9 +1,11 @@
 """Short mail of one step leaves together: each wake-up of a link's thread takes the interpreter from the training.
 
-    with gathered():  post, folded, post, folded  --->  |  one notice to each link that has something to send
-    long mail, and mail of other threads          --->  at once: its time on the wire counts, or somebody waits for it
+    with gathered():             post, folded, post, folded  --->  |  one notice to each link that has something to send
+    with gathered(posts=False):  folded  --->  in the header of the next post, which its thread writes by itself
+    long mail, and mail of other threads  ---->  at once: its time on the wire counts, or somebody waits for it
 
-Before the training thread waits, what it has gathered is sent.
+Before the training thread waits, what it has gathered is sent. What it forgets a link tells by itself, with its next
+sign of life.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ class Gathering:
 
     def __init__(self) -> None:
         self._owner: int | None = None
+        self._posts = True
         self._stirred: dict[int, threading.Condition] = {}
+
+    @property
+    def hurries(self) -> bool:
+        """Whether this thread writes what it posts by itself: somebody may have nothing else to do than to wait."""
+        return not self._posts and self._owner == threading.get_ident()
 
     def stir(self, changed: threading.Condition, nbytes: int = 0) -> None:
         """There is something to send, of so many bytes; called with the condition held."""
@@ -31,9 +39,13 @@ class Gathering:
         else:
             changed.notify_all()
 
+    def sent(self, changed: threading.Condition) -> None:
+        """All that was to be sent on this link has left; for the thread that gathers."""
+        self._stirred.pop(id(changed), None)
+
     def send(self) -> None:
         """Tell the links now; for the thread that gathers."""
-        if not self._stirred or self._owner != threading.get_ident():
+        if not self._stirred or self._owner not in (None, threading.get_ident()):
             return
         stirred, self._stirred = self._stirred, {}
         for changed in stirred.values():
@@ -41,11 +53,15 @@ class Gathering:
                 changed.notify_all()
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Short mail that this thread posts or folds inside is sent at the end, or when it waits."""
-        before, self._owner = self._owner, threading.get_ident()
+    def gathered(self, *, posts: bool = True) -> Iterator[None]:
+        """Short mail that this thread posts or folds inside is sent at the end, or when it waits.
+
+        Not `posts`: what it posts leaves at once; what it folds, with that, or when it waits, or behind the block.
+        """
+        before, self._owner, self._posts = (self._owner, self._posts), threading.get_ident(), posts
         try:
             yield
         finally:
-            self.send()
-            self._owner = before
+            if posts:
+                self.send()
+            self._owner, self._posts = before

@@ -11,6 +11,7 @@ until their counter moves.
     silent for `silence` seconds     not live: nobody waits for it
     silent for `patience` seconds    dead: what it has not folded is lost, and it never comes back
     broken link, and not live        dead at once: the kernel closed its connections
+    not there for `late` seconds     dead: it never began
 """
 
 from __future__ import annotations
@@ -57,10 +58,13 @@ class Beat:
 class Silence:
     """How long each peer has been silent, by looks at their counters."""
 
-    def __init__(self, peers: Iterable[int], *, silence: float, patience: float, start: float) -> None:
+    def __init__(
+        self, peers: Iterable[int], *, silence: float, patience: float, start: float, late: float | None = None
+    ) -> None:
         if not 0 < silence <= patience:
             raise ValueError(f"`silence` must be above 0 and at most `patience`, got {silence} and {patience}")
         self._silence, self._patience = silence, patience
+        self._late = patience if late is None else late
         self._blink = silence / 2
         self._last = start
         self._quiet = dict.fromkeys(peers, 0.0)
@@ -94,8 +98,10 @@ class Silence:
     def verdict(self, peer: int, *, broken: bool) -> str | None:
         """Why this peer is to be declared dead, or None."""
         quiet = self._quiet[peer]
+        if peer not in self._counts:
+            return f"it did not come within {self._late:g} s" if quiet >= self._late else None
         if quiet >= self._patience:
             return f"silent for {quiet:.1f} s, patience is {self._patience:g} s"
-        if broken and peer in self._counts and quiet >= self._silence:
+        if broken and quiet >= self._silence:
             return f"its connection was closed and it was silent for {quiet:.1f} s"
         return None

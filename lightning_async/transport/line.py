@@ -1,9 +1,10 @@
-"""A line is what the two threads of a link share: the wire, how far each side has read, and whether an answer is owed.
+"""A line is what the threads of a link share: the wire, how far each side has read, and whether an answer is owed.
 
-    sender thread     headers written 1 2 3 4 5 6     what is up to `peer_seen` has arrived: its pages are free again
+    who writes        headers written 1 2 3 4 5 6     what is up to `peer_seen` has arrived: its pages are free again
     receiver thread   headers read    1 2 3 4         said in every header that goes back: `seen`; at once if `owe`
 
-Both change it under the lock of the slots, whose condition the sender waits on.
+All change it under the lock of the slots, whose condition the sender thread waits on. One thread writes at a time: the
+link's sender thread, or whoever posts a short message that somebody waits for.
 
 state: opening -> up -> dead (the peer is gone: `error`) | closed (by us)
 """
@@ -54,6 +55,7 @@ class Line:
         peer_seen: Headers of ours that the peer has read, as far as it told.
         owe: Whether the peer waits for a header of ours.
         sending: Whether a long body is on its way to the peer.
+        writing: Whether a thread is sending; one at a time.
     """
 
     def __init__(self, *, slots: Slots, here: Here, run: int, pieces: Pieces) -> None:
@@ -61,7 +63,7 @@ class Line:
         self.state = "opening"
         self.wire: Connection | None = None
         self.seen = self.peer_seen = 0
-        self.owe = self.sending = False
+        self.owe = self.sending = self.writing = False
         self._run = run
 
     def running(self) -> Connection:

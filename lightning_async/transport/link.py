@@ -29,7 +29,7 @@ from lightning_async.transport.pieces import Pieces
 from lightning_async.transport.receiver import Receiver
 from lightning_async.transport.sender import Sender
 from lightning_async.transport.shared import share
-from lightning_async.transport.slots import Here, Slots, nothing
+from lightning_async.transport.slots import Here, Slots, never, nothing
 
 LOOK = 0.003
 """Seconds between looks for the other one before the rendezvous."""
@@ -84,11 +84,26 @@ class Link:
         try:
             if self._open():
                 while self.state == "up":
-                    with self._slots.changed:
-                        job = self._slots.changed.wait_for(self.sender.next, PING)
-                    (job or self.sender.ping)()
+                    self._send_next()
         except (RuntimeError, ConnectionError, AnotherProtocolError) as error:
             self._fail(error)
+
+    def _send_next(self) -> None:
+        with self._slots.changed:
+            job = self._slots.changed.wait_for(self.sender.next, PING)
+            if self.line.writing:
+                return
+            self.line.writing = True
+        try:
+            (job or self.sender.ping)()
+        finally:
+            self._wrote()
+
+    def _wrote(self) -> None:
+        with self._slots.changed:
+            self.line.writing = False
+            if self.sender.waiting:
+                self._slots.changed.notify_all()
 
     def _open(self) -> bool:
         low, high = min(self.me, self.peer), max(self.me, self.peer)
@@ -109,6 +124,7 @@ class Link:
             if self.state != "opening":
                 return False
             self.line.wire, self.line.state = way, "up"
+            self._slots.write = self.write_now
             self._receiving.start()
         self._news()
         return True
@@ -125,6 +141,33 @@ class Link:
             self.receiver.run()
         except (RuntimeError, AnotherProtocolError) as error:
             self._fail(error)
+
+    # whoever posts
+
+    def write_now(self) -> bool:
+        """Send the one short message that is queued, in this thread. False: the sender thread has to.
+
+        What ends this thread in the middle, a signal for instance, may leave half of a header behind: then the link is
+        made anew, and the greeting tells what has arrived.
+        """
+        job: Callable[[], None] | None = None
+        error: Exception | None = None
+        try:
+            with self._slots.changed:
+                job = self.sender.short()
+                self.line.writing = self.line.writing or job is not None
+            if job is not None:
+                error = ConnectionError("a thread was interrupted while it wrote")
+                job()
+                error = None
+        except (RuntimeError, ConnectionError, AnotherProtocolError) as broken:
+            error = broken
+        finally:
+            if error is not None:
+                self._fail(error)
+            if job is not None:
+                self._wrote()
+        return job is not None
 
     # both
 
@@ -143,6 +186,8 @@ class Link:
         """
         with self._slots.changed:
             self.line.state = "closed"
+            if self._slots.write == self.write_now:
+                self._slots.write = never
             self._slots.changed.notify_all()
             wire = self.line.wire
         if wire is not None:
@@ -150,7 +195,9 @@ class Link:
         for thread in (self._sending, self._receiving):
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(0.5 if wire is None else 5.0)
-        gone = not self._sending.is_alive() and not self._receiving.is_alive()
+        with self._slots.changed:
+            quiet = self._slots.changed.wait_for(lambda: not self.line.writing, 5.0)
+        gone = quiet and not self._sending.is_alive() and not self._receiving.is_alive()
         if gone:
             self.line.wire = None
             self.sender.forget()

@@ -108,6 +108,8 @@ class Links:
         self._lines.look(now=self._here.now(), counts=counts)
         for peer in control.members():
             if peer != self._me:
+                if not control.has_begun(peer):
+                    self._lines.reset(peer)
                 self._tend(peer, control)
         return time.monotonic() < self._eager
 

@@ -15,6 +15,8 @@ from lightning_async.transport.heartbeat import Silence
 
 NOBODY = b"-"
 """What stands under a member's `dead` key while it lives."""
+LEFT = b"it left the run"
+"""What a member writes there itself: this is no accident, and nobody needs to be patient."""
 
 
 class Roll:
@@ -26,6 +28,7 @@ class Roll:
         members: Those alive at the start.
         silence: See `heartbeat`.
         patience: See `heartbeat`.
+        late: See `heartbeat`.
         bury: Called with each peer found dead, before anybody is told that it is.
 
     Attributes:
@@ -43,6 +46,7 @@ class Roll:
         members: Iterable[int] | None,
         silence: float,
         patience: float,
+        late: float | None,
         bury: Callable[[int], None],
     ) -> None:
         alive = sorted(range(world) if members is None else set(members))
@@ -55,9 +59,14 @@ class Roll:
         self.peers = tuple(k for k in alive if k != me)
         self._me = me
         self._bury = bury
-        self._judge = Silence(self.peers, silence=silence, patience=patience, start=time.monotonic())
+        self._judge = Silence(self.peers, silence=silence, patience=patience, start=time.monotonic(), late=late)
         self._broken: set[int] = set()
         self._condemned: dict[int, str] = {}
+
+    @property
+    def deaths(self) -> dict[int, str]:
+        """Why each member died that did; not those that left."""
+        return {k: why for k, why in list(self.reasons.items()) if k in self.peers and why != LEFT.decode()}
 
     def broken(self, peer: int, broken: bool) -> None:
         """Whether the connection to `peer` was closed by the other side and is not up again."""

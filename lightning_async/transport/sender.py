@@ -52,12 +52,30 @@ class Sender:
         """What to send next; called with the lock held. Whatever it is, it says what was folded and received too."""
         if self._line.state != "up":
             return nothing
+        if self._line.writing:
+            return None  # by whoever posted it; then it is told
         if self._outgoing is not None:
             if self._window_is_open(self._outgoing):
                 return partial(self.send_fragment, self._outgoing)
         elif self._slots.queue:
             return partial(self._send_message, self._slots.queue.popleft())
         return partial(self._send_header, Header(GOT)) if self._line.owe or self._slots.acks else None
+
+    def short(self) -> Callable[[], None] | None:
+        """The one message that is queued, if it fits into its header; called with the lock held."""
+        queue, line = self._slots.queue, self._line
+        if line.state != "up" or line.writing or self._outgoing is not None or len(queue) != 1:
+            return None
+        header = queue[0].header
+        if header is None or header.nbytes > INLINE_BYTES:
+            return None
+        return partial(self._send_message, queue.popleft())
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something for the sender thread; called with the lock held."""
+        line, slots = self._line, self._slots
+        return line.state != "up" or bool(slots.queue or slots.acks or line.owe or self._outgoing)
 
     def ping(self) -> None:
         """A header for its own sake."""

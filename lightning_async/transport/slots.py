@@ -9,8 +9,8 @@ number it has received whole and which of those it has not folded yet. From this
 message it has posted: folded (the slot is free), waiting there (the slot stays taken), or never arrived (sent again,
 under the same number). So a message is delivered exactly once however often the connection breaks.
 
-Whoever changes something here notifies `changed`, the training thread once a step (`gathering`); the link's sender
-thread waits on nothing else.
+Whoever changes something here notifies `changed`, the training thread once a step (`gathering`), or it sends by itself;
+the link's sender thread waits on nothing else.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ def nothing() -> None:
 def _own(m: Message, body: Tensor | None, echo: int) -> Message:
     """The message with the sender's own copy of its body; `replace` would take thrice as long, at every step."""
     return Message(m.kind, body, m.step, m.version, echo, m.samples, m.weight, m.reference)
+
+
+def never() -> bool:
+    """How a message is sent in the thread that posts it, while there is no link."""
+    return False
 
 
 def nobody(letter: Callable[[], Letter]) -> None:
@@ -138,6 +143,7 @@ class Slots:
         self.changed = threading.Condition()
         self.queue: deque[Slot] = deque()
         self.acks: deque[int] = deque()
+        self.write: Callable[[], bool] = never
         self.traffic: dict[int, Count] = {HEADERS: Count()}
         self.max_bytes = max_bytes
         self._limit = max_bytes
@@ -191,8 +197,21 @@ class Slots:
             slot.since = self._here.now()
             self.count(message.kind).numbers_out += numbers_in(body)
             self.queue.append(slot)
-            self._here.gathering.stir(self.changed, nbytes)
+            hurries = self._here.gathering.hurries
+            if not hurries:
+                self._here.gathering.stir(self.changed, nbytes)
+        if hurries:
+            self._hurry()
         return True
+
+    def _hurry(self) -> None:
+        """Send it in this thread, which has the interpreter; if that cannot be, wake the link's own."""
+        written = self.write()
+        with self.changed:
+            if not written:
+                self.changed.notify_all()
+            elif not self.acks:
+                self._here.gathering.sent(self.changed)
 
     def _header(self, message: Message, nbytes: int) -> Header:
         return Header(

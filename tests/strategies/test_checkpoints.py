@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_async import SpeedFaults
+from lightning_async.strategies.rank_files import RankFiles, rank_file
 from tests.strategies.lit import Lit, trainer, weights
 from tests.strategies.ranks import Forked, run
 from tests.strategies.resumable import (
@@ -259,6 +260,30 @@ def test_what_is_written_after_it_rotated_out_is_removed_all_the_same(
     best, _ = run(2, _lags, str(tmp_path), slow, options)
     assert sorted(files_of(Path(best))) == [0, 1]
     assert_nothing_over(tmp_path / "saved")
+
+
+def test_what_was_read_by_another_spelling_of_its_path_keeps_its_new_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ckpt_path="saved/last.ckpt"` is the file that a ModelCheckpoint writes by its whole path."""
+    monkeypatch.chdir(tmp_path)
+    path = str(tmp_path / "last.ckpt")
+
+    def saves(files: RankFiles, save: str) -> None:
+        io = AsyncCheckpointIO(TorchCheckpointIO())
+        files.begin(io, path, save, [0], None)
+        for name in (rank_file(path, save, 0), path):
+            io.save_checkpoint({"save": save}, name)
+        files.finish(io, path, save)
+        io.teardown()
+        files.settle(io)
+
+    first, second = RankFiles(), RankFiles()
+    saves(first, "a")
+    second.names("last.ckpt", "a")
+    saves(second, "b")
+    names = {"index.ckpt", Path(rank_file(path, "b", 0)).name}
+    assert {file.name for file in (tmp_path / "last.ckpt.ranks").iterdir()} == names
 
 
 def test_files_may_lie_elsewhere(tmp_path: Path) -> None:

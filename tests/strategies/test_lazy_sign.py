@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async import LazySignStrategy
+from lightning_async.callbacks import SpeedFaults
 from lightning_async.cli import main
 from tests.cli import recorded
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer, weights
@@ -231,6 +232,8 @@ def test_a_nan_stops_the_run_before_it_is_fed_back() -> None:
         ({"threshold": -0.1}, "`threshold` must be a number of at least 0, got -0.1"),
         ({"threshold": float("nan")}, "`threshold` must be a number of at least 0, got nan"),
         ({"error_weight": "3"}, "`error_weight` must be a number of at least 0, got '3'"),
+        ({"deadline": -1}, "`deadline` must be a number of seconds of at least 0, or None for no deadline, got -1"),
+        ({"deadline": 0.1, "rule": "paper"}, "`deadline` goes with rule='always' alone, got 'paper'"),
         ({"exact": "bias"}, "`exact` must be a list of names, got 'bias': write \\['bias'\\]"),
     ],
 )
@@ -292,6 +295,73 @@ def test_signs_of_gradients_are_warned_of_where_momentum_averages_them(
     assert all(warned is not None and warned in words for words in said)
 
 
+# -- a deadline --------------------------------------------------------------------------------------------------------
+
+
+class Adds(Plain):
+    """Adds up what its optimizer has done."""
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        before = _flat(self)
+        super().optimizer_step(*arguments, **options)
+        self.moved = getattr(self, "moved", torch.zeros_like(before)) + _flat(self) - before
+
+
+def _flat(module: L.LightningModule) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+class ByRound(Callback):
+    """A fingerprint of the weights by epoch and round, and what is held back at the end."""
+
+    def __init__(self) -> None:
+        self.prints: dict[tuple[int, int], str] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *arguments: Any) -> None:
+        where = (trainer.current_epoch, trainer.strategy.algorithm.late.round)
+        self.prints[where] = hashlib.sha256(_flat(module).numpy().tobytes()).hexdigest()[:12]
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        strategy = trainer.strategy
+        state = strategy.algorithm.state_dict()
+        held, served = state["rest"] / trainer.world_size, state["exchange"]
+        held[served["base"] : served["base"] + served["rest"].numel()] += served["rest"]
+        self.held = torch.cat([part.flatten() for part in strategy.replica.parts(held)])
+
+
+def _slow(n: int, deadline: float, slow: dict[int, float]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    lit, rounds = Adds(), ByRound()
+    start = _flat(lit)
+    strategy = LazySignStrategy(**SIGNS, deadline=deadline)
+    faults = SpeedFaults(step_seconds=0.02, slow=slow)
+    t = trainer(n, strategy=strategy, callbacks=[rounds, faults], max_epochs=2)
+    t.fit(lit, loader(), held_out())
+    return {
+        "prints": rounds.prints,
+        "seen": lit.seen,
+        "end": (_flat(lit) - start).tolist(),
+        "moved": lit.moved.tolist(),
+        "held": rounds.held.tolist(),
+        "missed": strategy.algorithm.skipped,
+    }
+
+
+def test_rounds_close_without_a_slow_rank_and_what_it_sends_counts_when_it_comes() -> None:
+    n = 3
+    ends = run(n, _slow, n, 0.0, {2: 8.0})
+    prints: dict[tuple[int, int], str] = {}
+    for end in ends:
+        assert all(prints.setdefault(where, one) == one for where, one in end["prints"].items())
+        assert end["end"] == ends[0]["end"]
+    assert sorted(index for end in ends for index in end["seen"]) == sorted(2 * list(range(240)))
+    assert len(ends[2]["seen"]) < len(ends[0]["seen"])
+    assert ends[2]["missed"] > 0
+    moved = sum(torch.tensor(end["moved"]) for end in ends) / n
+    held = sum(torch.tensor(end["held"]) for end in ends)
+    torch.testing.assert_close(torch.tensor(ends[0]["end"]) + held, moved, rtol=1e-4, atol=1e-5)
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
@@ -333,9 +403,11 @@ def _recorded(folder: str, knobs: dict[str, Any]) -> None:
     trainer(2, strategy=LazySignStrategy(record=folder, **knobs)).fit(recorded.Net())
 
 
-@pytest.mark.parametrize("rule", ["always", "accumulate"])
-def test_a_recorded_run_is_replayed_to_the_bit(rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(2, _recorded, str(tmp_path), {**SIGNS, "rule": rule})
+@pytest.mark.parametrize("knobs", [{}, {"rule": "accumulate"}, {"deadline": 0.0}], ids=str)
+def test_a_recorded_run_is_replayed_to_the_bit(
+    knobs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(2, _recorded, str(tmp_path), {**SIGNS, **knobs})
     status = main(["replay", str(tmp_path), "--module", "tests.cli.recorded:Net"])
     said = capsys.readouterr()
     assert status == 0, said.out + said.err

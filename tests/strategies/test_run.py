@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging.handlers
+import math
 import os
 import pickle
 import signal
@@ -15,6 +17,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_async import GossipRingStrategy, SpeedFaults
+from lightning_async.transport.cluster import ClusterCarrier
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
@@ -102,6 +105,23 @@ def test_fit_validate_test_predict_and_fit_again_on_one_trainer(tmp_path: Path) 
     assert weights(loaded) == first["refitted"]
 
 
+def test_who_comes_late_to_a_later_stage_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a rank 0 does that uploads its checkpoint first: at the first stage all were there a moment ago."""
+    late: list[float | None] = []
+
+    class Watched(ClusterCarrier):
+        def __init__(self, **knobs: Any) -> None:
+            late.append(knobs["late"])
+            super().__init__(**knobs)
+
+    monkeypatch.setattr("lightning_async.strategies.office.ClusterCarrier", Watched)
+    t = trainer(1, max_epochs=1)
+    t.fit(Lit(), loader(), loader(40, shuffle=False))
+    t.validate(Lit(), loader(40, shuffle=False), verbose=False)
+    t.validate(Lit(), loader(40, shuffle=False), verbose=False)
+    assert late == [None, math.inf, math.inf]
+
+
 def _stops_early() -> int:
     lit = Lit()
     early = EarlyStopping("val", patience=1, min_delta=1e9)
@@ -127,13 +147,16 @@ def _dies(folder: str, dead: int) -> dict[str, Any]:
     faults = SpeedFaults(step_seconds=0.004)
     t = trainer(3, enable_checkpointing=True, callbacks=[saved, faults, Dies()], max_epochs=3, knobs={"silence": 0.5})
     held_out = loader(40, shuffle=False)
+    told = logging.handlers.BufferingHandler(100)
+    logging.getLogger("lightning_async").addHandler(told)
     t.fit(lit, loader(), held_out)
     try:
         t.validate(lit, held_out)
         sentence = ""
     except RuntimeError as error:
         sentence = str(error)
-    return {"weights": weights(lit), "best": saved.best_model_path, "sentence": sentence}
+    words = [record.getMessage() for record in told.buffer]
+    return {"weights": weights(lit), "best": saved.best_model_path, "sentence": sentence, "told": words}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -145,6 +168,8 @@ def test_the_others_go_on_after_a_death_and_the_first_that_lives_saves(dead: int
     living = [r.value for r in results if r.kind is None]
     assert len(living) == 2, results
     assert living[0]["weights"] == living[1]["weights"]
+    (word,) = [word for end in living for word in end["told"]]
+    assert f"rank {dead} is dead: its connection was closed" in word
     loaded = Lit()
     loaded.load_state_dict(torch.load(living[0]["best"], weights_only=True)["state_dict"])
     assert weights(loaded) == living[0]["weights"]

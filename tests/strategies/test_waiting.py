@@ -45,6 +45,15 @@ def test_waiting_ends_with_what_was_missing() -> None:
         drive(share.next_batch(8), Flags(carrier()), limit=0.0)
 
 
+def test_a_death_is_told_once_by_the_first_that_lives(caplog: pytest.LogCaptureFixture) -> None:
+    living = {"decided": lambda key: None, "members": lambda: (1, 2), "deaths": {0: "silent for 31.0 s"}}
+    for me in (1, 2):
+        flags = Flags(SimpleNamespace(me=me, **living))  # type: ignore[arg-type]
+        flags.raise_if_set()
+        flags.raise_if_set()
+    assert [r.getMessage() for r in caplog.records] == ["rank 0 is dead: silent for 31.0 s. Left: rank 1, 2"]
+
+
 def test_waiting_ends_when_the_run_is_stopped() -> None:
     with pytest.raises(PeerFailedError, match="rank 1 stopped"):
         drive(patient(3), Flags(carrier(abort=b"rank 1 stopped")), limit=60.0)

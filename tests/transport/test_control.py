@@ -82,6 +82,19 @@ def test_silence(name: str) -> None:
     assert (judge.verdict(1, broken=False) is not None) is dead
 
 
+def test_one_who_is_to_come_is_judged_by_the_day_of_its_own() -> None:
+    judge = Silence([1], silence=0.5, patience=1.0, start=0.0, late=3.0)
+    for quarter in range(1, 12):
+        judge.look(now=quarter / 4, counts={})
+        assert judge.verdict(1, broken=False) is None
+    judge.look(now=3.0, counts={})
+    assert judge.verdict(1, broken=False) == "it did not come within 3 s"
+    judge.look(now=3.25, counts={1: 1})
+    for quarter in range(14, 19):
+        judge.look(now=quarter / 4, counts={1: 1})
+    assert "patience is 1 s" in (judge.verdict(1, broken=False) or "")
+
+
 def test_a_broken_link_ends_patience() -> None:
     judge = Silence([1], silence=2.0, patience=30.0, start=0.0)
     judge.look(now=0.5, counts={1: 1})

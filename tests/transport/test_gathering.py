@@ -93,3 +93,42 @@ def test_a_member_that_waits_has_sent_what_it_gathered(monkeypatch: pytest.Monke
             world.until(lambda: letters.extend(b.take(FIRST_FREE_KIND)) or letters)  # it waits at the first member
     finally:
         world.close()
+
+
+def test_what_is_folded_waits_for_the_next_post_or_for_a_wait() -> None:
+    """Where posts leave at once, and behind such a block."""
+    gathering, told = Gathering(), Told()
+    with gathering.gathered(posts=False):
+        assert gathering.hurries
+        stir(gathering, told)
+    assert (told.times, gathering.hurries) == (0, False)
+    gathering.send()
+    assert told.times == 1
+    with gathering.gathered(posts=False):
+        stir(gathering, told)
+        gathering.sent(told)
+        gathering.send()
+    assert told.times == 1
+
+
+def test_a_word_and_its_answer_are_one_header_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was folded travels with the answer, and no thread of a link has anything to do."""
+    monkeypatch.setattr(link, "PING", 10 * BUSY)
+    world, turns = ClusterWorld(2), 10
+    carriers = world.carriers
+    try:
+        world.until(lambda: all(carriers[me].free(1 - me, FIRST_FREE_KIND) for me in (0, 1)))
+        before = [carriers[me].traffic()[1 - me][0].messages_out for me in (0, 1)]
+        letters: list[Letter] = []
+        for turn in range(2 * turns):
+            me, kind = turn % 2, FIRST_FREE_KIND + turn // 2 % 4
+            with carriers[me].gathered(posts=False):
+                for letter in letters:
+                    carriers[me].folded(letter)
+                assert carriers[me].post(1 - me, Message(kind, torch.ones(2)))
+            letters = []
+            world.until(lambda me=me, kind=kind, come=letters: come.extend(carriers[1 - me].take(kind)) or come)
+        after = [carriers[me].traffic()[1 - me][0].messages_out for me in (0, 1)]
+        assert [b - a for a, b in zip(before, after, strict=True)] == [turns, turns]
+    finally:
+        world.close()

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -144,8 +144,16 @@ def test_buffers_are_kept(pair: tuple[End, End]) -> None:
     assert len(a.link.sender.pages) + len(a.link.sender.flying) < 20
 
 
-def _chat(end: End, seed: int, count: int) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+Talk = tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]
+
+
+def _chat(end: End, seed: int, count: int, hurries: bool) -> Talk:
     """Post `count` random messages and fold what comes in random order, until all is folded on both sides."""
+    with end.here.gathering.gathered(posts=False) if hurries else nullcontext():
+        return _talk(end, seed, count)
+
+
+def _talk(end: End, seed: int, count: int) -> Talk:
     chance, sent, got, held = random.Random(seed), [], [], []
     kinds = [1, 2, 16, 17, 40, 63]
     end_at = time.monotonic() + BUSY
@@ -165,13 +173,16 @@ def _chat(end: End, seed: int, count: int) -> tuple[list[tuple[int, int, int]], 
             got.append((letter.number, letter.message.kind, body.numel()))
             end.slots.folded(letter)
         elif not held:
+            end.here.gathering.send()
             time.sleep(0.0001)
     return sent, got
 
 
-def _chat_on_both(a: End, b: End, count: int) -> None:
-    results: dict[int, tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]] = {}
-    chats = [threading.Thread(target=lambda e=e: results.update({e.me: _chat(e, e.me, count)})) for e in (a, b)]
+def _chat_on_both(a: End, b: End, count: int, hurries: bool) -> None:
+    results: dict[int, Talk] = {}
+    chats = [
+        threading.Thread(target=lambda e=e: results.update({e.me: _chat(e, e.me, count, hurries)})) for e in (a, b)
+    ]
     for chat in chats:
         chat.start()
     for chat in chats:
@@ -180,15 +191,55 @@ def _chat_on_both(a: End, b: End, count: int) -> None:
         assert results[end.me][0] == sorted(results[end.peer][1]), "all of it, once"
 
 
-def test_thousands_of_random_messages_both_ways(pair: tuple[End, End]) -> None:
+@pytest.mark.parametrize("hurries", [False, True])
+def test_thousands_of_random_messages_both_ways(pair: tuple[End, End], hurries: bool) -> None:
     a, b = pair
-    _chat_on_both(a, b, 1000)
+    _chat_on_both(a, b, 1000, hurries)
     for end, other in ((a, b), (b, a)):
         sent = [(kind, count.messages_out, count.bytes_out) for kind, count in end.slots.traffic.items() if kind]
         read = [(kind, count.messages_in, count.bytes_in) for kind, count in other.slots.traffic.items() if kind]
         assert sorted(sent) == sorted(read)
         assert sum(messages for _, messages, _ in sent) == 1000
         assert end.slots.traffic[HEADERS].bytes_out >= 256 * 1000
+
+
+def test_who_hurries_writes_what_is_short_by_himself(pair: tuple[End, End], monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = pair
+    wire, writers = a.link.line.wire, []
+    send = wire.send  # type: ignore[union-attr]
+    monkeypatch.setattr(wire, "send", lambda *args: (writers.append(threading.current_thread()), send(*args))[1])
+    with a.here.gathering.gathered(posts=False):
+        assert a.slots.post(Message(20, torch.ones(100)))
+        assert writers == [threading.current_thread()]
+        assert a.slots.post(Message(21, torch.ones(100_000)))
+        b.take(20)
+        b.take(21)
+    assert threading.current_thread() not in writers[1:]
+
+
+def test_who_is_interrupted_while_he_writes_costs_a_connection_and_no_message(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = End(store, 0, 1), End(store, 1, 0)
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with ExitStack() as stack:
+        for generation in (1, 2):
+            for end in (a, b):
+                stack.callback(end.open(generation=generation).close)
+            until(lambda: a.link.state == b.link.state == "up")
+            if generation == 1:
+                monkeypatch.setattr(a.link.line.wire, "send", interrupted)
+                with pytest.raises(KeyboardInterrupt), a.here.gathering.gathered(posts=False):
+                    a.slots.post(Message(20, torch.ones(5)))
+                assert a.link.state == "dead"
+                for end in (a, b):
+                    assert end.link.close()
+        assert torch.equal(b.take(20).message.body, torch.ones(5))  # type: ignore[arg-type]
+        assert a.slots.post(Message(21))
+        assert b.take(21).number == 2, "and nothing twice"
 
 
 def test_each_body_is_cut_as_its_sender_says(pair: tuple[End, End]) -> None:
@@ -275,7 +326,8 @@ def test_a_stranger_is_turned_away_in_words_on_both_sides(
         assert ("another run" if stranger == "run" else "of the protocol") in end.link.error
 
 
-def test_a_broken_connection_is_made_anew_and_nothing_is_lost_or_doubled(store: Store) -> None:
+@pytest.mark.parametrize("hurries", [False, True])
+def test_a_broken_connection_is_made_anew_and_nothing_is_lost_or_doubled(store: Store, hurries: bool) -> None:
     a, b = End(store, 0, 1), End(store, 1, 0)
     done = threading.Event()
     chance = random.Random(1)
@@ -299,7 +351,7 @@ def test_a_broken_connection_is_made_anew_and_nothing_is_lost_or_doubled(store: 
     breaker = threading.Thread(target=break_and_mend)
     breaker.start()
     try:
-        _chat_on_both(a, b, 150)
+        _chat_on_both(a, b, 150, hurries)
     finally:
         done.set()
         breaker.join()

@@ -22,12 +22,13 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_async import AsyncGlobalStrategy, LazySignStrategy
+from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, LazySignStrategy
 from tests.strategies import lit, piped
 from tests.strategies.features.fits import Fitted, Watch, alike, held_out, maker, samples, told
 from tests.strategies.features.table import Verdict
 
-NAMES = GLOBAL, LAZY, PIPE = ("async_global", "lazy_sign", "delayed_pipeline")
+NAMES = GLOBAL, CYCLIC, LAZY, PIPE = ("async_global", "cyclic_delay", "lazy_sign", "delayed_pipeline")
+STRATEGIES = {GLOBAL: AsyncGlobalStrategy, CYCLIC: CyclicDelayStrategy, LAZY: LazySignStrategy}
 EVERY, MOST = 8, 20  # steps
 
 
@@ -102,6 +103,7 @@ def fits(name: str, folder: Path) -> dict[str, Fitted]:
         "average": fit([EMAWeightAveraging()], max_epochs=1),
         "plateau": fit(module=_scheduled(name, _plateau), max_epochs=3),
         "by hand": fit(module=by_hand, max_epochs=1),
+        "whole": fit(module=_stepped_by(name, torch.optim.Adafactor), max_epochs=1),
         "stop": fit([Told(lambda trainer: setattr(trainer, "should_stop", True))], max_epochs=9),
         "stream": fit(data=DataLoader(Own(name), batch_size=4), max_epochs=1),
         "end": fit(
@@ -123,8 +125,7 @@ def _fit(name: str, callbacks: Sequence[L.Callback], module: Any, data: Any, opt
     if name == PIPE:
         one, loaders = piped.trainer(2, **options), (piped.loader(), piped.loader(20))
     else:
-        strategy = AsyncGlobalStrategy() if name == GLOBAL else LazySignStrategy()
-        one, loaders = maker(strategy=strategy, **options), (samples(), held_out())
+        one, loaders = maker(strategy=STRATEGIES[name](), **options), (samples(), held_out())
     one.fit(module, loaders[0] if data is None else data, loaders[1])
     return Fitted(told(one, module, watch), total=getattr(module, "total", 0))
 
@@ -151,6 +152,12 @@ def _scheduled(name: str, make: Callable[[Any, int], dict[str, Any]]) -> Any:
         return {"optimizer": optimizer, "lr_scheduler": {"interval": "step", **make(optimizer, module.total)}}
 
     module.configure_optimizers = configure
+    return module
+
+
+def _stepped_by(name: str, kind: Any) -> Any:
+    module = _module(name)
+    module.configure_optimizers = lambda: kind(module.parameters())
     return module
 
 
@@ -187,6 +194,11 @@ def refused(key: str, sentence: str) -> Cell:
     return Cell(Verdict.REFUSED, sentence, lambda a, b: sentence in a[key].said and sentence in b[key].said)
 
 
+def served(cell: Cell) -> dict[str, Cell]:
+    """The same under both whose ranks serve global weights, between whose meetings all are free."""
+    return {GLOBAL: cell, CYCLIC: cell}
+
+
 def _line(of: str, value: str, everywhere: Cell | None = None, **cells: Cell) -> Line:
     return Line(of, value, {name: cells.get(name) or everywhere for name in NAMES})  # type: ignore[misc]
 
@@ -211,25 +223,25 @@ LINES = [
         "`max_steps`",
         str(MOST),
         works("steps", lambda one: one.global_step == MOST),
-        async_global=differs("steps", OF_THE_RUN, lambda one: one.global_step == MOST),
+        **served(differs("steps", OF_THE_RUN, lambda one: one.global_step == MOST)),
     ),
     _line(
         "`val_check_interval`",
         f"{EVERY}, `check_val_every_n_epoch=None`",
         works("steps", _at("validated")),
-        async_global=differs("steps", "batches of all ranks", _at("validated")),
+        **served(differs("steps", "batches of all ranks", _at("validated"))),
     ),
     _line(
         "`ModelCheckpoint`",
         f"`every_n_train_steps={EVERY}`",
         works("steps", lambda one: one.files == [f"step={2 * EVERY}.ckpt", f"step={EVERY}.ckpt"]),
-        async_global=differs("steps", OF_THE_RUN, _at("saved")),
+        **served(differs("steps", OF_THE_RUN, _at("saved"))),
     ),
     _line(
         "`OneCycleLR` by step",
         "`total_steps=trainer.estimated_stepping_batches`",
         works("steps", _cycled),
-        async_global=differs("steps", "stepped by the run", _cycled),
+        **served(differs("steps", "stepped by the run", _cycled)),
     ),
     _line(
         "`ReduceLROnPlateau` by step",
@@ -259,7 +271,7 @@ LINES = [
         "`accumulate_grad_batches`, `precision`",
         '2, `"bf16-true"`',
         works("accumulated"),
-        async_global=differs("accumulated", "each rank its own batches; exchanged in float32"),
+        **served(differs("accumulated", "each rank its own batches; exchanged in float32")),
         lazy_sign=differs("accumulated", "exchanged in float32"),
     ),
     _line(
@@ -272,9 +284,15 @@ LINES = [
         "manual optimisation", "", works("by hand"), delayed_pipeline=refused("by hand", "use automatic optimisation")
     ),
     _line(
+        "`Adafactor`",
+        "needs whole tensors",
+        works("whole"),
+        cyclic_delay=refused("whole", "use an optimizer that treats each element alone (SGD, Adam or AdamW)"),
+    ),
+    _line(
         "streams of unequal lengths",
         "",
-        async_global=differs("stream", "who runs dry comes to the others' meetings"),
+        **served(differs("stream", "who runs dry comes to the others' meetings")),
         lazy_sign=refused("stream", "where all ranks take each step together they need equal numbers of batches"),
         delayed_pipeline=refused("stream", "all stages must be given the same batches"),
     ),

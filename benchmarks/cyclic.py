@@ -1,0 +1,110 @@
+"""Virtual time to a target loss of cyclic updates: all ranks alike, one of 4 ranks 4x slow, one of 8 ranks 8x slow.
+
+    limit     the samples that synchronous training needs for the target, divided by the sum of all ranks' rates
+    sync      synchronous: the same samples at the pace of the slowest, with a free all-reduce
+    fixed     cyclic with one batch a push (`token="strict"`, `max_accumulate=1`): all wait for the slowest one's turn
+    strict, skip, delta    cyclic with a dynamic delay; `skip` is the default
+    lr, dc    the default, late pushes compensated
+    none      the control: replicas never talk (mode="none" of gossip); its loss is that of their mean at any time
+
+As in `modes`, on the virtual cluster with real gradients: the figures follow from the seeds. A cyclic run's loss is
+that of the server's weights, as anybody has pulled them. "never" means: not with all samples.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.accuracy import STEP, asynchronous, ddp, factors
+from benchmarks.modes import POINTS, TARGET, Curves, Found, time_to
+from benchmarks.subject import NONE, Knobs
+from benchmarks.table import Cell, Claim, Role, Row, Table
+from benchmarks.tasks import Task, characters, digits
+
+FASTER, WITHIN = 3.0, 1.05
+SPEEDS: Mapping[str, tuple[int, float]] = {"1,1,1,1": (4, 1.0), "1,1,1,4": (4, 4.0), "7x1 + 8": (8, 8.0)}
+"""Columns: how many ranks, and how many times slower the last one is."""
+CYCLIC: Knobs = {"strategy": "cyclic_delay"}
+VARIANTS: Mapping[str, Knobs] = {
+    "fixed": {**CYCLIC, "token": "strict", "max_accumulate": 1},
+    "strict": {**CYCLIC, "token": "strict"},
+    "skip": CYCLIC,
+    "delta": {**CYCLIC, "push": "delta"},
+    "lr": {**CYCLIC, "compensation": "lr"},
+    "dc": {**CYCLIC, "compensation": "dc"},
+    "none": NONE,
+}
+ROLES = {"none": Role.CONTROL, "fixed": Role.OTHER}
+
+
+@dataclass(frozen=True)
+class Column:
+    """Everything at one set of speeds, but for the limit as a multiple of it."""
+
+    limit: float
+    sync: float
+    variants: Mapping[str, Found]
+
+
+def run(quick: bool) -> Table:
+    """Every variant at all speeds on each task."""
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    claims: list[Claim] = []
+    notes = [f"limit in virtual seconds (a fast step is {STEP * 1000:.0f} ms), the rest in multiples of it, with 95 %"]
+    for task, seeds in _tasks(quick):
+        columns = {name: _column(task, seeds, n, slow) for name, (n, slow) in SPEEDS.items()}
+        rows += _rows(task, columns)
+        claims += _claims(task, columns)
+        notes.append(f"{task.name}: {len(seeds)} seeds, lr {task.lr:g}, {task.batch} samples a step")
+    return Table("Time to a target loss, cyclic updates", rows, claims, notes)
+
+
+def _tasks(quick: bool) -> Sequence[tuple[Task, range]]:
+    if quick:
+        return [(replace(digits(), passes=3), range(2))]
+    return [(digits(), range(10)), (characters(3200), range(3))]
+
+
+def _column(task: Task, seeds: range, n: int, slow: float) -> Column:
+    print(f"  {task.name}: {n} ranks, the last one {slow:g}x slow", file=sys.stderr, flush=True)
+    baseline = Curves.of([ddp(task, seed, n, points=POINTS) for seed in seeds])
+    target, speeds = baseline.loss_at(TARGET), factors(n, slow)
+    rate = task.batch * sum(1 / (STEP * factor) for factor in speeds)
+    samples = baseline.reaches(target, baseline.samples)
+    assert samples is not None  # the target is on the baseline's curve
+    variants = {}
+    for name, knobs in VARIANTS.items():
+        runs = [asynchronous(task, seed, knobs, speeds, points=POINTS) for seed in seeds]
+        variants[name] = time_to(Curves.of(runs), baseline, target, rate)
+    limit = samples / rate
+    return Column(limit, samples / (task.batch * n) * STEP * slow / limit, variants)
+
+
+def _rows(task: Task, columns: Mapping[str, Column]) -> list[Row]:
+    limits: dict[str, Cell] = {name: column.limit for name, column in columns.items()}
+    sync: dict[str, Cell] = {name: f"{column.sync:.2f}" for name, column in columns.items()}
+    rows = [Row(f"{task.name}: limit, seconds", Role.LIMIT, limits), Row(f"{task.name}: sync", Role.OTHER, sync)]
+    for variant in VARIANTS:
+        cells: dict[str, Cell] = {name: str(column.variants[variant]) for name, column in columns.items()}
+        rows.append(Row(f"{task.name}: {variant}", ROLES.get(variant, Role.RESULT), cells))
+    return rows
+
+
+def _claims(task: Task, columns: Mapping[str, Column]) -> list[Claim]:
+    """Of the default, against synchronous training."""
+    equal, slow = columns["1,1,1,1"], columns["1,1,1,4"]
+    behind, ratio = equal.variants["skip"].ratio, slow.variants["skip"].ratio
+    faster = 0.0 if ratio is None else slow.sync / ratio
+    said = "never" if behind is None else f"{behind / equal.sync:.2f}x"
+    return [
+        Claim(f"{task.name}: at 1,1,1,4 {FASTER:g}x faster than synchronous: {faster:.2f}x", faster >= FASTER),
+        Claim(
+            f"{task.name}: at equal speeds within {WITHIN:g}x of synchronous: {said}",
+            behind is not None and behind / equal.sync <= WITHIN,
+        ),
+    ]
