@@ -16,10 +16,12 @@ from torch import Tensor
 from lightning_async import AdaptiveShrink, SpeedFaults
 from lightning_async.algorithms.algorithm import no_shrink
 from lightning_async.algorithms.gossip import Alone
+from lightning_async.algorithms.shrink import Stability
 from lightning_async.arrival import Arrival
 from lightning_async.callbacks.adaptive_shrink import _is_scale_free, _Kept
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Mail, Wait
+from tests.strategies import piped
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
 
@@ -177,3 +179,21 @@ def _two_laws() -> None:
 
 def test_two_laws() -> None:
     run(1, _two_laws)
+
+
+def _in_a_pipeline(optimizer: str) -> list[tuple[bool, float]]:
+    warnings.filterwarnings("ignore", "AdaptiveShrink: AdamW takes the same steps")
+    shrink = AdaptiveShrink("stability")
+    t = piped.trainer(3, callbacks=[shrink])
+    t.fit(piped.Piped(lr=0.2, optimizer=optimizer), piped.loader(), piped.loader(20))
+    laws = [law for law in shrink._laws.values() if isinstance(law, Stability)]
+    return [(law.sees, law.factor(3)) for law in laws]
+
+
+def test_in_a_pipeline_each_stage_but_the_last_sees_how_the_loss_bends() -> None:
+    """The last one, on rank 0, has no late gradients."""
+    ((last, _),), ((middle, one),), ((first, other),) = run(3, _in_a_pipeline, "sgd")
+    assert (last, middle, first) == (False, True, True)
+    assert one != other
+    for seen in run(3, _in_a_pipeline, "adam"):  # whose way is not along its gradients
+        assert not any(sees for sees, _ in seen)

@@ -293,6 +293,7 @@ def streamed_and_saved(folder: Path, path: Path | None, lengths: list[int]) -> d
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:You're resuming from a checkpoint that ended")
+@pytest.mark.filterwarnings("ignore:`DataLoader` has no state, so this run begins its stream anew")
 def test_a_rank_that_ran_dry_saves_and_resumes_with_the_others(tmp_path: Path) -> None:
     """It stands at the end of its epoch, where metrics of the epoch would be combined with ranks that are not there."""
     found = both(streamed_and_saved, tmp_path, None, [4 * 8])
