@@ -3,6 +3,7 @@
 a point is near     an appointment by counts and speeds, made once for all on the board, or by all alike at a meeting
 somebody asks       the same, as soon as all can hear of it; where all go in step it must be confirmed (`call.py`)
 no speed is known   in the first second: at an equal part of the way to the next point, so that none is passed
+nobody foresaw it   at the point itself, and asks the others there
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Stops:
         if self.has_kept(mine.tally):
             return True
         if not self._in_step:
-            return self._is_blind(mine)
+            return self._is_blind(mine) or self._is_there(mine)
         done = mine.tally.batches
         self._call.heed(done)
         while self._call.reached(done):
@@ -147,6 +148,20 @@ class Stops:
         if (made is not None and not called) or not self._is_dark():
             return False
         if all(mine.tally[unit] < part for unit, part in self._dark.items()):
+            return False
+        self.ask(mine)
+        return True
+
+    def _is_there(self, mine: Report) -> bool:
+        """Whether a point is reached, by what all have told, and no appointment for it was heard of.
+
+        A member that all of a sudden gets ten times faster is there before anybody could foresee it: rather than pass,
+        it asks for a meeting.
+        """
+        if self.appointment is not None:
+            return False
+        points = self._agenda.points(self._now, self._epoch)
+        if all(mine.tally[unit] + self._others.told(unit, mine) < point for unit, point in points):
             return False
         self.ask(mine)
         return True

@@ -108,6 +108,20 @@ def test_all_stop_at_exactly_the_point_and_within_two_batches_of_the_slowest(eve
         assert max(came) - min(came) <= 2 * max(seconds) + 0.001
 
 
+@pytest.mark.parametrize("faster", [[0], [0, 1]])
+def test_no_point_is_passed_by_those_that_get_faster_all_of_a_sudden(faster: list[int]) -> None:
+    """At the meeting it was far off, and by the next look around it would have been far behind."""
+    cluster = VirtualCluster(2)
+    for rank in faster:
+        cluster.slow(rank, 1 / 200, at=11.0)
+    found = run(Agenda([Item(Due.VALIDATE, Unit.BATCHES, 40)]), [0.5, 0.5], meetings=3, cluster=cluster)
+    first, second, third = agreed(found)
+    assert first.now.batches == 40
+    assert 80 <= second.now.batches <= 82, "one more of each, at most"
+    assert 120 <= third.now.batches <= 122
+    assert second.due == third.due == Due.VALIDATE
+
+
 def test_whatever_is_sooner_comes_first_though_no_speed_is_known() -> None:
     items = [Item(Due.STOP, Unit.UPDATES, 40, once=True), Item(Due.VALIDATE, Unit.SAMPLES, 160)]
     outcomes = agreed(run(Agenda(items), [0.1, 0.1], meetings=2))
