@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_async import CyclicDelayStrategy, SpeedFaults
 from lightning_async.arrival import Fate
+from lightning_async.strategies.facts import knobs_of
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 from tests.strategies.resumable import Draws, Saves, held_out, samples, seed
@@ -320,6 +321,14 @@ def test_under_strict_a_death_is_survived() -> None:
         results = forked.results(60)
     assert [r.kind for r in results] == [None, None, "gone"], results
     assert results[0].value[0] == results[1].value[0]
+
+
+def test_a_replay_is_told_every_knob() -> None:
+    knobs: dict[str, Any] = {"push": "delta", "scale": "delay", "strength": 2.0, "max_accumulate": 3, "warm_up": 5}
+    knobs |= {"compensation": "lr", "compensation_strength": 0.25, "token": "strict", "shards": 2, "mirror_every": 7}
+    told = knobs_of(CyclicDelayStrategy(**knobs, max_delay=9))
+    assert {name: told[name] for name in knobs} == knobs
+    assert told["max_delay"] == 9
 
 
 # -- input -------------------------------------------------------------------------------------------------------------
