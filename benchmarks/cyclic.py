@@ -7,7 +7,7 @@
     lr, dc    the default, late pushes compensated
     none      the control: replicas never talk (mode="none" of gossip); its loss is that of their mean at any time
 
-    squares   least squares in 16 dimensions, plain SGD: the control is good at it too, since all ranks learn the same
+    squares   least squares in 16 dimensions, plain SGD; its control is good too, since all ranks learn the same
     gentle    digits, plain SGD at a learning rate of 0.1
     digits    digits, SGD with a momentum of 0.9 at the best learning rate of synchronous training, 0.1
 

@@ -115,14 +115,11 @@ class CyclicDelay(Algorithm):
         check_count("max_delay", max_delay, "no bound")
         check_count("shards", shards, "as many as members, at most 8")
         check_count("mirror_every", mirror_every, "eight for each member")
-        self.token, self.push, self.scale = token, push, scale
+        self.token, self.push, self.scale, self.strength = token, push, scale, strength
+        self.compensation, self.compensation_strength = compensation, compensation_strength
         self.late = compensated(compensation, compensation_strength)
-        self.max_accumulate, self.warm_up, self.shards, self.mirror_every = (
-            max_accumulate,
-            warm_up,
-            shards,
-            mirror_every,
-        )
+        self.max_accumulate, self.warm_up, self.max_delay = max_accumulate, warm_up, max_delay
+        self.shards, self.mirror_every = shards, mirror_every
         self.takes_gradients, self.shrinks = push == "gradient", "gradients" if push == "gradient" else "corrections"
         if make_optimizer is not None:
             check_elementwise(make_optimizer([nn.Parameter(torch.zeros(1))]))

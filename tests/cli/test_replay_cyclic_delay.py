@@ -28,6 +28,8 @@ def _fit(n: int, folder: str, module: str, knobs: dict[str, Any], options: dict[
     [
         (3, "Net", {}, {}),
         (2, "Plateau", {"token": "strict"}, {}),
+        (3, "Net", {"push": "delta", "compensation": "lr", "scale": "delay", "strength": 2.0}, {}),
+        (3, "Net", {"compensation": "dc", "compensation_strength": 0.1, "max_accumulate": 3, "warm_up": 6}, {}),
     ],
 )
 def test_whatever_was_trained(
