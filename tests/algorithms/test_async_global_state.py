@@ -136,7 +136,7 @@ def test_a_replay_is_the_run_to_the_bit(knobs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("wire", ["fp32", "bf16", "sign"])
 def test_on_real_links_one_sample_moves_w_equally_and_nobody_waits(wire: Any, speeds: tuple[int, ...]) -> None:
     """In a random order of the members' steps; the services run in threads of their own."""
-    world, chance, n = ClusterWorld(3), random.Random(3), 3
+    world, chance, n = ClusterWorld(3, silence=60.0), random.Random(3), 3  # nobody is given up, and nothing is lost
     parameters = [nn.Parameter(torch.zeros(64)) for _ in range(n)]
     steps = [300 // s for s in speeds]
 
@@ -173,7 +173,6 @@ def test_on_real_links_one_sample_moves_w_equally_and_nobody_waits(wire: Any, sp
     for end in ends.values():
         assert torch.equal(end.consensus, ends[0].consensus)
         assert end.waits == 0
-        assert {a.fate for a in end.arrivals} <= {Fate.FOLDED, Fate.LOST}
-    for r in range(n):  # on a busy machine a member may be silent for so long that its shard is taken over
-        lost = sum(a.samples for a in ends[r].arrivals if a.fate is Fate.LOST)
-        assert ends[0].consensus[20 * r].item() * n == pytest.approx(steps[r] - lost, rel=1e-3)
+        assert {a.fate for a in end.arrivals} == {Fate.FOLDED}
+    for r in range(n):
+        assert ends[0].consensus[20 * r].item() * n == pytest.approx(steps[r], rel=1e-3)

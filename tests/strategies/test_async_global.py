@@ -31,7 +31,7 @@ def _fit(devices: int, knobs: dict[str, Any], slow: float) -> dict[str, Any]:
     faults = SpeedFaults(step_seconds=0.002, slow={devices - 1: slow})
     strategy = AsyncGlobalStrategy(**knobs)
     t = trainer(devices, strategy=strategy, callbacks=[faults])
-    t.fit(lit, loader(8), loader(10, shuffle=False))
+    t.fit(lit, loader(8), loader(40, shuffle=False))
     return {
         "weights": weights(lit),
         "seen": lit.seen,
@@ -103,7 +103,7 @@ def _with_fault(fault: str, rank: int) -> dict[str, Any]:
     strategy = AsyncGlobalStrategy(local_steps=1, shards=1, silence=0.3, attenuation="none", mirror_every=2)
     callbacks = [SpeedFaults(step_seconds=0.04), Faulty(rank, 6, FAULTS[fault])]
     t = trainer(3, strategy=strategy, callbacks=callbacks, max_epochs=1)
-    t.fit(lit, loader(2), loader(10, shuffle=False))
+    t.fit(lit, loader(2), loader(40, shuffle=False))
     algorithm = strategy.algorithm
     assert isinstance(algorithm, AsyncGlobal)
     fates = Counter(arrival.fate.value for arrival in strategy.arrivals())
@@ -247,7 +247,7 @@ def test_with_other_ranks_the_shards_are_cut_anew(tmp_path: Path) -> None:
 def _fit_with(**knobs: Any) -> str:
     t = trainer(1, strategy=AsyncGlobalStrategy(local_steps=4, **knobs), max_epochs=2)
     try:
-        t.fit(Lit(), loader(8), loader(10, shuffle=False))
+        t.fit(Lit(), loader(8), loader(40, shuffle=False))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
