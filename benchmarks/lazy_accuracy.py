@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -43,6 +43,8 @@ SIGNS: Knobs = {"min_size": 128, "block": 4096, "form": "slices", "max_skip": SI
 VARIANTS: Mapping[str, Knobs] = {
     "always": {"rule": "always"},
     "always, gather": {"rule": "always", "form": "gather"},
+    "always, stretch 1": {"rule": "always", "stretch": 1.0},
+    "always, gather, stretch 1": {"rule": "always", "form": "gather", "stretch": 1.0},
     "always, gradient": {"rule": "always", "compress": "gradient"},
     "always, warm-up": {"rule": "always", "warm_up": True},
     "always, gather, warm-up": {"rule": "always", "form": "gather", "warm_up": True},
@@ -96,14 +98,21 @@ class Counting:
         return taken
 
 
-def signed(task: Task, seed: int, knobs: Knobs, *, shards: Sequence[Tensor] | None = None) -> Signed:
-    """One run on the virtual cluster."""
+def signed(
+    task: Task,
+    seed: int,
+    knobs: Knobs,
+    *,
+    shards: Sequence[Tensor] | None = None,
+    member: Callable[[Task, int, Knobs, Plan, int], Member] | None = None,
+) -> Signed:
+    """One run on the virtual cluster; `member` makes each rank."""
     plan = deal(task.batches(seed, N), [1.0] * N, seed)
     if shards is not None:
         plan = _from_shards(plan, shards, seed)
     cluster = VirtualCluster(N, seed=seed)
     carriers = [Counting(carrier) for carrier in cluster.carriers]
-    members = [_Member(task, seed, knobs, plan, r) for r in range(N)]
+    members = [(member or Member)(task, seed, knobs, plan, r) for r in range(N)]
     score: Run | None = None
     try:
         cluster.run({r: members[r].life(carriers[r]) for r in range(N)})
@@ -115,7 +124,9 @@ def signed(task: Task, seed: int, knobs: Knobs, *, shards: Sequence[Tensor] | No
     return Signed(score, sum(c.nbytes for c in carriers), decisions)
 
 
-class _Member:
+class Member:
+    """One rank."""
+
     def __init__(self, task: Task, seed: int, knobs: Knobs, plan: Plan, rank: int) -> None:
         self.task, self.batches = task, plan.batches[rank]
         self.model = task.model(seed)
@@ -126,18 +137,20 @@ class _Member:
         self.moment = SecondMoment(self.optimizer) if SecondMoment.concerns(self.optimizer) else None
 
     def life(self, carrier: Any) -> Training:
+        """Train and meet."""
         return train(
             self.algorithm,
             self.replica,
             carrier,
             steps=len(self.batches),
-            take_step=self._gradient,
+            take_step=self.gradient,
             optimizer_step=self._step,
             seconds=lambda me, step: 0.02,
             rounds=Rounds(carrier),
         )
 
-    def _gradient(self, step: int) -> None:
+    def gradient(self, step: int) -> None:
+        """Compute the gradients of a batch."""
         self.optimizer.zero_grad()
         torch.autograd.backward(self.task.loss(self.model, self.batches[step - 1]))
 

@@ -23,7 +23,7 @@ from benchmarks.lazy_accuracy import NOTES, VARIANTS, N, Setting, Signed, _parit
 from benchmarks.table import Claim, Role, Row, Table
 from benchmarks.tasks import characters
 
-NAMES = ("always", "always, gather", "always, gradient", "periodic")
+NAMES = ("always", "always, gather", "always, stretch 1", "always, gather, stretch 1", "always, gradient", "periodic")
 SAMPLES = 3200
 """Of the characters: 200 steps."""
 

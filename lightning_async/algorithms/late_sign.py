@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_async.algorithms.lazy_sign import LazySign
-from lightning_async.algorithms.press import Press, Rest, Source, Values
+from lightning_async.algorithms.press import Rest, Source, Values
 from lightning_async.algorithms.settle import settle
 from lightning_async.algorithms.sign_exchange import MEAN, PART
 from lightning_async.algorithms.sign_late import LateRounds
@@ -59,11 +59,11 @@ class LateSign(LazySign):
         mine = cuts[self._members.index(self._me)]
 
         def serve(rest: Tensor | None) -> None:
-            server = SliceServer(self._me, mine, self._members, max_skip=self.max_skip, block=self.block, rest=rest)
+            server = SliceServer(self._me, mine, self._members, max_skip=self.max_skip, press=self._press, rest=rest)
             mail.serve(SERVED, server)
 
         self.late = LateRounds(
-            Press(replica.flat, block=self.block, threads=self.threads),
+            self._press(replica.flat),
             cuts,
             self._me,
             self._members,

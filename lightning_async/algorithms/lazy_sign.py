@@ -25,12 +25,12 @@ from lightning_async.algorithms.press import Press, Rest, Source, Values
 from lightning_async.algorithms.settle import settle
 from lightning_async.algorithms.sheets import Cut, Scale, Span, cuts
 from lightning_async.algorithms.sign_exchange import MEAN, PART, Exchange, Gather, Slices
-from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form, check
+from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form, check, stretched
 from lightning_async.algorithms.sign_notices import MOST, NOTICE, Notices
 from lightning_async.algorithms.sign_rounds import SignRounds
 from lightning_async.algorithms.sign_rules import RULES, Rule
 from lightning_async.algorithms.sign_trigger import News, Trigger
-from lightning_async.algorithms.signs import BLOCK, NotFinite
+from lightning_async.algorithms.signs import BLOCK, STRETCH, NotFinite
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Mail, Message, Wait
@@ -60,6 +60,7 @@ class LazySign(Algorithm):
         compressor: Compressor = "sign",
         scale: Scale = "block",
         block: int = BLOCK,
+        stretch: float | None = None,
         min_size: int = 1024,
         form: Form = "auto",
         news: News = "change",
@@ -76,6 +77,8 @@ class LazySign(Algorithm):
         check(threads=threads, threshold=threshold, error_weight=error_weight)
         self.rule, self.compress, self.compressor, self.scale = rule, compress, compressor, scale
         self.block, self.min_size, self.form, self.threads = block, min_size, form, threads
+        repeats = compress == "update" and not RULES[rule].tracks
+        self.stretch = stretched(stretch, STRETCH if repeats else 1.0)
         self.news, self.history, self.threshold, self.error_weight = news, history, threshold, error_weight
         self.max_skip, self.ahead, self.warm_up = max_skip, ahead, warm_up
         self.travels_whole: Callable[[Tensor], bool] = lambda parameter: False
@@ -264,7 +267,7 @@ class LazySign(Algorithm):
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _new_rounds(self, replica: Replica, flat: Tensor) -> SignRounds:
-        press = Press(flat, block=self.block, threads=self.threads)
+        press = self._press(flat)
         return SignRounds(
             RULES[self.rule],
             press,
@@ -278,6 +281,9 @@ class LazySign(Algorithm):
             guard=self._guard,
             heard=self._heard,
         )
+
+    def _press(self, like: Tensor) -> Press:
+        return Press(like, block=self.block, threads=self.threads, stretch=self.stretch)
 
     def _new_exchange(self, replica: Replica, press: Press, *, whole: bool) -> Exchange:
         gather = self.form == "gather" or (self.form == "auto" and len(self._members) <= FEW)

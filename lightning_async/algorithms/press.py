@@ -119,9 +119,10 @@ class Rest:
 
 
 class Press:
-    """Scratch memory for a block, or, with several threads, for one block each."""
+    """Scratch memory for a block, or, with several threads, for one block each. Scales are `stretch` times a mean."""
 
-    def __init__(self, like: Tensor, *, block: int = BLOCK, threads: int = 1) -> None:
+    def __init__(self, like: Tensor, *, block: int = BLOCK, threads: int = 1, stretch: float = 1.0) -> None:
+        self._stretch = stretch
         self._threads, self._device = threads if like.device.type == "cpu" else 1, like.device
         self._benches = [(signs_for(like, block), flat(like.new_empty(block))) for _ in range(self._threads)]
 
@@ -153,7 +154,7 @@ class Press:
                 signs.shift(left, bits, -sheet.scale(i), kept)
                 return
             try:
-                sheet.scale_by(i, signs.press(p, bits, left, kept))
+                sheet.scale_by(i, signs.press(p, bits, left, kept, self._stretch))
             except NotFinite:
                 if not tells:
                     raise
@@ -174,7 +175,7 @@ class Press:
                 source.onto(rest.block(span), i, span, scratch[:size], signs)
                 sums[group] = sums.get(group, 0.0) + signs.mean(scratch[:size]) * size
                 counts[group] = counts.get(group, 0) + size
-        return {group: sums[group] / counts[group] for group in sums}
+        return {group: self._stretch * sums[group] / counts[group] for group in sums}
 
     def keep(self, source: Source, rest: Rest, cuts: Sequence[Cut]) -> None:
         """Nothing is sent: the rest takes all."""
@@ -207,14 +208,14 @@ class Press:
     def square(self, source: Source, cut: Cut, plus: Rest | None = None) -> tuple[float, float]:
         """The sum of the squares of a source (and what is kept of its spans), and of what signs would miss of it."""
         signs, scratch = self._benches[0]
-        total = missed = 0.0
+        total, missed, kept = 0.0, 0.0, self._stretch * (2 - self._stretch)
         for i, span in enumerate(cut.blocks):
             p = scratch[: span.stop - span.start]
             p[:] = 0.0
             source.onto(p if plus is None else plus.block(span), i, span, p, signs)
             square = signs.square(p)
             total += square
-            missed += max(0.0, square - signs.mean(p) ** 2 * (span.stop - span.start))
+            missed += max(0.0, square - kept * signs.mean(p) ** 2 * (span.stop - span.start))
         for i, span in enumerate(cut.whole):
             numbers = torch.empty(span.stop - span.start, dtype=cut.dtype, device=self._device)
             source.whole(i, span, numbers)

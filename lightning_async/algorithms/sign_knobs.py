@@ -51,6 +51,15 @@ def _check_integer(name: str, value: object) -> None:
         raise ValueError(f"`ahead` must be at most {MOST} rounds, got {value}")
 
 
+def stretched(value: float | None, default: float) -> float:
+    """What `stretch` is, where None is the default."""
+    if value is None:
+        return default
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 2:
+        raise ValueError(f"`stretch` must be above 0 and below 2, where what is held back would grow, got {value!r}")
+    return value
+
+
 def _check_weight(name: str, value: object) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
         raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}")

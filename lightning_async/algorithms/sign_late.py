@@ -101,7 +101,9 @@ class LateRounds:
         for server in self._of:
             self._say(server, PASS, FOR_GOOD)
         while self._flush(mail):
-            yield f"rank {next(iter(self._unsent))[0]} to hear that this one stops"
+            deaf = sorted({server for server, _ in self._unsent})
+            if not self._guard(mail, deaf):
+                yield f"rank {deaf[0]} to hear that this one stops"
 
     def finish(self, mail: Mail, onto: Tensor) -> Wait[None]:
         """All have stopped: what was late has been counted, all rounds are known. The next one is number 1."""

@@ -12,7 +12,7 @@ It has no clock: who waits has one. So it is a function of its letters in their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,17 +35,24 @@ class SliceServer:
         cut: The slice.
         members: All ranks.
         max_skip: Rounds in a row that close without a rank, at most.
-        block: Numbers of a block.
+        press: Makes what packs, for numbers like these.
         rest: What an earlier packing missed.
     """
 
     def __init__(
-        self, me: int, cut: Cut, members: Sequence[int], *, max_skip: int, block: int, rest: Tensor | None = None
+        self,
+        me: int,
+        cut: Cut,
+        members: Sequence[int],
+        *,
+        max_skip: int,
+        press: Callable[[Tensor], Press],
+        rest: Tensor | None = None,
     ) -> None:
         self.round = 0
         self._me, self._members, self._max_skip = me, tuple(members), max_skip
         self._rest = rest_of(cut, rest)
-        self._press = Press(self._rest.vector, block=block)
+        self._press = press(self._rest.vector)
         self._parts = {member: cut.sheet() for member in members}
         self._mean, self._nothing = cut.sheet(), cut.sheet()
         self._in: set[int] = set()

@@ -1,12 +1,17 @@
 """A block of numbers travels as its signs and one scale; what that misses stays here and goes along the next time.
 
-    p = values + rest                 scale = mean |p|               sent = scale * sign(p),  sign(0) = +1
-    rest <- p - sent                  so  sent + new rest = values + old rest,  over any number of rounds
-    |new rest|^2 = (1 - phi) |p|^2    phi = |p|_1^2 / (d |p|_2^2), from 1/d (one number stands out) to 1 (all alike)
+    p = values + rest            scale = stretch * mean |p|          sent = scale * sign(p),  sign(0) = +1
+    rest <- p - sent             so  sent + new rest = values + old rest,  over any number of rounds
+    |new rest|^2 = (1 - stretch (2 - stretch) phi) |p|^2
+                                 phi = |p|_1^2 / (d |p|_2^2), from 1/d (one number stands out) to 1 (all alike)
 
-The scale is the least-squares one, so a block never grows by being sent. Blocks are small enough for the cache: memory
-is read once (values, rest) and written once (rest), and the bits are 1/32 of what float32 takes. Sums are pairwise:
-`torch.linalg.vector_norm(x, 1)` adds up naively on a CPU, and is half of the truth at 100 million numbers.
+With stretch 1 the scale is the least-squares one, of a single round. But updates go the same way for many rounds, and
+what stands out in them is held back until scales have grown to its size: a larger scale catches up sooner. Below
+stretch 2 a block never grows by being sent (`python -m benchmarks lazy_parity` compares them).
+
+Blocks are small enough for the cache: memory is read once (values, rest) and written once (rest), and the bits are 1/32
+of what float32 takes. Sums are pairwise: `torch.linalg.vector_norm(x, 1)` adds up naively on a CPU, and is half of the
+truth at 100 million numbers.
 
 Three ways to the same numbers: NumPy on a CPU, torch anywhere, Triton kernels on a GPU (`signs_triton`).
 """
@@ -23,6 +28,8 @@ from torch import Tensor
 
 BLOCK = 1 << 16
 """Numbers of a block: 256 kB of float32, so that all that is done to it is done in a core's own cache."""
+STRETCH = 1.6
+"""Scales of updates, in means of their sizes; where nothing goes the same way for long, 1 is better."""
 BITS = 8
 Array = NDArray[Any]
 Flat = Any
@@ -55,8 +62,9 @@ class Signs(Protocol[F]):
     def shift(self, source: F, bits: F, scale: float, out: F) -> None:
         """out = source + scale * sign; `out` may be `source`."""
 
-    def press(self, p: F, bits: F, source: F, out: F) -> float:
-        """The scale, as it travels; the signs of `p` are written, and out = source - scale * sign. Or NotFinite."""
+    def press(self, p: F, bits: F, source: F, out: F, stretch: float = 1.0) -> float:
+        """The scale, as it travels: so many times the mean of |p|. The signs of `p` are written, and
+        out = source - scale * sign. Or NotFinite."""
 
 
 def flat(tensor: Tensor) -> Flat:
@@ -131,7 +139,7 @@ class NumpySigns:
         np.take(self._rows, bits, out=self._steps[: bits.size], mode="wrap")  # "raise" would copy, "clip" compare
         np.add(source, self._numbers[: out.size], out=out)
 
-    def press(self, p: Array, bits: Array, source: Array, out: Array) -> float:
+    def press(self, p: Array, bits: Array, source: Array, out: Array, stretch: float = 1.0) -> float:
         """As |p| = p * sign, the sum is a product with the signs that are needed anyway.
 
         It is the same to the bit wherever the block lies, if it lies as the scratch memory does.
@@ -139,9 +147,9 @@ class NumpySigns:
         self.pack(p, bits)
         np.take(self._ones, bits, out=self._steps[: bits.size], mode="wrap")
         signs = self._sizes[: p.size]
-        total = float(torch.dot(torch.from_numpy(p), signs)) / max(1, p.size)
+        total = stretch * float(torch.dot(torch.from_numpy(p), signs)) / max(1, p.size)
         if not math.isfinite(total):
-            scale = self._as_it_travels(self.mean(p))
+            scale = _checked(self._as_it_travels(stretch * self.mean(p)))
             self.shift(source, bits, -scale, out)
             return scale
         scale = self._as_it_travels(total)
@@ -181,9 +189,9 @@ class TorchSigns:
         """out = source + scale * sign."""
         torch.add(source, self._signs(bits, out), alpha=scale, out=out)
 
-    def press(self, p: Tensor, bits: Tensor, source: Tensor, out: Tensor) -> float:
+    def press(self, p: Tensor, bits: Tensor, source: Tensor, out: Tensor, stretch: float = 1.0) -> float:
         """One after the other."""
-        scale = float(torch.tensor(self.mean(p), dtype=p.dtype))
+        scale = _checked(float(torch.tensor(stretch * self.mean(p), dtype=p.dtype)))
         self.pack(p, bits)
         self.shift(source, bits, -scale, out)
         return scale

@@ -100,10 +100,10 @@ class Stage:
         if held.again is None:
             self._run_back(held.out, gradient, factor)
         else:
-            before = [buffer.clone() for buffer in self._buffers]
+            buffers = [buffer.clone() for buffer in self._buffers]
             self._run_back(held.again(), gradient, factor)
             with torch.no_grad():  # they have seen this batch once already
-                for buffer, old in zip(self._buffers, before, strict=True):
+                for buffer, old in zip(self._buffers, buffers, strict=True):
                     buffer.copy_(old)
         if self._curvature is not None and looked is not None:
             self._curvature.backward(batch, looked, self._sums, factor)

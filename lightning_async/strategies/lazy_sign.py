@@ -46,6 +46,8 @@ class LazySignStrategy(AsyncStrategy):
         compressor: "sign", or "none": numbers travel whole, the control.
         scale: What has a scale of its own: "block", "tensor", or "global".
         block: Numbers of a block.
+        stretch: A scale is so many times the mean size of its numbers, above 0 and below 2; None: 1.6 for updates,
+            which go the same way for many steps, and 1 for gradients and with rule="innovation".
         min_size: Tensors with fewer numbers travel whole.
         exact: Names of parameters that travel whole; `*` stands for any part of a name.
         form: "slices" (each rank is the server of a slice), "gather" (everybody hears everybody), or "auto": gather for
@@ -91,6 +93,7 @@ class LazySignStrategy(AsyncStrategy):
         compressor: Compressor = "sign",
         scale: Scale = "block",
         block: int = BLOCK,
+        stretch: float | None = None,
         min_size: int = 1024,
         exact: Sequence[str] = (),
         form: Form = "auto",
@@ -128,6 +131,7 @@ class LazySignStrategy(AsyncStrategy):
             "compressor": compressor,
             "scale": scale,
             "block": block,
+            "stretch": stretch,
             "min_size": min_size,
             "form": form,
             "news": news,

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_async.algorithms.signs import STRETCH
+
 Array = NDArray[np.float64]
 
 
@@ -29,7 +31,9 @@ class Twin:
         max_skip: int = 7,
         ahead: int = 1,
         news: str = "change",
+        stretch: float | None = None,
     ) -> None:
+        self.stretch = stretch or (1.0 if rule == "innovation" else STRETCH)
         self.n, self.d, self.rule, self.block, self.slices = n, d, rule, block, slices
         self.history, self.threshold, self.max_skip, self.ahead, self.news = history, threshold, max_skip, ahead, news
         self.rest, self.server = np.zeros((n, d)), np.zeros(d)  # `innovation`: rest is G, what all have of each rank
@@ -42,7 +46,7 @@ class Twin:
 
     def compress(self, p: Array) -> Array:
         blocks = p.reshape(-1, self.block)
-        scale = np.abs(blocks).mean(1, keepdims=True)
+        scale = self.stretch * np.abs(blocks).mean(1, keepdims=True)
         return (scale * np.where(blocks >= 0, 1.0, -1.0)).reshape(p.shape)
 
     def step(self, v: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,17 +104,29 @@ def life(
 
 
 def on_virtual(
-    some: list[Member], gradient: Gradient, *, cluster: dict[str, Any] | None = None, **options: Any
+    some: list[Member],
+    gradient: Gradient,
+    *,
+    cluster: dict[str, Any] | None = None,
+    seen: Callable[[Any], Any] = lambda carrier: carrier,
+    **options: Any,
 ) -> None:
-    """Let them live on a virtual cluster."""
+    """Let them live on a virtual cluster; `seen` is what each is given in the place of its carrier."""
     virtual = VirtualCluster(len(some), **{"patience": 5.0, **(cluster or {})})
-    virtual.run({c.me: life(some[c.me], c, gradient, **options) for c in virtual.carriers})
+    virtual.run({c.me: life(some[c.me], seen(c), gradient, **options) for c in virtual.carriers})
 
 
-def on_real_links(some: list[Member], gradient: Gradient, *, seed: int = 3, **options: Any) -> ClusterWorld:
+def on_real_links(
+    some: list[Member],
+    gradient: Gradient,
+    *,
+    seed: int = 3,
+    seen: Callable[[Any], Any] = lambda carrier: carrier,
+    **options: Any,
+) -> ClusterWorld:
     """Let them live in this process over real links, in a random order of steps."""
     world, chance = ClusterWorld(len(some)), random.Random(seed)
-    lives: dict[int, Iterator[Any]] = {m.rank: life(m, world.carriers[m.rank], gradient, **options) for m in some}
+    lives: dict[int, Iterator[Any]] = {m.rank: life(m, seen(world.carriers[m.rank]), gradient, **options) for m in some}
 
     def step() -> bool:
         rank = chance.choice(list(lives))
@@ -129,6 +141,9 @@ def on_real_links(some: list[Member], gradient: Gradient, *, seed: int = 3, **op
     finally:
         world.close()
     return world
+
+
+LIVES: Mapping[str, Callable[..., object]] = {"virtual": on_virtual, "real": on_real_links}
 
 
 def quadratic(n: int, d: int, *, spread: float = 1.0, noise: float = 0.0) -> tuple[Gradient, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_async.transport.virtual import VirtualCluster
 from tests.algorithms.sign_twin import Twin
 from tests.algorithms.sign_twin import train as train_twin
-from tests.algorithms.sign_world import Member, life, members, on_real_links, on_virtual, quadratic
+from tests.algorithms.sign_world import LIVES, Member, life, members, on_virtual, quadratic
 
 RULES = ["always", "accumulate", "periodic", "paper", "innovation"]
 KEEPING = ["always", "accumulate", "periodic"]
@@ -21,10 +21,12 @@ SMALL: dict[str, Any] = {"block": 16, "min_size": 0}
 D = 96
 
 
-def world(n: int, rule: str, *, steps: int = 60, noise: float = 0.5, **knobs: Any) -> list[Member]:
+def world(
+    n: int, rule: str, *, steps: int = 60, noise: float = 0.5, carrier: str = "virtual", **knobs: Any
+) -> list[Member]:
     some = members(n, [(D,)], rule=rule, history=5, max_skip=3, **{**SMALL, **knobs})
     gradient, _ = quadratic(n, D, noise=noise)
-    on_virtual(some, gradient, steps=steps, lr=schedule)
+    LIVES[carrier](some, gradient, steps=steps, lr=schedule)
     return some
 
 
@@ -47,9 +49,9 @@ def mean_rest(some: list[Member], k: int) -> Tensor:
 
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", KEEPING)
-@pytest.mark.parametrize("n", [2, 3])
-def test_weights_and_what_is_held_back_follow_exact_steps(n: int, rule: str, form: str) -> None:
-    some = world(n, rule, form=form)
+@pytest.mark.parametrize(("n", "carrier"), [(2, "virtual"), (3, "virtual"), (3, "real")])
+def test_weights_and_what_is_held_back_follow_exact_steps(n: int, rule: str, form: str, carrier: str) -> None:
+    some = world(n, rule, form=form, carrier=carrier)
     gradient, _ = quadratic(n, D, noise=0.5)
     start = members(1, [(D,)])[0].flat()
     for k in range(60):
@@ -62,10 +64,24 @@ def test_weights_and_what_is_held_back_follow_exact_steps(n: int, rule: str, for
 
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", RULES)
-def test_weights_are_the_same_on_all_ranks_after_every_step(rule: str, form: str) -> None:
-    some = world(4, rule, form=form)
+@pytest.mark.parametrize("carrier", LIVES)
+def test_weights_are_the_same_on_all_ranks_after_every_step(rule: str, form: str, carrier: str) -> None:
+    some = world(4, rule, form=form, carrier=carrier, steps=60 if carrier == "virtual" else 12)
     for m in some[1:]:
         assert all(torch.equal(a, b) for a, b in zip(m.weights, some[0].weights, strict=True))
+
+
+@pytest.mark.parametrize("carrier", LIVES)
+@pytest.mark.parametrize(("rule", "what"), [("paper", "parts"), ("innovation", "common")])
+def test_what_all_have_of_each_other_is_the_same_everywhere(rule: str, what: str, carrier: str) -> None:
+    """The mirrors: each rank's last sheet, or the sum of all that was agreed on."""
+    some = world(3, rule, form="gather", steps=30, threshold=0.6, carrier=carrier)
+    states = [m.algorithm.signs.state_dict() for m in some]
+    kept = [state["exchange"]["parts"] if what == "parts" else {0: state["common"]} for state in states]
+    for mirrors in kept[1:]:
+        assert mirrors.keys() == kept[0].keys()
+        assert all(torch.equal(mirrors[m], kept[0][m]) for m in mirrors)
+    assert any(m.algorithm.skipped for m in some)
 
 
 @pytest.mark.parametrize(("carrier", "ahead"), [("virtual", 0), ("virtual", 1), ("virtual", 2), ("real", 1)])
@@ -76,8 +92,7 @@ def test_the_twin_takes_the_same_path(rule: str, form: str, carrier: str, ahead:
     knobs: dict[str, Any] = {"rule": rule, "history": 5, "max_skip": 3, "ahead": ahead, "threshold": 0.6}
     some = members(n, [(D,)], form=form, **SMALL, **knobs)
     gradient, _ = quadratic(n, D, noise=0.3)
-    live = on_virtual if carrier == "virtual" else on_real_links
-    live(some, gradient, steps=steps, lr=schedule)
+    LIVES[carrier](some, gradient, steps=steps, lr=schedule)
     twin = Twin(n, D, block=16, slices=form == "slices", **knobs)
     path = train_twin(
         twin,
@@ -105,9 +120,9 @@ def exact_sgd(n: int, steps: int, noise: float) -> Tensor:
 
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("compress", ["update", "gradient"])
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_with_whole_numbers_it_is_synchronous_sgd(n: int, compress: str, form: str) -> None:
-    some = world(n, "always", compressor="none", compress=compress, form=form)
+@pytest.mark.parametrize(("n", "carrier"), [(1, "virtual"), (2, "virtual"), (4, "virtual"), (3, "real")])
+def test_with_whole_numbers_it_is_synchronous_sgd(n: int, compress: str, form: str, carrier: str) -> None:
+    some = world(n, "always", compressor="none", compress=compress, form=form, carrier=carrier)
     torch.testing.assert_close(some[0].weights[-1], exact_sgd(n, 60, 0.5), rtol=1e-12, atol=1e-12)
 
 
@@ -120,22 +135,25 @@ def test_a_warm_up_takes_the_steps_of_synchronous_sgd(rule: str) -> None:
     assert all(torch.equal(m.weights[-1], some[0].weights[-1]) for m in some)
 
 
-def test_without_a_bar_every_rank_sends_whenever_anything_changed() -> None:
-    always, lazy = world(3, "always"), world(3, "accumulate", threshold=0.0)
+@pytest.mark.parametrize("carrier", LIVES)
+def test_without_a_bar_every_rank_sends_whenever_anything_changed(carrier: str) -> None:
+    always, lazy = world(3, "always", steps=30), world(3, "accumulate", threshold=0.0, steps=30, carrier=carrier)
     assert torch.equal(always[0].weights[-1], lazy[0].weights[-1])
 
 
+@pytest.mark.parametrize("carrier", LIVES)
 @pytest.mark.parametrize("rule", ["accumulate", "paper", "innovation"])
-def test_over_a_bar_that_nobody_reaches_the_clock_alone_sends(rule: str) -> None:
-    some = world(3, rule, threshold=1e30)
+def test_over_a_bar_that_nobody_reaches_the_clock_alone_sends(rule: str, carrier: str) -> None:
+    some = world(3, rule, threshold=1e30, carrier=carrier)
     fired = some[0].algorithm.trigger.fired
     assert fired["trigger"] == 0
     assert fired["clock"] == (60 - 5 + 1) // 4  # first rounds aside: one in max_skip + 1, said one round ahead
     assert fired["skipped"] == 60 - 5 + 1 - fired["clock"]
 
 
+@pytest.mark.parametrize("carrier", LIVES)
 @pytest.mark.parametrize("rule", ["accumulate", "paper", "innovation"])
-def test_no_rank_is_silent_for_longer_than_max_skip(rule: str) -> None:
+def test_no_rank_is_silent_for_longer_than_max_skip(rule: str, carrier: str) -> None:
     some = members(2, [(D,)], rule=rule, history=3, max_skip=2, threshold=2.0, **SMALL)
     sends: list[bool] = []
     begin = some[0].algorithm.begin
@@ -151,7 +169,7 @@ def test_no_rank_is_silent_for_longer_than_max_skip(rule: str) -> None:
         some[0].algorithm.trigger.decide = noted  # type: ignore[method-assign]
 
     some[0].algorithm.begin = watched  # type: ignore[method-assign]
-    on_virtual(some, quadratic(2, D, noise=0.2)[0], steps=40)
+    LIVES[carrier](some, quadratic(2, D, noise=0.2)[0], steps=40)
     silent = max(len(run) for run in "".join("+-"[not sent] for sent in sends).split("+"))
     assert silent == 2 if rule != "innovation" else silent <= 2
 
@@ -170,14 +188,17 @@ def test_innovation_converges_linearly(form: str, steps: int) -> None:
     assert sum(one.algorithm.trigger.fired["skipped"] for one in some) > steps / 10
 
 
-def test_signs_with_feedback_come_close_where_the_ranks_differ() -> None:
-    some = members(4, [(D,)], **SMALL)
+@pytest.mark.parametrize(("stretch", "within"), [(1.0, 0.05), (1.6, 0.1)])
+def test_signs_with_feedback_come_close_where_the_ranks_differ(stretch: float, within: float) -> None:
+    """Without momentum a larger scale only holds back more."""
+    some = members(4, [(D,)], stretch=stretch, **SMALL)
     gradient, best = quadratic(4, D)
     on_virtual(some, gradient, steps=150, lr=lambda k: 0.5 / (1 + k / 10))
-    assert (some[0].flat() - best).norm() < 0.05 * best.norm()
+    assert (some[0].flat() - best).norm() < within * best.norm()
 
 
-def test_the_counter_example_to_signs_without_feedback() -> None:
+@pytest.mark.parametrize("carrier", LIVES)
+def test_the_counter_example_to_signs_without_feedback(carrier: str) -> None:
     """Karimireddy et al. (2019): rare large gradients outweigh many small ones, and a plain sign does not see it.
 
     4 with a chance of 1/4, else -1: downhill is towards less, by 1/4 a step.
@@ -190,8 +211,9 @@ def test_the_counter_example_to_signs_without_feedback() -> None:
     assert sum(gradient(0, k, torch.zeros(8)).sign().mean() for k in range(400)) < -100  # its signs point uphill
     some = members(2, [(8,)], block=8, min_size=0)
     start = some[0].flat()
-    on_virtual(some, gradient, steps=400, lr=lambda k: 0.01)
-    assert (some[0].flat() - start).mean() < -0.7
+    steps = 400 if carrier == "virtual" else 150
+    LIVES[carrier](some, gradient, steps=steps, lr=lambda k: 0.01)
+    assert (some[0].flat() - start).mean() < -0.7 * steps / 400
 
 
 # -- silence costs no wait ---------------------------------------------------------------------------------------------

@@ -10,19 +10,19 @@ import pytest
 from lightning_async.algorithms.sign_exchange import MEAN, PART
 from lightning_async.algorithms.sign_notices import NOTICE
 from lightning_async.transport.mail import Carrier, Message
-from lightning_async.transport.virtual import VirtualCluster
-from tests.algorithms.sign_world import Member, life, members, on_virtual, quadratic
+from tests.algorithms.sign_world import LIVES, Member, members, quadratic
 
 N, D, BLOCK, STEPS, LR = 3, 96, 16, 60, 0.1
 KNOBS: dict[str, Any] = {"block": BLOCK, "min_size": 0, "history": 5, "max_skip": 3}
 
 
+@pytest.mark.parametrize("carrier", LIVES)
 @pytest.mark.parametrize("noise", [0.0, 0.5, 5.0])
-def test_what_is_held_back_stays_within_its_bound(noise: float) -> None:
+def test_what_is_held_back_stays_within_its_bound(noise: float, carrier: str) -> None:
     """Karimireddy et al. (2019): |e|^2 <= 4 (1 - delta) / delta^2 lr^2 max |g|^2 where each packing keeps delta."""
     some = members(N, [(D,)], form="gather", **KNOBS)
     start, (gradient, _) = some[0].flat(), quadratic(N, D, noise=noise)
-    on_virtual(some, gradient, steps=STEPS, lr=lambda k: LR)
+    LIVES[carrier](some, gradient, steps=STEPS, lr=lambda k: LR)
     for m in some:
         befores = [start, *m.weights]
         gradients = [gradient(m.rank, k, befores[k - 1]) for k in range(1, STEPS + 1)]
@@ -62,17 +62,23 @@ def sheet(numbers: int) -> int:
     return numbers // 8 + 8 * (numbers // BLOCK)
 
 
+@pytest.mark.parametrize("carrier", LIVES)
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", ["always", "accumulate", "periodic", "paper", "innovation"])
-def test_every_byte_is_a_sign_or_a_scale(rule: str, form: str) -> None:
+def test_every_byte_is_a_sign_or_a_scale(rule: str, form: str, carrier: str) -> None:
     some: list[Member] = members(N, [(D,)], rule=rule, form=form, threshold=0.6, **KNOBS)
-    cluster = VirtualCluster(N)
-    posts = [Counting(carrier) for carrier in cluster.carriers]
+    posts: list[Counting] = []
+
+    def counting(one: Carrier) -> Counting:
+        posts.append(Counting(one))
+        return posts[-1]
+
     gradient, _ = quadratic(N, D, noise=0.3)
-    cluster.run({m.rank: life(m, posts[m.rank], gradient, steps=STEPS, lr=lambda k: LR) for m in some})  # type: ignore[arg-type]
+    steps = STEPS if carrier == "virtual" else 15
+    LIVES[carrier](some, gradient, seen=counting, steps=steps, lr=lambda k: LR)
     rounds = len(set().union(*(c.rounds for c in posts)))
     for m, counted in zip(some, posts, strict=True):
-        uploads = STEPS - m.algorithm.skipped
+        uploads = steps - m.algorithm.skipped
         one = sheet(D // N if form == "slices" else D)
         assert counted.nbytes[PART] == uploads * (N - 1) * one
         assert counted.nbytes[MEAN] == (rounds * (N - 1) * one if form == "slices" else 0)
@@ -80,4 +86,4 @@ def test_every_byte_is_a_sign_or_a_scale(rule: str, form: str) -> None:
         assert counted.messages[NOTICE] == decided * (N - 1)
         assert counted.nbytes[NOTICE] == 0
         assert sum(counted.nbytes.values()) == counted.nbytes[PART] + counted.nbytes[MEAN]
-    assert (rule == "always") == (rounds == STEPS and not any(m.algorithm.skipped for m in some))
+    assert (rule == "always") == (rounds == steps and not any(m.algorithm.skipped for m in some))

@@ -80,7 +80,7 @@ def _late(module: str) -> tuple[list[float], list[float], list[str], float]:
         warnings.simplefilter("always")
         t = trainer(1, callbacks=[shrink, rates], max_epochs=1, limit_train_batches=25)
         t.strategy.algorithm = Late()  # type: ignore[attr-defined]
-        t.fit(Adam() if module == "Adam" else Lit(), loader(), loader(10))
+        t.fit(Adam() if module == "Adam" else Lit(), loader(), loader(40))
     said = [str(warning.message) for warning in caught if "AdaptiveShrink" in str(warning.message)]
     return rates.used, rates.left, said, t.strategy.algorithm.factor  # type: ignore[attr-defined]
 
@@ -127,7 +127,7 @@ def _saved_and_resumed(folder: str, n: int, world_then: int) -> dict[str, Any]:
                 before.update(before or _Kept(shrink).state_dict())
 
         t.callbacks.append(Look())  # type: ignore[attr-defined]
-        t.fit(Lit(), loader(), loader(10, shuffle=False), ckpt_path=path)
+        t.fit(Lit(), loader(), loader(40, shuffle=False), ckpt_path=path)
     said = [str(warning.message) for warning in caught if "AdaptiveShrink" in str(warning.message)]
     return {"began": before, "ended": _Kept(shrink).state_dict(), "said": said, "left": t.strategy.shrink is no_shrink}  # type: ignore[attr-defined]
 
@@ -174,7 +174,7 @@ def _two_laws() -> None:
     t = trainer(1, callbacks=[AdaptiveShrink()])
     t.strategy.shrink = mine  # type: ignore[attr-defined]
     with pytest.raises(MisconfigurationException, match="the strategy's `shrink` is set already"):
-        t.fit(Lit(), loader(), loader(10))
+        t.fit(Lit(), loader(), loader(40))
 
 
 def test_two_laws() -> None:

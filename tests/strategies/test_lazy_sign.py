@@ -221,6 +221,8 @@ def test_a_nan_stops_the_run_before_it_is_fed_back() -> None:
         ({"form": "ring"}, "`form` must be one of 'auto', 'slices', 'gather', got 'ring'"),
         ({"news": "none"}, "`news` must be one of 'change', 'backlog', got 'none'"),
         ({"block": 12}, "`block` must be a multiple of 8, got 12"),
+        ({"stretch": 2}, "`stretch` must be above 0 and below 2, where what is held back would grow, got 2"),
+        ({"stretch": 0.0}, "`stretch` must be above 0 and below 2"),
         ({"block": 0}, "`block` must be an integer of at least 8, got 0"),
         ({"min_size": -1}, "`min_size` must be an integer of at least 0, got -1"),
         ({"history": 0}, "`history` must be an integer of at least 1, got 0"),
