@@ -193,6 +193,8 @@ def _means(scores: Sequence[Score]) -> dict[str, float]:
 def _trained(job: Job, arms: dict[str, Arm], seeds: int) -> dict[str, list[Score]]:
     found = {}
     for name, arm in arms.items():
-        print(f"  {job.name}, {arm.optimizer}: {name}", file=sys.stderr, flush=True)
         found[name] = train(job, seeds, arm)
+        print(
+            f"  {job.name}, {arm.optimizer}, lr {arm.lr:g}: {name}: {_means(found[name])}", file=sys.stderr, flush=True
+        )
     return found

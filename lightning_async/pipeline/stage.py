@@ -96,7 +96,7 @@ class Stage:
     def backward(self, batch: int, gradient: Tensor, factor: float = 1.0) -> Tensor | None:
         """Run the oldest batch backward. Returns the gradient for the stage before, if there is one."""
         held = self.stash.pop(batch)
-        before = self._curvature.look(self._sums) if self._curvature is not None else None
+        looked = self._curvature.look(self._sums) if self._curvature is not None else None
         if held.again is None:
             self._run_back(held.out, gradient, factor)
         else:
@@ -105,8 +105,8 @@ class Stage:
             with torch.no_grad():  # they have seen this batch once already
                 for buffer, old in zip(self._buffers, buffers, strict=True):
                     buffer.copy_(old)
-        if self._curvature is not None and before is not None:
-            self._curvature.backward(batch, before, self._sums, factor)
+        if self._curvature is not None and looked is not None:
+            self._curvature.backward(batch, looked, self._sums, factor)
         return gradient_of(held.entered) if self.index and held.entered is not None else None
 
     def _run_back(self, out: Tensor | None, gradient: Tensor, factor: float) -> None:
