@@ -1,8 +1,8 @@
-"""`python -m benchmarks NAME [--strategy NAME] [--json OUT] [--quick]` runs one benchmark; `--list` names them.
+"""`python -m benchmarks NAME [--strategy NAME] [--seeds N] [--json OUT] [--quick]` runs one; `--list` names them.
 
 A benchmark is a module of this folder with a docstring (what it shows, the limit, the control) and
-`def run(quick: bool) -> Table`; one that can be of several strategies has an argument `strategy` too. The exit status
-is 1 where a claim of its table does not hold.
+`def run(quick: bool) -> Table`; one that can be of several strategies, or with fewer seeds, has an argument `strategy`
+or `seeds` too. The exit status is 1 where a claim of its table does not hold.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     start = time.monotonic()
     run: Callable[..., Table] = importlib.import_module(f"benchmarks.{arguments.name}").run
-    chosen = {} if arguments.strategy is None else {"strategy": arguments.strategy}
-    if chosen and "strategy" not in inspect.signature(run).parameters:
-        print(f"benchmark {arguments.name} is not of one strategy: leave out --strategy", file=sys.stderr)
-        return 2
+    given = {"strategy": arguments.strategy, "seeds": arguments.seeds}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name in chosen:
+        if name not in inspect.signature(run).parameters:
+            print(f"benchmark {arguments.name} takes no --{name}: leave it out", file=sys.stderr)
+            return 2
     table = run(arguments.quick, **chosen)
     seconds = time.monotonic() - start
     print(table.text())
@@ -77,6 +79,7 @@ def _parser(names: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("name", nargs="?", choices=names, metavar="NAME", help=", ".join(names) or "none yet")
     parser.add_argument("--list", action="store_true", help="name the benchmarks")
     parser.add_argument("--strategy", metavar="NAME", help="what it is of, where there is a choice")
+    parser.add_argument("--seeds", type=int, metavar="N", help="with so many seeds, where there are some")
     parser.add_argument("--quick", action="store_true", help="smaller and coarser, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the table there")
     return parser

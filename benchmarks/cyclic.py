@@ -7,6 +7,10 @@
     lr, dc    the default, late pushes compensated
     none      the control: replicas never talk (mode="none" of gossip); its loss is that of their mean at any time
 
+    squares   least squares in 16 dimensions, plain SGD: the control is good at it too, since all ranks learn the same
+    gentle    digits, plain SGD at a learning rate of 0.1
+    digits    digits, SGD with a momentum of 0.9 at the best learning rate of synchronous training, 0.1
+
 As in `modes`, on the virtual cluster with real gradients: the figures follow from the seeds. A cyclic run's loss is
 that of the server's weights, as anybody has pulled them. "never" means: not with all samples.
 """
@@ -18,14 +22,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.optim import SGD
 
 from benchmarks.accuracy import STEP, asynchronous, ddp, factors
 from benchmarks.modes import POINTS, TARGET, Curves, Found, time_to
 from benchmarks.subject import NONE, Knobs
 from benchmarks.table import Cell, Claim, Role, Row, Table
-from benchmarks.tasks import Task, characters, digits
+from benchmarks.tasks import Score, Task, digits
 
 FASTER, WITHIN = 3.0, 1.05
+WIDE, NOISE = 16, 0.3
 SPEEDS: Mapping[str, tuple[int, float]] = {"1,1,1,1": (4, 1.0), "1,1,1,4": (4, 4.0), "7x1 + 8": (8, 8.0)}
 """Columns: how many ranks, and how many times slower the last one is."""
 CYCLIC: Knobs = {"strategy": "cyclic_delay"}
@@ -66,8 +74,44 @@ def run(quick: bool) -> Table:
 
 def _tasks(quick: bool) -> Sequence[tuple[Task, range]]:
     if quick:
-        return [(replace(digits(), passes=3), range(2))]
-    return [(digits(), range(10)), (characters(3200), range(3))]
+        return [(squares(1600), range(2))]
+    return [(squares(3200), range(4)), (_gentle(), range(2)), (replace(digits(), passes=3), range(2))]
+
+
+def _gentle() -> Task:
+    return replace(digits(), name="gentle", passes=8, lr=0.1, optimize=lambda parameters, lr: SGD(parameters, lr=lr))
+
+
+class Squares(Task):
+    """A linear map to be learnt; its score is the loss beyond what noise leaves."""
+
+    def loss(self, model: nn.Module, samples: Tensor) -> Tensor:
+        """The mean square of these training samples."""
+        x, y = self.train
+        return F.mse_loss(model(x[samples]), y[samples])
+
+    @torch.no_grad()
+    def score(self, model: nn.Module) -> Score:
+        """On samples without noise."""
+        x, y = self.validation
+        return Score(F.mse_loss(model(x), y).item(), 0.0)
+
+
+def squares(samples: int) -> Squares:
+    """So many samples, once."""
+    random = torch.Generator().manual_seed(1)
+    x, truth = torch.randn(samples, WIDE, generator=random), torch.randn(WIDE, 1, generator=random)
+    held_out = torch.randn(500, WIDE, generator=random)
+    return Squares(
+        "squares",
+        train=(x, x @ truth + NOISE * torch.randn(samples, 1, generator=random)),
+        validation=(held_out, held_out @ truth),
+        build=lambda: nn.Linear(WIDE, 1, bias=False),
+        optimize=lambda parameters, lr: SGD(parameters, lr=lr),
+        lr=0.02,
+        grid=(0.02,),
+        batch=8,
+    )
 
 
 def _column(task: Task, seeds: range, n: int, slow: float) -> Column:

@@ -61,7 +61,7 @@ class Copies(nn.Module):
         def one(weights: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
             return functional_call(self._one[0], (weights, buffers), (x,))  # type: ignore[no-any-return]
 
-        return vmap(one)(weights, buffers, x)  # type: ignore[no-any-return]
+        return vmap(one)(weights, buffers, x)
 
 
 class Residual(nn.Module):

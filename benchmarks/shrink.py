@@ -7,13 +7,15 @@
     control   no shrinking at all
 
 The grid of constants was looked at, the laws have their defaults. In the pipeline only the last stage has a loss: the
-others know of it `LAG` batches later. A run that diverges counts with a loss of `WORST`.
+others know of it `LAG` batches later; how the loss bends each sees for itself. A run that diverges counts with a loss
+of `WORST`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from statistics import fmean, stdev
 
@@ -25,12 +27,12 @@ from benchmarks.accuracy import asynchronous, ddp
 from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.tasks import digits
 from lightning_async.algorithms.algorithm import Shrink, no_shrink
-from lightning_async.algorithms.shrink import Law, LawName, law
+from lightning_async.algorithms.shrink import Law, LawName, Stability, law
 from lightning_async.arrival import Arrival
 from lightning_async.pipeline.simulator import simulate
 from lightning_async.pipeline.stage import Compute, Stage
 
-K, BATCH, STEPS, WIDTH = 4, 16, 500, 64
+K, BATCH, STEPS, WIDTH, MOMENTUM = 4, 16, 500, 64, 0.9
 BEST, TOO_LARGE = 0.01, 3
 """The best of 0.003, 0.01 and 0.03 for the pipeline without shrinking; how many times too large the rate is."""
 LAG = 10
@@ -91,11 +93,13 @@ def pipeline(seed: int, lr: float, *, beta: float = 1.0, name: LawName | None = 
     layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU() if b != 10 else nn.Identity()) for a, b in pairwise(sizes)]
     blocks: list[nn.Module] = [nn.Sequential(*layers)] if plain else list(layers)
     picks = torch.randint(0, len(x), (STEPS, BATCH), generator=torch.Generator().manual_seed(seed))
-    optimizers = [torch.optim.SGD(block.parameters(), lr, momentum=0.9) for block in blocks]
+    optimizers = [torch.optim.SGD(block.parameters(), lr, momentum=MOMENTUM) for block in blocks]
     stages = [Shrinking(k, len(blocks), block.parameters()) for k, block in enumerate(blocks)]
-    leading = law(name) if name is not None else None
-    for stage in stages[:-1]:
-        stage.law = leading if name == "stability" or name is None else law(name)
+    laws = [law(name) for _ in stages[:-1]] if name is not None else []
+    for stage, made in zip(stages, laws, strict=False):
+        stage.law = made
+        if isinstance(made, Stability):
+            stage.watch_curvature(partial(made.look, lr=lr, momentum=MOMENTUM))
     losses: list[float] = []
 
     def update(k: int) -> None:
@@ -106,8 +110,8 @@ def pipeline(seed: int, lr: float, *, beta: float = 1.0, name: LawName | None = 
     def loss(batch: int, out: Tensor) -> Tensor:
         found = F.cross_entropy(out, y[picks[batch - 1]])
         losses.append(float(found.detach()))
-        if leading is not None and len(losses) > LAG:
-            leading.observe(losses[-1 - LAG])
+        for made in laws if len(losses) > LAG else ():
+            made.observe(losses[-1 - LAG])
         return found
 
     inputs = [x[pick] for pick in picks]

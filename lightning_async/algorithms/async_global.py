@@ -40,8 +40,9 @@ from lightning_async.algorithms.shards import (
     SERVED,
     cut,
 )
+from lightning_async.algorithms.sign_wire import codecs
 from lightning_async.algorithms.weighting import Attenuation, law
-from lightning_async.algorithms.wire import Wire, codec
+from lightning_async.algorithms.wire import Wire, Wires, check_wire
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Letter, Mail, Wait
@@ -64,7 +65,7 @@ class AsyncGlobal(Algorithm):
         outer_momentum: Its momentum.
         shards: How many shards; None: as many as members, at most 8.
         mirror_every: Arrivals of a shard that may be lost with its owner; None: eight for each member.
-        wire: What travels: "fp32" or "bf16".
+        wire: What travels: "fp32", "bf16", or "sign" (corrections as signs, weights as bf16).
 
     Attributes:
         accuracy: Asked before each push: what it counts beside others.
@@ -98,7 +99,7 @@ class AsyncGlobal(Algorithm):
         self.outer, self.outer_lr, self.outer_momentum, self.wire = outer, outer_lr, outer_momentum, wire
         make_outer = outer_rule(outer, lr=outer_lr, momentum=outer_momentum)
         self.rules = Rules(attenuation, law(attenuation, strength), max_delay, on_late, make_outer)
-        self.codec = codec(wire)
+        check_wire(wire)
         self.accuracy: Callable[[], float] = perfect
         self.heritage: Sequence[Mapping[str, Any]] = ()
         self._beginnings = 0
@@ -115,7 +116,8 @@ class AsyncGlobal(Algorithm):
         self._elsewhere, self._at_home = 0, dict[int, int]()
         flat, shards = replica.flat.cpu(), cut(replica.numel, min(self.shards or MANY, mail.world))
         self.owners = Owners(rounds.carrier, len(shards), self._beginnings)
-        self.exchanges = [Exchange(shard, replica.flat, self.codec) for shard in shards]
+        codec, theirs = (codecs(self.wire, shards, replica.places, like) for like in (replica.flat, flat))
+        self.exchanges = [Exchange(shard, replica.flat, codec.of(shard.number)) for shard in shards]
         for exchange in self.exchanges:
             exchange.belongs_to(self.owners.owner(exchange.shard.number), self.owners.place(exchange.shard.number))
         mine = {exchange.place: flat[exchange.shard.part] for exchange in self.exchanges if exchange.owner == mail.me}
@@ -124,12 +126,14 @@ class AsyncGlobal(Algorithm):
             for exchange in self.exchanges
             if next_of(exchange.owner, mail.members()) == mail.me
         }
-        mail.serve(SERVED, self._service(mail, mine, behind))
+        mail.serve(SERVED, self._service(mail, mine, behind, theirs))
         self._own = OwnService(mail)
         heritage, self.heritage = self.heritage, ()
         self._inherit(heritage, flat, mail)
 
-    def _service(self, mail: Mail, mine: Mapping[int, Tensor], behind: Mapping[int, Tensor]) -> ShardService:
+    def _service(
+        self, mail: Mail, mine: Mapping[int, Tensor], behind: Mapping[int, Tensor], codec: Wires
+    ) -> ShardService:
         return ShardService(
             mail.me,
             mail.members(),
@@ -137,7 +141,7 @@ class AsyncGlobal(Algorithm):
             behind,
             blank=lambda number: torch.zeros_like(self.exchanges[number].base, device="cpu"),
             rules=self.rules,
-            codec=self.codec,
+            codec=codec,
             mirror_every=self.mirror_every,
             shrink=self._current_shrink,
         )

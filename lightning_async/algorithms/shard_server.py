@@ -59,6 +59,8 @@ class ShardServer:
             otherwise: then `pushed` is complete.
         bases: The version that each member started from.
         pausing: The members that push nothing until all have met.
+        unheard: The members of which nothing has come since the shard was taken over. They pull before they push, so
+            none of them can be late; and whether they are pausing, only the old owner may have known.
         pushed: The step of each member's last arrival.
         paces: Microseconds of each member's step.
         worths: What each member's last arrival weighed.
@@ -74,6 +76,7 @@ class ShardServer:
     orphaned: int = -1
     bases: dict[int, int] = field(default_factory=dict)
     pausing: dict[int, int] = field(default_factory=dict)
+    unheard: set[int] = field(default_factory=set)
     pushed: dict[int, int] = field(default_factory=dict)
     paces: dict[int, int] = field(default_factory=dict)
     worths: dict[int, float] = field(default_factory=dict)
@@ -95,7 +98,8 @@ class ShardServer:
         """
         if self.rules.on_late != "wait" or self.rules.max_delay is None:
             return False
-        slower = [k for member, k in self.bases.items() if k < base and member not in self.pausing]
+        away = self.unheard.union(self.pausing)
+        slower = [k for member, k in self.bases.items() if k < base and member not in away]
         return bool(slower) and self.version + 1 - min(slower) > self.rules.max_delay + len(self.members) - 1
 
     def arrive(self, letter: Letter, correction: Tensor, *, last: bool = False) -> int:
@@ -122,6 +126,7 @@ class ShardServer:
         """A member starts from these weights."""
         self.bases[peer] = self.version
         self.pausing.pop(peer, None)
+        self.unheard.discard(peer)
 
     def newest(self, peer: int) -> int:
         """The step of a member's newest push in these weights; 0: none, -1: not known."""

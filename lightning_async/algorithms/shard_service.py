@@ -39,7 +39,7 @@ from lightning_async.algorithms.shards import (
     shard_of,
     succeeds,
 )
-from lightning_async.algorithms.wire import EXACT, Codec
+from lightning_async.algorithms.wire import EXACT, Wires
 from lightning_async.transport.mail import Letter, Message
 
 Answers = Iterable[tuple[int, Message]]
@@ -86,7 +86,7 @@ class ShardService:
         *,
         blank: Callable[[int], Tensor],
         rules: Rules,
-        codec: Codec,
+        codec: Wires,
         mirror_every: int | None = None,
         shrink: Callable[[], Shrink] = lambda: no_shrink,
     ) -> None:
@@ -123,24 +123,26 @@ class ShardService:
         if not self._may_go(owned, letter):
             owned.held.append(_kept(letter))
             return self._mirror(owned, letter.message.reference)  # a shard that was just inherited has none yet
-        return [*self._merge(owned, letter), *self._let_go(owned)]
+        return self._let_go(owned, self._merge(owned, letter))
 
     def _merge(self, owned: Owned, letter: Letter) -> Answers:
         server, m = owned.server, letter.message
         assert m.body is not None  # a push always has a body
         own = letter.peer == self._me
-        correction = (EXACT if own else self._codec).decode(m.body, server.weights.dtype)
+        codec = self._codec.of(shard_of(m.reference))
+        exact = own or m.kind == LAST
+        correction = (EXACT if exact else codec).decode(m.body, server.weights.dtype)
         said = server.arrive(letter, correction, last=m.kind == LAST)
         owned.mirroring.fresh += 1
-        weights = server.weights if own else self._codec.encode(server.weights)
+        weights = server.weights if own else codec.answer(server.weights)
         return [_answer(letter, server, weights, said), *self._mirror(owned, m.reference)]
 
-    def _let_go(self, owned: Owned) -> Answers:
-        """Of those that wait, in the order of their arrival, whoever may go on now."""
-        answers: list[tuple[int, Message]] = []
+    def _let_go(self, owned: Owned, answers: Answers = ()) -> Answers:
+        """Of those that wait, in the order of their arrival, whoever may go on now; after these answers, which have the
+        weights of their own versions."""
         while (free := next((x for x in owned.held if self._may_go(owned, x)), None)) is not None:
             owned.held.remove(free)
-            answers += self._merge(owned, free)
+            answers = [*_apart(answers, owned.server.weights), *self._merge(owned, free)]
         return answers
 
     def _may_go(self, owned: Owned, letter: Letter) -> bool:
@@ -246,7 +248,9 @@ class ShardService:
         return []
 
     def _without_mirror(self, weights: Tensor, number: int) -> Owned:
+        """Taken over."""
         owned = Owned(self._new(weights, number))
+        owned.server.unheard = set(self._members)
         owned.mirroring.anew(self._most)
         return owned
 
@@ -273,6 +277,12 @@ def _answer(letter: Letter, server: ShardServer, weights: Tensor, said: int, new
         reference=m.reference,
     )
     return letter.peer, answer
+
+
+def _apart(answers: Answers, weights: Tensor) -> Answers:
+    """They are posted later, and the weights are about to change."""
+    for whom, message in answers:
+        yield whom, replace(message, body=weights.clone()) if message.body is weights else message
 
 
 def _not_here(letter: Letter) -> tuple[int, Message]:

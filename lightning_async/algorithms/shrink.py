@@ -9,15 +9,17 @@
 `hinge` 1 up to `knee`, then 1 / (1 + rate (e - knee))
 
 The adaptive ones have a state, and at any one state they are such a law too. `relative` judges a delay by those before
-it, `alignment` by the cosine between the contribution and something fresh, `stability` by how the loss goes.
+it, `alignment` by the cosine between the contribution and something fresh, `stability` by how the loss bends, or goes.
 """
 
 from __future__ import annotations
 
+import cmath
 import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -147,21 +149,49 @@ class Alignment(Law):
 
 
 class Stability(Law):
-    """1 / (1 + pressure x excess): the pressure grows while the loss rises, and eases off while it does not.
+    """Steps as large as do not swing with this delay, where curvature is seen; else by how the loss goes.
 
-    The loss rises if its mean over about 10 steps is above that over about 100 by more than half of the noise of the
-    first. One that is no number raises the pressure at once. It begins at `first`: a run that is too fast for its
-    delays is lost before anything could be learnt of it. Whoever has no loss goes by another's pressure.
+    Where it is seen (`look`; in a pipeline), a late gradient counts `steadiness` / (4 x lr x curvature), at most 1: at
+    `steadiness` a run swings for ever, at a quarter of it a late descent just does not swing. The curvature is a mean
+    over about 100 batches: gradients that jump raise the shrink, and are forgotten afterwards.
+
+    Where it is not, the factor is 1 / (1 + pressure x excess): the pressure grows while the loss rises, and eases off
+    while it does not. The loss rises if its mean over about 10 steps is above that over about 100 by more than half of
+    the noise of the first. One that is no number raises the pressure at once. It begins at `first`: a run that is too
+    fast for its delays is lost before anything could be learnt of it. Whoever has no loss goes by another's pressure.
     """
 
     def __init__(self, first: float = 0.5, growth: float = 0.05, ease: float = 0.002, most: float = 1000.0) -> None:
         self._growth, self._ease, self._most = growth, ease, most
         self.pressure, self._fast, self._slow, self._noise = first, 0.0, 0.0, 0.0
-        self._steps = 0
+        self._steps = self._looks = 0
+        self._turned = self._went = self._lr = self._momentum = 0.0
+
+    @property
+    def sees(self) -> bool:
+        """Whether the curvature is known."""
+        return self._went > 0
 
     def of(self, excess: float) -> float:
-        """Less, the higher the pressure."""
-        return 1 / (1 + self.pressure * excess)
+        """Less, the higher the curvature, or the pressure."""
+        if not self.sees:
+            return 1 / (1 + self.pressure * excess)
+        step = self._lr * self._turned / self._went
+        return steadiness(excess, self._momentum) / (MARGIN * step) if step > 0 else 1.0
+
+    def further(self, already: float, excess: float) -> float:
+        """What a stage sees of curvature is that of gradients as they came, shrunk on their way."""
+        return self.factor(excess) if self.sees else super().further(already, excess)
+
+    def look(self, turned: float, went: float, *, lr: float, momentum: float) -> None:
+        """How far gradients turned along the way of the weights, its length squared; the optimizer's knobs."""
+        if not math.isfinite(turned + went):
+            return
+        self._looks += 1
+        part = max(0.01, 1 / self._looks)
+        self._turned += part * (turned - self._turned)
+        self._went += part * (went - self._went)
+        self._lr, self._momentum = lr, momentum
 
     def observe(self, loss: float) -> None:
         """One more loss."""
@@ -181,13 +211,41 @@ class Stability(Law):
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers."""
-        names = ("pressure", "_fast", "_slow", "_noise", "_steps")
-        return {name.lstrip("_"): getattr(self, name) for name in names}
+        return {name.lstrip("_"): getattr(self, name) for name in _REMEMBERED}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on there."""
-        self.pressure, self._steps = float(state["pressure"]), int(state["steps"])
-        self._fast, self._slow, self._noise = (float(state[name]) for name in ("fast", "slow", "noise"))
+        for name in _REMEMBERED:
+            setattr(self, name, type(getattr(self, name))(state[name.lstrip("_")]))
+
+
+_REMEMBERED = (
+    *("pressure", "_fast", "_slow", "_noise", "_steps"),
+    *("_looks", "_turned", "_went", "_lr", "_momentum"),
+)
+MARGIN = 4.0
+"""The limit of stability over the largest step without a swing, delay^delay / (delay + 1)^(delay + 1): 4 to 4.3."""
+
+
+@cache
+def steadiness(delay: float, momentum: float = 0.0) -> float:
+    """The largest lr x curvature at which gradient descent with this delay and momentum m converges.
+
+    On a parabola w goes by (z - 1)(z - m) = -lr c z^(1 - delay). At the limit a z is on the unit circle, at the angle
+    where the phases of both sides meet: arg(z - m) + (delay - 1/2) arg(z) = pi / 2. Without momentum that is the known
+    2 sin(pi / (4 delay + 2)).
+    """
+
+    def ahead(angle: float) -> bool:
+        phase = math.atan2(math.sin(angle), math.cos(angle) - momentum)
+        return phase + (delay - 0.5) * angle > math.pi / 2
+
+    low, high = 0.0, math.pi
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if ahead(middle) else (middle, high)
+    z = cmath.exp(1j * high)
+    return abs((z - 1) * (z - momentum))
 
 
 def law(name: LawName, *, beta: float = 0.5, rate: float = 0.1, power: float = 0.5, knee: float = 8.0) -> Law:

@@ -2,6 +2,7 @@
 
     W  --local steps-->  W_0 W_1 W_2  --round-->  mean, weighted by samples and accuracy  --outer rule-->  W, on all
 
+
 With one step of plain SGD and equal weights it is synchronous SGD. It waits by definition.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from lightning_async.algorithms.algorithm import UNIT, Algorithm
 from lightning_async.algorithms.async_global import AsyncGlobal, perfect
 from lightning_async.algorithms.outer import Rule, outer_rule
-from lightning_async.algorithms.wire import EXACT, Wire, codec
+from lightning_async.algorithms.wire import EXACT, ROUNDED, Wire, check_wire
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Mail, Wait
@@ -23,7 +24,8 @@ from lightning_async.transport.rounds import Rounds
 
 
 class SyncGlobal(Algorithm):
-    """Weights merged in rounds (BPT-CNN; Chen et al. 2019).
+    """Weights merged in rounds (BPT-CNN; Chen et al. 2019). With rounds at meetings only, members are free in between:
+    each takes as many steps as it has samples (IDPA).
 
     Args:
         local_steps: Steps between two rounds; None: rounds at meetings only.
@@ -33,7 +35,7 @@ class SyncGlobal(Algorithm):
         wire: What travels.
     """
 
-    in_step = True
+    in_step: bool
 
     def __init__(
         self,
@@ -44,10 +46,15 @@ class SyncGlobal(Algorithm):
         outer_momentum: float = 0.0,
         wire: Wire = "fp32",
     ) -> None:
-        self.local_steps = local_steps
+        self.local_steps, self.in_step = local_steps, local_steps is not None
         self.outer, self.outer_lr, self.outer_momentum, self.wire = outer, outer_lr, outer_momentum, wire
         self._make_outer = outer_rule(outer, lr=outer_lr, momentum=outer_momentum)
-        self._codec = codec(wire)
+        check_wire(wire)
+        if wire == "sign":
+            raise ValueError(
+                "wire='sign' has no meaning with mode='sync', where all wait for the mean: use 'bf16' or 'fp32'"
+            )
+        self._codec = ROUNDED if wire == "bf16" else EXACT
         self.heritage: Sequence[Mapping[str, Any]] = ()
         self.accuracy: Callable[[], float] = perfect
 

@@ -2,8 +2,9 @@
 
     body = encode(correction)  -->  decode(body) = seen        the next correction begins with (correction - seen)
 
-So every codec has error feedback for nothing: a correction is (own weights - base), and the base moves by `seen`. A
-codec of signs fits in here, given a `decode` that is a function of the body alone.
+So every codec has error feedback for nothing: a correction is (own weights - base), and the base moves by `seen`. Over
+any number of pushes, all that was seen + (own weights - base) is all that was to be pushed. That holds for one bit a
+number (`sign_wire`), too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-Wire = Literal["fp32", "bf16"]
+Wire = Literal["fp32", "bf16", "sign"]
 
 
 class Codec(Protocol):
@@ -25,12 +26,26 @@ class Codec(Protocol):
     def decode(self, body: Tensor, dtype: torch.dtype) -> Tensor:
         """What the receiver makes of a body."""
 
+    def answer(self, weights: Tensor) -> Tensor:
+        """A body for weights: the newest replace those before, so what is cut off of them is nobody's loss."""
+
+
+class Wires(Protocol):
+    """The codecs of all shards."""
+
+    def of(self, shard: int) -> Codec:
+        """That of the shard of this number."""
+
 
 class Plain:
     """Numbers as they are, or rounded."""
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self._dtype = dtype
+
+    def of(self, shard: int) -> Codec:
+        """See `Wires`."""
+        return self
 
     def encode(self, values: Tensor) -> Tensor:
         """See `Codec`."""
@@ -40,12 +55,16 @@ class Plain:
         """See `Codec`."""
         return body.to(dtype)
 
+    def answer(self, weights: Tensor) -> Tensor:
+        """See `Codec`."""
+        return self.encode(weights)
+
 
 EXACT = Plain()
+ROUNDED = Plain(torch.bfloat16)
 
 
-def codec(wire: Wire) -> Codec:
-    """The codec of this name."""
+def check_wire(wire: object) -> None:
+    """Raise `ValueError` for what is no wire."""
     if wire not in get_args(Wire):
-        raise ValueError(f"`wire` must be 'fp32' or 'bf16', got {wire!r}")
-    return Plain(torch.bfloat16) if wire == "bf16" else EXACT
+        raise ValueError(f"`wire` must be 'fp32', 'bf16' or 'sign', got {wire!r}")

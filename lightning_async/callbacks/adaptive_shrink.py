@@ -33,6 +33,7 @@ SCALE_FREE = ("Adam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "Lion", "LAMB",
 OWN = -1
 """The peer under which a rank to which nothing comes late keeps the law that the others go by."""
 _PRESSURE = struct.Struct("<d")
+_STEPS = ("lr", "momentum")
 
 
 class AdaptiveShrink(Stats):
@@ -42,7 +43,8 @@ class AdaptiveShrink(Stats):
 
     Args:
         law: "constant" (beta^e, as FDG), "inverse", "poly", "exp", "hinge", or one that adapts: "relative" (to the
-            delays before), "alignment" (to the direction of what is fresh), "stability" (to how the loss goes).
+            delays before), "alignment" (to the direction of what is fresh), "stability" (to how the loss bends,
+            or goes).
         beta: Of `constant`.
         rate: Of `inverse`, `exp` and `hinge`.
         power: Of `poly`.
@@ -83,6 +85,8 @@ class AdaptiveShrink(Stats):
         self._hooks: list[RemovableHandle] = []
         self._loss: Tensor | None = None
         self._told = -1.0
+        self._optimizers: list[Optimizer] = []
+        self._every = 1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ask to be asked."""
@@ -116,6 +120,9 @@ class AdaptiveShrink(Stats):
                     stacklevel=2,
                 )
         if self.law == "stability":
+            self._optimizers, self._every = trainer.optimizers, trainer.accumulate_grad_batches
+            if not self._through_lr:
+                self._strategy.watch_curvature(self._look)
             self.listen("on_train_batch_end", self._observe)
 
     def end(self, trainer: Trainer) -> None:
@@ -196,6 +203,14 @@ class AdaptiveShrink(Stats):
             for mine in self._laws.values():
                 mine.observe(float(self._loss))
         self._loss = loss.detach() if isinstance(loss, Tensor) else None
+
+    def _look(self, turned: float, went: float) -> None:
+        """A gradient is a part of those of an update, so what it turns is a part of what they do."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        lr, momentum = (max((float(group.get(name, 0.0)) for group in groups), default=0.0) for name in _STEPS)
+        for mine in self._laws.values():
+            if isinstance(mine, Stability):
+                mine.look(turned * self._every, went, lr=lr, momentum=momentum)
 
     def _share_pressure(self, board: Board, *, leads: bool) -> None:
         """Of a pipeline only the last stage, rank 0, has a loss. Its note tells the others; nobody waits for it."""

@@ -95,6 +95,9 @@ class Watched(Protocol):
     def keep(self, name: str, part: Part) -> None:
         """Save this with every checkpoint."""
 
+    def watch_curvature(self, tell: Callable[[float, float], object]) -> bool:
+        """Tell from now on how gradients turn along the way of the weights. False: here they do not show it."""
+
 
 NAMES = tuple(name for name in {**Watched.__annotations__, **vars(Watched)} if not name.startswith("_"))
 

@@ -174,6 +174,7 @@ class Place:
         """Apply what is still on its way back; afterwards the pipe fills anew."""
         for batch in schedule.drain(self._batch, self.stage.delay, self._since):
             yield from self._apply(batch)
+        self.stage.drained()
         self._since = self._batch
 
     def _apply_due(self) -> Wait[None]:

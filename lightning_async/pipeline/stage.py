@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.pipeline import schedule
+from lightning_async.pipeline.curvature import Curvature, Tell
 from lightning_async.pipeline.stash import Held, Semantics, Stash
 
 Compute = Callable[[Tensor], Tensor]
@@ -47,6 +48,7 @@ class Stage:
         self.stash = Stash(self.parameters, semantics)
         self._reseed = reseed
         self._sums: list[Tensor | None] = [None] * len(self.parameters)
+        self._curvature: Curvature | None = None
 
     @property
     def delay(self) -> int:
@@ -67,6 +69,8 @@ class Stage:
             compute: The blocks, one after the other.
             step: How many updates this stage has seen.
         """
+        if self._curvature is not None:
+            self._curvature.forward(batch)
         entered = x.detach().requires_grad_() if self.index else x
         if self.stash.semantics == "recompute":
             with torch.no_grad():
@@ -92,14 +96,17 @@ class Stage:
     def backward(self, batch: int, gradient: Tensor, factor: float = 1.0) -> Tensor | None:
         """Run the oldest batch backward. Returns the gradient for the stage before, if there is one."""
         held = self.stash.pop(batch)
+        before = self._curvature.look(self._sums) if self._curvature is not None else None
         if held.again is None:
             self._run_back(held.out, gradient, factor)
         else:
-            before = [buffer.clone() for buffer in self._buffers]
+            buffers = [buffer.clone() for buffer in self._buffers]
             self._run_back(held.again(), gradient, factor)
             with torch.no_grad():  # they have seen this batch once already
-                for buffer, old in zip(self._buffers, before, strict=True):
+                for buffer, old in zip(self._buffers, buffers, strict=True):
                     buffer.copy_(old)
+        if self._curvature is not None and before is not None:
+            self._curvature.backward(batch, before, self._sums, factor)
         return gradient_of(held.entered) if self.index and held.entered is not None else None
 
     def _run_back(self, out: Tensor | None, gradient: Tensor, factor: float) -> None:
@@ -125,10 +132,23 @@ class Stage:
             parameter.grad = None
         self._sums = [None] * len(self.parameters)
 
+    def watch_curvature(self, tell: Tell) -> bool:
+        """Tell from now on how gradients turn along the way of the weights. False: these do not show it."""
+        if self.last or self.stash.semantics != "stash":
+            return False
+        self._curvature = Curvature(self.parameters, self.delay - 1, tell)
+        return True
+
+    def drained(self) -> None:
+        """No batch is on its way any more."""
+        if self._curvature is not None:
+            self._curvature.clear()
+
     def clear(self) -> None:
         """The run is over."""
         self.stash.clear()
         self.after_step()
+        self._curvature = None
 
     def _swap_sums(self) -> None:
         """Sums of gradients stay out of `.grad` between passes, where a validation would clear them."""

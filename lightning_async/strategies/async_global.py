@@ -36,7 +36,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
     meetings is the global weights. With `mode="sync"` all merge in rounds and wait for each other (SGWU).
 
     Args:
-        mode: "async", or "sync" (rounds in lock-step: the baseline).
+        mode: "async", or "sync" (rounds, for which all wait: the baseline; with local_steps="epoch" at meetings only).
         local_steps: Steps between two exchanges: an integer; "speed" (`pace` for the fastest rank, fewer for slower
             ones, so that all exchange equally often); or "epoch" (at meetings only).
         pace: Steps of the fastest rank between two exchanges with local_steps="speed".
@@ -52,7 +52,8 @@ class AsyncGlobalStrategy(AsyncStrategy):
         outer_momentum: Momentum of the outer rule.
         shards: Parts of the weights, each with an owner; None: as many as ranks, at most 8.
         mirror_every: Corrections of a shard that may be lost with its owner; None: eight for each rank.
-        wire: "fp32", or "bf16" for half the bytes (what rounding cuts off of a correction stays with the sender).
+        wire: "fp32", "bf16" for half the bytes, or "sign" for a quarter: corrections as one bit a number and scales,
+            weights as bf16. What is cut off of a correction stays with the sender.
         balance: "claim" (the share of the data follows the speed), "equal" (every rank the same number of samples), or
             "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
@@ -115,6 +116,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         check_word("mode", mode, get_args(Mode))
+        _check_balance(mode, local_steps, balance)
         self.mode, self.accuracy_weight = mode, accuracy_weight
         self.quality = Quality(accuracy_weight)
         asynchronous = AsyncGlobal(
@@ -187,3 +189,12 @@ class AsyncGlobalStrategy(AsyncStrategy):
 
     def _accuracy(self) -> float:
         return self.office.recording.told("accuracy", self.quality.now(self.trainer))
+
+
+def _check_balance(mode: Mode, local_steps: LocalSteps, balance: Balance | None) -> None:
+    """Ranks that merge after so many steps each go in step; those that merge at meetings may take unlike numbers."""
+    if mode == "sync" and local_steps != "epoch" and balance not in (None, "equal"):
+        raise ValueError(
+            f"`balance` must be 'equal' with mode='sync' and local_steps={local_steps!r}, whose ranks go in step, got "
+            f"{balance!r}: with local_steps='epoch' ranks merge at meetings only, and any balance goes"
+        )

@@ -22,6 +22,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -51,6 +52,7 @@ from lightning_async.strategies.refusals import refuse, refuse_module, refuse_ru
 from lightning_async.strategies.shown import Shown
 from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.stepping import Stepping
+from lightning_async.strategies.whole_files import WholeFiles
 
 
 class AsyncStrategy(Shown):
@@ -118,8 +120,10 @@ class AsyncStrategy(Shown):
     # -- set-up and teardown -------------------------------------------------------------------------------------------
 
     def connect(self, model: LightningModule) -> None:
-        """Stand first among the callbacks, once."""
+        """Stand first among the callbacks, once; what Lightning would write, is written whole."""
         super().connect(model)
+        if type(self.checkpoint_io) is TorchCheckpointIO:
+            self.checkpoint_io = WholeFiles()
         callbacks = compat.callbacks(model.trainer)
         if not any(isinstance(c, Meetings) for c in callbacks):
             callbacks[:0] = [Meetings(self), Averages(self)]
@@ -136,7 +140,7 @@ class AsyncStrategy(Shown):
         self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=fitting)
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
         self.alone = self.apart = self._closing = False
-        self.office.flags.patient = lambda: self._closing or (self.alone and self.clock.progress is not None)
+        self.office.flags.patient = lambda: self._closing or self.clock.progress is not None
         if fitting:
             self.clock.take(trainer)
             self.clock.hold(trainer, self._leash, lambda: self.meeting)

@@ -8,6 +8,9 @@
        [ asked here       at the end of an epoch, which all leave anyway, but not the run ]
     next batch            all say what they train, unless nothing could change it since they were asked
 
+Who was told to end (SIGTERM) says so here too: a save or a validation that is under way comes to its end, as long as
+`grace` lasts, and then all stop at one point, where they can save.
+
 In mid-epoch no hook comes between the question and the next batch. So the answer tells what all train too, and takes
 the place of the word that they would give there: to be asked costs nothing. Nobody is asked before all have met once: a
 run may go on with one rank at the end of its epoch, where the loop does not take the others.
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 
+from lightning_async.progress.report import Wish
 from lightning_async.strategies import compat
 from lightning_async.strategies.trainable import all_unchanged, trained_word
 
@@ -83,9 +87,14 @@ class Closing:
             return
         self._asked = True
         strategy = self._strategy
-        stop = trainer.should_stop and compat.can_stop_early(trainer)
-        word = b"%d" % stop + trained_word(trainer.lightning_module, strategy.replica)
+        wish = Wish.STOP if trainer.should_stop and compat.can_stop_early(trainer) else Wish.NOTHING
+        if strategy.office.flags.told_to_end:
+            wish |= Wish.TERMINATE
+        word = bytes([wish.value]) + trained_word(trainer.lightning_module, strategy.replica)
         words = strategy.together(strategy.office.rounds.agree(word, what="who is told to stop"))
-        self._stops = any(said[:1] == b"1" for said in words.values())
+        wishes = [Wish(said[0]) for said in words.values()]
+        if any(wish & Wish.TERMINATE for wish in wishes):
+            strategy.close_in_order()
+        self._stops = any(wish & Wish.STOP for wish in wishes)
         trainer.should_stop = self._stops or trainer.should_stop
         self.settled = not self._over and all_unchanged([said[1:] for said in words.values()])

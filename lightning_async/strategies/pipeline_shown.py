@@ -14,6 +14,7 @@ from typing import Any
 from lightning_async.algorithms.algorithm import no_shrink
 from lightning_async.arrival import Arrival
 from lightning_async.pipeline import schedule
+from lightning_async.pipeline.curvature import Tell
 from lightning_async.pipeline.edge import ACTIVATIONS, GRADIENTS
 from lightning_async.pipeline.place import Shrink
 from lightning_async.pipeline.replicas import AVERAGES
@@ -94,6 +95,10 @@ class PipelineShown(Pipes):
     def board(self) -> Desk:
         """A page of this rank's note for callbacks, and the others'."""
         return self.office.desk(CALLBACKS)
+
+    def watch_curvature(self, tell: Tell) -> bool:
+        """Tell from now on how gradients turn along the way of the weights. False: here they do not show it."""
+        return self._turns is not None and self.turns.place.stage.watch_curvature(tell)
 
     def accounts(self) -> dict[str, tuple[int, int]]:
         """Nothing is held between ranks that would have to add up."""

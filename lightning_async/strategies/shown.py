@@ -7,7 +7,7 @@ at_meetings  what callbacks of all ranks tell each other, there only        boar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_async.algorithms.algorithm import Algorithm, Shrink
@@ -85,6 +85,10 @@ class Shown(Saving):
     def inherited(self) -> float:
         """The part of a contribution's delay by which it was shrunk already on its way here: none."""
         return 0.0
+
+    def watch_curvature(self, tell: Callable[[float, float], object]) -> bool:
+        """Whether it is told how gradients turn along the way of the weights: no, that way is the others' too."""
+        return False
 
     @property
     def kinds(self) -> Mapping[int, str]:

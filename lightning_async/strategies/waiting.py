@@ -54,6 +54,11 @@ class Flags:
         """Whether the run was told to end."""
         return self._stopping is not None
 
+    @property
+    def told_to_end(self) -> bool:
+        """Whether this rank knows of a SIGTERM: of the run's, or of its own that the others may not have heard of."""
+        return self.terminating or self.sigterm
+
     def raise_if_set(self) -> None:
         """Raise if the run is to stop. Called before every batch and at every glance of a wait."""
         self._mourn()

@@ -58,6 +58,13 @@ class Pending(Protocol):
         """Until it is over; raises when the other one is gone."""
 
 
+class Standing(Protocol):
+    """A receive that was posted before it is known where what comes belongs."""
+
+    def take(self, place: Tensor) -> None:
+        """Put what came there, as much as that holds; waits until it is here."""
+
+
 class Connection(Protocol):
     """What a link needs between its ends: order for each tag, and an error in every wait when one end is gone."""
 
@@ -66,6 +73,9 @@ class Connection(Protocol):
 
     def receive(self, tensor: Tensor, tag: int) -> Pending:
         """Post a receive; a longer message than the tensor would end this process."""
+
+    def stand(self, buffer: Tensor, tag: int) -> Standing:
+        """Post a receive of at most so much as `buffer` holds, before it is known where what comes belongs."""
 
     def cancel(self) -> None:
         """Close the connection: every queued operation fails within milliseconds, in whatever thread waits on it."""
@@ -106,6 +116,18 @@ def agree(keys: Keys, where: str, *, rank: int, patient: Callable[[], bool]) -> 
     return keys.compare_set(f"{where}/word", b"", b"go" if there else b"no") == b"go"
 
 
+class Stood:
+    """A receive into a buffer of its own, from which what came is copied."""
+
+    def __init__(self, buffer: Tensor, work: Pending) -> None:
+        self._buffer, self._work = buffer, work
+
+    def take(self, place: Tensor) -> None:
+        """See `Standing`."""
+        self._work.wait()
+        place.numpy()[:] = self._buffer[: place.numel()].numpy()  # without Python's lock, and on one thread
+
+
 class Wire:
     """A gloo group of two. The constructor is the rendezvous: it waits for the other one, at most `timeout` seconds."""
 
@@ -126,6 +148,10 @@ class Wire:
     def receive(self, tensor: Tensor, tag: int) -> Work:
         """Post a receive; a longer message than the tensor would end this process."""
         return cast(Work, self._group.recv([tensor], self._other, tag))
+
+    def stand(self, buffer: Tensor, tag: int) -> Standing:
+        """Post a receive before it is known where what comes belongs."""
+        return Stood(buffer, self.receive(buffer, tag))
 
     def cancel(self) -> None:
         """Close the connection: every queued operation fails within milliseconds, in whatever thread waits on it.

@@ -1,4 +1,4 @@
-"""A greeting is how a link begins: both say HELLO, with what they have received and what of it is not folded yet.
+"""A greeting is how a link begins: both say HELLO, what they have received, what is not folded yet, and what they take.
 
     HELLO  received 7, not folded {5}  <-->  HELLO  received 3, not folded {}
     so message 8 is sent again if it was posted, 6 and 7 are free, 5 stays taken
@@ -26,7 +26,8 @@ def greet(line: Line, wire: Wire) -> None:
     mine, theirs = Page(), Page()
     answer = wire.receive(theirs.tensor, HELLO_TAG)
     received, unfolded = slots.hello()
-    line.write(mine, Header(HELLO, number=received, nbytes=slots.max_bytes, reference=len(unfolded)))
+    takes = line.pieces.longest
+    line.write(mine, Header(HELLO, number=received, nbytes=slots.max_bytes, fragment=takes, reference=len(unfolded)))
     struct.pack_into(f"<{len(unfolded)}q", mine.view, HEADER_BYTES, *unfolded)
     greeting = wire.send(mine.tensor, HELLO_TAG)
     answer.wait()
@@ -38,5 +39,8 @@ def greet(line: Line, wire: Wire) -> None:
         raise
     greeting.wait()
     slots.heard(hello)
+    if hello.fragment < 1:
+        raise AnotherProtocolError(f"member {slots.peer} takes pieces of {hello.fragment} bytes")
+    line.room = hello.fragment
     numbers = struct.unpack_from(f"<{hello.reference}q", theirs.view, HEADER_BYTES)
     slots.resume(received=hello.number, unfolded=set(numbers), limit=hello.nbytes)

@@ -25,21 +25,21 @@ import torch
 from lightning_async.transport.checks import DTYPES
 
 MAGIC: Final = 0x4C41_4D41_494C_0001
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 WORDS: Final = 32
 HEADER_BYTES: Final = 8 * WORDS
 INLINE_BYTES: Final = 65536
-"""Longer bodies travel in fragments: five headers a message in place of two, but no copy through a page."""
+"""Longer bodies travel in fragments: four headers a message in place of two, but no copy through a page."""
 WIRE_BYTES: Final = HEADER_BYTES + INLINE_BYTES
 
 HELLO: Final = 1
-"""First on every link: who I am, what I have received, the longest body that I take."""
+"""First on every link: who I am, what I have received, the longest body and the longest fragment that I take."""
 DATA: Final = 2
-"""A message; its body follows in the header, or in fragments that the receiver must be ready for first."""
+"""A message; its body follows in the header, or in fragments."""
 FRAGMENT: Final = 3
 """The fragment before this header is complete."""
 GOT: Final = 4
-"""Nothing but what every header says: the announced body may come, the window may move on, a slot is free."""
+"""Nothing but what every header says: the window may move on, a slot is free."""
 
 NO_BODY: Final = 0
 _CODES: Final = {dtype: code for code, dtype in enumerate(DTYPES, start=1)}
@@ -85,7 +85,8 @@ class Header:
         reference: See `step`.
         dtype: Code of the body's dtype; `NO_BODY` for a message without one.
         nbytes: Length of the whole body.
-        fragment: Index of the fragment that this header ends; of a message, the length of the fragments of its body.
+        fragment: Index of the fragment that this header ends; of a message, the length of the fragments of its body; of
+            a greeting, the longest that its sender takes.
         seen: How many headers the sender of this one has received on this connection.
         own_step: The sender's step now.
         own_clock: The sender's clock now.

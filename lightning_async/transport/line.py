@@ -19,12 +19,15 @@ from torch import Tensor
 from lightning_async.transport.gloo import Connection, Pending
 from lightning_async.transport.header import HEADER_BYTES, WIRE_BYTES, Header, pack_into, unpack
 from lightning_async.transport.pieces import Pieces
+from lightning_async.transport.shared import PLACES
 from lightning_async.transport.slots import Here, Slots
 from lightning_async.transport.traffic import HEADERS
 
 HEAD_TAG, HELLO_TAG = 1, 3
 AHEAD = 8
 """Header receives that are always posted, so that a header leaves at once; more headers wait in their sender's gloo."""
+WINDOW = PLACES
+"""Fragments on the wire that are not read yet, of whatever bodies: so many receives stand for them at the other end."""
 
 
 @dataclass(slots=True)
@@ -56,6 +59,7 @@ class Line:
         owe: Whether the peer waits for a header of ours.
         sending: Whether a long body is on its way to the peer.
         writing: Whether a thread is sending; one at a time.
+        room: The longest fragment that the peer takes.
     """
 
     def __init__(self, *, slots: Slots, here: Here, run: int, pieces: Pieces) -> None:
@@ -64,6 +68,7 @@ class Line:
         self.wire: Connection | None = None
         self.seen = self.peer_seen = 0
         self.owe = self.sending = self.writing = False
+        self.room = pieces.longest
         self._run = run
 
     def running(self) -> Connection:

@@ -2,10 +2,8 @@
 
       sender thread (A)                                   receiver thread (B)
       DATA  kind, number, nbytes [+ short body] --------> short body: delivered
-                                                          long body: receives posted into the box, then
-            <------------------------------------- GOT
-      4 MiB of body, FRAGMENT 0 ------------------------>
-      4 MiB of body, FRAGMENT 1 ------------------------>         (shorter on a slow network: `pieces`)
+      4 MiB of body, FRAGMENT 0 ------------------------>           into receives that stand at any time
+      4 MiB of body, FRAGMENT 1 ------------------------>           (shorter on a slow network: `pieces`)
             <------------------------------------- GOT    (at most 2 fragments are not answered)
       ...                                                 the last FRAGMENT: delivered
             <------------------------------------- folded, in the next header of any kind: B has used it
@@ -14,6 +12,9 @@ Gloo tells neither a death nor a cancel to a transfer that is half on the wire: 
 the receiver thread waits only for headers, which are queued receives and fail within milliseconds, and the sender
 thread only for a condition. A fragment is sent when its receive is known to be posted, hence before its FRAGMENT header
 in the same stream; a send is waited on (a formality: gloo wants it) when the peer has `seen` a later header.
+
+Two receives stand at any time, so no body waits for an answer before it begins: answers travel behind all that goes the
+other way, on a slow link that is busy both ways about as long as a body.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class Link:
         self.receiver.post_ahead()
         greet(self.line, wire)
         way = share(wire, fragment=self.line.pieces.longest, wanted=self._shared_memory)
+        self.receiver.stand(way)
         with self._slots.changed:
             if self.state != "opening":
                 return False

@@ -1,7 +1,7 @@
 """How long the pieces are in which a long body travels: so long that each is read within a second or two.
 
-    read by the peer within 0.5 s            twice as long, up to the longest        4 MiB on every quick network
-    read after more than 2 s                 half as long
+    read by the peer within 0.5 s            twice as long as it, up to the longest  4 MiB on every quick network
+    read after more than 2 s                 half as long as it
     the connection was lost on the way       an eighth                               64 KiB on the slowest
 
 Between two pieces the headers pass that show life. A piece that is longer on its way than `patience` would look like a
@@ -33,12 +33,16 @@ class Pieces:
             raise ValueError(f"`fragment_bytes` must be at least 1, got {longest}")
         self.longest = self.length = longest
 
-    def read(self, seconds: float) -> None:
-        """The peer has read a piece, so many seconds after it was sent."""
+    def read(self, seconds: float, nbytes: int, *, piece: int) -> None:
+        """The peer has read so many bytes, so many seconds after they were sent, or after it had read what was before.
+
+        `piece`: the length of that body's pieces. What was read says nothing of much longer pieces: many of one body do
+        not make the next one's longer than twice as long.
+        """
         if seconds > SLOW:
-            self._set(self.length // 2)
+            self._set(min(self.length, piece // 2))
         elif seconds < QUICK:
-            self._set(self.length * 2)
+            self._set(max(self.length, 2 * nbytes))
 
     def broke(self) -> None:
         """The connection was lost with a body on its way."""

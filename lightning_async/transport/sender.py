@@ -1,10 +1,11 @@
 """The sender's half of a link: what to send next, in which pieces, and when a send is over. It never waits on the wire.
 
-    DATA ---> GOT <---   FRAGMENT 0 --->  FRAGMENT 1 --->   GOT <---  FRAGMENT 2 --->        at most 2 not answered
-    short body: in DATA  long body: a piece before each header, into receives that GOT told us are posted
+    DATA --->  FRAGMENT 0 --->  FRAGMENT 1 --->   GOT <---  FRAGMENT 2 --->                    at most 2 not answered
+    short body: in DATA  long body: a piece before each FRAGMENT header, into receives that stand (see `receiver`)
 
 A header of any kind tells what was folded here and how far we have read. A send is waited on when the peer is known to
-have read a later header: a formality that gloo wants, which takes no time then.
+have read a later header: a formality that gloo wants, which takes no time then. Before any answer no piece is sent: the
+peer's receives may not stand yet.
 """
 
 from __future__ import annotations
@@ -13,28 +14,34 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
 from lightning_async.transport.gloo import Pending
 from lightning_async.transport.header import FOLDS, FRAGMENT, GOT, HEADER_BYTES, INLINE_BYTES, Header
-from lightning_async.transport.line import AHEAD, HEAD_TAG, Line, Page
-from lightning_async.transport.shared import BODY_TAG, PLACES
+from lightning_async.transport.line import AHEAD, HEAD_TAG, WINDOW, Line, Page
+from lightning_async.transport.shared import BODY_TAG
 from lightning_async.transport.slots import Slot, nothing
-
-WINDOW = PLACES
-"""Fragments on the wire: one being written while the answer to the other travels; more would only delay answers."""
 
 
 @dataclass(slots=True)
 class Outgoing:
-    """A long body on its way: what is sent, and which header must be seen before more may be."""
+    """A long body on its way, and how many pieces of it are sent."""
 
     slot: Slot
     nbytes: int
     piece: int
-    announced: int
     sent: int = 0
+
+
+class Unread(NamedTuple):
+    """A piece that was sent: the number of the header behind it, when, how many bytes, and its body's piece length."""
+
+    header: int
+    since: float
+    nbytes: int
+    piece: int
 
 
 class Sender:
@@ -46,7 +53,8 @@ class Sender:
         self._line, self._slots = line, line.slots
         self._sent = 0
         self._outgoing: Outgoing | None = None
-        self._unread: deque[tuple[int, float]] = deque()  # fragments: the number of the header behind it, sent when
+        self._unread: deque[Unread] = deque()
+        self._read = 0.0  # when the newest answer to any was read
 
     def next(self) -> Callable[[], None] | None:
         """What to send next; called with the lock held. Whatever it is, it says what was folded and received too."""
@@ -55,7 +63,7 @@ class Sender:
         if self._line.writing:
             return None  # by whoever posted it; then it is told
         if self._outgoing is not None:
-            if self._window_is_open(self._outgoing):
+            if self._window_is_open():
                 return partial(self.send_fragment, self._outgoing)
         elif self._slots.queue:
             return partial(self._send_message, self._slots.queue.popleft())
@@ -89,14 +97,21 @@ class Sender:
         self._outgoing, self.pages = None, []
         self.flying.clear()
 
-    def _window_is_open(self, outgoing: Outgoing) -> bool:
+    def _window_is_open(self) -> bool:
         self._look_what_was_read()
-        return outgoing.announced <= self._line.peer_seen and len(self._unread) < WINDOW
+        return self._line.peer_seen > 0 and len(self._unread) < WINDOW
 
     def _look_what_was_read(self) -> None:
-        while self._unread and self._unread[0][0] <= self._line.peer_seen:
-            _, since = self._unread.popleft()
-            self._line.pieces.read(self._line.here.now() - since)
+        """How long each piece took by itself: what was sent behind another had to wait for that one first."""
+        read = [one for one in self._unread if one.header <= self._line.peer_seen]
+        if not read:
+            return
+        now = self._line.here.now()
+        seconds = (now - max(read[0].since, self._read)) / len(read)
+        self._read = now
+        for one in read:
+            self._unread.popleft()
+            self._line.pieces.read(seconds, one.nbytes, piece=one.piece)
 
     def _send_message(self, slot: Slot) -> None:
         header = slot.header
@@ -108,9 +123,9 @@ class Sender:
         if header.nbytes <= INLINE_BYTES:
             self._send_header(header, inline=slot.view(header.nbytes))
         else:
-            self._line.sending, header.fragment = True, self._line.pieces.length
+            self._line.sending, header.fragment = True, min(self._line.pieces.length, self._line.room)
             self._send_header(header)
-            self._outgoing = Outgoing(slot, header.nbytes, header.fragment, announced=self._sent)
+            self._outgoing = Outgoing(slot, header.nbytes, header.fragment)
 
     def send_fragment(self, outgoing: Outgoing) -> None:
         """The next piece of a long body, and its header behind it."""
@@ -120,7 +135,7 @@ class Sender:
         work = self._line.running().send(body, BODY_TAG)
         self._send_header(Header(FRAGMENT, fragment=outgoing.sent), work=work)
         outgoing.sent += 1
-        self._unread.append((self._sent, self._line.here.now()))
+        self._unread.append(Unread(self._sent, self._line.here.now(), end - begin, outgoing.piece))
         if end == outgoing.nbytes:
             self._outgoing, self._line.sending = None, False
 

@@ -25,11 +25,11 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from lightning_async.transport.gloo import Connection, Pending
+from lightning_async.transport.gloo import Connection, Pending, Standing
 
 BODY_TAG, OFFER_TAG = 2, 4
 PLACES = 2
-"""As many fragments as may be on their way (`sender.WINDOW`)."""
+"""As many fragments as may be on their way (`line.WINDOW`)."""
 NONE = (0, 0, 0, 0, 0)
 
 
@@ -81,6 +81,10 @@ class Lying:
         self._memory.read(self._at, self._body)
         return True
 
+    def take(self, place: Tensor) -> None:
+        """See `gloo.Standing`: it goes there at once."""
+        self._memory.read(self._at, place)
+
 
 class SharedBodies:
     """A wire of which long bodies take another way, in the directions in which that is possible.
@@ -104,6 +108,10 @@ class SharedBodies:
     def receive(self, tensor: Tensor, tag: int) -> Pending:
         """See `gloo.Wire`."""
         return self._wire.receive(tensor, tag) if tag != BODY_TAG or self._into is None else Lying(self._into, tensor)
+
+    def stand(self, buffer: Tensor, tag: int) -> Standing:
+        """See `gloo.Wire`."""
+        return self._wire.stand(buffer, tag) if tag != BODY_TAG or self._into is None else Lying(self._into, buffer)
 
     def cancel(self) -> None:
         """See `gloo.Wire`."""

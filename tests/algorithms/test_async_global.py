@@ -47,7 +47,9 @@ def test_n_equal_members_move_w_by_the_mean_of_their_steps(n: int, local_steps: 
     torch.testing.assert_close(outcome.sample_weights, torch.ones(n), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"wire": "bf16"}, {"local_steps": "speed", "attenuation": "poly"}], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [{}, {"wire": "bf16"}, {"wire": "sign"}, {"local_steps": "speed", "attenuation": "poly"}], ids=str
+)
 @pytest.mark.parametrize("slow", [1.0, 4.0, 10.0])
 def test_one_sample_moves_w_equally_whatever_the_speed(slow: float, knobs: dict[str, Any]) -> None:
     outcome = go([1, 1, 1, slow], cluster={"latency": 0.01, "jitter": 1.0}, **knobs)
@@ -173,6 +175,30 @@ def test_sgwu_weighs_by_accuracy() -> None:
     outcome = run([1, 1, 1], seconds=0.2, make=make, local_steps=2)
     expected = torch.tensor([q / sum(qualities) * steps for q, steps in zip(qualities, outcome.steps, strict=True)])
     torch.testing.assert_close(outcome.consensus[::16][:3], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sgwu_is_a_convex_combination(seed: int) -> None:
+    """Whatever the accuracies: no number of W is outside what the members have, and equal members change nothing."""
+    chance, lengths = random.Random(seed), [1, 3, 10, 2]
+
+    def make(**knobs: Any) -> SyncGlobal:
+        algorithm, quality = SyncGlobal(**knobs), 10 ** chance.uniform(-3, 3)
+        algorithm.accuracy = lambda: quality
+        return algorithm
+
+    outcome = run(lengths, seconds=0.4, make=make, local_steps=None)
+    for r, steps in enumerate(outcome.steps):  # each moved a number of its own from 0 to its steps
+        assert 0 <= outcome.consensus[16 * r].item() <= steps
+    shares = [outcome.consensus[16 * r].item() / steps for r, steps in enumerate(outcome.steps)]
+    assert sum(shares) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_sgwu_at_meetings_only_waits_for_nobody_before_and_counts_every_sample_alike() -> None:
+    """IDPA gives unlike numbers of batches: a member that is ten times slower takes a tenth of the steps."""
+    outcome = run([1, 1, 4, 10], make=SyncGlobal, local_steps=None)
+    assert all(one.waits == 0 for one in outcome.trained.values())
+    torch.testing.assert_close(outcome.sample_weights, torch.ones(4), rtol=1e-4, atol=0)
 
 
 # -- nobody waits ------------------------------------------------------------------------------------------------------
@@ -335,16 +361,21 @@ def test_a_bound_that_is_kept_by_waiting_is_kept(bound: int) -> None:
     assert outcome.trained[3].waits == 0
 
 
+@pytest.mark.parametrize("every", [1, None])
+@pytest.mark.parametrize("when", [0.05, 0.3, 0.9, 2.5])
 @pytest.mark.parametrize("dead", [None, 0, 1, 2])
-def test_with_a_bound_nobody_waits_for_who_waits_in_a_meeting_or_is_dead(dead: int | None) -> None:
-    """Members 0 and 1 end first, and wait for the last one before they meet, without a look at their mail."""
+def test_with_a_bound_nobody_waits_for_who_waits_in_a_meeting_or_is_dead(
+    dead: int | None, when: float, every: int | None
+) -> None:
+    """Members 0 and 1 end first, and wait for the last one before they meet, without a look at their mail. That they do
+    may have been known to the dead owner alone."""
     n, cluster = 3, VirtualCluster(3, latency=0.01, silence=0.3, limit=60.0)
     if dead is not None:
-        cluster.kill(dead, at=0.9)
+        cluster.kill(dead, at=when)
 
     def life(carrier: Carrier) -> Program:
         replica, rounds = Replica([nn.Parameter(torch.zeros(64))]), Rounds(carrier)
-        algorithm = AsyncGlobal(local_steps=1, on_late="wait", max_delay=1, shards=1)
+        algorithm = AsyncGlobal(local_steps=1, on_late="wait", max_delay=1, shards=1, mirror_every=every)
         algorithm.begin(replica, carrier, UNIT, Rounds(carrier, channel=1))
         for step in range(1, 6 if carrier.me < 2 else 101):
             yield 0.02 * (1 + carrier.me)
@@ -415,7 +446,7 @@ KNOBS: list[tuple[dict[str, Any], str]] = [
     ({"outer_momentum": 1.5}, "`outer_momentum` must be at least 0 and below 1, got 1.5"),
     ({"shards": 0}, "`shards` must be an integer of at least 1, or None for as many as members, at most 8, got 0"),
     ({"mirror_every": 0}, "`mirror_every` must be an integer of at least 1, or None for eight for each member, got 0"),
-    ({"wire": "fp8"}, "`wire` must be 'fp32' or 'bf16', got 'fp8'"),
+    ({"wire": "fp8"}, "`wire` must be 'fp32', 'bf16' or 'sign', got 'fp8'"),
 ]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_async.algorithms import sign_wire
 from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.algorithms.async_global import AsyncGlobal
 from lightning_async.algorithms.training import train
@@ -29,7 +30,14 @@ KNOBS: list[dict[str, Any]] = [
     {"local_steps": "speed", "pace": 4},
     {"local_steps": 2, "outer_momentum": 0.9, "outer_lr": 0.5, "shards": 2},
     {"local_steps": 2, "attenuation": "paper", "wire": "bf16"},
+    {"local_steps": 2, "wire": "sign"},
 ]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is as small as here would travel whole."""
+    monkeypatch.setattr(sign_wire, "SMALL", 8)
 
 
 def numbers(rank: int, step: int) -> Tensor:
@@ -125,10 +133,10 @@ def test_a_replay_is_the_run_to_the_bit(knobs: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("speeds", [(1, 1, 1), (1, 1, 10)])
-@pytest.mark.parametrize("wire", ["fp32", "bf16"])
+@pytest.mark.parametrize("wire", ["fp32", "bf16", "sign"])
 def test_on_real_links_one_sample_moves_w_equally_and_nobody_waits(wire: Any, speeds: tuple[int, ...]) -> None:
     """In a random order of the members' steps; the services run in threads of their own."""
-    world, chance, n = ClusterWorld(3), random.Random(3), 3
+    world, chance, n = ClusterWorld(3, silence=60.0), random.Random(3), 3  # nobody is given up, and nothing is lost
     parameters = [nn.Parameter(torch.zeros(64)) for _ in range(n)]
     steps = [300 // s for s in speeds]
 
@@ -165,7 +173,6 @@ def test_on_real_links_one_sample_moves_w_equally_and_nobody_waits(wire: Any, sp
     for end in ends.values():
         assert torch.equal(end.consensus, ends[0].consensus)
         assert end.waits == 0
-        assert {a.fate for a in end.arrivals} <= {Fate.FOLDED, Fate.LOST}
-    for r in range(n):  # on a busy machine a member may be silent for so long that its shard is taken over
-        lost = sum(a.samples for a in ends[r].arrivals if a.fate is Fate.LOST)
-        assert ends[0].consensus[20 * r].item() * n == pytest.approx(steps[r] - lost, rel=1e-3)
+        assert {a.fate for a in end.arrivals} == {Fate.FOLDED}
+    for r in range(n):
+        assert ends[0].consensus[20 * r].item() * n == pytest.approx(steps[r], rel=1e-3)

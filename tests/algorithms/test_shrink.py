@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from lightning_async.algorithms.gossip import HEALTHY
-from lightning_async.algorithms.shrink import Alignment, Law, LawName, Relative, Stability, cosine, law
+from lightning_async.algorithms.shrink import (
+    MARGIN,
+    Alignment,
+    Law,
+    LawName,
+    Relative,
+    Stability,
+    cosine,
+    law,
+    steadiness,
+)
 from lightning_async.arrival import Arrival
 from tests.algorithms.one_hot import Outcome, run
 
@@ -29,6 +39,8 @@ def stirred(name: LawName, seed: int) -> Law:
     for _ in range(200):
         made.factor(draw.expovariate(0.2), vectors[0], vectors[1] - draw.random() * vectors[0])
         made.observe(draw.choice([1.0, 2.0, draw.uniform(0, 50), math.nan if draw.random() < 0.02 else 3.0]))
+        if isinstance(made, Stability) and seed % 2:
+            made.look(draw.gauss(1, 2), draw.random(), lr=draw.random(), momentum=draw.uniform(0, 0.95))
     return made
 
 
@@ -141,6 +153,61 @@ def test_stability_rises_with_the_loss_and_relaxes() -> None:
     assert made.pressure < 0.2 * risen
     made.observe(math.inf)
     assert made.pressure >= 1
+
+
+def late_descent(step: float, delay: int, momentum: float, steps: int = 4000) -> list[float]:
+    """The last places of SGD on a parabola of curvature 1, from 1, if its gradients come so late."""
+    past, velocity, places = [1.0] * (delay + 1), 0.0, [1.0]
+    while len(places) < steps and abs(places[-1]) < 1e6:
+        velocity = momentum * velocity + past[0]
+        past = [*past[1:], past[-1] - step * velocity]
+        places.append(past[-1])
+    return places
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("delay", [0, 1, 2, 3, 5, 9])
+def test_steadiness_is_the_largest_step_that_converges(delay: int, momentum: float) -> None:
+    largest = steadiness(delay, momentum)
+    assert max(map(abs, late_descent(0.97 * largest, delay, momentum)[-100:])) < 0.1
+    assert max(map(abs, late_descent(1.03 * largest, delay, momentum)[-100:])) > 1.0
+    if momentum == 0:
+        assert largest == pytest.approx(2 * math.sin(math.pi / (4 * delay + 2)))
+
+
+@pytest.mark.parametrize("delay", [1, 3, 5, 9, 30])
+def test_a_quarter_of_it_does_not_swing(delay: int) -> None:
+    """On the other side of the bottom it is never farther than a hundredth of where it began."""
+    assert min(late_descent(steadiness(delay) / MARGIN, delay, 0.0)) > -0.01
+    assert min(late_descent(steadiness(delay) / 2, delay, 0.0)) < -0.05
+
+
+def test_stability_sees_which_steps_are_too_large_for_their_delay() -> None:
+    made = Stability()
+    for _ in range(10):
+        made.look(7.0, 1.0, lr=0.01, momentum=0.0)
+    assert [made.factor(delay) for delay in (0, 1, 3)] == [1, 1, 1]
+    for _ in range(10):
+        made.look(7.0, 1.0, lr=0.1, momentum=0.0)
+    assert made.factor(3) == pytest.approx(steadiness(3) / MARGIN / 0.7)
+    assert made.factor(3) == made.further(2, 3) > made.factor(5)
+    for _ in range(10):
+        made.look(-1.0, 1.0, lr=0.1, momentum=0.0)
+    made.look(math.inf, 1.0, lr=0.1, momentum=0.0)
+    assert made.factor(3) == pytest.approx(steadiness(3) / MARGIN / 0.1 / (130 / 30))
+
+
+def test_gradients_that_jump_raise_the_shrink_and_are_forgotten() -> None:
+    made = Stability()
+    for _ in range(200):
+        made.look(1.0, 1.0, lr=0.05, momentum=0.0)
+    calm = made.factor(3)
+    for _ in range(5):
+        made.look(100.0, 1.0, lr=0.05, momentum=0.0)
+    assert made.factor(3) < calm / 2
+    for _ in range(700):
+        made.look(1.0, 1.0, lr=0.05, momentum=0.0)
+    assert made.factor(3) > 0.9 * calm
 
 
 @pytest.mark.parametrize("name", LAWS)

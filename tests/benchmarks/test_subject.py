@@ -24,4 +24,4 @@ def test_an_unknown_strategy_is_refused_in_words() -> None:
 
 def test_where_there_is_no_choice_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["overhead", "--strategy", "async_global"]) == 2
-    assert "benchmark overhead is not of one strategy: leave out --strategy" in capsys.readouterr().err
+    assert "benchmark overhead takes no --strategy: leave it out" in capsys.readouterr().err

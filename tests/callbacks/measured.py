@@ -53,7 +53,7 @@ def fit(n: int, folder: str, method: str, knobs: dict[str, Any], epochs: int = 2
         t = trainer(n, strategy=DDPStrategy(process_group_backend="gloo"), **options)
     else:
         t = trainer(n, knobs=knobs, **options)
-    t.fit(Lit(), loader(), loader(10, shuffle=False))
+    t.fit(Lit(), loader(), loader(40, shuffle=False))
     return {
         "figures": {c.group: c.figures for c in stats},
         "stragglers": stats[0].stragglers,  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ def only_rank_0(folder: str) -> dict[str, float]:
     """A callback that the other rank does not have."""
     stats = [DelayStats(folder=folder)] if os.environ["RANK"] == "0" else []
     t = trainer(2, callbacks=stats)
-    t.fit(Lit(), loader(), loader(10, shuffle=False))
+    t.fit(Lit(), loader(), loader(40, shuffle=False))
     return stats[0].figures if stats else {}
 
 
@@ -88,7 +88,7 @@ def sketched(folder: str) -> None:
     """Sketches at every step."""
     stats, logger = SpreadStats(every=1e-9), CSVLogger(folder, name="", version="")
     t = trainer(2, callbacks=[stats, BothHeard()], logger=logger, knobs={"balance": "equal"}, max_epochs=1)
-    t.fit(Lit(), loader(), loader(10, shuffle=False))
+    t.fit(Lit(), loader(), loader(40, shuffle=False))
 
 
 def logged(folder: Path) -> list[dict[str, str]]:

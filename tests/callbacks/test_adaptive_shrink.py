@@ -16,10 +16,12 @@ from torch import Tensor
 from lightning_async import AdaptiveShrink, SpeedFaults
 from lightning_async.algorithms.algorithm import no_shrink
 from lightning_async.algorithms.gossip import Alone
+from lightning_async.algorithms.shrink import Stability
 from lightning_async.arrival import Arrival
 from lightning_async.callbacks.adaptive_shrink import _is_scale_free, _Kept
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Mail, Wait
+from tests.strategies import piped
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
 
@@ -78,7 +80,7 @@ def _late(module: str) -> tuple[list[float], list[float], list[str], float]:
         warnings.simplefilter("always")
         t = trainer(1, callbacks=[shrink, rates], max_epochs=1, limit_train_batches=25)
         t.strategy.algorithm = Late()  # type: ignore[attr-defined]
-        t.fit(Adam() if module == "Adam" else Lit(), loader(), loader(10))
+        t.fit(Adam() if module == "Adam" else Lit(), loader(), loader(40))
     said = [str(warning.message) for warning in caught if "AdaptiveShrink" in str(warning.message)]
     return rates.used, rates.left, said, t.strategy.algorithm.factor  # type: ignore[attr-defined]
 
@@ -125,7 +127,7 @@ def _saved_and_resumed(folder: str, n: int, world_then: int) -> dict[str, Any]:
                 before.update(before or _Kept(shrink).state_dict())
 
         t.callbacks.append(Look())  # type: ignore[attr-defined]
-        t.fit(Lit(), loader(), loader(10, shuffle=False), ckpt_path=path)
+        t.fit(Lit(), loader(), loader(40, shuffle=False), ckpt_path=path)
     said = [str(warning.message) for warning in caught if "AdaptiveShrink" in str(warning.message)]
     return {"began": before, "ended": _Kept(shrink).state_dict(), "said": said, "left": t.strategy.shrink is no_shrink}  # type: ignore[attr-defined]
 
@@ -172,8 +174,26 @@ def _two_laws() -> None:
     t = trainer(1, callbacks=[AdaptiveShrink()])
     t.strategy.shrink = mine  # type: ignore[attr-defined]
     with pytest.raises(MisconfigurationException, match="the strategy's `shrink` is set already"):
-        t.fit(Lit(), loader(), loader(10))
+        t.fit(Lit(), loader(), loader(40))
 
 
 def test_two_laws() -> None:
     run(1, _two_laws)
+
+
+def _in_a_pipeline(optimizer: str) -> list[tuple[bool, float]]:
+    warnings.filterwarnings("ignore", "AdaptiveShrink: AdamW takes the same steps")
+    shrink = AdaptiveShrink("stability")
+    t = piped.trainer(3, callbacks=[shrink])
+    t.fit(piped.Piped(lr=0.2, optimizer=optimizer), piped.loader(), piped.loader(20))
+    laws = [law for law in shrink._laws.values() if isinstance(law, Stability)]
+    return [(law.sees, law.factor(3)) for law in laws]
+
+
+def test_in_a_pipeline_each_stage_but_the_last_sees_how_the_loss_bends() -> None:
+    """The last one, on rank 0, has no late gradients."""
+    ((last, _),), ((middle, one),), ((first, other),) = run(3, _in_a_pipeline, "sgd")
+    assert (last, middle, first) == (False, True, True)
+    assert one != other
+    for seen in run(3, _in_a_pipeline, "adam"):  # whose way is not along its gradients
+        assert not any(sees for sees, _ in seen)

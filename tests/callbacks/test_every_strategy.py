@@ -31,7 +31,7 @@ def _figures(n: int, method: str, folder: str) -> dict[str, Any]:
     stats = [DelayStats(folder=folder), TrafficStats(), SpreadStats()]
     faults = SpeedFaults(step_seconds=0.003, slow={n - 1: 3.0})
     t = trainer(n, strategy=strategy, callbacks=[faults, *stats], max_epochs=2)
-    t.fit(Lit(), loader(), loader(10, shuffle=False))
+    t.fit(Lit(), loader(), loader(40, shuffle=False))
     return {c.group: c.figures for c in stats}
 
 

@@ -50,7 +50,7 @@ def fit(lit: Lit, name: str, folder: str, nodes: str, devices: str) -> int:
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    t.fit(lit, loader(), loader(10, shuffle=False))
+    t.fit(lit, loader(), loader(40, shuffle=False))
     return t.global_rank
 
 

@@ -17,6 +17,9 @@ from lightning.pytorch import Callback
 
 from lightning_async import AsyncGlobalStrategy, SpeedFaults
 from lightning_async.algorithms.async_global import AsyncGlobal
+from lightning_async.algorithms.shard_service import ShardService
+from lightning_async.algorithms.shards import MOST, RUN
+from lightning_async.arrival import Fate
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 from tests.strategies.resumable import Draws, Saves, held_out, samples, seed
@@ -28,7 +31,7 @@ def _fit(devices: int, knobs: dict[str, Any], slow: float) -> dict[str, Any]:
     faults = SpeedFaults(step_seconds=0.002, slow={devices - 1: slow})
     strategy = AsyncGlobalStrategy(**knobs)
     t = trainer(devices, strategy=strategy, callbacks=[faults])
-    t.fit(lit, loader(8), loader(10, shuffle=False))
+    t.fit(lit, loader(8), loader(40, shuffle=False))
     return {
         "weights": weights(lit),
         "seen": lit.seen,
@@ -44,13 +47,16 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (3, {"local_steps": 2, "wire": "bf16", "shards": 2}),
     (3, {"local_steps": "epoch", "outer_momentum": 0.5, "outer_lr": 0.7}),
     (2, {"mode": "sync", "pace": 4}),
+    (3, {"mode": "sync", "local_steps": "epoch", "balance": "incremental"}),
+    (2, {"wire": "sign"}),
     (2, {"attenuation": "paper", "accuracy_weight": "train"}),
 ]
 
 
 @pytest.mark.parametrize(("devices", "knobs"), CASES)
 def test_all_ranks_end_equal_and_every_sample_is_seen_once(devices: int, knobs: dict[str, Any]) -> None:
-    ends = run(devices, _fit, devices, knobs, 1.0 if knobs.get("mode") == "sync" else 3.0)
+    in_step = knobs.get("mode") == "sync" and knobs.get("local_steps") != "epoch"
+    ends = run(devices, _fit, devices, knobs, 1.0 if in_step else 3.0)
     for end in ends[1:]:
         for key in ("weights", "val", "train"):
             assert end[key] == ends[0][key]
@@ -97,11 +103,13 @@ def _with_fault(fault: str, rank: int) -> dict[str, Any]:
     strategy = AsyncGlobalStrategy(local_steps=1, shards=1, silence=0.3, attenuation="none", mirror_every=2)
     callbacks = [SpeedFaults(step_seconds=0.04), Faulty(rank, 6, FAULTS[fault])]
     t = trainer(3, strategy=strategy, callbacks=callbacks, max_epochs=1)
-    t.fit(lit, loader(2), loader(10, shuffle=False))
+    t.fit(lit, loader(2), loader(40, shuffle=False))
     algorithm = strategy.algorithm
     assert isinstance(algorithm, AsyncGlobal)
     fates = Counter(arrival.fate.value for arrival in strategy.arrivals())
-    return {"weights": weights(lit), "owner": algorithm.owners.owner(0), "fates": fates, "seen": lit.seen}
+    takeovers = algorithm.owners.place(0) // MOST % RUN - 1
+    mine = {"owner": algorithm.owners.owner(0), "takeovers": takeovers}
+    return {"weights": weights(lit), "fates": fates, "seen": lit.seen, **mine}
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -119,10 +127,53 @@ def test_a_death_costs_the_arrivals_since_the_last_mirror(rank: int) -> None:
 def test_the_shard_of_a_frozen_rank_is_taken_over_and_it_finds_that_out() -> None:
     with Forked(3, _with_fault, "freeze", 0, store=True) as forked:  # the store must not freeze with it
         ends = forked.values()
-    assert {end["owner"] for end in ends} == {1}
+    assert len({end["owner"] for end in ends}) == 1  # rank 1, unless that was silent too, on a busy machine
+    assert ends[0]["takeovers"] >= 1
     assert len({tuple(end["weights"]) for end in ends}) == 1
-    assert sum(end["fates"]["lost"] for end in ends) <= 12
+    assert sum(end["fates"]["lost"] for end in ends) <= 2 * ends[0]["takeovers"]
     assert len(Counter(index for end in ends for index in end["seen"])) == 240
+
+
+def _in_mid_reply(how: str, rank: int) -> dict[str, Any]:
+    """Rank `rank` is struck when a push of another is merged and its answer has not left."""
+    merge, merged = ShardService._merge, list[int]()
+
+    def struck(self: ShardService, owned: Any, letter: Any) -> Any:
+        answers = merge(self, owned, letter)
+        merged.append(letter.peer)
+        if self._me == rank and letter.peer != rank and len(merged) > 20:
+            ShardService._merge = merge  # type: ignore[method-assign]
+            FAULTS[how](None)
+        return answers
+
+    ShardService._merge = struck  # type: ignore[method-assign]
+    strategy = AsyncGlobalStrategy(silence=0.3, attenuation="none", mirror_every=4)
+    t = trainer(3, strategy=strategy, callbacks=[SpeedFaults(step_seconds=0.04)], max_epochs=1)
+    t.fit(lit := Lit(), loader(2), loader(10, shuffle=False))
+    arrivals = strategy.arrivals()
+    owners = [strategy.algorithm.owners.owner(shard) for shard in range(3)]  # type: ignore[union-attr]
+    peers = Counter(a.peer for a in arrivals)
+    return {
+        "weights": weights(lit),
+        "lost": sum(a.fate is Fate.LOST for a in arrivals),
+        "owners": owners,
+        "peers": peers,
+    }
+
+
+@pytest.mark.parametrize(("how", "rank"), [("die", 1), ("freeze", 2)])
+def test_an_owner_in_mid_reply_is_killed_or_stopped(how: str, rank: int) -> None:
+    with Forked(3, _in_mid_reply, how, rank, store=True) as forked:
+        results = forked.results(60)
+    ends = [r.value for r in results if r.kind is None]
+    assert [r.kind for r in results].count("gone") == (how == "die")
+    assert len(ends) == 3 - (how == "die"), results
+    assert all(end["weights"] == ends[0]["weights"] for end in ends)
+    assert all(end["takeovers"] == ends[0]["takeovers"] for end in ends)
+    assert ends[0]["takeovers"][rank] >= 1
+    assert sum(end["lost"] for end in ends) <= 4 * sum(ends[0]["takeovers"])  # on a busy machine others are silent too
+    other = ({0, 1, 2} - {rank}).pop()
+    assert all(end["peers"][other] > 10 for end in ends)
 
 
 def test_what_is_not_finite_is_refused_and_its_rank_gets_the_weights() -> None:
@@ -197,7 +248,7 @@ def test_with_other_ranks_the_shards_are_cut_anew(tmp_path: Path) -> None:
 def _fit_with(**knobs: Any) -> str:
     t = trainer(1, strategy=AsyncGlobalStrategy(local_steps=4, **knobs), max_epochs=2)
     try:
-        t.fit(Lit(), loader(8), loader(10, shuffle=False))
+        t.fit(Lit(), loader(8), loader(40, shuffle=False))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -212,9 +263,13 @@ def test_a_metric_that_nobody_logs_is_told_after_the_first_meeting() -> None:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mode": "ring"}, "`mode` must be one of 'async', 'sync', got 'ring'"),
-    ({"mode": "sync", "balance": "claim"}, "`balance` must be 'equal' with mode='sync'.*, got 'claim'"),
+    (
+        {"mode": "sync", "balance": "claim"},
+        "`balance` must be 'equal' with mode='sync'.*, got 'claim': with local_steps='epoch'",
+    ),
     ({"mode": "sync", "local_steps": 0}, "`local_steps` must be an integer of at least 1, 'speed' or 'epoch', got 0"),
-    ({"mode": "sync", "wire": "fp64"}, "`wire` must be 'fp32' or 'bf16', got 'fp64'"),
+    ({"mode": "sync", "wire": "sign"}, "wire='sign' has no meaning with mode='sync'"),
+    ({"mode": "sync", "wire": "fp64"}, "`wire` must be 'fp32', 'bf16' or 'sign', got 'fp64'"),
     ({"accuracy_weight": ""}, "`accuracy_weight` must be 'off', 'train' or the name of a logged metric, got ''"),
     ({"accuracy_weight": True}, "`accuracy_weight` must be 'off', 'train' or the name of a logged metric, got True"),
     ({"balance": "fair"}, "`balance` must be .*, got 'fair'"),

@@ -78,7 +78,7 @@ def fit(*callbacks: Callback, slow: float = 3.0, knobs: dict[str, Any], lit: Lit
     validation = options.pop("validation", True)
     options = {"max_epochs": 3, "num_sanity_val_steps": 0, **options}
     t = trainer(2, knobs=knobs, callbacks=[*faults, *callbacks, trace], **options)
-    t.fit(lit, loader(8), loader(10, shuffle=False) if validation else None)
+    t.fit(lit, loader(8), loader(40, shuffle=False) if validation else None)
     return t, lit, trace
 
 
@@ -211,7 +211,7 @@ def _late(kind: str) -> Any:
     late = EMAWeightAveraging(update_starting_at_step=20) if kind == "step" else Epochs()
     t, lit, _ = fit(late, knobs={}, slow=4.0, num_sanity_val_steps=2)
     left = weights(lit)
-    t.validate(lit, loader(10, shuffle=False), verbose=False)
+    t.validate(lit, loader(40, shuffle=False), verbose=False)
     return left, float(t.callback_metrics["val"]), weights(lit) == left
 
 

@@ -29,5 +29,5 @@ def test_the_total_is_what_will_come(bar: type[Callback]) -> None:
         pytest.importorskip("rich")
     look = Look()
     t = trainer(1, enable_progress_bar=True, callbacks=[bar(), look])
-    t.fit(Lit(), loader(), loader(10, shuffle=False))
+    t.fit(Lit(), loader(), loader(40, shuffle=False))
     assert set(look.totals) == {60}

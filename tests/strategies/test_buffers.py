@@ -39,7 +39,7 @@ def _fit(buffers: str, kind: type[Remembers]) -> dict[str, Any]:
     torch.manual_seed(0)
     lit = kind()
     t = trainer(2, knobs={"buffers": buffers}, callbacks=[SpeedFaults(step_seconds=0.002, slow={1: 3.0})], max_epochs=1)
-    t.fit(lit, loader(10), loader(10, shuffle=False))
+    t.fit(lit, loader(10), loader(40, shuffle=False))
     norm = lit.layer[1]
     assert isinstance(norm, nn.BatchNorm1d)
     assert norm.momentum == 0.1

@@ -59,7 +59,7 @@ def fit(
     one = trainer(
         2, callbacks=[*(callbacks or []), SpeedFaults(step_seconds=seconds, slow={slow: 4.0}), watch], **options
     )
-    one.fit(module, loader() if data is None else data, loader(24, shuffle=False), ckpt_path=ckpt_path)
+    one.fit(module, loader() if data is None else data, loader(40, shuffle=False), ckpt_path=ckpt_path)
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])
     return {
         "steps": watch.steps,
@@ -293,6 +293,7 @@ def streamed_and_saved(folder: Path, path: Path | None, lengths: list[int]) -> d
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:You're resuming from a checkpoint that ended")
+@pytest.mark.filterwarnings("ignore:`DataLoader` has no state, so this run begins its stream anew")
 def test_a_rank_that_ran_dry_saves_and_resumes_with_the_others(tmp_path: Path) -> None:
     """It stands at the end of its epoch, where metrics of the epoch would be combined with ranks that are not there."""
     found = both(streamed_and_saved, tmp_path, None, [4 * 8])
@@ -345,7 +346,7 @@ def terminated(folder: Path, rank: int) -> list[float]:
     module = Lit()
     t = trainer(2, callbacks=[Told(signal.SIGTERM, rank), saver], enable_checkpointing=True, max_epochs=50)
     with pytest.raises(SIGTERMException):
-        t.fit(module, loader(), loader(24, shuffle=False))
+        t.fit(module, loader(), loader(40, shuffle=False))
     return [float(x) for p in module.parameters() for x in p.detach().flatten()]
 
 

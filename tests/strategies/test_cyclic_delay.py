@@ -46,7 +46,7 @@ def _fit(devices: int, knobs: dict[str, Any], optimizer: str, slow: float) -> di
     faults = SpeedFaults(step_seconds=0.002, slow={devices - 1: slow})
     strategy = CyclicDelayStrategy(**knobs)
     t = trainer(devices, strategy=strategy, callbacks=[faults])
-    t.fit(lit, loader(8), loader(10, shuffle=False))
+    t.fit(lit, loader(8), loader(40, shuffle=False))
     return {
         "weights": weights(lit),
         "seen": lit.seen,
@@ -109,7 +109,7 @@ def _alone(optimizer: str, strategy: Any, knobs: dict[str, Any], options: dict[s
     torch.manual_seed(1)
     lit = Grouped(optimizer)
     trainer(1, strategy=strategy or CyclicDelayStrategy(**knobs), **options).fit(
-        lit, loader(shuffle=False), loader(10, shuffle=False)
+        lit, loader(shuffle=False), loader(40, shuffle=False)
     )
     return weights(lit)
 
@@ -147,7 +147,7 @@ def _scaled(n: int, plain: bool, growth: int, knobs: dict[str, Any], options: di
     strategy: Any = SingleDeviceStrategy("cpu") if plain else CyclicDelayStrategy(balance="equal", **knobs)
     plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
     t = trainer(n, strategy=strategy, plugins=plugins, **options)
-    t.fit(lit, loader(shuffle=False), loader(10, shuffle=False))
+    t.fit(lit, loader(shuffle=False), loader(40, shuffle=False))
     if plain:
         return weights(lit), scaler.get_scale()
     pushed = sum(a.samples for a in strategy.arrivals()) / len(strategy.algorithm.exchanges)
@@ -271,7 +271,7 @@ def _struck(rank: int, fault: str, knobs: dict[str, Any]) -> Any:
     lit, struck = Net(), Struck(rank, fault)
     strategy = CyclicDelayStrategy(silence=0.5, mirror_every=1, **knobs)
     callbacks = [SpeedFaults(step_seconds=0.05), struck]
-    trainer(3, strategy=strategy, callbacks=callbacks, max_epochs=1).fit(lit, loader(2), loader(10, shuffle=False))
+    trainer(3, strategy=strategy, callbacks=callbacks, max_epochs=1).fit(lit, loader(2), loader(40, shuffle=False))
     arrivals = strategy.arrivals()
     folded = sum(a.samples for a in arrivals if a.fate is Fate.FOLDED)
     lost = sum(a.fate is Fate.LOST for a in arrivals)
@@ -379,4 +379,4 @@ class With(Lit):
 )
 def test_what_does_not_go_together_is_refused(module: Any, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(MisconfigurationException, match=sentence):
-        trainer(1, strategy=CyclicDelayStrategy(), **options).fit(module, loader(), loader(10, shuffle=False))
+        trainer(1, strategy=CyclicDelayStrategy(), **options).fit(module, loader(), loader(40, shuffle=False))

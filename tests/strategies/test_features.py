@@ -18,7 +18,7 @@ from tests.strategies.ranks import run
 def _fit(lit: L.LightningModule, data: Any = None, **options: Any) -> L.Trainer:
     faults = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
     t = trainer(2, callbacks=[faults], **options)
-    t.fit(lit, loader() if data is None else data, loader(10, shuffle=False))
+    t.fit(lit, loader() if data is None else data, loader(40, shuffle=False))
     return t
 
 
@@ -45,7 +45,7 @@ def _what_the_algorithm_sees() -> Any:
 
     strategy.algorithm.before_step = before_step  # type: ignore[method-assign]
     options = {"accumulate_grad_batches": 3, "gradient_clip_val": 1e-3, "max_epochs": 1}
-    trainer(1, strategy=strategy, **options).fit(lit, loader(n=28), loader(10, shuffle=False))
+    trainer(1, strategy=strategy, **options).fit(lit, loader(n=28), loader(40, shuffle=False))
     return told
 
 

@@ -62,7 +62,7 @@ def _fit(
     t = trainer(
         devices, strategy=strategy, callbacks=callbacks, max_epochs=epochs, enable_checkpointing=save is not None
     )
-    t.fit(lit, loader(batch), loader(10, shuffle=False), ckpt_path=path)
+    t.fit(lit, loader(batch), loader(40, shuffle=False), ckpt_path=path)
     return {"weights": weights(lit), "seen": seen.seen, "owned": seen.owned}
 
 

@@ -34,7 +34,7 @@ class Convolves(Lit):
 def _fit(inner_threads: int | None) -> dict[str, Any]:
     lit = Convolves()
     t = trainer(2, knobs={"mode": "none", "balance": "equal", "inner_threads": inner_threads})
-    t.fit(lit, loader(), loader(10, shuffle=False))
+    t.fit(lit, loader(), loader(40, shuffle=False))
     return {
         "weights": weights(lit),
         "during": [kind.__name__ for kind in lit.kinds],

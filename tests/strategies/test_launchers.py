@@ -74,7 +74,7 @@ def test_fork_gives_the_caller_the_consensus() -> None:
     lit = Lit()
     before = weights(lit)
     t = trainer(2, strategy="gossip_ring_fork")
-    t.fit(lit, loader(), loader(10, shuffle=False))
+    t.fit(lit, loader(), loader(40, shuffle=False))
     assert weights(lit) != before
     assert "val" in t.callback_metrics
 
@@ -87,4 +87,4 @@ def test_a_fork_that_fails_is_named() -> None:
 
     t = trainer(2, strategy="gossip_ring_fork")
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="the fifth batch is too much"):
-        t.fit(Failing(), loader(), loader(10, shuffle=False))
+        t.fit(Failing(), loader(), loader(40, shuffle=False))

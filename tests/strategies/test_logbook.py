@@ -44,7 +44,7 @@ def logged(folder: Path, slow: int, options: dict[str, Any]) -> dict[str, Any]:
         max_epochs=-1,
         **options,
     )
-    one.fit(Lit(), loader(), loader(24, shuffle=False))
+    one.fit(Lit(), loader(), loader(40, shuffle=False))
     return {"keys": sorted(keys.keys), "batches": keys.batches, "wait": one.strategy.last_meeting["seconds"]}  # type: ignore[attr-defined]
 
 
@@ -79,7 +79,7 @@ def test_what_is_logged_was_done_and_a_slow_rank_0_slows_nobody(slow: int, tmp_p
 def accumulated(folder: Path) -> dict[str, Any]:
     logger = CSVLogger(folder, name="", version="")
     one = trainer(2, logger=logger, accumulate_grad_batches=3, max_steps=8, max_epochs=-1, log_every_n_steps=1)
-    one.fit(Lit(), loader(), loader(24, shuffle=False))
+    one.fit(Lit(), loader(), loader(40, shuffle=False))
     return {}
 
 
@@ -93,7 +93,7 @@ def test_the_effective_batch_of_accumulated_steps(tmp_path: Path) -> None:
 
 def unlogged(options: dict[str, Any]) -> int:
     one = trainer(2, max_epochs=1, **options)
-    one.fit(Lit(), loader(n=40), loader(24, shuffle=False))
+    one.fit(Lit(), loader(n=40), loader(40, shuffle=False))
     return len([key for key in one.logged_metrics if key.startswith("progress/")])
 
 

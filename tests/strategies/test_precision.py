@@ -27,7 +27,7 @@ def fit(
 ) -> GossipRingStrategy:
     faults = [SpeedFaults(step_seconds=0.002, slow={1: slow})] if slow > 1 else []
     t = trainer(2, callbacks=[*faults, *callbacks], **options)
-    t.fit(lit, loader(batch), loader(10, shuffle=False))
+    t.fit(lit, loader(batch), loader(40, shuffle=False))
     strategy = t.strategy
     assert isinstance(strategy, GossipRingStrategy)
     return strategy

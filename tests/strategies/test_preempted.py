@@ -86,7 +86,7 @@ def train(
     t.fit(
         module,
         loader() if balance else DataLoader(Numbers(length if os.environ["RANK"] == "1" else math.inf), batch_size=4),
-        loader(24, shuffle=False),
+        loader(40, shuffle=False),
         ckpt_path=path,
     )
     return t.global_step, steps

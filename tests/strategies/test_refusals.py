@@ -33,7 +33,7 @@ def test_conflicts_with_the_trainer(options: dict[str, Any], sentence: str) -> N
         warnings.simplefilter("ignore")
         t = trainer(1, **options)
         with pytest.raises(MisconfigurationException, match=f"strategy='gossip_ring': .*{sentence}"):
-            t.fit(Lit(), loader(), loader(10, shuffle=False))
+            t.fit(Lit(), loader(), loader(40, shuffle=False))
 
 
 def test_sync_batchnorm_layers() -> None:
@@ -63,20 +63,20 @@ class MySpikes(SpikeDetection):
 
 def test_spike_detection() -> None:
     with pytest.raises(MisconfigurationException, match="`SpikeDetection` compares losses of all ranks at every step"):
-        trainer(1, callbacks=[MySpikes()]).fit(Lit(), loader(), loader(10, shuffle=False))
+        trainer(1, callbacks=[MySpikes()]).fit(Lit(), loader(), loader(40, shuffle=False))
 
 
 def test_precision_plugins_of_other_strategies() -> None:
     plugin = type("FSDPPrecision", (Precision,), {})()
     with pytest.raises(MisconfigurationException, match="`FSDPPrecision` belongs to another strategy"):
-        trainer(1, plugins=[plugin]).fit(Lit(), loader(), loader(10, shuffle=False))
+        trainer(1, plugins=[plugin]).fit(Lit(), loader(), loader(40, shuffle=False))
 
 
 def test_precision_that_exchanges_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     t = trainer(1)
     monkeypatch.setattr(t.precision_plugin, "precision", "transformer-engine")
     with pytest.raises(MisconfigurationException, match="`precision='transformer-engine'` combines its scales"):
-        t.fit(Lit(), loader(), loader(10, shuffle=False))
+        t.fit(Lit(), loader(), loader(40, shuffle=False))
 
 
 class Manual(Lit):
@@ -88,14 +88,14 @@ class Manual(Lit):
 def test_reestimation_with_manual_optimisation() -> None:
     t = trainer(1, knobs={"buffers": "reestimate"})
     with pytest.raises(MisconfigurationException, match="`buffers='reestimate'` runs `training_step` once more"):
-        t.fit(Manual(), loader(), loader(10, shuffle=False))
+        t.fit(Manual(), loader(), loader(40, shuffle=False))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_foreign_checkpoint(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.ckpt")
     with pytest.raises((KeyError, RuntimeError), match=r"pytorch-lightning_version|state_dict"):
-        trainer(1).fit(Lit(), loader(), loader(10, shuffle=False), ckpt_path=tmp_path / "foreign.ckpt")
+        trainer(1).fit(Lit(), loader(), loader(40, shuffle=False), ckpt_path=tmp_path / "foreign.ckpt")
 
 
 class Nothing(Lit):
@@ -117,7 +117,7 @@ class Complex(Lit):
 @pytest.mark.filterwarnings("ignore")
 def test_parameters(lit: type[Lit], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        trainer(1).fit(lit(), loader(), loader(10, shuffle=False))
+        trainer(1).fit(lit(), loader(), loader(40, shuffle=False))
 
 
 KNOBS = [
@@ -147,12 +147,12 @@ def test_wrong_knobs(knobs: dict[str, Any], sentence: str) -> None:
 def test_a_long_ring_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gossip, "ring_limit", 0)
     with pytest.warns(UserWarning, match="1 members on a ring agree slowly"):
-        trainer(1, max_epochs=0).fit(Lit(), loader(), loader(10, shuffle=False))
+        trainer(1, max_epochs=0).fit(Lit(), loader(), loader(40, shuffle=False))
 
 
 def test_an_interface_that_is_not_there() -> None:
     with pytest.raises(ValueError, match=r"`interface` must name a network interface .*, got 'eth77'"):
-        trainer(1, knobs={"interface": "eth77"}).fit(Lit(), loader(), loader(10, shuffle=False))
+        trainer(1, knobs={"interface": "eth77"}).fit(Lit(), loader(), loader(40, shuffle=False))
 
 
 def test_no_keyword_is_swallowed() -> None:

@@ -84,9 +84,13 @@ def test_what_is_saved_is_restored_to_the_bit_on_every_rank(
     assert_nothing_over(tmp_path)
 
 
-def test_the_masses_in_the_files_sum_to_what_was_born(tmp_path: Path) -> None:
-    knobs = {"mode": "push_sum", "at_meeting": "keep", "balance": "equal"}  # each rank has the batch at which it saves
-    run(3, _through, 3, knobs, str(tmp_path / "x.ckpt"), "batch", "shared", False)
+@pytest.mark.parametrize(
+    ("balance", "where"),
+    [("equal", "batch"), ("claim", "validation"), ("claim", "epoch")],  # with claims no batch is that of all ranks
+)
+def test_the_masses_in_the_files_sum_to_what_was_born(balance: str, where: str, tmp_path: Path) -> None:
+    knobs = {"mode": "push_sum", "at_meeting": "keep", "balance": balance}
+    run(3, _through, 3, knobs, str(tmp_path / "x.ckpt"), where, "shared", False)
     masses = [own["parts"]["algorithm"]["mass"] for own in files_of(tmp_path / "x.ckpt").values()]
     assert sum(masses) == 3 * 4 * UNIT
 
@@ -150,6 +154,7 @@ def _forgets(path: str, resume: bool) -> int:
     return len(lit.losses)
 
 
+@pytest.mark.filterwarnings("ignore:`DataLoader` has no state, so this run begins its stream anew")
 def test_a_stream_that_does_not_know_where_it_stood_begins_anew(tmp_path: Path) -> None:
     path = str(tmp_path / "x.ckpt")
     assert run(2, _forgets, path, False) == run(2, _forgets, path, True) == [10, 10]

@@ -28,7 +28,7 @@ def _fit(devices: int, knobs: dict[str, Any], slow: float, batch: int) -> dict[s
     lit.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
     faults = SpeedFaults(step_seconds=0.002, slow={devices - 1: slow})
     t = trainer(devices, knobs=knobs, callbacks=[faults])
-    t.fit(lit, loader(batch), loader(10, shuffle=False))
+    t.fit(lit, loader(batch), loader(40, shuffle=False))
     pickle.dumps(lit.metric)  # as the user made it
     strategy = t.strategy
     assert isinstance(strategy, GossipRingStrategy)
@@ -73,7 +73,7 @@ def _all_stages(folder: str) -> dict[str, Any]:
     faults = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
     callbacks = [saved, newest, EarlyStopping("val", patience=5), faults]
     t = trainer(2, enable_checkpointing=True, callbacks=callbacks, max_epochs=3)
-    held_out = loader(10, shuffle=False)
+    held_out = loader(40, shuffle=False)
     t.fit(lit, loader(8), held_out)
     fitted = weights(lit)
     t.validate(lit, held_out)
@@ -116,9 +116,9 @@ def test_who_comes_late_to_a_later_stage_is_waited_for(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("lightning_async.strategies.office.ClusterCarrier", Watched)
     t = trainer(1, max_epochs=1)
-    t.fit(Lit(), loader(), loader(10, shuffle=False))
-    t.validate(Lit(), loader(10, shuffle=False), verbose=False)
-    t.validate(Lit(), loader(10, shuffle=False), verbose=False)
+    t.fit(Lit(), loader(), loader(40, shuffle=False))
+    t.validate(Lit(), loader(40, shuffle=False), verbose=False)
+    t.validate(Lit(), loader(40, shuffle=False), verbose=False)
     assert late == [None, math.inf, math.inf]
 
 
@@ -126,7 +126,7 @@ def _stops_early() -> int:
     lit = Lit()
     early = EarlyStopping("val", patience=1, min_delta=1e9)
     t = trainer(2, callbacks=[early, SpeedFaults(step_seconds=0.002, slow={1: 4.0})], max_epochs=6, min_epochs=4)
-    t.fit(lit, loader(8), loader(10, shuffle=False))
+    t.fit(lit, loader(8), loader(40, shuffle=False))
     return t.current_epoch
 
 
@@ -146,7 +146,7 @@ def _dies(folder: str, dead: int) -> dict[str, Any]:
     saved = ModelCheckpoint(folder, filename="{epoch}")
     faults = SpeedFaults(step_seconds=0.004)
     t = trainer(3, enable_checkpointing=True, callbacks=[saved, faults, Dies()], max_epochs=3, knobs={"silence": 0.5})
-    held_out = loader(10, shuffle=False)
+    held_out = loader(40, shuffle=False)
     told = logging.handlers.BufferingHandler(100)
     logging.getLogger("lightning_async").addHandler(told)
     t.fit(lit, loader(), held_out)

@@ -40,7 +40,7 @@ class Plateau(Lit):
 def reduces(monitor: str, frequency: int, options: dict[str, Any]) -> tuple[list[float], int]:
     lit = Plateau(monitor, frequency)
     t: L.Trainer = trainer(2, callbacks=[SpeedFaults(step_seconds=0.004, slow={1: 4.0})], **options)
-    t.fit(lit, loader(), loader(24, shuffle=False))
+    t.fit(lit, loader(), loader(40, shuffle=False))
     (config,) = t.lr_scheduler_configs
     assert config.frequency == frequency, "the user's number is put back"
     return lit.rates, config.scheduler.state_dict()["last_epoch"]
@@ -64,4 +64,4 @@ def test_a_metric_that_nobody_has_is_said_and_not_asked_for() -> None:
 
 
 def trainer_of_one(options: dict[str, Any]) -> None:
-    trainer(1, **options).fit(Plateau("own", 1), loader(), loader(24, shuffle=False))
+    trainer(1, **options).fit(Plateau("own", 1), loader(), loader(40, shuffle=False))

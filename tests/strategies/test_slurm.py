@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from lightning_async import SpeedFaults
+from lightning_async import AsyncGlobalStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
 from tests.strategies import piped
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
@@ -63,16 +63,26 @@ def queue(folder: Path) -> dict[str, Any]:
     return {"plugins": [SLURMEnvironment(auto_requeue=True)], "default_root_dir": str(folder)}
 
 
-def job(folder: Path, rank: int | None, steps: int, last: bool = False) -> dict[str, Any]:
+STRATEGIES: dict[str, Any] = {
+    "gossip_ring": GossipRingStrategy,
+    "async_global": AsyncGlobalStrategy,
+    "lazy_sign": LazySignStrategy,
+}
+
+
+def job(
+    folder: Path, rank: int | None, steps: int, last: bool = False, strategy: str = "gossip_ring"
+) -> dict[str, Any]:
     lit, warned = Lit(), Warned(rank, last)
     t = trainer(
         2,
+        strategy=STRATEGIES[strategy](),
         callbacks=[SpeedFaults(step_seconds=0.01, slow={1: 4.0}), warned],
         max_steps=steps,
         max_epochs=-1,
         **queue(folder),
     )
-    t.fit(lit, loader(), loader(24, shuffle=False))
+    t.fit(lit, loader(), loader(40, shuffle=False))
     end = torch.cat([p.detach().flatten() for p in lit.parameters()]).tolist()
     return {"saved": warned.saved, "steps": t.global_step, "end": end, "batches": warned.batches, "seen": lit.seen}
 
@@ -103,6 +113,23 @@ def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slur
     assert again["steps"] == also["steps"] == 60
     assert again["end"] == also["end"]
     assert 2 * (60 - at) - (again["batches"] + also["batches"]) in (0, 1), "it went on from where it was saved"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("strategy", ["async_global", "lazy_sign"])
+def test_the_same_under_other_strategies(slurm: Path, strategy: str, rank: int) -> None:
+    first, second = run(2, job, slurm, rank, 40, False, strategy)
+    assert first["steps"] == second["steps"] == 40
+    assert first["end"] == second["end"]
+    assert first["saved"] == second["saved"]
+    (at,) = first["saved"]
+    assert 0 < at < 40
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n"
+    assert len(list(slurm.glob("hpc_ckpt_*.ckpt.ranks/*rank*"))) == 2
+    again, also = run(2, job, slurm, None, 40, False, strategy)
+    assert again["steps"] == also["steps"] == 40
+    assert again["end"] == also["end"]
+    assert 2 * (40 - at) - (again["batches"] + also["batches"]) in (0, 1), "it went on from where it was saved"
 
 
 def pipeline(folder: Path, rank: int | None) -> dict[str, Any]:

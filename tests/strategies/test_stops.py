@@ -35,7 +35,7 @@ class Say(Callback):
 def _train(folder: str, faults: dict[str, Any], options: dict[str, Any]) -> int:
     lit = Lit()
     t = trainer(3, callbacks=[Say(folder), SpeedFaults(**faults)], max_epochs=1000, **options)
-    t.fit(lit, loader(), loader(10, shuffle=False))
+    t.fit(lit, loader(), loader(40, shuffle=False))
     return t.current_epoch
 
 
@@ -85,7 +85,7 @@ class Crosses(Callback):
 
 
 def _cross() -> None:
-    trainer(3, callbacks=[Crosses()]).fit(Lit(), loader(), loader(10, shuffle=False))
+    trainer(3, callbacks=[Crosses()]).fit(Lit(), loader(), loader(40, shuffle=False))
 
 
 def test_ranks_that_call_different_things_all_hear_who_was_where() -> None:
@@ -120,7 +120,7 @@ class FullDisk(TorchCheckpointIO):
 def _full_disk(folder: str) -> None:
     lit = Lit()
     t = trainer(2, enable_checkpointing=True, plugins=[FullDisk()], callbacks=[ModelCheckpoint(folder, monitor="val")])
-    t.fit(lit, loader(), loader(10, shuffle=False))
+    t.fit(lit, loader(), loader(40, shuffle=False))
 
 
 def test_a_full_disk_stops_all_ranks_and_leaves_nothing_half_written(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def _batch_fails_on_one(folder: str) -> None:
             return torch.tensor(index), torch.zeros(8), torch.zeros(1)
 
     data = torch.utils.data.DataLoader(Bad(), batch_size=4)
-    trainer(2, max_epochs=5).fit(Lit(), data, loader(10, shuffle=False))
+    trainer(2, max_epochs=5).fit(Lit(), data, loader(40, shuffle=False))
 
 
 def test_a_broken_sample_stops_all_ranks_and_is_named(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def _gathers(folder: str) -> None:
             self.all_gather(batch[0])
             return super().training_step(batch, batch_idx)
 
-    trainer(2).fit(Gathers(), loader(), loader(10, shuffle=False))
+    trainer(2).fit(Gathers(), loader(), loader(40, shuffle=False))
 
 
 def test_all_gather_between_meetings_is_refused(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def _stream(kind: Any, lengths: list[int], slow: float) -> dict[str, Any]:
     lit, says = Lit(), Says()
     data = kind(lengths) if kind is Batches else DataLoader(kind(lengths), batch_size=4)
     t = trainer(2, callbacks=[SpeedFaults(step_seconds=0.001, slow={1: slow}), says])
-    t.fit(lit, data, loader(10, shuffle=False))
+    t.fit(lit, data, loader(40, shuffle=False))
     return {**says.said, "weights": weights(lit), "seen": lit.seen, "dry": says.dry, "validations": says.validations}
 
 
@@ -121,7 +121,7 @@ def _part(data: str, stop_after: int | None, loaders: list[Any], feeding: State 
         t.strategy.feeding.load_state_dict(feeding)  # type: ignore[attr-defined]
     with suppress(RuntimeError):
         t.fit(
-            lit, DataLoader(Stream([40, 40]), batch_size=4) if data == "stream" else loader(), loader(10, shuffle=False)
+            lit, DataLoader(Stream([40, 40]), batch_size=4) if data == "stream" else loader(), loader(40, shuffle=False)
         )
     return says.said
 

@@ -56,7 +56,7 @@ def fit(lit: L.LightningModule, *callbacks: Callback, slow: float = 3.0, **optio
     sizes = Sizes()
     faults = [SpeedFaults(step_seconds=0.002, slow={1: slow})] if slow > 1 else []
     t = trainer(2, callbacks=[*faults, *callbacks, sizes], **{"max_epochs": 3, **options})
-    t.fit(lit, loader(8), loader(10, shuffle=False))
+    t.fit(lit, loader(8), loader(40, shuffle=False))
     return t, sizes
 
 

@@ -15,7 +15,7 @@ from tests.transport.worlds import BUSY
 class ClusterWorld:
     """Members over one store in this process; their time is the real one."""
 
-    def __init__(self, n: int, late: int | None = None, *, shared_memory: bool = True) -> None:
+    def __init__(self, n: int, late: int | None = None, *, shared_memory: bool = True, silence: float = 2.0) -> None:
         store, self.late = HashStore(), late
         self.carriers = [
             ClusterCarrier(
@@ -27,6 +27,8 @@ class ClusterWorld:
                 tick=0.02,
                 connect_timeout=5.0,  # a world may end while a link is in its rendezvous: so long its thread stays
                 interface="lo",
+                silence=silence,
+                patience=max(30.0, silence),
                 shared_memory=shared_memory,
             )
             for me in range(n)

@@ -164,6 +164,21 @@ def test_a_body_is_lent_until_it_is_folded(make_world: MakeWorld) -> None:
     assert kept.message.body.unique().tolist() == [1.0]
 
 
+def test_long_bodies_follow_each_other_whatever_their_lengths(make_world: MakeWorld) -> None:
+    """Of one kind and of several, both ways at once: 9 MB are more than two pieces of the longest."""
+    world = make_world(2)
+    for numbers in (2_300_000, 20_000, 1_100_000, 5, 2_300_001):
+        bodies = {(me, kind): torch.rand(numbers + kind) for me in range(2) for kind in (KIND, KIND + 1)}
+        for (me, kind), sent in bodies.items():
+            post(world, me, 1 - me, Message(kind, sent))
+        for (me, kind), sent in bodies.items():
+            (letter,) = take(world, 1 - me, kind)
+            assert letter.message.body is not None
+            assert torch.equal(letter.message.body, sent)
+            world.carriers[1 - me].folded(letter)
+        world.until(lambda: all(world.carriers[me].free(1 - me, kind) for me in range(2) for kind in (KIND, KIND + 1)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_travels(make_world: MakeWorld, dtype: torch.dtype) -> None:
     world = make_world(2)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 from torch.distributed import HashStore, TCPStore
@@ -184,6 +185,50 @@ def test_no_wait_hurries_for_the_flags_of_the_run() -> None:
     assert requests.decided("round0/1/0") is None
     assert requests.watched
     assert requests.open
+
+
+class Counting:
+    """A store that counts how often it is asked for a key."""
+
+    def __init__(self, store: Store) -> None:
+        self.keys, self.asked = keys_of(store, "run"), 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked += 1
+        return self.keys.check(keys)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.keys, name)
+
+
+def test_while_nothing_is_said_no_key_is_looked_for_twice(store: Store) -> None:
+    mine, theirs, counting = Requests(), Requests(), Counting(store)
+
+    def answer(requests: Requests, *, anew: bool = False) -> int:
+        counting.asked = 0
+        requests.answer(counting, said=counting.keys.add("said", 0), anew=anew)  # type: ignore[arg-type]
+        return counting.asked
+
+    for key in ("a", "b", "c"):
+        assert mine.decided(key) is None
+    assert [answer(mine), answer(mine)] == [3, 0]
+    assert mine.decided("late") is None
+    assert answer(mine) == 1, "what is new is looked for at once"
+    mine.propose("of this member", b"")
+    assert [answer(mine), answer(mine)] == [0, 0]
+    theirs.propose("b", b"of another one")
+    assert answer(theirs) == 0
+    assert [answer(mine), answer(mine)] == [4, 0]
+    assert mine.decided("b") == b"of another one"
+    assert answer(mine, anew=True) == 3, "as at every beat"
+
+
+def test_what_was_said_by_one_that_died_before_it_counted_it_is_heard(store: Store) -> None:
+    with Room(store, 2) as room:
+        assert room.all[0].decided("key") is None
+        until(lambda: "key" in room.all[0]._requests._looked)
+        keys_of(store, "run").compare_set("say/key", b"", b"=last words")
+        until(lambda: room.all[0].decided("key") == b"last words")
 
 
 def test_tickets_go_to_one_member_each(store: Store) -> None:

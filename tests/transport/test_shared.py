@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.transport import shared
-from lightning_async.transport.gloo import Connection
+from lightning_async.transport.gloo import Connection, Stood
 from lightning_async.transport.shared import BODY_TAG, PLACES, SharedBodies, share
 
 FORK = multiprocessing.get_context("fork")
@@ -45,6 +45,9 @@ class End:
 
     def receive(self, tensor: Tensor, tag: int) -> Any:
         return Expected(self, tensor, tag)
+
+    def stand(self, buffer: Tensor, tag: int) -> Any:
+        return Stood(buffer, self.receive(buffer, tag))
 
     def cancel(self) -> None:
         pass
@@ -158,6 +161,9 @@ class Piped:
 
         return Work()
 
+    def stand(self, buffer: Tensor, tag: int) -> Any:
+        return Stood(buffer, self.receive(buffer, tag))
+
     def cancel(self) -> None:
         pass
 
@@ -198,6 +204,6 @@ def test_a_death_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_there_are_as_many_places_as_fragments_on_their_way() -> None:
-    from lightning_async.transport.sender import WINDOW
+    from lightning_async.transport.line import WINDOW
 
     assert WINDOW == PLACES
