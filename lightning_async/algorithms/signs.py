@@ -136,7 +136,7 @@ class NumpySigns:
     def shift(self, source: Array, bits: Array, scale: float, out: Array) -> None:
         """out = source + scale * sign: eight numbers for each byte, by a table whose rows are copied whole."""
         np.multiply(self._table, scale, out=self._scaled)
-        np.take(self._rows, bits, out=self._steps[: bits.size], mode="wrap")  # "raise" would copy, "clip" compare
+        self._rows.take(bits, None, self._steps[: bits.size], "wrap")  # "raise" would copy, "clip" compare
         np.add(source, self._numbers[: out.size], out=out)
 
     def press(self, p: Array, bits: Array, source: Array, out: Array, stretch: float = 1.0) -> float:
@@ -145,15 +145,17 @@ class NumpySigns:
         It is the same to the bit wherever the block lies, if it lies as the scratch memory does.
         """
         self.pack(p, bits)
-        np.take(self._ones, bits, out=self._steps[: bits.size], mode="wrap")
-        signs = self._sizes[: p.size]
-        total = stretch * float(torch.dot(torch.from_numpy(p), signs)) / max(1, p.size)
+        self._ones.take(bits, None, self._steps[: bits.size], "wrap")
+        signs = self._sizes if p.size == self._sizes.numel() else self._sizes[: p.size]
+        numbers = torch.from_numpy(p)
+        total = stretch * float(torch.dot(numbers, signs)) / max(1, p.size)
         if not math.isfinite(total):
             scale = _checked(self._as_it_travels(stretch * self.mean(p)))
             self.shift(source, bits, -scale, out)
             return scale
         scale = self._as_it_travels(total)
-        torch.add(torch.from_numpy(source), signs, alpha=-scale, out=torch.from_numpy(out))
+        start = numbers if source is p else torch.from_numpy(source)
+        torch.add(start, signs, alpha=-scale, out=torch.from_numpy(out))
         return scale
 
     def _as_it_travels(self, scale: float) -> float:
