@@ -55,6 +55,7 @@ class Sender:
         self._outgoing: Outgoing | None = None
         self._unread: deque[Unread] = deque()
         self._read = 0.0  # when the newest answer to any was read
+        self._told = 0  # how far we had read by our last header
 
     def next(self) -> Callable[[], None] | None:
         """What to send next; called with the lock held. Whatever it is, it says what was folded and received too."""
@@ -86,8 +87,9 @@ class Sender:
         return line.state != "up" or bool(slots.queue or slots.acks or line.owe or self._outgoing)
 
     def ping(self) -> None:
-        """A header for its own sake."""
-        if len(self.flying) < AHEAD:  # else the peer does not even read: do not pile up more
+        """A header for its own sake, unless the peer neither reads nor writes: then no more are piled up."""
+        self._land()  # on an idle link nothing else tells that those of a peer that was frozen have arrived
+        if len(self.flying) < AHEAD or self._told < self._line.seen:
             self._send_header(Header(GOT))
 
     def forget(self) -> None:
@@ -144,6 +146,7 @@ class Sender:
         with self._slots.changed:
             header.seen, self._line.owe = self._line.seen, False
             header.folded = self._slots.told(FOLDS)
+        self._told = header.seen
         self._line.write(page, header)
         message = page.short
         if inline is not None and inline.numel():

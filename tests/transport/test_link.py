@@ -20,8 +20,10 @@ from torch.distributed import HashStore, TCPStore
 from torch.distributed.distributed_c10d import Store
 
 from lightning_async.transport import header as wire_header
+from lightning_async.transport import link as link_module
 from lightning_async.transport.checks import DTYPES
 from lightning_async.transport.gloo import Clients, keys_of
+from lightning_async.transport.line import AHEAD
 from lightning_async.transport.link import Link
 from lightning_async.transport.mail import Letter, Message
 from lightning_async.transport.pieces import Pieces
@@ -417,6 +419,27 @@ def far() -> Iterator[tuple[End, int]]:
         process.close()
         mine.close()
         theirs.close()
+
+
+def test_an_idle_link_goes_on_after_a_peer_was_frozen_for_long(
+    far: tuple[End, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more signs of life are piled up than it may leave unread, and it hears new ones when it thaws."""
+    monkeypatch.setattr(link_module, "PING", 0.01)
+    end, pid = far
+    link = end.open()
+    try:
+        until(lambda: link.state == "up")
+        end.take(20)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            until(lambda: len(link.sender.flying) >= AHEAD)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        before = end.slots.traffic[HEADERS].messages_out
+        until(lambda: end.slots.traffic[HEADERS].messages_out > before + AHEAD, limit=10)
+    finally:
+        assert link.close()
 
 
 @pytest.mark.parametrize("direction", ["sender", "receiver"])
