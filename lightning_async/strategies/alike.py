@@ -1,30 +1,45 @@
-"""The ranks of a run are alike, or none of them trains: one version, one method, the same knobs.
+"""The ranks of a run are alike, or none of them trains: one version, one method, the same knobs, the same end.
 
-Whoever expects a kind of message that a neighbour never sends waits at the first meeting as long as a meeting may last.
-What belongs to a host alone (threads, network interfaces, folders) may differ.
+Whoever expects a kind of message that a neighbour never sends, or a meeting to which it never comes, waits as long as a
+meeting may last. What belongs to a host alone (threads, network interfaces, folders, how much data) may differ.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning_async.strategies.facts import knobs_of
+from lightning.pytorch import Trainer
+
+from lightning_async.strategies.facts import Recorded, knobs_of
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 from lightning_async.version import __version__
 
-if TYPE_CHECKING:
-    from lightning_async.strategies.base import AsyncStrategy
-
 OF_A_HOST = {"inner_threads", "threads"}
+OF_THE_TRAINER = (
+    "max_epochs",
+    "min_epochs",
+    "max_steps",
+    "min_steps",
+    "val_check_interval",
+    "check_val_every_n_epoch",
+    "reload_dataloaders_every_n_epochs",
+    "precision",
+)
+"""What decides when ranks meet, and in what numbers they speak."""
 
 
-def creed(strategy: AsyncStrategy) -> dict[str, Any]:
-    """What must be the same on every rank, the weightiest first."""
+def creed(strategy: Recorded) -> dict[str, Any]:
+    """What of a strategy must be the same on every rank, the weightiest first."""
     knobs = {name: value for name, value in knobs_of(strategy).items() if name not in OF_A_HOST}
     return {"version": __version__, "strategy": strategy.name, **knobs}
+
+
+def plan(trainer: Trainer) -> dict[str, Any]:
+    """What of a Trainer must be."""
+    return {name: getattr(trainer, name) for name in OF_THE_TRAINER}
 
 
 def check_alike(mine: Mapping[str, Any], rounds: Rounds) -> Wait[None]:
@@ -38,5 +53,5 @@ def check_alike(mine: Mapping[str, Any], rounds: Rounds) -> Wait[None]:
         if len(said) > 1:
             who = ", ".join(f"{name}={value} on rank {', '.join(at)}" for value, at in said.items())
             raise RuntimeError(
-                f"the ranks are not alike: {who}. Give all of them the same lightning_async, strategy and knobs"
+                f"the ranks are not alike: {who}. Give all of them the same lightning_async, strategy and Trainer"
             )

@@ -20,7 +20,7 @@ from lightning_async.progress.report import Wish
 from lightning_async.progress.tally import ZERO, Tally
 from lightning_async.replica import Replica
 from lightning_async.strategies import words
-from lightning_async.strategies.alike import creed
+from lightning_async.strategies.alike import creed, plan
 from lightning_async.strategies.buffers import average_buffers, broadcast_frozen
 from lightning_async.strategies.saved import agree_on_saved
 from lightning_async.strategies.telling import Telling
@@ -47,7 +47,7 @@ class Consensus:
 
     def begin(self, model: torch.nn.Module, replica: Replica) -> None:
         """Give every rank the first one's weights and buffers, if the ranks are alike."""
-        self._strategy.office.check_alike(creed(self._strategy))
+        self._strategy.office.check_alike(creed(self._strategy) | plan(self._strategy.trainer))
         self._strategy.together(self._equalise(model, replica))
 
     def _equalise(self, model: torch.nn.Module, replica: Replica) -> Wait[None]:

@@ -25,6 +25,7 @@ from lightning_async.pipeline.compensate import Compensate
 from lightning_async.pipeline.edge import Wire
 from lightning_async.pipeline.stash import Semantics
 from lightning_async.strategies import compat, whole, words
+from lightning_async.strategies.alike import creed, plan
 from lightning_async.strategies.handover import Handover
 from lightning_async.strategies.measuring import measured
 from lightning_async.strategies.metrics import LedMetrics
@@ -124,6 +125,7 @@ class PipeSetup(PipeBatches):
         self._wrap_log(module, leash)
         if not self.piped:
             return model
+        self.office.check_alike(creed(self) | plan(self.trainer))
         handover = Handover(module, self.stages)
         seed = self.together(self._equalise(module))
         handover.take(leash)

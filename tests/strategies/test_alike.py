@@ -11,6 +11,7 @@ from lightning_async import AsyncGlobalStrategy, GossipRingStrategy
 from lightning_async.strategies.alike import check_alike, creed
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import VirtualCluster
+from tests.strategies import piped
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import Forked
 
@@ -46,15 +47,40 @@ def test_what_belongs_to_a_host_may_differ() -> None:
     assert creed(GossipRingStrategy())["strategy"] != creed(AsyncGlobalStrategy())["strategy"]
 
 
-def _another_mode() -> None:
-    mode = "push_sum" if os.environ["RANK"] == "1" else "pairwise"
-    trainer(2, knobs={"mode": mode}).fit(Lit(), loader(), loader(10, shuffle=False))
+def _unlike(knobs: dict[str, Any], options: dict[str, Any]) -> None:
+    first = os.environ["RANK"] == "0"
+    strategy = GossipRingStrategy(**({} if first else knobs))
+    t = trainer(2, strategy=strategy, **({} if first else options))
+    t.fit(Lit(), loader(), loader(10, shuffle=False))
 
 
-def test_a_rank_of_another_mode_stops_all_before_they_train() -> None:
-    """Their letters are of other kinds: each would wait for the other's as long as a meeting may last."""
-    with Forked(2, _another_mode) as forked:
+@pytest.mark.parametrize(
+    ("knobs", "options", "sentence"),
+    [
+        ({"mode": "push_sum"}, {}, "mode='pairwise' on rank 0, mode='push_sum' on rank 1"),
+        ({}, {"max_epochs": 3}, "max_epochs=2 on rank 0, max_epochs=3 on rank 1"),
+        (
+            {},
+            {"check_val_every_n_epoch": 2},
+            "check_val_every_n_epoch=1 on rank 0, check_val_every_n_epoch=2 on rank 1",
+        ),
+    ],
+)
+def test_an_unlike_rank_stops_all_before_they_train(
+    knobs: dict[str, Any], options: dict[str, Any], sentence: str
+) -> None:
+    """Each would wait for what the other never sends as long as a meeting may last."""
+    with Forked(2, _unlike, knobs, options) as forked:
         results = forked.results(30)
-    assert all(
-        "the ranks are not alike: mode='pairwise' on rank 0, mode='push_sum' on rank 1" in r.error for r in results
-    )
+    assert all(f"the ranks are not alike: {sentence}" in r.error for r in results), results
+
+
+def _another_order() -> None:
+    order = "update_first" if os.environ["RANK"] == "0" else "forward_first"
+    piped.trainer(2, knobs={"order": order}).fit(piped.Piped(), piped.loader(), piped.loader(n=8))
+
+
+def test_stages_of_another_order_do_not_start_either() -> None:
+    with Forked(2, _another_order) as forked:
+        results = forked.results(30)
+    assert all("the ranks are not alike: order='update_first' on rank 0" in r.error for r in results), results

@@ -105,6 +105,16 @@ def test_ctrl_c_on_one_rank_stops_all(rank: int, tmp_path: Path) -> None:
     assert all("KeyboardInterrupt" in r.error for i, r in enumerate(results) if i != rank)
 
 
+def test_ctrl_c_twice_in_a_terminal_stops_all_ranks(tmp_path: Path) -> None:
+    """It goes to all of them at once, and again to those that are still busy with the first one."""
+    with Forked(3, _train, str(tmp_path), {"step_seconds": 0.01}, {}) as forked:
+        until_training(tmp_path)
+        for rank in (0, 1, 2) * 2:
+            forked.signal(rank, signal.SIGINT)
+        results = ended(forked)
+    assert all(r.kind in ("SystemExit", "KeyboardInterrupt") or "KeyboardInterrupt" in r.error for r in results)
+
+
 class FullDisk(TorchCheckpointIO):
     """A disk on which a file may have 2 kB: the kernel says so in the middle of a write."""
 
