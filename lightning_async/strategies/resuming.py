@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_async.strategies.own_state import BEGUN_ANEW, Part, all_parts, own_keys, put_back_tensors
 from lightning_async.strategies.rank_files import RankFiles, main_file, rank_file
+from lightning_async.strategies.trainable import train_again
 from lightning_async.transport.mail import Wait
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Resuming:
         refuse_newer(shared, path)
         path, ranks = main_file(path), shared["ranks"]
         self._files.names(path, shared["save"])
+        self._train_again(path, checkpoint)
         own, trouble = self._read(rank_file(path, shared["save"], ranks[strategy.global_rank % len(ranks)]))
         said = yield from strategy.office.rounds.agree(
             (self._foreign(shared) or trouble).encode()[:2000], what="how to go on"
@@ -84,6 +86,16 @@ class Resuming:
     def forget(self) -> None:
         """The run is over."""
         self._waiting = {}
+
+    def _train_again(self, path: str, checkpoint: dict[str, Any]) -> None:
+        """What was thawed when the run was saved is thawed, whatever `setup` froze again."""
+        saved = checkpoint[KEY].get("trained")  # older versions did not save it
+        if saved and (other := train_again(self._strategy.trainer.lightning_module, saved, checkpoint["state_dict"])):
+            rank_zero_warn(
+                f"{self._strategy.name}: the run goes on with the parameters that were trained when {path} was saved: "
+                f"it trains {other}. To train what the module says now, begin a new run with its weights alone "
+                "(`load_from_checkpoint`)"
+            )
 
     def _read(self, file: str) -> tuple[dict[str, Any], str]:
         """A rank's own file, or why there is none."""

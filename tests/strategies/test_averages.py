@@ -236,7 +236,7 @@ class Held(Callback):
     """What of averages each rank would save, what it begins with, and at which steps it averaged."""
 
     def __init__(self) -> None:
-        self.saved: list[list[float]] = []
+        self.saved: list[tuple[int, list[float]]] = []
         self.began: list[list[float]] = []
         self.steps: list[tuple[int, int]] = []
 
@@ -249,7 +249,7 @@ class Held(Callback):
         self.steps.append((trainer.global_step, compat.averaged_until(_ema_of(trainer))))
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.saved.append(flat_of(checkpoint["state_dict"]))
+        self.saved.append((trainer.global_step, flat_of(checkpoint["state_dict"])))
 
 
 def _ema_of(trainer: L.Trainer) -> WeightAveraging:
@@ -275,16 +275,15 @@ def _saves_midway(at_meeting: str, folder: str, resume: str | None) -> Any:
 @pytest.mark.parametrize("at_meeting", ["adopt", "keep"])
 def test_a_file_of_mid_epoch_holds_the_average_of_all_ranks(at_meeting: str, tmp_path: Path) -> None:
     first, second = run(2, _saves_midway, at_meeting, str(tmp_path), None)
-    assert len(first[0]) == len(second[0]) == 2
-    for k, saved in enumerate(first[0]):
-        assert saved == second[0][k]
-        file = torch.load(tmp_path / f"step={20 * (k + 1)}.ckpt", weights_only=True)
+    assert first[0] == second[0]
+    assert len(first[0]) == 2
+    files = [torch.load(path := tmp_path / f"step={step}.ckpt", weights_only=True) for step, _ in reversed(first[0])]
+    for file, (_, saved) in zip(files, reversed(first[0]), strict=True):
         assert flat_of(file["state_dict"]) == saved
         assert flat_of(file["current_model_state"]) != saved
-    resumed = run(2, _saves_midway, at_meeting, str(tmp_path / "resumed"), str(tmp_path / "step=20.ckpt"))
-    current = torch.load(tmp_path / "step=20.ckpt", weights_only=True)["current_model_state"]
+    resumed = run(2, _saves_midway, at_meeting, str(tmp_path / "resumed"), str(path))
     for saved, began, _, end in resumed:
-        assert began == [first[0][0], flat_of(current)]
+        assert began == [first[0][0][1], flat_of(files[-1]["current_model_state"])]
         assert saved == resumed[0][0]
         assert end == resumed[0][3]
     for _, _, steps, _ in (first, second):
