@@ -1,6 +1,6 @@
 """A run goes on to the bit where its ranks are those that were saved; otherwise from the consensus, and says so.
 
-    the same world and method, all files there    each rank has its own back
+    the same world and method, all files there    each rank has its own back (masses: with the same batch sizes)
     anything else                                 weights: the consensus, so sums are conserved
                                                   data: what nobody completed
                                                   rank r's optimizer: that of the saved rank r modulo their number
@@ -74,6 +74,8 @@ class Resuming:
         """Restore what could not be restored before, once."""
         strategy, own = self._strategy, self._waiting
         self._waiting = {}
+        if own and strategy.at_meeting == "keep":
+            own = strategy.together(self._with_masses_of_now(own))
         put_back_tensors(strategy, own)
         if "steps" in own:
             strategy.stepping.taken = own["steps"]
@@ -96,6 +98,23 @@ class Resuming:
                 f"it trains {other}. To train what the module says now, begin a new run with its weights alone "
                 "(`load_from_checkpoint`)"
             )
+
+    def _with_masses_of_now(self, own: dict[str, Any]) -> Wait[dict[str, Any]]:
+        """Masses go by batch sizes. Where a rank has another one, what they moved is lost on all: the consensus is not.
+
+        (Who adopts the consensus begins with the masses of now anyway.)
+        """
+        mass = self._strategy.feeding.mass
+        born = own.get("parts", {}).get("algorithm", {}).get("born", mass)
+        said = yield from self._strategy.office.rounds.agree(b"" if born == mass else b"other", what="masses")
+        if not (other := [str(rank) for rank, word in said.items() if word]):
+            return own
+        rank_zero_warn(
+            f"{self._strategy.name}: the batch of rank {', '.join(other)} has another size than when the run was "
+            "saved, so masses begin anew, and all ranks start from the consensus"
+        )
+        parts = {name: state for name, state in own["parts"].items() if name != "algorithm"}
+        return {**{key: own[key] for key in own if key != "weights"}, "parts": parts}
 
     def _read(self, file: str) -> tuple[dict[str, Any], str]:
         """A rank's own file, or why there is none."""
@@ -120,7 +139,9 @@ class Resuming:
             f"{self._strategy.name}: the run does not go on to the bit from {path}: {'; '.join(reasons)}. All ranks "
             "start from the consensus and go on with the samples of the epoch that nobody completed. Rank r has the "
             f"optimizer state of the saved rank number r modulo {len(ranks)} (of rank {ranks[0]} where that cannot be "
-            "read); the state of the method (masses, turns, steps) and the random states begin anew"
+            "read), and the place of its stream, if each rank has a stream of its own: with fewer ranks than before "
+            "nobody goes on with the others' streams, with more ranks one is gone on with twice. The state of the "
+            "method (masses, turns, steps) and the random states begin anew"
         )
 
 
