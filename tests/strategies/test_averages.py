@@ -272,6 +272,7 @@ def _saves_midway(at_meeting: str, folder: str, resume: str | None) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:The dirpath has changed")
+@pytest.mark.few(1)
 @pytest.mark.parametrize("at_meeting", ["adopt", "keep"])
 def test_a_file_of_mid_epoch_holds_the_average_of_all_ranks(at_meeting: str, tmp_path: Path) -> None:
     first, second = run(2, _saves_midway, at_meeting, str(tmp_path), None)
