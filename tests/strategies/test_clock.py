@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import IterableDataset
@@ -271,8 +271,9 @@ def test_a_stream_whose_epoch_is_limited() -> None:
 
 
 def test_a_rank_that_runs_dry_leaves_the_others_running_and_meets_them() -> None:
+    """Its average is made equal with theirs at each meeting, though it has not changed since the last one."""
     options = {"max_epochs": 1, "val_check_interval": 15, "check_val_every_n_epoch": None}
-    found = both(streamed, [4 * 100, 4 * 8], options)
+    found = both(streamed, [4 * 100, 4 * 8], {**options, "callbacks": [EMAWeightAveraging()]})
     assert found[0]["batches"] == 100
     assert found[1]["batches"] == 8
     assert found[0]["validated"] == [15, 30, 45]

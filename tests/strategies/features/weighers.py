@@ -72,8 +72,8 @@ def averaging(folder: Path) -> dict[str, Any]:
 
 
 AVERAGED = (
-    "averages of all ranks become their mean before they are validated, saved, or left as the result; by the steps of the "
-    "run, once a batch at most"
+    "averages of all ranks become their mean before they are validated, saved, or left as the result; by the steps of "
+    "the run, once a batch at most"
 )
 
 
