@@ -35,7 +35,7 @@ from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
 from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
-from lightning_async.strategies.averages import Averages
+from lightning_async.strategies.averages import Averages, miss_no_step
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.clock import Clock
@@ -144,6 +144,7 @@ class AsyncStrategy(Shown):
         if fitting:
             self.clock.take(trainer)
             self.clock.hold(trainer, self._leash, lambda: self.meeting)
+            miss_no_step(trainer, self._leash)
 
     def setup(self, trainer: Trainer) -> None:
         """Without DDP's wrapper and its collectives."""

@@ -26,6 +26,7 @@ from lightning_async.strategies import compat, words
 from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_tensors
 from lightning_async.strategies.rank_files import RankFiles, rank_file
 from lightning_async.strategies.resuming import KEY, VERSION, Resuming
+from lightning_async.strategies.trainable import trained_set
 from lightning_async.strategies.waiting import PeerFailedError
 from lightning_async.transport.mail import Wait
 
@@ -176,6 +177,7 @@ class Checkpoints:
             "strategy": strategy.name,
             "algorithm": type(strategy.algorithm).__name__,
             "data": data,
+            "trained": trained_set(strategy.trainer.lightning_module, strategy.replica),
         }
 
     def _own(self, checkpoint: dict[str, Any], plan: Plan) -> dict[str, Any]:

@@ -311,6 +311,11 @@ def average_of(callback: WeightAveraging) -> AveragedModel | None:
     return callback._average_model
 
 
+def averaged_until(callback: WeightAveraging) -> int:
+    """The step of the run at which a WeightAveraging last averaged, or saved that it did."""
+    return int(callback._latest_update_step)
+
+
 # -- checkpoints that are written later -------------------------------------------------------------------------------
 
 

@@ -100,6 +100,7 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
     assert compat.callbacks(t) is t.callbacks
     average = WeightAveraging()
     assert compat.average_of(average) is None
+    assert compat.averaged_until(average) == 0
     average.setup(t, Lit(), "fit")
     assert compat.average_of(average) is not None
 
