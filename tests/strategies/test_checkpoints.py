@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_async import SpeedFaults
-from lightning_async.strategies import compat
+from lightning_async.strategies import compat, late_files
 from lightning_async.strategies.rank_files import rank_file
 from tests.strategies.lit import Lit, trainer, weights
 from tests.strategies.ranks import Forked, run
@@ -100,7 +100,8 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(dead: int, at: 
     assert epoch == main["epoch"]
 
 
-@pytest.mark.parametrize(("dead", "at", "what"), [(0, 0, "index"), (0, 1, "rank0"), (0, 2, "x.ckpt"), (1, 0, "rank1")])
+@pytest.mark.few(2)
+@pytest.mark.parametrize(("dead", "at", "what"), [(0, 2, "x.ckpt"), (0, 0, "index"), (0, 1, "rank0"), (1, 0, "rank1")])
 def test_a_kill_in_the_middle_of_a_write_leaves_a_whole_checkpoint(
     dead: int, at: int, what: str, tmp_path: Path
 ) -> None:
@@ -335,6 +336,50 @@ def test_a_kill_while_a_rank_has_still_to_write_leaves_the_checkpoint_of_before(
     assert epoch == 0
 
 
+class Ended:
+    """A gate that opens when rank 0 has left the run."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign, self.shut = sign, False
+
+    def clear(self) -> None:
+        self.shut = True
+
+    def wait(self, timeout: float) -> bool:
+        end = time.monotonic() + timeout
+        while self.shut and not self.sign.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        return not self.shut or self.sign.exists()
+
+
+class Fails(Later):
+    """Rank 0 fails while rank 1 has still to write."""
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 2 and rank() == 0:
+            raise ValueError("of the user's")
+
+
+def _fails_later(path: str) -> None:
+    late_files.LEAVE_FAILED = 0.2
+    gate = Ended(Path(path).with_suffix(".sign"))
+    io = AsyncCheckpointIO(Gated(gate))  # type: ignore[arg-type]
+    arm = gate.clear if rank() == 1 else (lambda: None)
+    try:
+        trainer(2, plugins=[io], callbacks=[Fails(path, io, arm)], max_epochs=3).fit(Draws(), samples(), held_out())
+    finally:
+        if rank() == 0:
+            gate.sign.touch()
+
+
+def test_a_run_that_failed_does_not_wait_for_the_disks_of_others(tmp_path: Path) -> None:
+    with Forked(2, _fails_later, str(tmp_path / "x.ckpt")) as forked:
+        assert [result.kind for result in forked.results(60)] == ["ValueError", "PeerFailedError"]
+    main = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert main["epoch"] == 0
+    assert all(own["save"] == main["lightning_async"]["save"] for own in files_of(tmp_path / "x.ckpt").values())
+
+
 def _fills_later(path: str, full: int, what: str) -> None:
     inner = Full(what)
     io = AsyncCheckpointIO(inner)
@@ -345,7 +390,8 @@ def _fills_later(path: str, full: int, what: str) -> None:
     trainer(2, plugins=[io], callbacks=[Later(path, io, arm)]).fit(Draws(), samples(), held_out())
 
 
-@pytest.mark.parametrize(("full", "what"), [(0, "rank0"), (1, "rank1"), (0, "x.ckpt")])
+@pytest.mark.few(2)
+@pytest.mark.parametrize(("full", "what"), [(1, "rank1"), (0, "rank0"), (0, "x.ckpt")])
 def test_a_disk_that_was_full_later_is_raised_on_all_and_the_old_checkpoint_stays(
     full: int, what: str, tmp_path: Path
 ) -> None:
