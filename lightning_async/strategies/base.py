@@ -122,8 +122,7 @@ class AsyncStrategy(Shown):
     def connect(self, model: LightningModule) -> None:
         """Stand first among the callbacks, once; what Lightning would write, is written whole."""
         super().connect(model)
-        if type(self.checkpoint_io) is TorchCheckpointIO:
-            self.checkpoint_io = WholeFiles()
+        self.checkpoint_io = compat.with_inner(self.checkpoint_io, TorchCheckpointIO, WholeFiles)
         callbacks = compat.callbacks(model.trainer)
         if not any(isinstance(c, Meetings) for c in callbacks):
             callbacks[:0] = [Meetings(self), Averages(self)]
@@ -174,6 +173,7 @@ class AsyncStrategy(Shown):
         self.alone = True  # whatever is still called after this is local
         self._garbage.put_back()
         self.clock.put_back()
+        self.checkpoints.leave()
         self.office.close()
         for replaced in (self._leash, self._metrics):
             if replaced is not None:

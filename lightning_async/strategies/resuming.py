@@ -51,7 +51,6 @@ class Resuming:
             return checkpoint
         refuse_newer(shared, path)
         path, ranks = main_file(path), shared["ranks"]
-        self._files.names(path, shared["save"])
         self._train_again(path, checkpoint)
         own, trouble = self._read(rank_file(path, shared["save"], ranks[strategy.global_rank % len(ranks)]))
         said = yield from strategy.office.rounds.agree(

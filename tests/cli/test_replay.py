@@ -143,9 +143,10 @@ def test_from_a_checkpoint(tmp_path: Path, said: Said) -> None:
     """A second fit begins with the weights of the first; a resumed one with all that a checkpoint holds."""
     folder, checkpoint = tmp_path / "run", tmp_path / "one.ckpt"
     run(2, _in_parts, str(folder), str(checkpoint))
-    assert said(folder)[0] == 0
-    status, words = said(folder, "--fit", "2")
+    assert said(folder, "--fit", "1")[0] == 0
+    status, words = said(folder)
     assert status == 1
+    assert "fit 2 is read, the newest of 1, 2 (--fit N for another)\n" in words
     assert "member 0, before its first step: the digest of its first weights was" in words
     assert "Give the checkpoint that it began with (--ckpt)" in words
     assert said(folder, "--fit", "2", "--ckpt", str(checkpoint))[0] == 0
