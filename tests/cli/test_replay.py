@@ -93,7 +93,9 @@ def test_until_a_step_of_a_member(ordinary: Path, said: Said) -> None:
     assert status == 0
     found = re.search(r"member 1 is as recorded, to the bit, until step 6: 2 members, (\d+) steps", words)
     assert found is not None
-    assert 6 < int(found[1]) < 30
+    whole = re.search(r"2 members, (\d+) steps", said(ordinary)[1])
+    assert whole is not None
+    assert 6 < int(found[1]) < int(whole[1])
 
 
 def _killed(folder: str) -> int:
@@ -147,7 +149,7 @@ def test_from_a_checkpoint(tmp_path: Path, said: Said) -> None:
     status, words = said(folder)
     assert status == 1
     assert "fit 2 is read, the newest of 1, 2 (--fit N for another)\n" in words
-    assert "member 0, before its first step: the digest of its first weights was" in words
+    assert re.search("member [01], before its first step: the digest of its first weights was", words)
     assert "Give the checkpoint that it began with (--ckpt)" in words
     assert said(folder, "--fit", "2", "--ckpt", str(checkpoint))[0] == 0
     status, words = said(folder / "resumed")
