@@ -1,5 +1,5 @@
 # make demo    the same small task with and without asynchrony, one of four local processes slowed 4x
-# make test    the whole test suite, several tests at a time (WORKERS=0: one by one)
+# make test    the test suite, several tests at a time (WORKERS=0: one by one; ARGS=--thorough: every combination)
 # make check   format, lint, types, layers
 # make bench   one benchmark:  make bench NAME=straggler      (make bench alone lists them)
 # make clean   remove what was built, the virtual environment included

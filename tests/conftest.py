@@ -62,8 +62,36 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(cores + 1, MOST_WORKERS)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, with a sentence."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The daily suite has cases of each kind; --thorough has every combination."""
+    parser.addoption("--thorough", action="store_true", help="all cases of tests that are marked few(n)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out cases beyond the few, but where one is asked for by its name; skip what this machine cannot run."""
+    if not config.getoption("thorough") and not any("[" in argument for argument in config.args):
+        _keep_few(config, items)
+    _skip(items)
+
+
+def _keep_few(config: pytest.Config, items: list[pytest.Item]) -> None:
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    beyond: set[pytest.Item] = set()
+    for mine in cases.values():
+        marker = mine[0].get_closest_marker("few")
+        n = marker.args[0] if marker else len(mine)
+        kept = {round(k * (len(mine) - 1) / max(1, n - 1)) for k in range(n)}
+        beyond.update(item for k, item in enumerate(mine) if k not in kept)
+    if beyond:
+        config.hook.pytest_deselected(items=[item for item in items if item in beyond])
+        items[:] = [item for item in items if item not in beyond]
+
+
+def _skip(items: list[pytest.Item]) -> None:
     reasons = {"gpu": None if torch.cuda.is_available() else "needs a CUDA device, and torch finds none"}
     if any(item.get_closest_marker("netns") for item in items):
         from benchmarks.hosts import available

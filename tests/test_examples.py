@@ -55,6 +55,7 @@ def test_one_changed_argument(strategy: str, script: Script) -> None:
     assert "accuracy" in said
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:.* has nothing to say under this strategy")
 @pytest.mark.parametrize("strategy", ["gossip_ring_fork", "ddp_fork"])
 def test_two_added_lines(strategy: str, script: Script, tmp_path: Path) -> None:
@@ -77,6 +78,7 @@ def test_global_weights(mode: str, script: Script) -> None:
     assert "delays of rank 0's exchanges" in said
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("arguments", [(), ("--token", "strict"), ("--push", "delta")], ids=str)
 def test_turns(arguments: tuple[str, ...], script: Script) -> None:
     said = script("cyclic_delay.py", *arguments, "--devices", "2", "--epochs", "1", "--start-method", "fork")

@@ -5,13 +5,17 @@
                     owner silent or is told by it that it does not own the shard
 
 Only who hears more than half of the members proposes: a member that is cut off must not take everything when it comes
-back. An owner looks for its own successor, so one that was frozen learns that it is none any more.
+back. Who was never heard is not silent yet: at the beginning it has a while to be. An owner looks for its own
+successor, so one that was frozen learns that it is none any more.
 """
 
 from __future__ import annotations
 
 from lightning_async.algorithms.shards import RUN, first_owner, place
 from lightning_async.transport.mail import Carrier
+
+A_WHILE = 2.0
+"""Seconds from the beginning in which an owner's first word may still be on its way."""
 
 
 class Owners:
@@ -24,7 +28,8 @@ class Owners:
     """
 
     def __init__(self, board: Carrier, shards: int, run: int) -> None:
-        self._board, self._run = board, run
+        self._board, self._run, self._began = board, run, board.now()
+        self._heard: set[int] = set()
         self._base = run * RUN
         self._owners = [first_owner(b, shards, board.world) for b in range(shards)]
         self._generations = [1] * shards
@@ -58,12 +63,18 @@ class Owners:
         return self._generations[shard] > before
 
     def _is_doubtful(self, shard: int) -> bool:
-        return shard in self._doubted or self.owner(shard) not in self._board.live()
+        return shard in self._doubted or self._is_silent(self.owner(shard))
+
+    def _is_silent(self, owner: int) -> bool:
+        self._heard.update(live := self._board.live())
+        if owner in live:
+            return False
+        return owner in self._heard or self._board.now() - self._began > A_WHILE
 
     def _propose(self, shard: int, key: str) -> None:
         """The owner is silent: the next one that is heard."""
         live, owner = self._board.live(), self.owner(shard)
-        if owner in live or key in self._proposed or 2 * len(live) <= len(self._board.members()):
+        if not self._is_silent(owner) or key in self._proposed or 2 * len(live) <= len(self._board.members()):
             return
         self._proposed.add(key)
         after = [rank for rank in live if rank > owner]

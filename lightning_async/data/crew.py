@@ -20,6 +20,9 @@ from lightning_async.data.pool import Pool
 from lightning_async.data.ranges import pack_ranges, unpack_ranges
 from lightning_async.transport.mail import Board
 
+UNDER_WAY = 0.02
+"""Seconds for which a note was under way, on average near the end of an epoch: half of the time between two of them."""
+
 
 class Desk(Board, Protocol):
     """The part of a carrier that the data need: the board and who is there."""
@@ -121,10 +124,11 @@ class Crew:
         return [r for r in self.roster if r in members]
 
     def _worker(self, rank: int, fallback: Worker, now: float) -> Worker:
+        """As it is by now; with less than nothing to do it has claimed a batch since that nobody has heard of."""
         note = self.note(rank)
         rate = note.rate or fallback.rate
-        age = now - self._heard[rank][1] if rank in self._heard else 0.0
-        return Worker(rate, max(0.0, note.claimed - note.completed - rate * age), note.batch)
+        age = UNDER_WAY + now - self._heard[rank][1] if rank in self._heard else 0.0
+        return Worker(rate, max(-note.batch, note.claimed - note.completed - rate * age), note.batch)
 
 
 class Estate:

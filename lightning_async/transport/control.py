@@ -30,6 +30,8 @@ from lightning_async.transport.roll import LEFT, NOBODY, Roll
 
 HURRY_SECONDS = 0.003
 """The tick while somebody waits for an answer."""
+BRISK_SECONDS, BRISK_FOR = 0.001, 0.02
+"""The tick behind an answer, for so long: where all come to a meeting, the next word follows at once."""
 SOON_SECONDS, SOON_FOR = 0.04, 0.2
 """The beat while notes are wanted soon, in a small run; for how long after the last such note."""
 
@@ -82,7 +84,7 @@ class Control:
         self._wants: dict[int, int] = {}
         self._rings: set[int] = set()
         self._count = 0
-        self._due = self._beaten = self._soon_until = 0.0
+        self._due = self._beaten = self._soon_until = self._brisk_until = 0.0
         self._soon = min(self._beat, SOON_SECONDS * max(1.0, world / 16))  # all read all: the store's work is n * n
         self._bell = b""
         self._thread = threading.Thread(target=self._run, name=f"control-{me}", daemon=True)
@@ -210,6 +212,7 @@ class Control:
         bell, said = store.multi_get([f"bell/{self.me}", SAID])
         due, rang, self._bell = time.monotonic() >= self._due, bell != self._bell, bell
         if self._requests.answer(store, said=int(said), anew=due):
+            self._brisk_until = time.monotonic() + BRISK_FOR
             self._news()
         if due or rang:
             self._read(store)
@@ -220,7 +223,9 @@ class Control:
             self._rings = set()
         with self._changed:
             hurry = soon or (self._waiting and self._requests.open)
-            timeout = HURRY_SECONDS if hurry else max(0.0, min(self._tick, self._due - time.monotonic()))
+            now = time.monotonic()
+            hurried = BRISK_SECONDS if now < self._brisk_until else HURRY_SECONDS
+            timeout = hurried if hurry else max(0.0, min(self._tick, self._due - now))
             self._changed.wait_for(lambda: self._requests.asked or self._stop, timeout)
             self._requests.asked = False
 

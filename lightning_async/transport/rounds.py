@@ -7,7 +7,7 @@
                (if not, the members that are left start again)
 
     member 0  --slice 1-->  member 1        owners reduce in the order of ranks, so all get the same bits
-    member 0  <-result 1--  member 1
+    member 0  <-result 1--  member 1        what is short goes whole to everybody: one way is sooner than two
 
 Never through the default process group: two crossed all-reduces on one group return wrong sums without an error.
 """
@@ -26,6 +26,7 @@ from lightning_async.transport.mail import CONTRIBUTION, RESULT, Carrier, Letter
 How = Literal["sum", "mean", "max", "gather"]
 CHUNK = 65536
 OWNERS = 8  # slices; more would cost links, not gain time
+SHORT = 1 << 17  # bytes that each may send in one way: less than what two ways cost, on a slow network too
 PRESENT, ABSENT = b"+", b"-"
 END = b"\n"  # of the name in front of a word
 
@@ -127,6 +128,8 @@ class Rounds:
             senders = members if me in gatherers else ()
             mine = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, senders, weight)
             return None if mine is None else [tensor.clone() if r == me else mine[r][0] for r in senders]
+        if tensor.numel() * tensor.element_size() * (len(members) - 1) <= SHORT:
+            return (yield from self._whole(tensor, how, weight, members))
         owners = members[:OWNERS]
         slices = dict(zip(owners, _cut(tensor, len(owners)), strict=True))
         outgoing = {owner: part for owner, part in slices.items() if owner != me}
@@ -145,6 +148,16 @@ class Rounds:
             return None
         results.update({owner: part for owner, (part, _) in finished.items()})
         return [torch.cat([results[owner] for owner in owners])]
+
+    def _whole(self, tensor: Tensor, how: How, weight: int, members: tuple[int, ...]) -> Wait[list[Tensor] | None]:
+        """Everybody's tensor to everybody, and each reduces all of it."""
+        me = self.carrier.me
+        parts = {r: tensor for r in members if r != me}
+        came = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, members, weight)
+        if came is None:
+            return None
+        came[me] = (tensor, weight)
+        return [_combine([came[r] for r in members], how)]
 
     def _swap(
         self, kind: int, outgoing: dict[int, Tensor], senders: Sequence[int], weight: int

@@ -42,6 +42,7 @@ def check_same(found: Worth, expected: Worth, plan: Plan) -> None:
 # -- laws over many runs -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_a_cut_keeps_the_sum_and_holds_what_was_between_the_records(batch: int) -> None:
     """Any speeds, latencies, bandwidths, faults, initiators and moments; a second cut when the first is all there."""
@@ -57,6 +58,7 @@ def test_a_cut_keeps_the_sum_and_holds_what_was_between_the_records(batch: int) 
     assert under_way > len(seeds(batch))  # or nothing was tested
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_a_restored_cut_runs_on_and_can_be_cut_again(batch: int) -> None:
     for seed in seeds(batch, 0.1):
@@ -72,6 +74,7 @@ def test_a_restored_cut_runs_on_and_can_be_cut_again(batch: int) -> None:
         check_same(again.total(again.cut(1)), plan.born(), plan)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_a_death_gives_a_cut_up_or_comes_too_late_for_it(batch: int) -> None:
     """A cut that comes together is whole all the same; and those who live take the next ones."""

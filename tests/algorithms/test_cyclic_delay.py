@@ -40,6 +40,7 @@ from tests.algorithms.turn_world import (
 # -- what counts -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("push", PUSHES)
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize("knobs", [{}, {"shards": 1}, {"max_accumulate": 1}, {"max_accumulate": 3}], ids=str)

@@ -43,7 +43,7 @@ def fit(
     each = steps if isinstance(steps, list) else [steps] * n
     for member in members if shrink is not None else ():
         member.algorithm.shrink = shrink
-    world = VirtualCluster(n, latency=0.004, jitter=1.0) if carrier == "virtual" else ClusterWorld(n)
+    world = VirtualCluster(n, latency=0.004, jitter=1.0) if carrier == "virtual" else ClusterWorld(n, silence=60.0)
     programs = {
         m.rank: m.life(world.carriers[m.rank], each[m.rank], STEP, lambda step, m=m: compute(m, step)) for m in members
     }
@@ -187,6 +187,7 @@ def test_6_from_the_order_of_the_pushes_alone_come_the_same_weights_to_the_bit(c
 # -- 7 -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("push", ["gradient", "delta"])
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize("carrier", CARRIERS)

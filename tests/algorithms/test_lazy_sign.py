@@ -47,6 +47,7 @@ def mean_rest(some: list[Member], k: int) -> Tensor:
 # -- the laws ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", KEEPING)
 @pytest.mark.parametrize(("n", "carrier"), [(2, "virtual"), (3, "virtual"), (3, "real")])
@@ -62,6 +63,7 @@ def test_weights_and_what_is_held_back_follow_exact_steps(n: int, rule: str, for
         torch.testing.assert_close(some[0].weights[k] + mean_rest(some, k)[:D], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("carrier", LIVES)
@@ -84,6 +86,7 @@ def test_what_all_have_of_each_other_is_the_same_everywhere(rule: str, what: str
     assert any(m.algorithm.skipped for m in some)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(("carrier", "ahead"), [("virtual", 0), ("virtual", 1), ("virtual", 2), ("real", 1)])
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", RULES)
@@ -118,6 +121,7 @@ def exact_sgd(n: int, steps: int, noise: float) -> Tensor:
     return w
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("compress", ["update", "gradient"])
 @pytest.mark.parametrize(("n", "carrier"), [(1, "virtual"), (2, "virtual"), (4, "virtual"), (3, "real")])
@@ -141,6 +145,7 @@ def test_without_a_bar_every_rank_sends_whenever_anything_changed(carrier: str) 
     assert torch.equal(always[0].weights[-1], lazy[0].weights[-1])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("carrier", LIVES)
 @pytest.mark.parametrize("rule", ["accumulate", "paper", "innovation"])
 def test_over_a_bar_that_nobody_reaches_the_clock_alone_sends(rule: str, carrier: str) -> None:

@@ -44,6 +44,7 @@ def by_turns(make: MakeOptimizer, gradients: Tensor, batches: Sequence[int] = (1
     return weights
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("batches", [(1,), (2,), (4, 4, 4, 1)], ids=str)
 @pytest.mark.parametrize("n", [2, 4, 16, 64])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
@@ -55,6 +56,7 @@ def test_the_movement_of_a_sample_is_that_of_synchronous_training_within_a_tenth
     torch.testing.assert_close(moved, should, rtol=0.1, atol=0.0)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("n", "batches"), [(2, (1,)), *((n, batches) for n in (4, 16, 64) for batches in ((1,), (2,), (4, 4, 4, 1)))]
 )

@@ -23,6 +23,7 @@ def _fit(n: int, folder: str, module: str, knobs: dict[str, Any], options: dict[
     trainer(n, strategy=strategy, callbacks=[faults], **options).fit(getattr(recorded, module)())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("n", "module", "knobs", "options"),
     [

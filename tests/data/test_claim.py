@@ -39,6 +39,18 @@ def test_slow_store_and_late_notes_cost_no_waiting_in_mid_epoch(slowness: int) -
     assert all(len(m.waited) * 1e-3 <= 0.1 for m in members)
 
 
+def test_notes_that_were_under_way_cost_little_at_the_end() -> None:
+    """In all samples that could have been trained on while some waited for the last: the mean of many epochs."""
+    seconds, lost = [0.025] * 3 + [0.087], []
+    for more in range(24):
+        board, members = crew(seconds, latency=0.004, beat=0.04)
+        begin(members, 8 * (300 + more))
+        assert audit(run(board, members), 8 * (300 + more)).holds
+        ends = [m.finished or 0.0 for m in members]
+        lost.append(sum((max(ends) - end) / each for end, each in zip(ends, seconds, strict=True)))
+    assert sum(lost) / len(lost) <= 1.2 * sum(seconds[0] / each for each in seconds)  # one batch of the fast
+
+
 def test_notes_are_wanted_soon_when_the_end_is_near_and_not_before() -> None:
     board, members = crew([0.02] * 3 + [0.08], ahead=1, latency=0.004, beat=0.5)
     begin(members, 8 * 1300)

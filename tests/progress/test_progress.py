@@ -157,6 +157,7 @@ def test_any_speeds_any_points(seed: int) -> None:
         assert over <= slack, f"seed {seed}: {outcome} for {items}"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("every", [33 * 4, 100 * 4, 300 * 4, 1000 * 4])
 @pytest.mark.parametrize("slowness", [1, 4])
 def test_no_point_is_passed_before_anybody_has_heard_of_a_speed(every: int, slowness: int) -> None:
@@ -167,6 +168,7 @@ def test_no_point_is_passed_before_anybody_has_heard_of_a_speed(every: int, slow
     assert len(found) >= 3
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("seed", range(20))
 def test_an_appointment_that_one_hears_of_late_is_kept_late_by_that_one_alone(seed: int) -> None:
     rng = random.Random(seed)

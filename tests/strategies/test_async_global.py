@@ -53,6 +53,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("devices", "knobs"), CASES)
 def test_all_ranks_end_equal_and_every_sample_is_seen_once(devices: int, knobs: dict[str, Any]) -> None:
     in_step = knobs.get("mode") == "sync" and knobs.get("local_steps") != "epoch"
@@ -112,6 +113,7 @@ def _with_fault(fault: str, rank: int) -> dict[str, Any]:
     return {"weights": weights(lit), "fates": fates, "seen": lit.seen, **mine}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_death_costs_the_arrivals_since_the_last_mirror(rank: int) -> None:
     with Forked(3, _with_fault, "die", rank, store=True) as forked:

@@ -84,6 +84,7 @@ STAGES = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("dead", "at", "when"), STAGES)
 def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(dead: int, at: int, when: str, tmp_path: Path) -> None:
     with Forked(2, _dies, str(tmp_path), dead, at, 60.0, store=True) as forked:
@@ -126,6 +127,7 @@ def _fills(folder: str, full: int, what: str) -> Any:
     t.fit(Draws(), samples(), held_out())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("full", "what"), [(0, "index"), (0, "rank0"), (1, "rank1"), (0, "x.ckpt")])
 def test_a_full_disk_on_one_rank_is_raised_on_all_and_the_old_checkpoint_stays(
     full: int, what: str, tmp_path: Path
@@ -189,6 +191,7 @@ def _rotates(folder: str, io: str, options: dict[str, Any], resume: str | None =
     }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -250,6 +253,7 @@ def _lags(folder: str, slow: list[int], options: dict[str, Any]) -> str:
     return saved.best_model_path
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("slow", [[0], [1], [0, 1]])
 @pytest.mark.parametrize(
     "options", [{"save_top_k": 1}, {"save_top_k": 1, "filename": "same", "enable_version_counter": False}]

@@ -190,6 +190,7 @@ def scheduled(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return {**found, "total": module.total}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["onecycle", "cosine"])
 @pytest.mark.parametrize("options", [{"max_steps": 40, "max_epochs": -1}, {"max_epochs": 2}])
 def test_schedules_by_step_end_where_they_should(name: str, options: dict[str, Any]) -> None:
@@ -249,6 +250,7 @@ def logged(folder: Path, slow: int) -> dict[str, Any]:
     return fit(slow=slow, seconds=0.02, max_steps=100, max_epochs=-1, logger=logger, log_every_n_steps=10)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("slow", [0, 1])
 def test_rank_0_logs_each_multiple_once_be_it_slow_or_fast(tmp_path: Path, slow: int) -> None:
     both(logged, tmp_path, slow)

@@ -70,6 +70,7 @@ def of_epoch(ends: list[dict[str, Any]], epoch: int) -> Counter[int]:
     return Counter(index for end in ends for index in end["seen"][epoch])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("balance", ["incremental", Incremental(parts=4, nominal="probe")])
 def test_every_sample_once_an_epoch_and_a_slow_rank_gets_less(balance: Any) -> None:
     ends = run(4, _fit, 4, balance)
@@ -91,6 +92,7 @@ def test_the_papers_form_adds_a_part_an_epoch_and_moves_nothing() -> None:
     assert len(ends[3]["owned"][2]) < 0.6 * 240 / 4
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("balance", ["incremental", KEPT])
 def test_with_a_server_and_one_exchange_an_epoch_as_in_the_paper(balance: Any) -> None:
     ends = run(3, _fit, 3, balance, 3, None, None, None, 4, "async_global")
@@ -98,6 +100,7 @@ def test_with_a_server_and_one_exchange_an_epoch_as_in_the_paper(balance: Any) -
     assert of_epoch(ends, 2) == Counter(range(240))
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("balance", ["incremental", KEPT])
 def test_the_others_go_on_after_a_death(balance: Any) -> None:
@@ -109,6 +112,7 @@ def test_the_others_go_on_after_a_death(balance: Any) -> None:
     assert of_epoch(ends, 3) == Counter(range(240))
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:.*does not go on to the bit", "ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(
     ("balance", "before", "after"), [("incremental", 2, 2), ("incremental", 2, 3), (KEPT, 2, 2), (KEPT, 3, 2)]

@@ -186,6 +186,7 @@ def _until_training(folder: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_stage_that_is_killed_stops_all_with_a_sentence_and_leaves_a_checkpoint(rank: int, tmp_path: Path) -> None:
     with Forked(3, _for_ever, str(tmp_path), {"silence": 0.5, "patience": 5.0}, store=True) as forked:

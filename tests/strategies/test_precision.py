@@ -48,6 +48,7 @@ def _true(precision: str, mode: str, at_meeting: str, folder: str) -> Any:
     return weights(lit), str(strategy.replica.flat.dtype), [str(p.dtype) for p in lit.parameters()]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("precision", "mode", "at_meeting"), TRUE)
 def test_half_precision_weights(precision: str, mode: str, at_meeting: str, tmp_path: Path) -> None:
     (first, flat, dtypes), (second, _, _) = run(2, _true, precision, mode, at_meeting, str(tmp_path))

@@ -122,6 +122,7 @@ def test_what_was_saved_and_what_came_after_the_resume_make_whole_epochs(tmp_pat
     assert sum(counts.values()) == 45 * 8
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("length", [math.inf, 20])
 def test_streams_go_on_where_each_rank_completed_its_last_sample(tmp_path: Path, length: float) -> None:
     with Forked(2, train, tmp_path, 1, 26, None, None, length) as killed:

@@ -51,6 +51,7 @@ CASES = [
 ]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("mode", "devices", "at_meeting"), CASES)
 def test_all_ranks_end_equal_and_every_sample_is_seen_once(mode: str, devices: int, at_meeting: str) -> None:
     hears = devices > 1 and mode in ("pairwise", "push_sum")
@@ -159,6 +160,7 @@ def _dies(folder: str, dead: int) -> dict[str, Any]:
     return {"weights": weights(lit), "best": saved.best_model_path, "sentence": sentence, "told": words}
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dead", [0, 2])
 def test_the_others_go_on_after_a_death_and_the_first_that_lives_saves(dead: int, tmp_path: Path) -> None:

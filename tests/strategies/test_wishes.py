@@ -181,6 +181,7 @@ class Some(IterableDataset[Any]):
         return zip(range(self.lengths[int(os.environ["RANK"])]), INPUTS, TARGETS, strict=False)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("lengths", [[240, 240], [240, 16]], ids=["both train", "rank 1 waits"])
 def test_what_tells_one_rank_at_a_meeting_stops_all(rank: int, lengths: list[int]) -> None:
