@@ -29,6 +29,13 @@ def lead(reports: Mapping[int, Report]) -> float:
     return LEAD + (2.0 / slowest if slowest else 0.0)
 
 
+def is_near(made: Appointment, sights: Mapping[int, Sight], reports: Mapping[int, Report]) -> bool:
+    """Whether all that go on will have done their parts as soon as if it had been made on the way."""
+    going = {rank: sight for rank, sight in sights.items() if sight.goes_on and sight.rate}
+    ahead = [(made.parts.get(rank, 0) - sight.count) / sight.rate for rank, sight in going.items()]
+    return max(ahead, default=0.0) <= lead(reports)
+
+
 def on_the_way(
     agenda: Agenda,
     now: Tally,

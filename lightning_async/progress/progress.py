@@ -131,7 +131,7 @@ class Progress:
             self._stops.heed(self._report())
 
     def call(self, wishes: Wish) -> None:
-        """Ask for a meeting as soon as all can hear of it."""
+        """Ask for a meeting as soon as all can hear of it. Who waits at one, its word given, asks for the next."""
         self.wishes |= wishes
         self._stops.ask(self._report())
 

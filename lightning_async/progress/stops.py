@@ -1,9 +1,14 @@
-"""Where one member stops for the others: at its part of an appointment, at a call that all can keep, or in the dark.
+"""Where one member stops for the others: at its part of an appointment, at a call, or in the dark; whichever is first.
 
 a point is near     an appointment by counts and speeds, made once for all on the board, or by all alike at a meeting
-somebody asks       the same, as soon as all can hear of it; where all go in step it must be confirmed (`call.py`)
+somebody asks       a call on the board: who hears of it stops after the batch under way. Where all go in step it must
+                    be confirmed (`call.py`)
 no speed is known   in the first second: at an equal part of the way to the next point, so that none is passed
 nobody foresaw it   at the point itself, and asks the others there
+
+An appointment may be far off: nobody knows a speed when the first one is made. A call does not unmake it, so it does
+not matter who hears of which: each stops once, at the first that it knows of, and all stop for the same meeting. The
+point counts as kept if all did their parts; else the sum says whether it was reached, and it may lie ahead as before.
 """
 
 from __future__ import annotations
@@ -55,10 +60,10 @@ class Stops:
         self._dark = {unit: mine.tally[unit] + part for unit, part in dark.items()}
 
     def _go_on(self, meetings: int) -> None:
-        self._key = f"appointment/{meetings}"
+        self._key, self._call_key = f"appointment/{meetings}", f"call/{meetings}"
         self._appointment = None
         self._call = Call(self._desk, self._key)
-        self._asked = False
+        self._asked = self._called = False
 
     @property
     def appointment(self) -> Appointment | None:
@@ -67,9 +72,15 @@ class Stops:
             self._appointment = Appointment.unpack(value)
         return self._appointment
 
+    @property
+    def called(self) -> bool:
+        """Whether somebody asked for a meeting, where members are free of each other."""
+        self._called = self._called or self._desk.decided(self._call_key) is not None
+        return self._called
+
     def look_ahead(self, mine: Report) -> None:
         """Make an appointment if a point is near and nobody has."""
-        if self._in_step or self.appointment is not None:
+        if self._in_step or self.appointment is not None or self.called:
             return
         others = self._others
         made = planning.on_the_way(
@@ -85,20 +96,25 @@ class Stops:
             self._propose(made)
 
     def ask(self, mine: Report) -> None:
-        """Ask for a meeting as soon as all can hear of it."""
-        latency = planning.LATENCY * 2**self._call.tries
+        """Ask for a meeting as soon as all can hear of it, unless one is near."""
         if self._in_step:
+            latency = planning.LATENCY * 2**self._call.tries
             self._call.propose(soon(Unit.BATCHES, self._sights(Unit.BATCHES, mine), latency).in_step())
-        elif self.appointment is None and not self._asked:
+        elif not self._asked and not self._is_near(mine):
             self._asked = True
-            self._propose(soon(Unit.BATCHES, self._sights(Unit.BATCHES, mine), latency))
+            self._desk.propose(self._call_key, b"")
+
+    def _is_near(self, mine: Report) -> bool:
+        """Whether all are about to stop at an appointment."""
+        made = self.appointment
+        return made is not None and planning.is_near(made, self._sights(made.unit, mine), self._others.listen(mine))
 
     def comes(self, mine: Report) -> Wait[bool]:
         """Whether this member stops here."""
         if self.has_kept(mine.tally):
             return True
         if not self._in_step:
-            return self._is_blind(mine) or self._is_there(mine)
+            return self.called or self._is_blind(mine) or self._is_there(mine)
         done = mine.tally.batches
         self._call.heed(done)
         while self._call.reached(done):
@@ -121,7 +137,7 @@ class Stops:
     def ends_epoch(self, own: Tally) -> bool:
         """Whether the batch under way is this member's last before the epoch ends by the agenda."""
         made = self.appointment
-        if made is None or not made.target or made.unit != Unit.BATCHES:
+        if made is None or made.unit != Unit.BATCHES:
             return False
         mine = made.parts.get(self._desk.me, 0)
         return own.batches + 1 >= mine and self._agenda.ends_epoch(made.unit, made.target, self._epoch)
@@ -143,9 +159,7 @@ class Stops:
     def _is_blind(self, mine: Report) -> bool:
         """Whether one more step might pass a point, for all that this member knows of the others: it asks for a
         meeting, where all tell their speeds."""
-        made = self.appointment
-        called = made is not None and not made.target
-        if (made is not None and not called) or not self._is_dark():
+        if self.appointment is not None or not self._is_dark():
             return False
         if all(mine.tally[unit] < part for unit, part in self._dark.items()):
             return False

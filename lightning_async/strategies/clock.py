@@ -55,10 +55,11 @@ class Clock:
         self.empty: tuple[int, ...] = ()
         self._strategy = strategy
         self._counts, self._wishes = Counts(meet_every), Wishes(strategy)
-        self.closing = Closing(strategy, self._wishes.keep_stop)
+        self.closing = Closing(strategy, self._wishes)
         self._schedules, self._log_steps, self._logbook = Schedules(), LogSteps(), Logbook()
         self._restored: dict[str, Any] = {}
         self._written = 0
+        self._stretch = (0, 0)  # the run's steps at the last two meetings
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -94,7 +95,7 @@ class Clock:
         self._requeue = leash.replace("_signal_connector._slurm_sigusr_handler_fn", self._wishes.want_requeue)
         for callback in compat.callbacks(trainer):
             if isinstance(callback, (ModelCheckpoint, Timer)):
-                ask_at_meetings(leash, callback, meeting, lambda: self.validating)
+                ask_at_meetings(leash, callback, meeting, lambda: self.validating, self._passed)
 
     def expect(self, trainer: Trainer) -> None:
         """Let Lightning foresee the length of an epoch; it must not stop there by itself (`begin`)."""
@@ -115,6 +116,7 @@ class Clock:
         before, epoch = self._earlier(trainer, n)
         desk, batch = strategy.office.desk(PROGRESS), feeding.batch
         self.progress = Progress(desk, n=n, agenda=agenda, batch=batch, in_step=in_step, before=before, epoch=epoch)
+        self._stretch = (self.progress.steps(), self.progress.steps())
         self._log_steps.begin(trainer, self.progress.steps())
         self._logbook.begin(self.progress)
         self._wishes.validated()
@@ -172,7 +174,8 @@ class Clock:
             self.progress.heed()
 
     def summon(self, trainer: Trainer) -> None:
-        """Call a meeting if this member wishes for something: the others must know if it comes out of turn."""
+        """Call a meeting if this member wishes for something: after each batch, and all the time that it waits for
+        the others."""
         if self.progress is None:
             return
         wishes = self._wishes.now(trainer, counts=self._counts.taken, val_seconds=self._counts.val_seconds)
@@ -183,13 +186,13 @@ class Clock:
         """All are here before the first batch: what told one of them to stop by now stops all."""
         assert self.progress is not None  # behind `begin`
         self._wishes.keep_stop(trainer)
-        self.progress.wishes |= Wish.STOP if self._wishes.stop else Wish.NOTHING
         if roll_call().wishes & Wish.STOP:
             trainer.should_stop, self._wishes.stop = True, False
 
     def conclude(self, trainer: Trainer, outcome: Outcome) -> None:
         """What a meeting agreed on, told to Lightning: counts, schedules, whether to stop."""
         self._write(trainer)
+        self._stretch = (self._stretch[1], trainer.global_step)
         if self._counts.taken and not self._log_steps.is_logged(trainer):
             self._log_steps.follow(trainer, trainer.global_step - 1)
         if self.progress is not None:
@@ -224,6 +227,8 @@ class Clock:
     def requeued(self, trainer: Trainer) -> None:
         """Save and ask for a new place in the queue, as Lightning would have done in the signal handler."""
         self._wishes.requeue = False
+        if self.progress is not None:
+            self.progress.wishes &= ~Wish.REQUEUE  # said or not: it is done
         compat.requeue(trainer, self._requeue)
 
     # -- a part of the checkpoint --------------------------------------------------------------------------------------
@@ -241,6 +246,11 @@ class Clock:
         self._restored = state
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _passed(self, every: int) -> bool:
+        """Whether the run came to a multiple of so many steps, or past it, with the last meeting."""
+        before, now = self._stretch
+        return before // every < now // every
 
     def _write(self, trainer: Trainer) -> None:
         """The run's steps become Lightning's; schedules, which have an end, never go by more than was told.

@@ -9,7 +9,8 @@
     next batch            all say what they train, unless nothing could change it since they were asked
 
 Who was told to end (SIGTERM) says so here too: a save or a validation that is under way comes to its end, as long as
-`grace` lasts, and then all stop at one point, where they can save.
+`grace` lasts, and then all stop at one point, where they can save. Who was told to be queued anew (SLURM's signal) says
+so in mid-epoch, and all save here; at the end of an epoch it waits for the next meeting.
 
 In mid-epoch no hook comes between the question and the next batch. So the answer tells what all train too, and takes
 the place of the word that they would give there: to be asked costs nothing. Nobody is asked before all have met once: a
@@ -18,7 +19,6 @@ run may go on with one rank at the end of its epoch, where the loop does not tak
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
@@ -26,6 +26,7 @@ from lightning.pytorch import Trainer
 from lightning_async.progress.report import Wish
 from lightning_async.strategies import compat
 from lightning_async.strategies.trainable import all_unchanged, trained_word
+from lightning_async.strategies.wishes import Wishes
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
@@ -36,14 +37,14 @@ class Closing:
 
     Args:
         strategy: Whose.
-        keep: Called where this rank is by itself: what tells it to stop is a wish.
+        wishes: What this rank is told. Where it is by itself, to stop is a wish.
 
     Attributes:
         settled: Whether all train what they trained before, and have said so.
     """
 
-    def __init__(self, strategy: AsyncStrategy, keep: Callable[[Trainer], None]) -> None:
-        self._strategy, self._keep = strategy, keep
+    def __init__(self, strategy: AsyncStrategy, wishes: Wishes) -> None:
+        self._strategy, self._wishes = strategy, wishes
         self.forget()
 
     def forget(self) -> None:
@@ -58,21 +59,21 @@ class Closing:
     def before_validation(self, trainer: Trainer) -> None:
         """All hooks of the batch are done; a validation follows if it is due, or if this rank is to stop."""
         if not self._open:
-            self._keep(trainer)
+            self._wishes.keep_stop(trainer)
         elif not self._validating and compat.validates_in_this_epoch(trainer):
             self._ask(trainer)
 
     def after_validation(self, trainer: Trainer) -> None:
         """The next batch follows, if the epoch is not over and this rank is not to stop."""
         if not self._open:
-            self._keep(trainer)
+            self._wishes.keep_stop(trainer)
         elif not self._over:
             self._ask(trainer)
 
     def after_epoch(self, trainer: Trainer) -> None:
         """All hooks of the epoch are done; the next one follows, if this rank is not to stop."""
         if not self._open:
-            self._keep(trainer)
+            self._wishes.keep_stop(trainer)
             return
         self._asked = False  # hooks of the epoch came since
         self._ask(trainer)
@@ -86,15 +87,22 @@ class Closing:
         if self._asked or self._stops:
             return
         self._asked = True
-        strategy = self._strategy
-        wish = Wish.STOP if trainer.should_stop and compat.can_stop_early(trainer) else Wish.NOTHING
-        if strategy.office.flags.told_to_end:
-            wish |= Wish.TERMINATE
-        word = bytes([wish.value]) + trained_word(trainer.lightning_module, strategy.replica)
-        words = strategy.together(strategy.office.rounds.agree(word, what="who is told to stop"))
-        wishes = [Wish(said[0]) for said in words.values()]
-        if any(wish & Wish.TERMINATE for wish in wishes):
-            strategy.close_in_order()
-        self._stops = any(wish & Wish.STOP for wish in wishes)
+        wishes, unchanged = self._question(trainer)
+        while wishes & Wish.REQUEUE and not self._over:
+            self._strategy.clock.requeued(trainer)
+            wishes, unchanged = self._question(trainer)  # anew: hooks of the save came since
+        if wishes & Wish.TERMINATE:
+            self._strategy.close_in_order()
+        self._stops = bool(wishes & Wish.STOP)
         trainer.should_stop = self._stops or trainer.should_stop
-        self.settled = not self._over and all_unchanged([said[1:] for said in words.values()])
+        self.settled = not self._over and unchanged
+
+    def _question(self, trainer: Trainer) -> tuple[Wish, bool]:
+        """What anybody was told, and whether all train what they trained."""
+        strategy, mine = self._strategy, self._wishes.told(trainer)
+        word = bytes([mine.value]) + trained_word(trainer.lightning_module, strategy.replica)
+        words = strategy.together(strategy.office.rounds.agree(word, what="who is told to stop"))
+        wishes = Wish.NOTHING
+        for said in words.values():
+            wishes |= Wish(said[0])
+        return wishes, all_unchanged([said[1:] for said in words.values()])

@@ -186,6 +186,24 @@ def saves_every(callback: ModelCheckpoint) -> int:
     return int(callback._every_n_train_steps or 0)
 
 
+@contextmanager
+def saves_at_once(callback: ModelCheckpoint) -> Iterator[None]:
+    """A ModelCheckpoint that goes by steps takes the step of the run, whichever it is, for one of its multiples."""
+    every = callback._every_n_train_steps
+    callback._every_n_train_steps = _Always(every)
+    try:
+        yield
+    finally:
+        callback._every_n_train_steps = every
+
+
+class _Always(int):
+    """The number itself, under which its state is saved too; but whatever is divided by it leaves no rest."""
+
+    def __rmod__(self, steps: int) -> int:
+        return 0
+
+
 def save_is_due(callback: ModelCheckpoint, now: float) -> bool:
     """Whether a ModelCheckpoint that goes by time is to save now."""
     interval, last = callback._train_time_interval, callback._last_time_checked

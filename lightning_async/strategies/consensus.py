@@ -61,12 +61,16 @@ class Consensus:
 
     def come(self) -> Outcome:
         """Who is here, how far all have come, and what is to be done. Whoever has ended its epoch waits for the others
-        as long as they get on."""
-        progress, office = self._strategy.clock.progress, self._strategy.office
+        as long as they get on, and has an ear for wishes all the time: what comes behind its word calls the others."""
+        strategy = self._strategy
+        progress, office = strategy.clock.progress, strategy.office
         if progress is None:
             raise RuntimeError("there is nothing to meet for outside of `fit`")
+        summon = partial(strategy.clock.summon, strategy.trainer)
+        summon()
         words_of_all = office.rounds.agree(progress.word(), what="roll call")
-        return progress.settle(office.drive(words_of_all, sign=progress.sign))
+        heed = None if strategy.algorithm.in_step else summon  # in step nobody is further away than one step
+        return progress.settle(office.drive(words_of_all, sign=progress.sign, heed=heed))
 
     def reach(self) -> Wish:
         """All that live stop here and see the consensus; nothing is in flight. Returns what was asked for."""
@@ -75,7 +79,6 @@ class Consensus:
         check_unchanged(strategy.trainer.lightning_module, strategy.replica)
         began = carrier.now()
         self.telling.arrive()
-        strategy.clock.summon(strategy.trainer)
         outcome = self.come()
         recording.meeting(strategy.replica)
         consensus = strategy.together(strategy.algorithm.meet(strategy.replica, strategy.office.mail))

@@ -10,6 +10,7 @@ Left to Lightning, each would be one rank's count. Callbacks that act by such a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -108,11 +109,16 @@ class Counts:
 
 
 def ask_at_meetings(
-    leash: compat.Leash, callback: Callback, meeting: Callable[[], bool], ends: Callable[[], bool]
+    leash: compat.Leash,
+    callback: Callback,
+    meeting: Callable[[], bool],
+    ends: Callable[[], bool],
+    passed: Callable[[int], bool],
 ) -> None:
     """The callback saves, or stops, with all ranks or not at all.
 
     All must see the same end of a batch there: `ends` says whether that is an epoch's, or has a validation behind it.
+    A meeting may come late, past a multiple of the steps after which the callback saves (`passed`): it saves there.
     """
     ask = callback.on_train_batch_end
 
@@ -122,7 +128,8 @@ def ask_at_meetings(
         progress = trainer.fit_loop.epoch_loop.batch_progress
         last, progress.is_last_batch = progress.is_last_batch, ends()
         try:
-            ask(trainer, *batch, **more)
+            with _as_due(callback, passed):
+                ask(trainer, *batch, **more)
         finally:
             progress.is_last_batch = last
 
@@ -137,6 +144,13 @@ def _check_is_reached(every: int, length: int | float | None) -> None:
             f"has in an epoch ({length}): no validation would ever come. To count batches across epochs set "
             "`check_val_every_n_epoch=None`; to validate never, `limit_val_batches=0`"
         )
+
+
+def _as_due(callback: Callback, passed: Callable[[int], bool]) -> AbstractContextManager[None]:
+    """Lightning saves at a multiple, not past it."""
+    if isinstance(callback, ModelCheckpoint) and (every := compat.saves_every(callback)) and passed(every):
+        return compat.saves_at_once(callback)
+    return nullcontext()
 
 
 def _part_of_unknown(name: str, value: float) -> MisconfigurationException:

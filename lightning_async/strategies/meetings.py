@@ -11,7 +11,6 @@ does there what Lightning's loop does for them: save, stop, validate.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -86,11 +85,10 @@ class Meetings(Callback):
         """First of all callbacks: after an exception nobody may wait for anybody."""
         self.strategy.give_up(exception)
 
-    def _meet(self, trainer: Trainer, *, where: AbstractContextManager[None] | None = None) -> None:
+    def _meet(self, trainer: Trainer) -> None:
         if not self.strategy.free:
             return
-        with where or nullcontext():
-            wishes = self.strategy.meet()
+        wishes = self.strategy.meet()
         if wishes & Wish.REQUEUE:
             self.strategy.clock.requeued(trainer)
         if wishes & Wish.TERMINATE:
@@ -115,9 +113,9 @@ class Meetings(Callback):
     def _attend(self, trainer: Trainer, module: LightningModule) -> None:
         """Meet, and do what the loop does for those who met after a batch."""
         clock = self.strategy.clock
-        self._meet(trainer, where=compat.within_epoch(trainer))
         with compat.within_epoch(trainer):
             with compat.within_batch(trainer):
+                self._meet(trainer)
                 for callback in compat.callbacks(trainer):
                     if isinstance(callback, (ModelCheckpoint, Timer)):
                         callback.on_train_batch_end(trainer, module, None, None, 0)

@@ -2,6 +2,9 @@
 
 should_stop, a signal                                            any rank
 max_time, train_time_interval, val_check_interval as a time      the first rank that lives: its clock speaks for all
+
+A rank looks for its wishes after each batch and all the time that it waits at a meeting; what it was told by the end of
+one, it says there (`closing.py`). A wish lasts until it is done: one that came too late for a meeting calls the next.
 """
 
 from __future__ import annotations
@@ -47,23 +50,27 @@ class Wishes:
 
     def now(self, trainer: Trainer, *, counts: bool, val_seconds: float | None) -> Wish:
         """All of them. With `counts` the Trainer's clocks are the run's."""
+        by_time = counts and self._strategy.is_global_zero
+        return self.told(trainer) | (self._by_time(trainer, val_seconds) if by_time else Wish.NOTHING)
+
+    def told(self, trainer: Trainer) -> Wish:
+        """What this rank was told: to stop, to be queued anew, to end."""
         wishes = Wish.NOTHING
         if self.stop or (trainer.should_stop and compat.can_stop_early(trainer)):
             wishes |= Wish.STOP
         if self.requeue:
             wishes |= Wish.REQUEUE
-        if self._strategy.office.flags.terminating:
+        if self._strategy.office.flags.told_to_end:
             wishes |= Wish.TERMINATE
-        if counts and self._strategy.is_global_zero:
-            wishes |= self._by_time(trainer, val_seconds)
         return wishes
 
     def _by_time(self, trainer: Trainer, val_seconds: float | None) -> Wish:
         wishes, now = Wish.NOTHING, time.monotonic()
-        if val_seconds is not None and now - self._validated >= val_seconds:
+        if val_seconds is not None and now - self._validated >= val_seconds and compat.validates_in_this_epoch(trainer):
             wishes |= Wish.VALIDATE
+        saves = trainer.lightning_module.automatic_optimization  # by hand Lightning never saves by time
         for callback in compat.callbacks(trainer):
-            if isinstance(callback, ModelCheckpoint) and compat.save_is_due(callback, now):
+            if isinstance(callback, ModelCheckpoint) and saves and compat.save_is_due(callback, now):
                 wishes |= Wish.SAVE
             if isinstance(callback, Timer) and compat.time_is_up(callback) and not trainer.should_stop:
                 wishes |= Wish.SAVE

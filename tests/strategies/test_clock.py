@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import IterableDataset
 
 from lightning_async import SpeedFaults
+from lightning_async.progress.progress import Progress
 from lightning_async.strategies.counts import Counts
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
 from tests.strategies.ranks import run
@@ -141,6 +142,32 @@ def test_checkpoints_every_so_many_steps(tmp_path: Path) -> None:
     found = both(saves, tmp_path)
     assert found[0]["saved"] == [12, 24, 36]
     assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["step=12.ckpt", "step=24.ckpt", "step=36.ckpt"]
+
+
+def late(folder: Path, path: Path | None) -> dict[str, Any]:
+    """Rank 1 hears of nothing for some batches, as if its store were slow, and comes late to the first meeting."""
+    comes = Progress.comes
+
+    def deaf(progress: Progress) -> Any:
+        if path is None and os.environ["RANK"] == "1" and 15 < progress.own.batches < 26:
+            return False
+        return (yield from comes(progress))
+
+    Progress.comes = deaf  # type: ignore[method-assign]
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=20, save_top_k=-1)
+    options = {"callbacks": [saver], "enable_checkpointing": True, "max_epochs": -1, "ckpt_path": path}
+    return fit(max_steps=60, val_check_interval=20, check_val_every_n_epoch=None, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*not resumable")
+def test_a_point_that_was_passed_is_saved_and_validated_once_all_the_same(tmp_path: Path) -> None:
+    found = both(late, tmp_path, None)
+    assert found[0]["validated"] == found[0]["saved"] == [23, 40, 60]
+    assert len(list(tmp_path.glob("*.ckpt"))) == 3
+    callbacks = torch.load(tmp_path / "step=23.ckpt", weights_only=True)["callbacks"]
+    assert "'every_n_train_steps': 20" in next(iter(callbacks)), "the state is found again"
+    again = both(late, tmp_path, tmp_path / "step=23.ckpt")
+    assert again[0]["validated"] == again[0]["saved"] == [40, 60]
 
 
 class Scheduled(Lit):
@@ -395,6 +422,20 @@ def by_hand() -> dict[str, Any]:
 
 def test_manual_optimisation_counts_too() -> None:
     assert both(by_hand)[0]["global_step"] == 40
+
+
+def wished_in_vain(folder: Path) -> dict[str, Any]:
+    """Lightning saves by no time where steps are taken by hand, and validates in every other epoch only."""
+    saver = ModelCheckpoint(folder, train_time_interval=timedelta(seconds=0.01))
+    options = {"val_check_interval": timedelta(seconds=0.01), "check_val_every_n_epoch": 2, "max_epochs": 1}
+    found = fit(ByHand(), callbacks=[saver], enable_checkpointing=True, **options)
+    return {**found, "met": found["steps"][-1][0]}
+
+
+def test_what_a_meeting_would_not_do_calls_none(tmp_path: Path) -> None:
+    found = both(wished_in_vain, tmp_path)
+    assert found[0]["met"] <= 3
+    assert found[0]["validated"] == found[0]["saved"] == []
 
 
 def accumulated() -> dict[str, Any]:

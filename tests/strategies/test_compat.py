@@ -83,6 +83,11 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
         warnings.simplefilter("ignore")
         checkpoint = ModelCheckpoint(every_n_train_steps=3)
     assert compat.saves_every(checkpoint) == 3
+    key = checkpoint.state_key
+    with compat.saves_at_once(checkpoint):
+        assert 7 % checkpoint._every_n_train_steps == 0
+        assert checkpoint.state_key == key
+    assert 7 % checkpoint._every_n_train_steps == 1
     assert not compat.save_is_due(checkpoint, 1e9)
     hourly = ModelCheckpoint(train_time_interval=timedelta(hours=1))
     hourly.on_train_start(t, t.lightning_module)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import AsyncGlobalStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
+from lightning_async.progress.progress import Progress
 from tests.strategies import piped
-from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
 from tests.strategies.ranks import run
 
 JOB = "4711"
@@ -132,6 +136,130 @@ def test_the_same_under_other_strategies(slurm: Path, strategy: str, rank: int) 
     assert again["steps"] == also["steps"] == 40
     assert again["end"] == also["end"]
     assert 2 * (40 - at) - (again["batches"] + also["batches"]) in (0, 1), "it went on from where it was saved"
+
+
+class Numbers(IterableDataset[Any]):
+    """A rank's own stream that knows where it stands."""
+
+    def __init__(self, length: float) -> None:
+        self.at, self.length = 0, length
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.at < self.length:
+            self.at += 1
+            yield self.at - 1, INPUTS[(self.at - 1) % 240], TARGETS[(self.at - 1) % 240]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def warn_who_waits(rank: int) -> None:
+    """The signal comes to this rank when its word for the meeting is given and the others' are not."""
+    sign, looks = Progress.sign, 0
+
+    def looked(progress: Progress) -> int:
+        nonlocal looks
+        looks += progress.own.batches > 0
+        if looks == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return sign(progress)
+
+    if int(os.environ["RANK"]) == rank:
+        Progress.sign = looked  # type: ignore[method-assign]
+
+
+def dry_job(folder: Path, rank: int, *, warned: bool) -> dict[str, Any]:
+    """The stream of that rank has four batches; the other one's has no end."""
+    lit, watch = Lit(), Warned(None)
+    if warned:
+        warn_who_waits(rank)
+    own = 16 if int(os.environ["RANK"]) == rank else math.inf
+    faults = SpeedFaults(step_seconds=0.02)
+    t = trainer(2, callbacks=[faults, watch], max_steps=40, max_epochs=-1, **queue(folder))
+    t.fit(lit, DataLoader(Numbers(own), batch_size=4), loader(40, shuffle=False))
+    return {"saved": watch.saved, "steps": t.global_step, "seen": lit.seen}
+
+
+def warned_dry_job(folder: Path, rank: int) -> dict[str, Any]:
+    return dry_job(folder, rank, warned=True)
+
+
+def next_dry_job(folder: Path, rank: int) -> dict[str, Any]:
+    return dry_job(folder, rank, warned=False)
+
+
+@pytest.mark.filterwarnings("ignore:rank . had no batch in this epoch")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_waits_for_the_others_hears_the_signal_too(slurm: Path, rank: int) -> None:
+    found = run(2, warned_dry_job, slurm, rank)
+    assert [one["steps"] for one in found] == [40, 40]
+    assert found[0]["saved"] == found[1]["saved"]
+    (at,) = found[0]["saved"]
+    assert 2 < at < 40, "at a meeting that it called"
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n", "by one rank, once"
+    assert found[rank]["seen"] == list(range(16))
+    again = run(2, next_dry_job, slurm, rank)
+    assert [one["steps"] for one in again] == [40, 40]
+    assert again[rank]["seen"] == []
+    seen = again[1 - rank]["seen"]
+    assert seen[0] // 4 - (2 * at - 4) in (0, 1), "it went on from where it was saved"
+    assert seen == list(range(seen[0], (2 * 40 - 4) * 4))
+
+
+class InValidation(L.Callback):
+    """Gets the signal once, before the second batch of a validation, if it is this rank; remembers where all saved."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.saved: list[int] = []
+        self.validated: list[int] = []
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if not (trainer.sanity_checking or self.validated) and trainer.global_rank == self.rank and args[2] == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self.validated.append(trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        self.saved.append(trainer.global_step)
+
+
+def validating(folder: Path, rank: int, options: dict[str, Any]) -> dict[str, Any]:
+    lit, watch = Lit(), InValidation(rank)
+    faults = SpeedFaults(step_seconds=0.002, slow={1: 4.0})
+    t = trainer(2, callbacks=[faults, watch], max_steps=40, max_epochs=-1, **queue(folder), **options)
+    t.fit(lit, loader(), loader(40, shuffle=False))
+    end = torch.cat([p.detach().flatten() for p in lit.parameters()]).tolist()
+    return {"saved": watch.saved, "validated": watch.validated, "end": end, "seen": lit.seen}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_in_a_validation_saves_behind_it(slurm: Path, rank: int) -> None:
+    """And nobody validates a second time where the job goes on from there, or trains on a sample again."""
+    options = {"val_check_interval": 15, "check_val_every_n_epoch": None}
+    first, second = run(2, validating, slurm, rank, options)
+    assert first["saved"] == second["saved"] == [15]
+    assert first["validated"] == second["validated"] == [15, 30]
+    assert first["end"] == second["end"]
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n"
+    again, also = run(2, validating, slurm, -1, options)
+    assert again["validated"] == also["validated"] == [30]
+    assert again["end"] == also["end"]
+    assert len(again["seen"]) + len(also["seen"]) == (40 - 15) * 8
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_in_the_validation_at_the_end_of_an_epoch_saves_in_the_next_one(slurm: Path, rank: int) -> None:
+    first, second = run(2, validating, slurm, rank, {})
+    assert first["saved"] == second["saved"]
+    (at,) = first["saved"]
+    assert 30 < at <= 40
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n"
 
 
 def pipeline(folder: Path, rank: int | None) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,38 @@ def test_ranks_in_step_that_are_told_to_end_meet_and_save(rank: int, tmp_path: P
     assert [one["how"] for one in found] == ["terminated"] * 2
     assert found[0]["batches"] == found[1]["batches"]
     assert found[0]["end"] == found[1]["end"]
+    assert len(list(tmp_path.glob("*.ranks/*rank*"))) == 2
+
+
+def long_batches(rank: int, folder: Path) -> dict[str, Any]:
+    """Told to end in its second batch, far from the first point, which is appointed before any speed is known."""
+    lit, batches = Lit(), []
+
+    class Ends(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            batches.append(trainer.global_step)
+            if trainer.global_rank == rank and len(batches) == 2:
+                terminate(trainer)
+
+    saver = ModelCheckpoint(folder, filename="last", save_on_exception=True, every_n_epochs=100)
+    t = trainer(
+        2,
+        callbacks=[Ends(), saver, SpeedFaults(step_seconds=0.5)],
+        knobs={"meet_every": 30 * 2 * 4},
+        max_epochs=-1,
+        enable_checkpointing=True,
+    )
+    with pytest.raises(SIGTERMException):
+        t.fit(lit, DataLoader(Endless(), batch_size=4))
+    end = torch.cat([p.detach().flatten() for p in lit.parameters()]).tolist()
+    return {"batches": len(batches), "end": end}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_in_the_first_stretch_ranks_with_long_batches_end_within_grace(rank: int, tmp_path: Path) -> None:
+    found = run(2, long_batches, rank, tmp_path)
+    assert found[0]["end"] == found[1]["end"], "at a meeting"
+    assert all(one["batches"] < 20 for one in found), "grace is 20 batches long"
     assert len(list(tmp_path.glob("*.ranks/*rank*"))) == 2
 
 
@@ -222,6 +256,63 @@ def test_ranks_in_step_do_not_wait_for_one_whose_stream_has_ended() -> None:
     said = run(2, uneven)
     assert all("rank 0 has no more batches in this epoch" in words for words in said)
     assert time.monotonic() - begin < 30
+
+
+class Dry(L.Callback):
+    """Remembers the batches of its rank, and at which steps of the run it validated and saved."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.validated: list[int] = []
+        self.saved: list[int] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches += 1
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.validated.append(trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        self.saved.append(trainer.global_step)
+
+
+def by_time(folder: Path, kind: str) -> dict[str, Any]:
+    """The first rank, whose clock speaks for all, has four batches; the other one so many as take much longer."""
+    dry, lengths = Dry(), [16, 4 * 4000]
+    saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, train_time_interval=timedelta(seconds=0.2))
+    kinds: dict[str, Any] = {
+        "max_time": {"max_time": {"seconds": 1}},
+        "train_time_interval": {"callbacks": [saver], "enable_checkpointing": True, "max_steps": 60},
+        "val_check_interval": {"val_check_interval": timedelta(seconds=0.2), "max_steps": 60},
+    }
+    options = {"num_sanity_val_steps": 0, "max_epochs": 1, "limit_val_batches": 1, **kinds[kind]}
+    callbacks = [*options.pop("callbacks", []), dry, SpeedFaults(step_seconds=0.02)]
+    t = trainer(2, callbacks=callbacks, **options)
+    t.fit(Lit(), DataLoader(Long(lengths), batch_size=4), loader(40, shuffle=False))
+    return {"batches": dry.batches, "steps": t.global_step, "validated": dry.validated, "saved": dry.saved}
+
+
+class Long(IterableDataset[Any]):
+    """So many samples on each rank, again and again the same."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.length = lengths[int(os.environ["RANK"])]
+
+    def __iter__(self) -> Any:
+        return itertools.islice(iter(Endless()), self.length)
+
+
+@pytest.mark.parametrize("kind", ["max_time", "train_time_interval", "val_check_interval"])
+def test_the_clock_of_the_first_rank_counts_while_it_waits_for_the_others(kind: str, tmp_path: Path) -> None:
+    first, second = run(2, by_time, tmp_path, kind)
+    for name in ("steps", "validated", "saved"):
+        assert first[name] == second[name], name
+    assert first["batches"] == 4
+    if kind == "max_time":
+        assert 4 < second["batches"] < 4000, "more than a minute"
+    else:
+        done = first["saved" if kind == "train_time_interval" else "validated"]
+        assert min(done) < 60, "before the end of the run"
 
 
 def timed(folder: Path) -> dict[str, Any]:
