@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -35,6 +36,7 @@ from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse
 from lightning_async.strategies.refusals import refuse, refuse_optimizers
 from lightning_async.strategies.rests import Rests
 from lightning_async.strategies.turns import Turns, stash_limit
+from lightning_async.strategies.whole_files import WholeFiles
 from lightning_async.transport.mail import Wait
 
 Split = Literal["even", "auto"]
@@ -75,8 +77,9 @@ class PipeSetup(PipeBatches):
         }
 
     def connect(self, model: LightningModule) -> None:
-        """Stand first among the callbacks, once."""
+        """Stand first among the callbacks, once; what Lightning would write, is written whole."""
         super().connect(model)
+        self.checkpoint_io = compat.with_inner(self.checkpoint_io, TorchCheckpointIO, WholeFiles)
         callbacks = compat.callbacks(model.trainer)
         if not any(isinstance(c, Rests) for c in callbacks):
             callbacks.insert(0, Rests(self))

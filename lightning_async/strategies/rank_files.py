@@ -9,7 +9,7 @@ The files of an older save go when the main file that names the new one is there
 goes through the CheckpointIO that the user chose, so it works wherever that one writes, and nothing is ever listed.
 
 Where files are written later (AsyncCheckpointIO) the older ones go behind that main file, which comes behind all that
-the ranks had to write (`late_files`).
+the ranks had to write (`late_files`). After a crash there a file may be left that the index did not name yet.
 """
 
 from __future__ import annotations
