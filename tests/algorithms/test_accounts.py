@@ -87,14 +87,14 @@ def test_what_is_missing_stays_missing_where_each_keeps_its_own() -> None:
 
 
 def test_what_happened_stays_counted() -> None:
-    counts = []
+    counts: dict[int, int] = {}  # by rank: who leaves the meeting first depends on how long its exchange takes
 
     def look(member: Member, carrier: Carrier) -> None:
-        counts.append(sum(member.algorithm.ledger.count.values()))
+        counts[carrier.me] = sum(member.algorithm.ledger.count.values())
 
     members = run([1, 1, 4], legs=(40, 1), between=look, mode="push_sum", shrink=lambda arrival, correction, fresh: 0.5)
-    for member, count in zip(members, counts, strict=True):
-        assert member.algorithm.ledger.count[Fate.SHRUNK] >= count > 0
+    for rank, member in enumerate(members):
+        assert member.algorithm.ledger.count[Fate.SHRUNK] >= counts[rank] > 0
 
 
 @pytest.mark.parametrize("seed", range(20))
