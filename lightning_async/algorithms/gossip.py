@@ -99,8 +99,12 @@ class Gossip(Algorithm):
         return ()
 
     def state_dict(self) -> dict[str, Any]:
-        """Mass, ledger and the number of the last step. Rounding leaves no residual: what it cuts off has moved on."""
-        return {"method": type(self).__name__, "step": self._met, "mass": self.mass, "ledger": self.ledger.state_dict()}
+        """Mass, ledger and the number of the last step. Rounding leaves no residual: what it cuts off has moved on.
+
+        `born`: a mass means something beside those of the same run only, so another batch size makes all begin anew.
+        """
+        mass = {"mass": self.mass, "born": self._born_with}
+        return {"method": type(self).__name__, "step": self._met, **mass, "ledger": self.ledger.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of the same mode."""

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_async.cli.inputs import add_fit
 from lightning_async.cli.story import Story, counts_samples, tell, trained
 from lightning_async.cli.tell import many
 from lightning_async.strategies.course import WrongInput
@@ -40,7 +41,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--max-delay", type=int, metavar="STEPS", help="the bound; by default the strategy's own `max_delay`"
     )
-    parser.add_argument("--fit", type=int, default=1, help="which fit of its Trainer (1, 2, ...)")
+    add_fit(parser)
     parser.set_defaults(run=run)
 
 

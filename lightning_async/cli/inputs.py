@@ -13,12 +13,27 @@ from typing import Any
 from lightning_async.strategies import STRATEGIES, DelayedPipelineStrategy
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.course import WrongInput
-from lightning_async.strategies.recording import log_name
+from lightning_async.strategies.recording import fits_in, log_name
 from lightning_async.transport.log import Log
 
 KINDS: dict[str, type[AsyncStrategy]] = {kind.name: kind for kind in STRATEGIES}
 PIPELINE = DelayedPipelineStrategy.name
 SAME = ("run", "world", "strategy", "knobs")
+
+
+def add_fit(parser: Any) -> None:
+    """Enter the argument that `chosen` looks at."""
+    parser.add_argument("--fit", type=int, help="which fit of those recorded there (1, 2, ...; default: the newest)")
+
+
+def chosen(folder: Path, fit: int | None) -> int:
+    """The number of the fit to read: the one that was named, else the newest, and then it is said if there are more."""
+    fits = fits_in(folder)
+    if fit is not None or not fits:
+        return fit or 1
+    if len(fits) > 1:
+        print(f"fit {fits[-1]} is read, the newest of {', '.join(map(str, fits))} (--fit N for another)", flush=True)
+    return fits[-1]
 
 
 def read_logs(folder: Path, fit: int) -> dict[int, Log]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_async.cli.inputs import check, read_logs
+from lightning_async.cli.inputs import add_fit, check, chosen, read_logs
 from lightning_async.cli.member import recompute
 from lightning_async.cli.tell import first_difference, notes, summary
 from lightning_async.cli.watch import watch
@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
     data = parser.add_mutually_exclusive_group()
     data.add_argument("--data", metavar="PKG.MOD:NAME", help="makes the training loader, if the module does not")
     data.add_argument("--datamodule", metavar="PKG.MOD:NAME", help="the LightningDataModule's class, or a maker")
-    parser.add_argument("--fit", type=int, default=1, help="which fit of its Trainer (1, 2, ...)")
+    add_fit(parser)
     parser.add_argument("--until", type=int, metavar="STEP", help="stop behind this step of each member")
     parser.add_argument(
         "--member", type=int, metavar="RANK", help="recompute this member, and others as far as it needs them"
@@ -67,7 +67,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Replay, tell, and return the exit status."""
     try:
-        logs = read_logs(arguments.path, arguments.fit)
+        logs = read_logs(arguments.path, chosen(arguments.path, arguments.fit))
         check(logs, arguments)
         course = Course(len(logs), arguments.until, arguments.tolerance, measure=arguments.watch, tell=_say)
         for note in notes(logs[0].header):

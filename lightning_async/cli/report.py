@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_async.callbacks.slowness import stragglers
+from lightning_async.cli.inputs import add_fit
 from lightning_async.cli.pictures import draw
 from lightning_async.cli.story import Story, tell
 from lightning_async.cli.tell import many
@@ -42,7 +43,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("report", help="draw a run as one page", description=about)
     parser.add_argument("path", type=Path, help="the folder that the run was recorded or logged in")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUN_DIR/report)")
-    parser.add_argument("--fit", type=int, default=1, help="which fit of its Trainer (1, 2, ...)")
+    add_fit(parser)
     parser.set_defaults(run=run)
 
 

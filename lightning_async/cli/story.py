@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_async.callbacks.journal import NAME, read
-from lightning_async.cli.inputs import read_logs
+from lightning_async.cli.inputs import chosen, read_logs
 from lightning_async.metrics import merged
 from lightning_async.strategies.course import WrongInput
-from lightning_async.strategies.recording import log_name
+from lightning_async.strategies.recording import fits_in, log_name
 from lightning_async.transport.log import Log
 
 
@@ -82,20 +82,20 @@ class Story:
         return max((pieces[-1].end for pieces in self.pieces.values() if pieces), default=0.0)
 
 
-def tell(folder: Path, fit: int = 1) -> Story:
-    """The story of the run in this folder."""
+def tell(folder: Path, fit: int | None = None) -> Story:
+    """The story of the run in this folder: of its newest fit, or of this one."""
     if not folder.is_dir():
         raise WrongInput(f"there is no folder {folder}: give the one that the run was recorded or logged in")
-    record = next((p.parent for p in sorted(folder.rglob(log_name(0, fit)))), None)
+    record = next((p.parent for p in sorted(folder.rglob("*rank0.jsonl")) if fit in (None, *fits_in(p.parent))), None)
     journals = sorted(folder.rglob(NAME), key=lambda path: path.stat().st_mtime)
     if record is None and not journals:
         raise WrongInput(
-            f"there is neither an event record ({log_name(0, fit)}, of `record=...`) nor a journal ({NAME}, of "
+            f"there is neither an event record ({log_name(0, fit or 1)}, of `record=...`) nor a journal ({NAME}, of "
             f"DelayStats and its kind) in {folder}"
         )
     lines = read(journals[-1]) if journals else []
     story = of_journal([line for line in lines if line["run"] == lines[-1]["run"]])
-    return of_record(read_logs(record, fit), story) if record is not None else story
+    return of_record(read_logs(record, chosen(record, fit)), story) if record is not None else story
 
 
 # -- the journal ------------------------------------------------------------------------------------------------------

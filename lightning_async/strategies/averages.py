@@ -1,13 +1,14 @@
 """Averages over time are made equal where they are about to be used, like the weights: at meetings, over the ranks.
 
     last batch | MEETING: weights are the consensus; a callback averages them in
-               | before validation, the end of an epoch, the end: its averages of all ranks become their mean
+               | before validation, a save, the end of an epoch, the end: its averages of all ranks become their mean
 
 The mean over ranks of averages over time is the average over time of the mean, so what is validated and saved is the
 average of the consensus, as if one rank had trained (up to ranks that took more steps than others). Peers never get
 averages in the place of weights: callbacks swap them in during validation only, when nothing is sent.
 
-`WeightAveraging` (EMA) averages after every step, each rank its own weights: that is averaged here.
+`WeightAveraging` (EMA) averages after every step, each rank its own weights: that is averaged here. The steps are the
+run's, and a slow rank's batch takes several of them at once: where one of these was to be averaged, its end is, once.
 `StochasticWeightAveraging` averages as an epoch starts, when all hold the consensus, so its averages are equal already.
 Its last epoch trains nothing and takes BatchNorm's statistics anew. It needs the weights that the callback wrote, no
 gradients that are left over, and a number of batches, which data that are shared out by speed do not have.
@@ -15,6 +16,7 @@ gradients that are left over, and a number of batches, which data that are share
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +60,8 @@ class Averages(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The last batches may be wanted at the end."""
+        """Averages go on behind this hook, also at a meeting. The last batches may be wanted at the end."""
+        self._equal = False
         if self.strategy.buffers == "reestimate":
             self.strategy.statistics.keep(batch)
 
@@ -70,6 +73,11 @@ class Averages(Callback):
         """Averages are saved."""
         self._make_equal(trainer, module)
 
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Averages are saved, in mid-epoch too. Between meetings a file is one rank's, averages and all."""
+        if self.strategy.meeting:
+            self._make_equal(trainer, module)
+
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Averages become the weights."""
         self._make_equal(trainer, module)
@@ -80,30 +88,57 @@ class Averages(Callback):
             trainer.fit_loop.max_batches, self._length = self._length, None
 
     def _make_equal(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._equal:
-            return
-        self._equal = True
+        """Called by all. A rank that is through with its epoch comes to the others' meetings with nothing changed."""
+        changed, self._equal = not self._equal, True
         for callback in compat.callbacks(trainer):
             if isinstance(callback, WeightAveraging) and (average := compat.average_of(callback)) is not None:
-                office, buffers = self.strategy.office, self.strategy.buffers != "local"
-                office.drive(mean_of_averages(average, module, office.rounds, buffers=buffers))
+                rounds, buffers = self.strategy.office.rounds, self.strategy.buffers != "local"
+                mean = mean_of_averages(average, module, rounds, buffers=buffers, changed=changed)
+                self.strategy.together(mean)
 
     def _give_length(self, trainer: Trainer) -> None:
         if not isinstance(trainer.fit_loop.max_batches, int):
             self._length, trainer.fit_loop.max_batches = trainer.fit_loop.max_batches, MANY
 
 
-def mean_of_averages(average: AveragedModel, module: nn.Module, rounds: Rounds, *, buffers: bool = True) -> Wait[None]:
+def miss_no_step(trainer: Trainer, leash: compat.Leash) -> None:
+    """Ask a WeightAveraging about all steps that the run has taken since it was asked: with `update_every_n_steps=k` a
+    rank whose batches end at other steps than multiples of `k` would hardly ever average."""
+    for callback in compat.callbacks(trainer):
+        if isinstance(callback, WeightAveraging):
+            leash.wrap(callback, "should_update", _about_all_steps(callback))
+
+
+def _about_all_steps(callback: WeightAveraging) -> Callable[..., bool]:
+    ask, before = callback.should_update, -1
+
+    def should_update(step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        nonlocal before
+        if step_idx is None:
+            return ask(epoch_idx=epoch_idx)
+        first, before = max(before + 1, compat.averaged_until(callback)), max(before, step_idx)
+        return any(ask(step_idx=step) for step in range(first, step_idx + 1))
+
+    return should_update
+
+
+def mean_of_averages(
+    average: AveragedModel, module: nn.Module, rounds: Rounds, *, buffers: bool = True, changed: bool = True
+) -> Wait[None]:
     """Give every member the mean of the averages that have begun; where none has, the first member's.
 
-    Only parameters whose average is somewhere another than the weights travel: not those that were always frozen.
+    Only parameters whose average is somewhere another than the weights travel: not those that were always frozen. None
+    do where no member's average has `changed` since they were equal.
     """
     averaged = list(average.module.parameters())
     pairs = zip(averaged, module.parameters(), strict=True)
     moved = "".join(str(int(not torch.equal(a, p.to(a.device)))) for a, p in pairs)
-    words = yield from rounds.agree(f"{int(average.n_averaged > 0)}{moved}".encode(), what="averages over time")
-    begun = [rank for rank, word in words.items() if word[:1] == b"1"] or [min(words)]
+    mine = f"{int(changed)}{int(average.n_averaged > 0)}{moved}"
+    words = yield from rounds.agree(mine.encode(), what="averages over time")
+    if all(word[:1] == b"0" for word in words.values()):
+        return
+    begun = [rank for rank, word in words.items() if word[1:2] == b"1"] or [min(words)]
     weight = int(rounds.carrier.me in begun)
-    anywhere = [a for i, a in enumerate(averaged, start=1) if any(word[i : i + 1] == b"1" for word in words.values())]
+    anywhere = [a for i, a in enumerate(averaged, start=2) if any(word[i : i + 1] == b"1" for word in words.values())]
     yield from average_weights(anywhere, rounds, weight)
     yield from average_buffers(average, rounds, weight, floats=buffers)

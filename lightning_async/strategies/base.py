@@ -35,7 +35,7 @@ from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
 from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
-from lightning_async.strategies.averages import Averages
+from lightning_async.strategies.averages import Averages, miss_no_step
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.clock import Clock
@@ -122,8 +122,7 @@ class AsyncStrategy(Shown):
     def connect(self, model: LightningModule) -> None:
         """Stand first among the callbacks, once; what Lightning would write, is written whole."""
         super().connect(model)
-        if type(self.checkpoint_io) is TorchCheckpointIO:
-            self.checkpoint_io = WholeFiles()
+        self.checkpoint_io = compat.with_inner(self.checkpoint_io, TorchCheckpointIO, WholeFiles)
         callbacks = compat.callbacks(model.trainer)
         if not any(isinstance(c, Meetings) for c in callbacks):
             callbacks[:0] = [Meetings(self), Averages(self)]
@@ -144,6 +143,7 @@ class AsyncStrategy(Shown):
         if fitting:
             self.clock.take(trainer)
             self.clock.hold(trainer, self._leash, lambda: self.meeting)
+            miss_no_step(trainer, self._leash)
 
     def setup(self, trainer: Trainer) -> None:
         """Without DDP's wrapper and its collectives."""
@@ -173,6 +173,7 @@ class AsyncStrategy(Shown):
         self.alone = True  # whatever is still called after this is local
         self._garbage.put_back()
         self.clock.put_back()
+        self.checkpoints.leave()
         self.office.close()
         for replaced in (self._leash, self._metrics):
             if replaced is not None:

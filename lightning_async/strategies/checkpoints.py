@@ -16,16 +16,18 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Event
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_async.data.resume import unite
 from lightning_async.strategies import compat, words
+from lightning_async.strategies.late_files import LateFiles
 from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_tensors
 from lightning_async.strategies.rank_files import RankFiles, rank_file
 from lightning_async.strategies.resuming import KEY, VERSION, Resuming
+from lightning_async.strategies.trainable import trained_set
 from lightning_async.strategies.waiting import PeerFailedError
 from lightning_async.transport.mail import Wait
 
@@ -57,7 +59,8 @@ class Checkpoints:
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.parts: dict[str, Part] = {}
         self._strategy = strategy
-        self._files = RankFiles()
+        self._late = LateFiles(strategy)
+        self._files = RankFiles(self._late.behind)
         self._resuming = Resuming(strategy, self._files, self.parts)
         self._agreed: dict[str, str] = {}
         self._begun = False
@@ -77,6 +80,10 @@ class Checkpoints:
         mine: str = os.fspath(filepath)
         return self._agreed.get(mine, mine)
 
+    def behind(self, remove: Callable[[], object]) -> None:
+        """Remove something when all that was to be written before is there."""
+        self._late.behind(remove)
+
     def remove(self, path: str) -> None:
         """Remove the files of all ranks beside `path`."""
         self._files.remove(self._strategy.checkpoint_io, path)
@@ -92,19 +99,18 @@ class Checkpoints:
     def put_back(self) -> None:
         """The algorithm has begun: restore what is left, right before the first batch."""
         self._begun = True
+        self._late.begin()
         self._resuming.put_back()
 
     def settle(self) -> Wait[None]:
-        """The run ends: where files are written later, wait for them, so that nothing of older saves is left over."""
-        io, written = self._strategy.checkpoint_io, Event()
-        if not self._begun or not compat.writes_later(io):
-            return
-        compat.behind_writes(io, written.set)
-        while not written.is_set():
-            yield "this rank's checkpoints to be written"
-        here = yield from self._strategy.office.rounds.barrier()
-        if self._strategy.global_rank == here[0]:
-            self._files.settle(io)
+        """The run ends: where files are written later, wait for them. Raises on all if one could not be written."""
+        if self._begun and compat.writes_later(self._strategy.checkpoint_io):
+            trouble = yield from self._late.finish()
+            yield from self._all_well(trouble, "its checkpoints")
+
+    def leave(self) -> None:
+        """This rank is about to leave, however the run ended; see `LateFiles.leave`."""
+        self._late.leave()
 
     def forget(self) -> None:
         """The run is over."""
@@ -117,19 +123,21 @@ class Checkpoints:
         """False if the rank that writes the main file was lost on the way."""
         io, me = self._strategy.checkpoint_io, self._strategy.global_rank
         plan = yield from self._plan(filepath)
-        trouble: Exception | None = None
-        if me == plan.first:
+        trouble = self._late.trouble()
+        if trouble is None and me == plan.first:
             trouble = _tried(lambda: self._files.begin(io, plan.path, plan.save, plan.ranks, options))
         data = yield from self._union()  # and so nobody writes before the save is in the index
         if trouble is None:
             file = rank_file(plan.path, plan.save, me)
             trouble = _tried(lambda: io.save_checkpoint(self._own(checkpoint, plan), file, storage_options=options))
+            self._late.tell(plan.save)
         here = yield from self._no_trouble(plan, trouble)
         if plan.first not in here:
             return False
         if me == plan.first:
             checkpoint[KEY] = self._shared(plan, here, data)
-            trouble = _tried(lambda: io.save_checkpoint(checkpoint, plan.path, storage_options=options))
+            write = partial(io.save_checkpoint, checkpoint, plan.path, storage_options=options)
+            trouble = _tried(lambda: self._late.write_main(plan.save, here, write))
         here = yield from self._no_trouble(plan, trouble)
         if me == plan.first:
             self._files.finish(io, plan.path, plan.save)
@@ -143,19 +151,29 @@ class Checkpoints:
         self._agreed[filepath] = path
         return Plan(path, save, tuple(sorted(said)))
 
-    def _no_trouble(self, plan: Plan, trouble: Exception | None) -> Wait[tuple[int, ...]]:
+    def _no_trouble(self, plan: Plan, trouble: BaseException | None) -> Wait[tuple[int, ...]]:
         """Who is there, and wrote. Raises on all if one could not; what was written of the save is cleared away."""
+
+        def give_up() -> None:
+            self._files.give_up(self._strategy.checkpoint_io, plan.path, plan.save)
+
+        return (yield from self._all_well(trouble, f"its part of the checkpoint {plan.path}", give_up))
+
+    def _all_well(
+        self, trouble: BaseException | None, what: str, give_up: Callable[[], None] = lambda: None
+    ) -> Wait[tuple[int, ...]]:
+        """Who is there, if all of them could write; else the first one gives up, and all raise."""
         word = "" if trouble is None else f"{type(trouble).__name__}: {trouble}"
         said = yield from self._strategy.office.rounds.agree(word.encode()[:2000], what="whether all could save")
         failed = {rank: sentence.decode(errors="replace") for rank, sentence in said.items() if sentence}
         if not failed:
             return tuple(sorted(said))
         if self._strategy.global_rank == min(said):
-            self._files.give_up(self._strategy.checkpoint_io, plan.path, plan.save)
+            give_up()
         if trouble is not None:
             raise trouble
         rank, sentence = min(failed.items())
-        raise PeerFailedError(f"rank {rank} could not write its part of the checkpoint {plan.path}: {sentence}")
+        raise PeerFailedError(f"rank {rank} could not write {what}: {sentence}")
 
     def _union(self) -> Wait[dict[str, Any]]:
         """Where the data stand: the newest epoch, and all ranges of its order that somebody completed."""
@@ -176,6 +194,7 @@ class Checkpoints:
             "strategy": strategy.name,
             "algorithm": type(strategy.algorithm).__name__,
             "data": data,
+            "trained": trained_set(strategy.trainer.lightning_module, strategy.replica),
         }
 
     def _own(self, checkpoint: dict[str, Any], plan: Plan) -> dict[str, Any]:
@@ -190,7 +209,7 @@ class Checkpoints:
         return {"version": VERSION, "save": plan.save, "rank": me, "steps": strategy.steps, **state}
 
 
-def _tried(write: Callable[[], object]) -> Exception | None:
+def _tried(write: Callable[[], object]) -> BaseException | None:
     """The exception that `write` ended with: the others must hear of it before it is raised."""
     try:
         write()

@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
@@ -329,6 +330,11 @@ def average_of(callback: WeightAveraging) -> AveragedModel | None:
     return callback._average_model
 
 
+def averaged_until(callback: WeightAveraging) -> int:
+    """The step of the run at which a WeightAveraging last averaged, or saved that it did."""
+    return int(callback._latest_update_step)
+
+
 # -- checkpoints that are written later -------------------------------------------------------------------------------
 
 
@@ -344,6 +350,44 @@ def behind_writes(io: object, job: Callable[[], object]) -> None:
         job()
     else:
         later._executor.submit(job)
+
+
+def late_error(io: object) -> BaseException | None:
+    """Why a CheckpointIO that writes later could not; it keeps that for ever."""
+    later = _later(io)
+    return None if later is None else later._error
+
+
+def write_when(io: object, ready: Callable[[], bool], write: Callable[[], object]) -> None:
+    """What `write` has a late writer write is written if `ready` says so, which is asked in the writer's own thread."""
+    later = _later(io)
+    if later is None:
+        raise ValueError(f"{io!r} does not write later: write now")
+    later._ensure_setup()
+    executor = later._executor
+    later._executor = _Gate(executor, ready)  # type: ignore[assignment]  # for this call: `submit` is all it asks for
+    try:
+        write()
+    finally:
+        later._executor = executor
+
+
+@dataclass(frozen=True)
+class _Gate:
+    executor: Any
+    ready: Callable[[], bool]
+
+    def submit(self, job: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
+        return self.executor.submit(lambda: self.ready() and job(*args, **kwargs))
+
+
+def with_inner(io: Any, kind: type[object], other: Callable[[], Any]) -> Any:
+    """This CheckpointIO with another one in the place of a `kind`, also inside of Lightning's wrappers."""
+    if type(io) is kind:
+        return other()
+    if isinstance(io, _WrappingCheckpointIO):
+        io._checkpoint_io = with_inner(io.checkpoint_io, kind, other)
+    return io
 
 
 def _later(io: object) -> AsyncCheckpointIO | None:

@@ -86,20 +86,23 @@ class Counts:
                 yield Item(Due.NOTHING, Unit.UPDATES, every * n)
         if self._meet_every is not None:
             yield Item(Due.NOTHING, Unit.SAMPLES, self._meet_every)
-        yield from self._validations(trainer, feeding.epoch_batches(), n)
+        yield from self._validations(trainer, feeding, n)
         if feeding.share is None and feeding.limit != 1.0:
             if not isinstance(feeding.limit, int):
                 raise _part_of_unknown("limit_train_batches", feeding.limit)
             yield Item(Due.END_EPOCH, Unit.BATCHES, feeding.limit * n, in_epoch=True)
 
-    def _validations(self, trainer: Trainer, length: int | None, n: int) -> Iterator[Item]:
+    def _validations(self, trainer: Trainer, feeding: Feeding, n: int) -> Iterator[Item]:
         every, in_epoch = self._val_every, trainer.check_val_every_n_epoch is not None
+        length = feeding.epoch_batches()
         if isinstance(every, float) and every < 1.0:
             if length is None:
                 raise _part_of_unknown("val_check_interval", every)
             every = max(1, int(length * every))
         self.at_end = self.val_seconds is None and (every == 1.0 and isinstance(every, float))
         if isinstance(every, int):
+            if in_epoch and trainer.limit_val_batches > 0:
+                _check_is_reached(every, length if feeding.share is not None else feeding.limit)
             self.at_end = in_epoch and length is not None and length % every == 0
             below = length * n if length and in_epoch else None
             yield Item(Due.VALIDATE, Unit.BATCHES, every * n, in_epoch=in_epoch, below=below)
@@ -131,6 +134,16 @@ def ask_at_meetings(
             progress.is_last_batch = last
 
     leash.wrap(callback, "on_train_batch_end", on_train_batch_end)
+
+
+def _check_is_reached(every: int, length: int | float | None) -> None:
+    """Refuse to validate never. Where each rank has a stream of its own, only a limit says when an epoch is over."""
+    if isinstance(length, int) and every > length:
+        raise ValueError(
+            f"`val_check_interval` ({every}) must be at most the number of batches that each rank of a synchronous run "
+            f"has in an epoch ({length}): no validation would ever come. To count batches across epochs set "
+            "`check_val_every_n_epoch=None`; to validate never, `limit_val_batches=0`"
+        )
 
 
 def _as_due(callback: Callback, passed: Callable[[int], bool]) -> AbstractContextManager[None]:

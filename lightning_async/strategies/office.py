@@ -111,7 +111,8 @@ class Office:
         self._pages = Pages(self._carrier, PAGES)
         self.rounds = Rounds(self._carrier)
         self.recording.flags = self.flags
-        self.mail = self.recording.of(self._carrier, fitting=fitting, run=f"{self._run}.{self._count}")
+        fit = self.drive(self.recording.number(self.rounds)) if fitting and self.recording.on else None
+        self.mail = self.recording.of(self._carrier, fit=fit, run=f"{self._run}.{self._count}")
         self.algorithms_rounds = Rounds(self.mail, channel=1)
 
     def desk(self, number: int) -> Desk:

@@ -92,6 +92,13 @@ def put_back_tensors(strategy: AsyncStrategy, state: dict[str, Any]) -> None:
     for name, buffer in _buffers(strategy.trainer.lightning_module):
         if name in buffers:
             buffer.copy_(buffers[name])
+    for name in ("consensus", "weights"):
+        if name in state and state[name].numel() != replica.numel:
+            raise ValueError(
+                f"the ranks trained other parameters when they were saved (a vector of {state[name].numel()} elements; "
+                f"this module's has {replica.numel}): freeze and thaw it as it was then, or begin a new run with the "
+                "weights alone (`load_from_checkpoint`)"
+            )
     if "consensus" in state:
         replica.stand_in(state["consensus"])
         replica.stay()

@@ -1,5 +1,8 @@
 """The event log of a run: one file a rank in one folder, events only; without a folder nothing is recorded.
 
+    runs/17/rank0.jsonl        rank1.jsonl          the first fit that was recorded into this folder
+    runs/17/fit2.rank0.jsonl   fit2.rank1.jsonl     the next one: of the same Trainer, or of the job that was requeued
+
     header    who, of which run; seed, versions, threads; the strategy and its knobs; what the Trainer was told
     events    what the algorithm asked its carrier and was told, and the samples and the loss of each batch
     notes     what the optimizers and the random generators were told; digests of the weights, to be compared with;
@@ -12,6 +15,7 @@ written here is looked up there.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +28,9 @@ from torch.optim import Optimizer
 from lightning_async.arrival import Arrival
 from lightning_async.strategies.facts import Recorded, about, digest, knobs_of_groups, start
 from lightning_async.transport import chance
-from lightning_async.transport.mail import Carrier
+from lightning_async.transport.mail import Carrier, Wait
 from lightning_async.transport.record import RecordingCarrier
+from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.traffic import plain
 
 if TYPE_CHECKING:
@@ -69,7 +74,6 @@ class Recording:
         if folder is not None and not isinstance(folder, (str, os.PathLike)):
             raise ValueError(f"`record` must be the path of a folder, or None, got {folder!r}")
         self._folder = None if folder is None else os.fspath(folder)
-        self._fits = 0
         self._file: TextIO | None = None
         self._scribe: Scribe | None = None
         self._about: dict[str, Any] = {}
@@ -88,18 +92,28 @@ class Recording:
         if self.on:
             self._about = about(strategy)
 
-    def of(self, carrier: Carrier, *, fitting: bool, run: str = "") -> Carrier:
+    def number(self, rounds: Rounds) -> Wait[int]:
+        """Which fit of its folder this one is: the next one behind all that any rank finds there."""
+        mine = 1 + max(fits_in(Path(self._folder or "")), default=0)
+        said = yield from rounds.agree(str(mine).encode(), what="which recording this is")
+        return max(int(word) for word in said.values())
+
+    def of(self, carrier: Carrier, *, fit: int | None, run: str = "") -> Carrier:
         """The carrier that the algorithm gets: one that writes down its answers, or the carrier itself.
 
-        Only a fit is recorded, and a later one on the same Trainer has a file of its own: nothing is overwritten. Each
-        line is handed to the system at once: the log of a killed rank is whole.
+        Only a fit is recorded, each into files of its own: nothing is overwritten. Each line is handed to the system at
+        once: the log of a killed rank is whole.
         """
-        if self._folder is None or not fitting:
+        if self._folder is None or fit is None:
             return carrier
-        self._fits += 1
-        path = Path(self._folder) / log_name(carrier.me, self._fits)
+        path = Path(self._folder) / log_name(carrier.me, fit)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8", buffering=1)
+        try:
+            self._file = path.open("x", encoding="utf-8", buffering=1)
+        except FileExistsError:
+            raise RuntimeError(
+                f"{path} is there already: another run records into the same folder now; give each its own `record=`"
+            ) from None
         seed = os.environ.get("PL_GLOBAL_SEED")
         known = {"run": run, **self._about}
         recorder = RecordingCarrier(carrier, self._file, seed=int(seed) if seed else None, about=known)
@@ -234,5 +248,11 @@ class Recording:
 
 
 def log_name(rank: int, fit: int = 1) -> str:
-    """The file of a rank's events in its Trainer's first, second, ... fit."""
+    """The file of a rank's events in the first, second, ... fit that was recorded into a folder."""
     return f"rank{rank}.jsonl" if fit == 1 else f"fit{fit}.rank{rank}.jsonl"
+
+
+def fits_in(folder: Path) -> list[int]:
+    """The numbers of the fits that were recorded into this folder, the newest one last."""
+    names = (re.fullmatch(r"(?:fit(\d+)\.)?rank\d+\.jsonl", path.name) for path in folder.glob("*.jsonl"))
+    return sorted({int(name[1] or 1) for name in names if name})

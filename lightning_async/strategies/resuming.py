@@ -1,6 +1,6 @@
 """A run goes on to the bit where its ranks are those that were saved; otherwise from the consensus, and says so.
 
-    the same world and method, all files there    each rank has its own back
+    the same world and method, all files there    each rank has its own back (masses: with the same batch sizes)
     anything else                                 weights: the consensus, so sums are conserved
                                                   data: what nobody completed
                                                   rank r's optimizer: that of the saved rank r modulo their number
@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_async.strategies.own_state import BEGUN_ANEW, Part, all_parts, own_keys, put_back_tensors
 from lightning_async.strategies.rank_files import RankFiles, main_file, rank_file
+from lightning_async.strategies.trainable import train_again
 from lightning_async.transport.mail import Wait
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Resuming:
             return checkpoint
         refuse_newer(shared, path)
         path, ranks = main_file(path), shared["ranks"]
-        self._files.names(path, shared["save"])
+        self._train_again(path, checkpoint)
         own, trouble = self._read(rank_file(path, shared["save"], ranks[strategy.global_rank % len(ranks)]))
         said = yield from strategy.office.rounds.agree(
             (self._foreign(shared) or trouble).encode()[:2000], what="how to go on"
@@ -72,6 +73,8 @@ class Resuming:
         """Restore what could not be restored before, once."""
         strategy, own = self._strategy, self._waiting
         self._waiting = {}
+        if own and strategy.at_meeting == "keep":
+            own = strategy.together(self._with_masses_of_now(own))
         put_back_tensors(strategy, own)
         if "steps" in own:
             strategy.stepping.taken = own["steps"]
@@ -84,6 +87,33 @@ class Resuming:
     def forget(self) -> None:
         """The run is over."""
         self._waiting = {}
+
+    def _train_again(self, path: str, checkpoint: dict[str, Any]) -> None:
+        """What was thawed when the run was saved is thawed, whatever `setup` froze again."""
+        saved = checkpoint[KEY].get("trained")  # older versions did not save it
+        if saved and (other := train_again(self._strategy.trainer.lightning_module, saved, checkpoint["state_dict"])):
+            rank_zero_warn(
+                f"{self._strategy.name}: the run goes on with the parameters that were trained when {path} was saved: "
+                f"it trains {other}. To train what the module says now, begin a new run with its weights alone "
+                "(`load_from_checkpoint`)"
+            )
+
+    def _with_masses_of_now(self, own: dict[str, Any]) -> Wait[dict[str, Any]]:
+        """Masses go by batch sizes. Where a rank has another one, what they moved is lost on all: the consensus is not.
+
+        (Who adopts the consensus begins with the masses of now anyway.)
+        """
+        mass = self._strategy.feeding.mass
+        born = own.get("parts", {}).get("algorithm", {}).get("born", mass)
+        said = yield from self._strategy.office.rounds.agree(b"" if born == mass else b"other", what="masses")
+        if not (other := [str(rank) for rank, word in said.items() if word]):
+            return own
+        rank_zero_warn(
+            f"{self._strategy.name}: the batch of rank {', '.join(other)} has another size than when the run was "
+            "saved, so masses begin anew, and all ranks start from the consensus"
+        )
+        parts = {name: state for name, state in own["parts"].items() if name != "algorithm"}
+        return {**{key: own[key] for key in own if key != "weights"}, "parts": parts}
 
     def _read(self, file: str) -> tuple[dict[str, Any], str]:
         """A rank's own file, or why there is none."""
@@ -108,7 +138,9 @@ class Resuming:
             f"{self._strategy.name}: the run does not go on to the bit from {path}: {'; '.join(reasons)}. All ranks "
             "start from the consensus and go on with the samples of the epoch that nobody completed. Rank r has the "
             f"optimizer state of the saved rank number r modulo {len(ranks)} (of rank {ranks[0]} where that cannot be "
-            "read); the state of the method (masses, turns, steps) and the random states begin anew"
+            "read), and the place of its stream, if each rank has a stream of its own: with fewer ranks than before "
+            "nobody goes on with the others' streams, with more ranks one is gone on with twice. The state of the "
+            "method (masses, turns, steps) and the random states begin anew"
         )
 
 

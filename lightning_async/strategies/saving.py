@@ -13,7 +13,6 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_async.strategies import compat
 from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.collectives import Collectives
 
@@ -52,6 +51,6 @@ class Saving(Collectives):
     def remove_checkpoint(self, filepath: Any) -> None:
         """The main file, then the files of all ranks."""
         path, remove = self.checkpoints.agreed(filepath), super().remove_checkpoint
-        compat.behind_writes(self.checkpoint_io, lambda: remove(path))
+        self.checkpoints.behind(lambda: remove(path))
         if self.is_global_zero:
             self.checkpoints.remove(path)

@@ -6,12 +6,16 @@
 
 Nothing is in flight after a meeting, so nothing that was posted has the old length. Between meetings the set may not
 change: what is exchanged would no longer be what is trained.
+
+A checkpoint carries the set. A run that goes on trains that: Lightning's callbacks freeze again in `setup`, and thaw
+nothing whose epoch is past.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,6 +62,38 @@ def renewed(module: nn.Module, replica: Replica, rounds: Rounds) -> Wait[Replica
     new.stand_in(weights)
     new.stay()
     return new
+
+
+def trained_set(module: nn.Module, replica: Replica) -> dict[str, list[str]]:
+    """What the replica holds, and which layers take statistics, by name: for a checkpoint."""
+    held = {id(p) for p, _ in replica.places}
+    return {
+        "parameters": [name for name, p in module.named_parameters() if id(p) in held],
+        "statistics": [name for name, layer in _norms(module) if layer.track_running_stats],
+    }
+
+
+def train_again(module: nn.Module, saved: dict[str, list[str]], known: Collection[str]) -> str:
+    """Train what was trained when the run was saved, of what is `known` to the file. Before there is a replica.
+
+    Returns what is different from what the module said, in words; "" if nothing is.
+    """
+    wanted, before = set(saved["parameters"]), set(_names(module))
+    for name, p in module.named_parameters():
+        if name in known:
+            p.requires_grad_(name in wanted)
+    after = set(_names(module))
+    if after == before:
+        return ""
+    for name, layer in _norms(module):  # those that are frozen take none
+        layer.track_running_stats = name in saved["statistics"]
+    thawed, frozen = sorted(after - before), sorted(before - after)
+    parts = [f"{_some(thawed)} again"] * bool(thawed) + [f"{_some(frozen)} no more"] * bool(frozen)
+    return ", ".join(parts)
+
+
+def _norms(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, layer) for name, layer in module.named_modules() if hasattr(layer, "track_running_stats"))
 
 
 def _names(module: nn.Module) -> list[str]:

@@ -110,7 +110,11 @@ def drive(
                 seen, start = now, time.monotonic()
             waited = time.monotonic() - start
             if waited > limit:
-                raise TimeoutError(f"rank {carrier.me} waited {waited:.0f} s for {what}; the limit is {limit:.0f} s")
+                raise TimeoutError(
+                    f"rank {carrier.me} waited {waited:.0f} s for {what}; the limit is {limit:.0f} s. Look at the "
+                    "output of the rank that did not come; if it is only slow, raise `meeting_timeout` (of a pipeline: "
+                    "`waiting_timeout`)"
+                )
             flags.raise_if_set()
             if heed is not None:
                 heed()

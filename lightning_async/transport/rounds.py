@@ -69,18 +69,18 @@ class Rounds:
         carrier.propose(f"{key}/{carrier.me}", PRESENT + what.encode() + END + word)
         words: dict[int, bytes] = {}
         for peer in expected:
-            words[peer] = yield from self._word(key, peer)
+            words[peer] = yield from self._word(key, peer, what)
         here = {peer: w[1:].split(END, 1) for peer, w in words.items() if w[:1] == PRESENT}
         self._present = tuple(here)
         _check_not_crossed({peer: name.decode() for peer, (name, _) in here.items()})
         return {peer: said for peer, (_, said) in here.items()}
 
-    def _word(self, key: str, peer: int) -> Wait[bytes]:
+    def _word(self, key: str, peer: int, what: str) -> Wait[bytes]:
         """A peer's word, or ABSENT once it is declared dead; the board decides which came first."""
         while (word := self.carrier.decided(f"{key}/{peer}")) is None:
             if peer not in self.carrier.members():
                 self.carrier.propose(f"{key}/{peer}", ABSENT)
-            yield f"rank {peer} at {key}"
+            yield f"rank {peer} to come to {what!r} ({key})"
         return word
 
     def exchange(self, tensor: Tensor, how: How = "sum", weight: int = 1) -> Wait[tuple[list[Tensor], tuple[int, ...]]]:

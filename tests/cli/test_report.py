@@ -17,6 +17,7 @@ from lightning_async.cli import main, pictures
 from lightning_async.cli.pictures import _thin, draw
 from lightning_async.cli.report import headlines, page
 from lightning_async.cli.story import tell, trained
+from lightning_async.strategies.recording import log_name
 from tests.cli.invented import invented
 
 
@@ -137,6 +138,19 @@ def test_from_a_journal(tmp_path: Path) -> None:
     assert [piece.waited for piece in story.pieces[0]] == [0.2, 0.5]
     assert main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_the_newest_fit_is_told_or_the_one_that_was_named(
+    ordinary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in range(2):
+        lines = (ordinary / log_name(rank)).read_text()
+        (tmp_path / log_name(rank)).write_text(lines.splitlines()[0] + "\n")
+        (tmp_path / log_name(rank, 2)).write_text(lines)
+    assert tell(tmp_path).steps == tell(ordinary).steps
+    assert capsys.readouterr().out == "fit 2 is read, the newest of 1, 2 (--fit N for another)\n"
+    assert not tell(tmp_path, 1).steps.total()
+    assert not capsys.readouterr().out
 
 
 def test_nothing_to_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,18 +15,17 @@ from lightning_async.progress.tally import Tally, Unit, total
 from lightning_async.transport.pages import Desk, Pages
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import VirtualCluster
-from lightning_async.transport.virtual_carrier import VirtualCarrier
 
 
 class Deaf(Desk):
-    """Hears of appointments only from some moment on, as one whose store is slow."""
+    """Hears of appointments only from some moment of the cluster's time on, as one whose store is slow."""
 
-    def __init__(self, carrier: VirtualCarrier, until: float) -> None:
-        super().__init__(Pages(carrier, 2), 1)
-        self._until = until
+    def __init__(self, cluster: VirtualCluster, rank: int, until: float) -> None:
+        super().__init__(Pages(cluster.carriers[rank], 2), 1)
+        self._cluster, self._until = cluster, until
 
     def decided(self, key: str) -> bytes | None:
-        return super().decided(key) if self.now() >= self._until else None
+        return super().decided(key) if self._cluster.time >= self._until else None
 
 
 Met = list[tuple[float, float, Outcome, Tally]]
@@ -51,7 +50,7 @@ def member(
     """Train for so many meetings; `wish`: at this batch; `end`: the epoch's last batch of this member."""
     carrier = cluster.carriers[rank]
     rounds = Rounds(carrier)
-    desk = Deaf(carrier, until=deaf)
+    desk = Deaf(cluster, rank, until=deaf)
     progress = Progress(desk, n=len(cluster.carriers), agenda=agenda, batch=8)
     progress.settle((yield from rounds.agree(progress.word())))
     met: Met = []

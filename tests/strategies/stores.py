@@ -13,6 +13,8 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from lightning_async.strategies.whole_files import WholeFiles
+
 
 class Recorded(TorchCheckpointIO):
     """Remembers what was asked of it, by the names of the files."""
@@ -51,6 +53,22 @@ class Dies(Recorded):
     def remove_checkpoint(self, path: Any) -> None:
         self._tick()
         super().remove_checkpoint(path)
+
+
+class DiesWriting(WholeFiles):
+    """The process is killed in the middle of the write of this number, counted from when `armed` is set."""
+
+    def __init__(self, *, at: int) -> None:
+        self.at = at
+        self.armed = False
+        self.count = 0
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        if self.armed:
+            if self.count == self.at:
+                os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+            self.count += 1
+        super().save_checkpoint(checkpoint, path, storage_options)
 
 
 class Full(Recorded):

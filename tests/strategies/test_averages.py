@@ -21,7 +21,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_async import GossipRingStrategy, SpeedFaults
-from lightning_async.strategies.averages import mean_of_averages
+from lightning_async.strategies import compat
+from lightning_async.strategies.averages import mean_of_averages, miss_no_step
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import VirtualCluster
 from tests.strategies.lit import Lit, loader, trainer, weights
@@ -229,6 +230,83 @@ def test_averages_that_begin_late_or_by_epochs(kind: str) -> None:
     first, second = run(2, _late, kind)
     assert first == second
     assert first[2]  # another stage leaves what it found
+
+
+class Held(Callback):
+    """What of averages each rank would save, what it begins with, and at which steps it averaged."""
+
+    def __init__(self) -> None:
+        self.saved: list[tuple[int, list[float]]] = []
+        self.began: list[list[float]] = []
+        self.steps: list[tuple[int, int]] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        average = compat.average_of(_ema_of(trainer))
+        assert average is not None
+        self.began = [flat(average), flat(module)]
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        self.steps.append((trainer.global_step, compat.averaged_until(_ema_of(trainer))))
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.saved.append((trainer.global_step, flat_of(checkpoint["state_dict"])))
+
+
+def _ema_of(trainer: L.Trainer) -> WeightAveraging:
+    return next(c for c in compat.callbacks(trainer) if isinstance(c, WeightAveraging))
+
+
+def flat_of(state: dict[str, torch.Tensor]) -> list[float]:
+    return torch.cat([state[name].flatten() for name, _ in Lit().named_parameters()]).tolist()
+
+
+def _saves_midway(at_meeting: str, folder: str, resume: str | None) -> Any:
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=20, save_top_k=-1)
+    held = Held()
+    ema = EMAWeightAveraging(decay=DECAY, update_every_n_steps=7)
+    faults = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
+    lit, options = Lit(), {"max_epochs": 3, "enable_checkpointing": True, "limit_val_batches": 0}
+    t = trainer(2, knobs={"at_meeting": at_meeting}, callbacks=[faults, ema, held, save], **options)
+    t.fit(lit, loader(8), ckpt_path=resume)
+    return held.saved, held.began, held.steps, flat(lit)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:The dirpath has changed")
+@pytest.mark.few(1)
+@pytest.mark.parametrize("at_meeting", ["adopt", "keep"])
+def test_a_file_of_mid_epoch_holds_the_average_of_all_ranks(at_meeting: str, tmp_path: Path) -> None:
+    first, second = run(2, _saves_midway, at_meeting, str(tmp_path), None)
+    assert first[0] == second[0]
+    assert len(first[0]) == 2
+    files = [torch.load(path := tmp_path / f"step={step}.ckpt", weights_only=True) for step, _ in reversed(first[0])]
+    for file, (_, saved) in zip(files, reversed(first[0]), strict=True):
+        assert flat_of(file["state_dict"]) == saved
+        assert flat_of(file["current_model_state"]) != saved
+    resumed = run(2, _saves_midway, at_meeting, str(tmp_path / "resumed"), str(path))
+    for saved, began, _, end in resumed:
+        assert began == [first[0][0][1], flat_of(files[-1]["current_model_state"])]
+        assert saved == resumed[0][0]
+        assert end == resumed[0][3]
+    for _, _, steps, _ in (first, second):
+        top = 0
+        for now, averaged in steps:
+            if now > top:  # a meeting may find a few steps less than were foreseen
+                assert (averaged == now) is any(step % 7 == 0 for step in range(top, now))
+                top = now
+
+
+def test_no_step_is_missed_that_a_batch_of_a_slow_rank_takes_with_others() -> None:
+    ema = EMAWeightAveraging(update_every_n_steps=4, update_starting_at_step=5)
+    alone = EMAWeightAveraging(update_every_n_steps=4, update_starting_at_step=5)
+    t = L.Trainer(callbacks=[ema], logger=False, enable_checkpointing=False, accelerator="cpu", barebones=False)
+    leash = compat.Leash(t)
+    miss_no_step(t, leash)
+    steps = [2, 5, 6, 9, 10, 9, 11, 12, 18, 19]
+    assert [step for step in steps if ema.should_update(step_idx=step)] == [9, 12, 18]
+    assert [step for step in steps if alone.should_update(step_idx=step)] == [12]
+    assert not ema.should_update(epoch_idx=3)
+    leash.restore()
+    assert not ema.should_update(step_idx=21)
 
 
 # -- StochasticWeightAveraging -----------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_async import SpeedFaults
-from lightning_async.strategies.rank_files import RankFiles, rank_file
+from lightning_async.strategies import compat, late_files
+from lightning_async.strategies.rank_files import rank_file
 from tests.strategies.lit import Lit, trainer, weights
 from tests.strategies.ranks import Forked, run
 from tests.strategies.resumable import (
@@ -29,7 +32,7 @@ from tests.strategies.resumable import (
     rank,
     samples,
 )
-from tests.strategies.stores import Dies, Elsewhere, Full, Recorded
+from tests.strategies.stores import Dies, DiesWriting, Elsewhere, Full, Recorded
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory", "ignore:.*multiple `ModelCheckpoint`", "ignore:Using `DistributedSampler` with"
@@ -52,8 +55,8 @@ class SavesTwice(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def _dies(folder: str, dead: int, at: int, patience: float) -> int:
-    io = Dies(at=at if rank() == dead else -1)
+def _dies(folder: str, dead: int, at: int, patience: float, kind: type[Dies] | type[DiesWriting] = Dies) -> int:
+    io = kind(at=at if rank() == dead else -1)
 
     def arm() -> None:
         io.armed = True
@@ -95,6 +98,22 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(dead: int, at: 
     (epoch, first), (_, second) = run(2, _resumes, str(tmp_path))
     assert first == second
     assert epoch == main["epoch"]
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(("dead", "at", "what"), [(0, 2, "x.ckpt"), (0, 0, "index"), (0, 1, "rank0"), (1, 0, "rank1")])
+def test_a_kill_in_the_middle_of_a_write_leaves_a_whole_checkpoint(
+    dead: int, at: int, what: str, tmp_path: Path
+) -> None:
+    with Forked(2, _dies, str(tmp_path), dead, at, 60.0, DiesWriting, store=True) as forked:
+        forked.processes[dead].join(30)
+    (part,) = tmp_path.rglob("*.part")
+    assert what in part.name
+    main = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert main["epoch"] == 0
+    assert all(own["save"] == main["lightning_async"]["save"] for own in files_of(tmp_path / "x.ckpt").values())
+    run(2, _dies, str(tmp_path), -1, 0, 60.0, DiesWriting)
+    assert_nothing_over(tmp_path)
 
 
 def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path: Path) -> None:
@@ -222,13 +241,21 @@ def test_files_may_be_written_later(tmp_path: Path) -> None:
 
 
 class Gated(TorchCheckpointIO):
-    """Writes nothing before the gate is open: as a disk that is slower than the training."""
+    """Writes nothing before the gate is open: as a disk that is slower than the training.
+
+    Attributes:
+        early: Main files that were written before all the files that they name.
+    """
 
     def __init__(self, gate: Event) -> None:
         self.gate = gate
+        self.early: list[str] = []
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         assert self.gate.wait(30)
+        shared = checkpoint.get("lightning_async", {"ranks": []})
+        if not all(os.path.exists(rank_file(path, shared["save"], r)) for r in shared["ranks"]):
+            self.early.append(path)
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
@@ -242,15 +269,16 @@ class Opens(Callback):
         self.gate.set()
 
 
-def _lags(folder: str, slow: list[int], options: dict[str, Any]) -> str:
+def _lags(folder: str, slow: list[int], options: dict[str, Any]) -> tuple[str, list[str]]:
     gate = Event()
     if rank() not in slow:
         gate.set()
     saved = ModelCheckpoint(f"{folder}/saved", **{"filename": "{epoch}", **options})
-    io = AsyncCheckpointIO(Gated(gate))
+    inner = Gated(gate)
+    io = AsyncCheckpointIO(inner)
     t = trainer(2, enable_checkpointing=True, plugins=[io], callbacks=[saved, Opens(gate)], max_epochs=3)
     t.fit(Draws(), samples(), held_out())
-    return saved.best_model_path
+    return saved.best_model_path, inner.early
 
 
 @pytest.mark.few(3)
@@ -261,33 +289,121 @@ def _lags(folder: str, slow: list[int], options: dict[str, Any]) -> str:
 def test_what_is_written_after_it_rotated_out_is_removed_all_the_same(
     slow: list[int], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    best, _ = run(2, _lags, str(tmp_path), slow, options)
+    (best, early), _ = run(2, _lags, str(tmp_path), slow, options)
+    assert not early, "a main file came before the files that it names"
     assert sorted(files_of(Path(best))) == [0, 1]
     assert_nothing_over(tmp_path / "saved")
 
 
-def test_what_was_read_by_another_spelling_of_its_path_keeps_its_new_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Later(Callback):
+    """Two saves at one path, written later; when the first one is on the disk, `arm` is called."""
+
+    def __init__(self, path: str, io: AsyncCheckpointIO, arm: Callable[[], None]) -> None:
+        self.path, self.io, self.arm = path, io, arm
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if not trainer.sanity_checking:
+            if trainer.current_epoch == 1:
+                written = Event()
+                compat.behind_writes(self.io, written.set)
+                assert written.wait(30)
+                self.arm()
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 2:  # the second save is under way: rank 0 has written its part, rank 1 cannot
+            while rank() == 0 and len(list(Path(f"{self.path}.ranks").glob("*.rank0.ckpt"))) < 2:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed_later(path: str) -> None:
+    gate = Event()
+    gate.set()
+    io = AsyncCheckpointIO(Gated(gate))
+    arm = gate.clear if rank() == 1 else (lambda: None)
+    trainer(2, plugins=[io], callbacks=[Later(path, io, arm)], max_epochs=3).fit(Draws(), samples(), held_out())
+
+
+def test_a_kill_while_a_rank_has_still_to_write_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
+    with Forked(2, _killed_later, str(tmp_path / "x.ckpt"), store=True) as forked:
+        assert [result.kind for result in forked.results(30)] == ["gone", "gone"]
+    main = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert main["epoch"] == 0
+    assert all(own["save"] == main["lightning_async"]["save"] for own in files_of(tmp_path / "x.ckpt").values())
+    (epoch, first), (_, second) = run(2, _resumes, str(tmp_path))
+    assert first == second
+    assert epoch == 0
+
+
+class Ended:
+    """A gate that opens when rank 0 has left the run."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign, self.shut = sign, False
+
+    def clear(self) -> None:
+        self.shut = True
+
+    def wait(self, timeout: float) -> bool:
+        end = time.monotonic() + timeout
+        while self.shut and not self.sign.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        return not self.shut or self.sign.exists()
+
+
+class Fails(Later):
+    """Rank 0 fails while rank 1 has still to write."""
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 2 and rank() == 0:
+            raise ValueError("of the user's")
+
+
+def _fails_later(path: str) -> None:
+    late_files.LEAVE_FAILED = 0.2
+    gate = Ended(Path(path).with_suffix(".sign"))
+    io = AsyncCheckpointIO(Gated(gate))  # type: ignore[arg-type]
+    arm = gate.clear if rank() == 1 else (lambda: None)
+    try:
+        trainer(2, plugins=[io], callbacks=[Fails(path, io, arm)], max_epochs=3).fit(Draws(), samples(), held_out())
+    finally:
+        if rank() == 0:
+            gate.sign.touch()
+
+
+def test_a_run_that_failed_does_not_wait_for_the_disks_of_others(tmp_path: Path) -> None:
+    with Forked(2, _fails_later, str(tmp_path / "x.ckpt")) as forked:
+        assert [result.kind for result in forked.results(60)] == ["ValueError", "PeerFailedError"]
+    main = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert main["epoch"] == 0
+    assert all(own["save"] == main["lightning_async"]["save"] for own in files_of(tmp_path / "x.ckpt").values())
+
+
+def _fills_later(path: str, full: int, what: str) -> None:
+    inner = Full(what)
+    io = AsyncCheckpointIO(inner)
+
+    def arm() -> None:
+        inner.full = rank() == full
+
+    trainer(2, plugins=[io], callbacks=[Later(path, io, arm)]).fit(Draws(), samples(), held_out())
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(("full", "what"), [(1, "rank1"), (0, "rank0"), (0, "x.ckpt")])
+def test_a_disk_that_was_full_later_is_raised_on_all_and_the_old_checkpoint_stays(
+    full: int, what: str, tmp_path: Path
 ) -> None:
-    """`ckpt_path="saved/last.ckpt"` is the file that a ModelCheckpoint writes by its whole path."""
-    monkeypatch.chdir(tmp_path)
-    path = str(tmp_path / "last.ckpt")
-
-    def saves(files: RankFiles, save: str) -> None:
-        io = AsyncCheckpointIO(TorchCheckpointIO())
-        files.begin(io, path, save, [0], None)
-        for name in (rank_file(path, save, 0), path):
-            io.save_checkpoint({"save": save}, name)
-        files.finish(io, path, save)
-        io.teardown()
-        files.settle(io)
-
-    first, second = RankFiles(), RankFiles()
-    saves(first, "a")
-    second.names("last.ckpt", "a")
-    saves(second, "b")
-    names = {"index.ckpt", Path(rank_file(path, "b", 0)).name}
-    assert {file.name for file in (tmp_path / "last.ckpt.ranks").iterdir()} == names
+    with Forked(2, _fills_later, str(tmp_path / "x.ckpt"), full, what) as forked:
+        results = forked.results(30)
+    assert results[full].kind == "OSError"
+    assert results[1 - full].kind == "PeerFailedError"
+    assert f"rank {full} could not write its " in results[1 - full].error
+    assert "No space left on device" in results[1 - full].error
+    main = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert main["epoch"] == 0
+    assert all(own["save"] == main["lightning_async"]["save"] for own in files_of(tmp_path / "x.ckpt").values())
 
 
 def test_files_may_lie_elsewhere(tmp_path: Path) -> None:

@@ -8,18 +8,20 @@ import time
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import IterableDataset
 
 from lightning_async import SpeedFaults
 from lightning_async.progress.progress import Progress
+from lightning_async.strategies.counts import Counts
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
 from tests.strategies.ranks import run
 
@@ -298,8 +300,9 @@ def test_a_stream_whose_epoch_is_limited() -> None:
 
 
 def test_a_rank_that_runs_dry_leaves_the_others_running_and_meets_them() -> None:
+    """Its average is made equal with theirs at each meeting, though it has not changed since the last one."""
     options = {"max_epochs": 1, "val_check_interval": 15, "check_val_every_n_epoch": None}
-    found = both(streamed, [4 * 100, 4 * 8], options)
+    found = both(streamed, [4 * 100, 4 * 8], {**options, "callbacks": [EMAWeightAveraging()]})
     assert found[0]["batches"] == 100
     assert found[1]["batches"] == 8
     assert found[0]["validated"] == [15, 30, 45]
@@ -457,3 +460,28 @@ def test_bad_samples_between_meetings(every: Any) -> None:
 def test_bad_grace(grace: Any) -> None:
     with pytest.raises(ValueError, match="`grace` must be a number of seconds of at least 0"):
         trainer(1, knobs={"grace": grace})
+
+
+def due(every: int, *, shared: bool = True, length: int | None = 500, **options: Any) -> list[Any]:
+    """What the counts of a Trainer ask for whose ranks have so many batches in an epoch."""
+    told = {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "check_val_every_n_epoch": 1, **options}
+    one: Any = SimpleNamespace(max_steps=-1, callbacks=[], fast_dev_run=False, val_check_interval=every, **told)
+    feeding: Any = SimpleNamespace(share=object() if shared else None, epoch_batches=lambda: length, limit=1.0)
+    counts = Counts(None)
+    counts.take(one, feeding)
+    return list(counts.items(one, feeding, 2))
+
+
+@pytest.mark.parametrize(
+    "never", [{"every": 1000}, {"every": 501}, {"every": 9, "shared": False, "length": None, "limit_train_batches": 8}]
+)
+def test_an_interval_that_no_epoch_reaches_is_refused(never: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"`val_check_interval` \({never['every']}\) must be at most .* \((500|8)\)"):
+        due(**never)
+    assert due(**never, check_val_every_n_epoch=None)
+    assert due(**never, limit_val_batches=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"shared": False, "length": 3}, {"shared": False, "length": None}])
+def test_an_interval_that_may_be_reached_is_not_refused(options: dict[str, Any]) -> None:
+    assert due(500, **options)  # streams of unlike lengths may be long enough together

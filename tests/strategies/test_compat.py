@@ -56,6 +56,9 @@ def test_what_is_read_exists(t: L.Trainer) -> None:
     assert t._logger_connector._callback_metrics == {}
     assert t._logger_connector._first_loop_iter is None
     assert AsyncCheckpointIO()._executor is None
+    assert AsyncCheckpointIO()._error is None
+    assert AsyncCheckpointIO()._checkpoint_io is None
+    assert callable(AsyncCheckpointIO()._ensure_setup)
 
 
 def test_everything_is_put_back(t: L.Trainer) -> None:
@@ -105,6 +108,7 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
     assert compat.callbacks(t) is t.callbacks
     average = WeightAveraging()
     assert compat.average_of(average) is None
+    assert compat.averaged_until(average) == 0
     average.setup(t, Lit(), "fit")
     assert compat.average_of(average) is not None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from lightning_async import GossipRingStrategy
 from lightning_async.strategies import STRATEGIES
 from lightning_async.strategies.facts import digest, knobs_of, knobs_of_groups
-from lightning_async.strategies.recording import Recording, log_name
+from lightning_async.strategies.recording import Recording, fits_in, log_name
+from lightning_async.transport.mail import Wait
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
 
@@ -128,3 +130,47 @@ def test_a_folder_may_be_a_path(tmp_path: Path) -> None:
 
 def test_names_of_logs() -> None:
     assert [log_name(3), log_name(3, 2)] == ["rank3.jsonl", "fit2.rank3.jsonl"]
+
+
+def _again(folder: str, epochs: int) -> None:
+    t = trainer(2, knobs={"record": folder}, max_epochs=epochs)
+    t.fit(Lit(), loader(), loader(40, shuffle=False))
+
+
+def test_a_job_that_was_requeued_overwrites_no_log(tmp_path: Path) -> None:
+    """Nor does it take the number that only another rank finds taken: hosts may have folders of their own."""
+    run(2, _again, str(tmp_path), 1)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(first) == ["rank0.jsonl", "rank1.jsonl"]
+    run(2, _again, str(tmp_path), 1)
+    assert {name: (tmp_path / name).read_bytes() for name in first} == first
+    assert fits_in(tmp_path) == [1, 2]
+    runs = [json.loads((tmp_path / log_name(rank, 2)).read_text().splitlines()[0])["run"] for rank in range(2)]
+    assert runs[0] == runs[1] != json.loads(first["rank0.jsonl"].splitlines()[0])["run"]
+
+
+class Words:
+    """Rounds in which another rank says a number of its own."""
+
+    def __init__(self, other: int) -> None:
+        self.other = other
+
+    def agree(self, word: bytes, *, what: str) -> Wait[dict[int, bytes]]:
+        yield from ()
+        return {0: word, 1: str(self.other).encode()}
+
+
+@pytest.mark.parametrize(("other", "agreed"), [(1, 4), (7, 7)])
+def test_the_next_number_is_behind_all_that_any_rank_finds(other: int, agreed: int, tmp_path: Path) -> None:
+    for name in ("rank0.jsonl", "fit3.rank12.jsonl", "fit9.jsonl", "fit8.rank0.json", "meetings.jsonl"):
+        (tmp_path / name).touch()
+    with pytest.raises(StopIteration) as end:
+        next(Recording(tmp_path).number(Words(other)))  # type: ignore[arg-type]
+    assert end.value.value == agreed
+
+
+def test_two_runs_at_once_do_not_share_files(tmp_path: Path) -> None:
+    (tmp_path / "rank0.jsonl").touch()
+    carrier = SimpleNamespace(me=0, world=1)
+    with pytest.raises(RuntimeError, match=r"rank0.jsonl is there already.*give each its own `record=`"):
+        Recording(tmp_path).of(carrier, fit=1)  # type: ignore[arg-type]

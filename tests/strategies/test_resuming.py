@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import GossipRingStrategy, SpeedFaults
 from lightning_async.algorithms.algorithm import UNIT
-from tests.strategies.lit import INPUTS, TARGETS, Lit, trainer, weights
+from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 from tests.strategies.resumable import (
     Draws,
@@ -232,6 +232,7 @@ def test_another_world_goes_on_from_the_consensus_and_says_so(
     sentence = restored[0]["said"][0]
     assert f"it was saved by {before} ranks, and there are {after}" in sentence
     assert "All ranks start from the consensus" in sentence
+    assert "nobody goes on with the others' streams" in sentence
 
 
 class SeenBySave(Saves):
@@ -285,6 +286,47 @@ def test_a_missing_file_of_one_rank_is_said_and_all_go_on_from_the_consensus(tmp
     assert first["seen"]["optimizers"] == second["seen"]["optimizers"] == saved[0]["seen"]["optimizers"]
     (sentence,) = first["said"]
     assert f"{name} cannot be read (FileNotFoundError" in sentence
+
+
+def _batches(sizes: tuple[int, int], path: str, resume: bool) -> dict[str, Any]:
+    """What a rank of push-sum holds when it begins, and whether it posts."""
+    save, pace = Saves(path, epoch=0, batch=4), SpeedFaults(step_seconds=0.002)
+    t = trainer(2, knobs={"mode": "push_sum", "at_meeting": "keep"}, callbacks=[pace] if resume else [pace, save])
+    strategy = t.strategy
+    assert isinstance(strategy, GossipRingStrategy)
+    algorithm: Any = strategy.algorithm
+    begun = look_when_put_back(t, lambda _: (algorithm.mass, strategy.replica.own.tolist()))
+    posted: list[int] = []
+    algorithm_push = algorithm._push
+
+    def push(replica: Any, mail: Any) -> None:
+        before = algorithm.mass
+        algorithm_push(replica, mail)
+        posted.append(before - algorithm.mass)
+
+    algorithm._push = push
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        t.fit(Lit(), loader(sizes[rank()], n=160), held_out(), ckpt_path=path if resume else None)
+    said = [str(w.message) for w in caught if "masses begin anew" in str(w.message)]
+    return {"begun": begun[0], "posted": sum(posted), "said": said, "saved": save.seen.get("own")}
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize(("sizes", "who"), [((4, 16), "1"), ((16, 16), "0, 1")])
+def test_other_batch_sizes_begin_with_masses_of_now_and_the_consensus(
+    sizes: tuple[int, int], who: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "x.ckpt")
+    saved = run(2, _batches, (4, 4), path, False)
+    assert saved[0]["saved"] != saved[1]["saved"]
+    first, second = run(2, _batches, sizes, path, True)
+    assert [first["begun"][0], second["begun"][0]] == [size * UNIT for size in sizes]
+    assert first["begun"][1] == second["begun"][1]
+    assert first["posted"] + second["posted"] > 0
+    (sentence,) = first["said"]
+    assert f"the batch of rank {who} has another size than when the run was saved" in sentence
+    assert not second["said"]
 
 
 # -- plain Lightning, and what is refused ------------------------------------------------------------------------------

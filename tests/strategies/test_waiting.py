@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_async.data.share import make_share
 from lightning_async.strategies.waiting import Flags, PeerFailedError, drive
 from lightning_async.transport.mail import Wait
+from lightning_async.transport.rounds import Rounds
 from tests.data.epoch_bench import Clock, FakeBoard
 
 
@@ -43,6 +44,15 @@ def test_waiting_ends_with_what_was_missing() -> None:
     share.begin_epoch(3, total=40)
     with pytest.raises(TimeoutError, match="waited 0 s for the opening of epoch 3; the limit is 0 s"):
         drive(share.next_batch(8), Flags(carrier()), limit=0.0)
+
+
+def test_who_waits_in_vain_says_for_whom_and_for_what_and_what_to_do() -> None:
+    alone = SimpleNamespace(
+        me=0, decided={}.get, wait=lambda seconds: None, members=lambda: (0, 1), propose=lambda key, word: None
+    )
+    wanted = r"rank 0 waited 0 s for rank \d to come to 'where to save' \(round0/1\); .* raise `meeting_timeout`"
+    with pytest.raises(TimeoutError, match=wanted):
+        drive(Rounds(alone).agree(b"", what="where to save"), Flags(alone), limit=0.0)  # type: ignore[arg-type]
 
 
 def test_a_death_is_told_once_by_the_first_that_lives(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import tempfile
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_async.strategies.whole_files import WholeFiles
 from tests.strategies.lit import Lit, loader, trainer
@@ -56,12 +57,54 @@ def test_nothing_passes_by_the_folder_for_temporary_files(tmp_path: Path, monkey
     assert _loaded(tmp_path / "ours.ckpt") == NEW["weights"].tolist()
 
 
+def test_what_replaces_another_is_on_the_disk_before_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that loses its power has one of the two."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def settles(file: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    def renames(part: str, name: str) -> None:
+        done.append("renamed")
+        replace(part, name)
+
+    monkeypatch.setattr(os, "fsync", settles)
+    monkeypatch.setattr(os, "replace", renames)
+    WholeFiles().save_checkpoint(NEW, tmp_path / "last.ckpt")
+    assert done == [f"{tmp_path}/last.ckpt.part", "renamed", str(tmp_path)]
+
+
+def test_what_a_killed_write_left_is_removed_too(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint(NEW, path)
+    (tmp_path / "last.ckpt.part").write_bytes(b"half")
+    WholeFiles().remove_checkpoint(path)
+    WholeFiles().remove_checkpoint(path)
+    assert not list(tmp_path.iterdir())
+
+
 class Theirs(TorchCheckpointIO):
     pass
 
 
-@pytest.mark.parametrize(("plugins", "kind"), [([], WholeFiles), ([Theirs()], Theirs)])
-def test_strategies_write_so_unless_the_user_chose_another_way(plugins: list[Any], kind: type[Any]) -> None:
+def _kinds(io: Any) -> list[type[Any]]:
+    inner = getattr(io, "checkpoint_io", None)
+    return [type(io)] if inner is None else [type(io), *_kinds(inner)]
+
+
+@pytest.mark.parametrize(
+    ("plugins", "kinds"),
+    [
+        ([], [WholeFiles]),
+        ([Theirs()], [Theirs]),
+        ([AsyncCheckpointIO()], [AsyncCheckpointIO, WholeFiles]),
+        ([AsyncCheckpointIO(TorchCheckpointIO())], [AsyncCheckpointIO, WholeFiles]),
+        ([AsyncCheckpointIO(Theirs())], [AsyncCheckpointIO, Theirs]),
+    ],
+)
+def test_strategies_write_so_unless_the_user_chose_another_way(plugins: list[Any], kinds: list[type[Any]]) -> None:
     t = trainer(1, max_epochs=1, plugins=plugins)
     t.fit(Lit(), loader(), loader(10, shuffle=False))
-    assert type(t.strategy.checkpoint_io) is kind
+    assert _kinds(t.strategy.checkpoint_io) == kinds

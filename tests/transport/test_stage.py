@@ -63,7 +63,8 @@ def test_those_who_wait_for_each_other_are_told_apart_from_those_who_wait() -> N
         if seat.me < 2:
             drive(stage, Rounds(seat).barrier())
 
-    with pytest.raises(Divergence, match="do not fit together: member 0 waits for rank 2 at round0/1; member 1 waits"):
+    told = r"do not fit together: member 0 waits for rank 2 to come to 'barrier' \(round0/1\); member 1 waits"
+    with pytest.raises(Divergence, match=told):
         run(life)
 
 

@@ -71,7 +71,10 @@ def averaging(folder: Path) -> dict[str, Any]:
     }
 
 
-AVERAGED = "averages of all ranks become their mean before they are validated, saved, or left as the result"
+AVERAGED = (
+    "averages of all ranks become their mean before they are validated, saved, or left as the result; by the steps of "
+    "the run, once a batch at most"
+)
 
 
 AVERAGING = Scene(
@@ -95,7 +98,7 @@ AVERAGING = Scene(
                 kind,
                 "",
                 lambda a, b, k=key: alike(a[k], b[k]) and not a[k].looked[0] and a[k].looked[-1] and b[k].looked[-1],
-                "thaws at a meeting; exchange begins anew with the new set",
+                "thaws at a meeting; exchange begins anew with the new set; stays thawed in a run that goes on",
             )
             for kind, key in (("BackboneFinetuning", "backbone"), ("BaseFinetuning", "thaws"))
         ],

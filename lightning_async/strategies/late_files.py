@@ -1,0 +1,143 @@
+"""Where files are written later, a main file waits in its writer's queue until every rank says that its own is there.
+
+    rank 0's writer    index   own   [ has everybody said so? ]   main file   what it replaces goes
+    rank 1's writer    own   says so on the board
+
+Training goes on meanwhile. Who died has no file to wait for. Where a rank could not write, or said nothing for as long
+as a meeting may take, no main file is replaced and nothing is removed any more: what is there stays, and all ranks
+stop with that error at their next save, or at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Event
+from typing import TYPE_CHECKING
+
+from lightning_async.strategies import compat
+from lightning_async.strategies.waiting import GLANCE
+from lightning_async.transport.mail import Carrier, Wait
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
+log = logging.getLogger(__name__)
+WRITTEN, DIED = b"+", b"-"
+LOOK = 0.05
+"""Seconds between two looks at what the others said."""
+LEAVE_FAILED = 2.0
+"""Seconds that a run which failed waits for what is still to be written."""
+
+
+class LateFiles:
+    """What one rank has still to write, seen from its training thread and from its writer's."""
+
+    def __init__(self, strategy: AsyncStrategy) -> None:
+        self._strategy = strategy
+        self.begin()
+
+    def begin(self) -> None:
+        """A run begins, with nothing in the queue."""
+        self._leaving = Event()
+        self._stuck: Exception | None = None
+        self._shut = False
+
+    def trouble(self) -> BaseException | None:
+        """Why something that this rank was to write is not there."""
+        return self._stuck or compat.late_error(self._strategy.checkpoint_io)
+
+    def tell(self, save: str) -> None:
+        """Let the others know when this rank's part of `save` is there, or why not. Called right behind its write."""
+        if not compat.writes_later(self._strategy.checkpoint_io):
+            return
+        carrier = self._strategy.office.carrier
+
+        def say() -> None:
+            error = self.trouble()
+            word = WRITTEN if error is None else f"{type(error).__name__}: {error}".encode()[:2000]
+            carrier.propose(_key(save, carrier.me), word)
+
+        compat.behind_writes(self._strategy.checkpoint_io, say)
+
+    def write_main(self, save: str, ranks: Sequence[int], write: Callable[[], None]) -> None:
+        """Write the file that names `save`: now, or once all that it names is there."""
+        io = self._strategy.checkpoint_io
+        if compat.writes_later(io):
+            compat.write_when(io, partial(self._all_there, self._strategy.office.carrier, save, ranks), write)
+        else:
+            write()
+
+    def behind(self, remove: Callable[[], object]) -> None:
+        """Remove something when all that was to be written before is there; never, if that went wrong."""
+        compat.behind_writes(self._strategy.checkpoint_io, lambda: self._failed or remove())
+
+    def finish(self) -> Wait[BaseException | None]:
+        """Wait until this rank has written all that it was to write; why it could not."""
+        written = self._mark()
+        while not written.is_set():
+            yield "this rank's checkpoints to be written"
+        return self.trouble()
+
+    def leave(self) -> None:
+        """The run is over, the board is still there: let what is under way be written, but not for ever."""
+        office = self._strategy.office
+        if not office.is_open or not compat.writes_later(self._strategy.checkpoint_io):
+            return
+        carrier, written, end = office.carrier, self._mark(), time.monotonic() + office.limit
+        while time.monotonic() < end and not written.wait(GLANCE):
+            if office.flags.failed or carrier.failed or carrier.decided("abort") is not None:
+                written.wait(LEAVE_FAILED)
+                break
+        self._leaving.set()
+
+    # -- in the writer's thread ---------------------------------------------------------------------------------------
+
+    @property
+    def _failed(self) -> bool:
+        return self._shut or self.trouble() is not None
+
+    def _all_there(self, board: Carrier, save: str, ranks: Sequence[int]) -> bool:
+        """Wait until all have told; whether the main file may be written."""
+        end = time.monotonic() + self._strategy.office.limit
+        ranks = [rank for rank in ranks if rank != board.me]  # this rank's part was before this in the queue
+        words = [self._word(board, save, rank) for rank in ranks]
+        while None in words and not self._failed:
+            if time.monotonic() > end:
+                silent = ranks[words.index(None)]
+                self._stuck = TimeoutError(f"rank {silent} did not say that its part of the checkpoint is written")
+            elif self._leaving.wait(LOOK):
+                self._shut = True
+            words = [self._word(board, save, rank) for rank in ranks]
+        self._shut |= any(word not in (WRITTEN, DIED) for word in words)
+        if self._failed:
+            log.warning("a checkpoint is left out, and the one before it stays: %s", _why(ranks, words))
+        return not self._failed
+
+    def _word(self, board: Carrier, save: str, rank: int) -> bytes | None:
+        """What a rank said of its part; the board decides whether it died before it could."""
+        word = board.decided(_key(save, rank))
+        if word is None and rank not in board.members():
+            board.propose(_key(save, rank), DIED)
+        return word
+
+    def _mark(self) -> Event:
+        """Set when the queue is written as far as it is long now."""
+        written = Event()
+        compat.behind_writes(self._strategy.checkpoint_io, written.set)
+        return written
+
+
+def _key(save: str, rank: int) -> str:
+    return f"written/{save}/{rank}"
+
+
+def _why(ranks: Sequence[int], words: Sequence[bytes | None]) -> str:
+    failed = {rank: word for rank, word in zip(ranks, words, strict=True) if word not in (WRITTEN, DIED)}
+    if not failed:
+        return "this rank could not write its own part"
+    rank, word = next(iter(failed.items()))
+    said = "has not said that its part is written" if word is None else f"said {word.decode(errors='replace')}"
+    return f"rank {rank} {said}"
