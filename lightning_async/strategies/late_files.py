@@ -41,7 +41,7 @@ class LateFiles:
 
     def begin(self) -> None:
         """A run begins, with nothing in the queue."""
-        self._leaving = Event()
+        self._leaving = False  # not an Event: a strategy is pickled before it runs
         self._stuck: Exception | None = None
         self._shut = False
 
@@ -91,7 +91,7 @@ class LateFiles:
             if office.flags.failed or carrier.failed or carrier.decided("abort") is not None:
                 written.wait(LEAVE_FAILED)
                 break
-        self._leaving.set()
+        self._leaving = True
 
     # -- in the writer's thread ---------------------------------------------------------------------------------------
 
@@ -108,8 +108,8 @@ class LateFiles:
             if time.monotonic() > end:
                 silent = ranks[words.index(None)]
                 self._stuck = TimeoutError(f"rank {silent} did not say that its part of the checkpoint is written")
-            elif self._leaving.wait(LOOK):
-                self._shut = True
+            self._shut |= self._leaving
+            time.sleep(LOOK)
             words = [self._word(board, save, rank) for rank in ranks]
         self._shut |= any(word not in (WRITTEN, DIED) for word in words)
         if self._failed:
