@@ -22,7 +22,8 @@ from lightning_async.transport.gloo import Keys
 WATCH_SECONDS = 10.0
 """A key is looked for until this long after `decided` last asked for it."""
 FLAGS = frozenset({"abort", "stop"})
-"""Asked for before every batch and in every wait: no wait hurries for them alone."""
+"""Asked for before every batch, however long that is, and in every wait: looked for as long as the run lasts, and no
+wait hurries for them alone."""
 SAID = "said"
 """The counter of what was proposed."""
 
@@ -115,7 +116,7 @@ class Requests:
         for key, asked in list(self._watched.items()):
             if key not in self._decided and (anew or key not in self._looked):
                 found |= self._look_for(store, key)
-            if key in self._decided or time.monotonic() - asked > WATCH_SECONDS:
+            if key in self._decided or (key not in FLAGS and time.monotonic() - asked > WATCH_SECONDS):
                 self._watched.pop(key, None)
                 self._looked.discard(key)
         return found

@@ -187,6 +187,20 @@ def test_no_wait_hurries_for_the_flags_of_the_run() -> None:
     assert requests.open
 
 
+def test_the_flags_are_looked_for_in_the_longest_batch(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes out of it stops at once, and not behind the next one."""
+    monkeypatch.setattr("lightning_async.transport.requests.WATCH_SECONDS", -1.0)
+    requests, keys = Requests(), keys_of(store, "run")
+    for key in ("stop", "another"):
+        assert requests.decided(key) is None
+    requests.answer(keys, said=0, anew=True)
+    for key in ("stop", "another"):
+        keys.compare_set(f"say/{key}", b"", b"=1")
+    requests.answer(keys, said=1, anew=True)
+    assert requests.decided("stop") == b"1"
+    assert requests.decided("another") is None
+
+
 class Counting:
     """A store that counts how often it is asked for a key."""
 
