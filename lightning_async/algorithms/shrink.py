@@ -19,7 +19,7 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -177,7 +177,7 @@ class Stability(Law):
         if not self.sees:
             return 1 / (1 + self.pressure * excess)
         step = self._lr * self._turned / self._went
-        return steadiness(excess, self._momentum) / (MARGIN * step) if step > 0 else 1.0
+        return steadiness(excess, _near(self._momentum)) / (MARGIN * step) if step > 0 else 1.0
 
     def further(self, already: float, excess: float) -> float:
         """What a stage sees of curvature is that of gradients as they came, shrunk on their way."""
@@ -227,7 +227,7 @@ MARGIN = 4.0
 """The limit of stability over the largest step without a swing, delay^delay / (delay + 1)^(delay + 1): 4 to 4.3."""
 
 
-@cache
+@lru_cache(4096)
 def steadiness(delay: float, momentum: float = 0.0) -> float:
     """The largest lr x curvature at which gradient descent with this delay and momentum m converges.
 
@@ -246,6 +246,11 @@ def steadiness(delay: float, momentum: float = 0.0) -> float:
         low, high = (low, middle) if ahead(middle) else (middle, high)
     z = cmath.exp(1j * high)
     return abs((z - 1) * (z - momentum))
+
+
+def _near(momentum: float) -> float:
+    """To three digits of what it lacks to 1: a momentum that changes at every step is the same one now and then."""
+    return 1 - float(f"{1 - momentum:.3g}")
 
 
 def law(name: LawName, *, beta: float = 0.5, rate: float = 0.1, power: float = 0.5, knee: float = 8.0) -> Law:

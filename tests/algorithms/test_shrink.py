@@ -197,6 +197,21 @@ def test_stability_sees_which_steps_are_too_large_for_their_delay() -> None:
     assert made.factor(3) == pytest.approx(steadiness(3) / MARGIN / 0.1 / (130 / 30))
 
 
+def test_a_momentum_that_changes_at_every_step_is_not_looked_up_each_time() -> None:
+    made = Stability()
+    for _ in range(10):
+        made.look(7.0, 1.0, lr=0.5, momentum=0.9)
+    steadiness.cache_clear()
+    for step in range(5000):
+        momentum = 0.85 + 0.1 * step / 5000
+        made.look(7.0, 1.0, lr=0.5, momentum=momentum)
+        found = made.factor(3)
+    assert found == pytest.approx(steadiness(3, momentum) / MARGIN / 3.5, rel=0.01)
+    assert steadiness.cache_info().currsize <= 1001
+    made.look(7.0, 1.0, lr=0.5, momentum=0.9999)
+    assert made.factor(3) == pytest.approx(steadiness(3, 0.9999) / MARGIN / 3.5, rel=0.01)  # far from that of 1
+
+
 def test_gradients_that_jump_raise_the_shrink_and_are_forgotten() -> None:
     made = Stability()
     for _ in range(200):
