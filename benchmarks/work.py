@@ -283,7 +283,7 @@ class Recorder(Callback):
     def _look(self, strategy: AsyncStrategy, now: float) -> None:
         new = strategy.arrivals()
         self._arrivals += new
-        folded = (a.peer for a in new if a.fate in FOLDED and a.peer != strategy.global_rank)
+        folded = (a.other for a in new if a.fate in FOLDED and a.other != strategy.global_rank)
         self.record.remote += [(now, peer) for peer in folded]
 
     def _count(self) -> None:

@@ -22,7 +22,7 @@ class Arrival:
     """One message that reached a member.
 
     Attributes:
-        peer: The rank that sent it.
+        peer: The rank that sent it; what a rank pushed to a server it tells of itself, with its own rank.
         base: The version (server) or step (peer to peer) the sender started from.
         launched: The receiver's own step when the message was launched, as the sender had last heard it.
         folded: The receiver's own step at the fold.
@@ -30,6 +30,7 @@ class Arrival:
         samples: How many samples the correction stands for.
         factor: The shrink that was applied, 1 where nothing was shrunk.
         fate: What became of it.
+        owner: The rank whose shard it was merged into; -1 where the one that tells merged it.
     """
 
     peer: int
@@ -40,6 +41,12 @@ class Arrival:
     samples: int = 0
     factor: float = 1.0
     fate: Fate = Fate.FOLDED
+    owner: int = -1
+
+    @property
+    def other(self) -> int:
+        """The rank at the other end of the exchange: who owns the shard, or who sent."""
+        return self.peer if self.owner < 0 else self.owner
 
     @property
     def delay(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_async.arrival import Arrival, ArrivalLog
 
 
@@ -11,6 +13,11 @@ def arrival(folded: int) -> Arrival:
 
 def test_the_delay_is_counted_in_the_receivers_steps() -> None:
     assert arrival(7).delay == 5
+
+
+def test_the_other_end_is_the_sender_or_who_owns_what_was_pushed_to() -> None:
+    assert arrival(7).other == 1
+    assert replace(arrival(7), owner=0).other == 0
 
 
 def test_each_reader_sees_all_once() -> None:

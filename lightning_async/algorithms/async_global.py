@@ -117,7 +117,7 @@ class AsyncGlobal(Algorithm):
         flat, shards = replica.flat.cpu(), cut(replica.numel, min(self.shards or MANY, mail.world))
         self.owners = Owners(rounds.carrier, len(shards), self._beginnings)
         codec, theirs = (codecs(self.wire, shards, replica.places, like) for like in (replica.flat, flat))
-        self.exchanges = [Exchange(shard, replica.flat, codec.of(shard.number)) for shard in shards]
+        self.exchanges = [Exchange(shard, replica.flat, codec.of(shard.number), mail.me) for shard in shards]
         for exchange in self.exchanges:
             exchange.belongs_to(self.owners.owner(exchange.shard.number), self.owners.place(exchange.shard.number))
         mine = {exchange.place: flat[exchange.shard.part] for exchange in self.exchanges if exchange.owner == mail.me}

@@ -142,7 +142,7 @@ class CyclicDelay(Algorithm):
         shards = cut(replica.numel, min(self.shards or MANY, mail.world))
         self.owners = Owners(rounds.carrier, len(shards), self._beginnings)
         kind = TokenExchange if self.push == "gradient" else DeltaExchange
-        self.exchanges: list[TokenExchange | DeltaExchange] = [kind(shard, replica.flat) for shard in shards]
+        self.exchanges: list[TokenExchange | DeltaExchange] = [kind(shard, replica.flat, mail.me) for shard in shards]
         members = mail.members()
         first: dict[int, int] = {}
         for exchange in self.exchanges:

@@ -28,8 +28,8 @@ class DeltaExchange(Exchange):
         bidden: For which step, and hearing whom, it last said that it waits.
     """
 
-    def __init__(self, shard: Shard, weights: Tensor) -> None:
-        super().__init__(shard, weights, EXACT)
+    def __init__(self, shard: Shard, weights: Tensor, me: int) -> None:
+        super().__init__(shard, weights, EXACT, me)
         self.count = self.token = 0
         self.bidden: tuple[int, tuple[int, ...]] = (0, ())
         self._given = self._at = 0

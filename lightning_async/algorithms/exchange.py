@@ -48,11 +48,11 @@ class Exchange:
         pulls: How often the newest weights came as they were asked for.
     """
 
-    def __init__(self, shard: Shard, weights: Tensor, codec: Codec) -> None:
+    def __init__(self, shard: Shard, weights: Tensor, codec: Codec, me: int) -> None:
         self.shard, self.base = shard, weights[shard.part].clone()
         self.owner = self.place = -1
         self.version = self.asked = self.step = self.clean = self.samples = self.pulls = 0
-        self._codec = codec
+        self._codec, self._me = codec, me
         self._pushed = torch.zeros_like(self.base)
         self._exact = True
         self._unanswered = 0
@@ -136,7 +136,7 @@ class Exchange:
         base, factor = min(self.version, at), max(0, said) / MILLION
         if factor > 0:
             self._mine = [*self._mine, (self.step, m.version, self._sent)][-REMEMBERED:]
-        return Arrival(letter.peer, base, base, at, letter.seconds, self._sent, factor, fate)
+        return Arrival(self._me, base, base, at, letter.seconds, self._sent, factor, fate, owner=letter.peer)
 
     def _lost(self, letter: Letter) -> list[Arrival]:
         """A new owner's weights are older: own arrivals that are not in them are in nobody's."""
@@ -144,4 +144,5 @@ class Exchange:
         known = m.samples >= 0
         lost = [one for one in self._mine if (one[0] > m.samples if known else one[1] > m.weight)]
         self._mine = [one for one in self._mine if one not in lost]
-        return [Arrival(letter.peer, v, min(v, m.version), v, letter.seconds, n, 0.0, Fate.LOST) for _, v, n in lost]
+        me, owner, age = self._me, letter.peer, letter.seconds
+        return [Arrival(me, v, min(v, m.version), v, age, n, 0.0, Fate.LOST, owner=owner) for _, v, n in lost]

@@ -195,7 +195,7 @@ class Replaying(Recording):
             said.append(f"its weights were last seen as recorded after step {self._sure}")
         if last is not None:
             said.append(
-                f"last fold in step {last.folded}, from member {last.peer} (its step {last.base}, delay {last.delay})"
+                f"last fold in step {last.folded}, from member {last.other} (its step {last.base}, delay {last.delay})"
             )
         raise Difference(me, step, "; ".join(said))
 

@@ -69,6 +69,16 @@ def test_all_members_end_with_the_same_w_to_the_bit() -> None:
         )
 
 
+def test_who_is_late_is_who_pushed_not_who_owns() -> None:
+    outcome = go([1, 1, 1, 4], local_steps=4, attenuation="none", cluster={"latency": 0.01})
+    told = [(rank, a) for rank in range(4) for a in arrivals(outcome, rank)]
+    assert all(a.peer == rank for rank, a in told)
+    assert {a.owner for _, a in told} == {a.other for _, a in told} == {0, 1, 2, 3}
+    delays = [[a.delay for _, a in told if a.peer == rank] for rank in range(4)]
+    means = [sum(of) / len(of) for of in delays]
+    assert means[3] > 2 * max(means[:3])
+
+
 def test_late_corrections_count_less_and_what_counts_sums_to_the_whole() -> None:
     """With a fixed number of steps the slow member is late; by the paper's and by the other laws it counts for less."""
     fair = go([1, 1, 1, 10], local_steps=4, attenuation="none").sample_weights
@@ -314,7 +324,7 @@ def test_with_an_owner_at_most_so_many_arrivals_die(dead: int, every: int, laten
     assert count <= every
     for r in outcome.trained:
         assert outcome.trained[r].waits == 0
-        assert any(a.delay >= 0 and a.peer != dead for a in arrivals(outcome, r))
+        assert any(a.delay >= 0 and a.owner != dead for a in arrivals(outcome, r))
 
 
 def test_an_owner_that_wakes_finds_that_it_is_none_any_more() -> None:
@@ -323,7 +333,7 @@ def test_an_owner_that_wakes_finds_that_it_is_none_any_more() -> None:
     outcome = go([1] * 4, faults=lambda c: c.freeze(0, 1.0, at=1.0), cluster={"silence": 0.3}, **EXACT, seconds=3)
     assert {a.owners.owner(0) for a in outcome.algorithms} == {1}
     assert len({a.exchanges[0].place for a in outcome.algorithms}) == 1
-    late = [a.peer for a in arrivals(outcome, 0)]
+    late = [a.owner for a in arrivals(outcome, 0)]
     assert set(late) == {0, 1}
 
 
@@ -461,8 +471,8 @@ def test_a_member_pushes_to_itself_as_often_as_to_the_others() -> None:
     n = 4  # shards of 64 bytes
     outcome = go([1.0] * n, seconds=6.0, attenuation="none", cluster={"latency": 0.01, "bandwidth": 64 / 0.05})
     for rank in range(n):
-        delays = [a.delay for a in arrivals(outcome, rank) if a.peer != rank]
-        own = sum(a.peer == rank for a in arrivals(outcome, rank))
+        delays = [a.delay for a in arrivals(outcome, rank) if a.owner != rank]
+        own = sum(a.owner == rank for a in arrivals(outcome, rank))
         assert len(delays) > 9
         assert own <= len(delays) / (n - 1) + 2
         assert max(delays) <= 3 * (n - 1)

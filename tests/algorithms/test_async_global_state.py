@@ -75,7 +75,7 @@ def life(carrier: Carrier, *, exchange: bool = False, **knobs: Any) -> Program:
 
 def told(arrivals: list[Arrival]) -> list[tuple[int, int, int]]:
     """What became of own pushes; answers that came between the same two steps have no order."""
-    return sorted((arrival.peer, arrival.base, arrival.folded) for arrival in arrivals)
+    return sorted((arrival.owner, arrival.base, arrival.folded) for arrival in arrivals)
 
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)

@@ -57,6 +57,13 @@ def test_the_sum_of_what_was_pushed_is_the_sum_of_what_was_computed(
 
 
 @pytest.mark.parametrize("push", PUSHES)
+def test_each_tells_of_its_own_pushes_with_its_own_rank(push: Any) -> None:
+    _, trained = go([1, 1, 4], push=push)
+    assert all(arrival.peer == rank for rank, arrival in pushes(trained))
+    assert {arrival.owner for arrival in arrivals(trained)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("push", PUSHES)
 @pytest.mark.parametrize("token", TOKENS)
 def test_latency_and_chance_lose_nothing(token: Any, push: Any) -> None:
     for seed in range(6):

@@ -158,7 +158,7 @@ def _in_mid_reply(how: str, rank: int) -> dict[str, Any]:
         "weights": weights(lit),
         "lost": sum(a.fate is Fate.LOST for a in arrivals),
         "takeovers": [owners.place(shard) // MOST % RUN - 1 for shard in range(3)],
-        "peers": Counter(a.peer for a in arrivals),
+        "peers": Counter(a.owner for a in arrivals),
     }
 
 
