@@ -46,7 +46,8 @@ class Algorithm(ABC):
     """Whether it steps with the members' gradients itself: `before_step` then comes behind unscaling and clipping, and
     takes them away from the optimizer."""
     shrinks: str = "corrections"
-    """What the factors of `shrink` multiply: "corrections" of the weights, or "gradients" that an optimizer gets."""
+    """What the factors of `shrink` multiply: "corrections" of the weights, "gradients" that a member's optimizer gets,
+    "served gradients" that a server's does, or "nothing": it is never asked."""
     kinds: ClassVar[Mapping[int, str]] = {}
     """What its kinds of messages are called where people read them."""
     skipped: int = 0

@@ -120,7 +120,8 @@ class CyclicDelay(Algorithm):
         self.late = compensated(compensation, compensation_strength)
         self.max_accumulate, self.warm_up, self.max_delay = max_accumulate, warm_up, max_delay
         self.shards, self.mirror_every = shards, mirror_every
-        self.takes_gradients, self.shrinks = push == "gradient", "gradients" if push == "gradient" else "corrections"
+        self.takes_gradients = push == "gradient"
+        self.shrinks = "served gradients" if self.takes_gradients else "corrections"
         if make_optimizer is not None:
             check_elementwise(make_optimizer([nn.Parameter(torch.zeros(1))]))
         self._make_optimizer = make_optimizer

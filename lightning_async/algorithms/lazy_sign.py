@@ -45,6 +45,7 @@ class LazySign(Algorithm):
     """Knobs and rounds; `strategies/lazy_sign.py` says what each knob is for."""
 
     in_step = True
+    shrinks = "nothing"  # a round is one mean: no part of it can count less
     kinds: ClassVar[Mapping[int, str]] = {
         PART: "part",
         MEAN: "mean",

@@ -24,7 +24,7 @@ from lightning_async.algorithms.algorithm import Shrink, no_shrink
 from lightning_async.algorithms.shrink import Law, LawName, Stability, law
 from lightning_async.arrival import Arrival
 from lightning_async.callbacks.stats import Figures, Stats
-from lightning_async.callbacks.watched import Board
+from lightning_async.callbacks.watched import Board, Watched
 from lightning_async.progress.stretch import Stretch
 
 SCALE_FREE = ("Adam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "Lion", "LAMB", "Adafactor", "Muon", "SignSGD")
@@ -56,7 +56,7 @@ class AdaptiveShrink(Stats):
 
     group = "shrink"
     shown = ("mean",)
-    needs = "nothing arrives late"
+    needs = "nothing that is late is folded by itself"
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class AdaptiveShrink(Stats):
         self._new_law()  # a wrong knob is told here
         self._laws: dict[int, Law] = {}
         self._sums: dict[int, list[float]] = {}
-        self._through_lr = self._missed = False
+        self._through_lr = self._missed = self._silent = False
         self._latest, self._world, self._inherited = 1.0, 1, 0.0
         self._before: Shrink = no_shrink
         self._rates: dict[int, list[float]] = {}
@@ -102,12 +102,17 @@ class AdaptiveShrink(Stats):
         self._strategy.shrink = self.factor
         self._strategy.keep("shrink", _Kept(self))
 
+    def sees(self, strategy: Watched) -> bool:
+        """Whether the strategy asks for factors at all."""
+        return strategy.shrinks != "nothing"
+
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Hook in where the law, or the optimizer, needs it."""
         if self._strategy is None:
             return
         self._healthy = self._strategy.healthy_delay if self.healthy is None else self.healthy
         self._inherited = self._strategy.inherited
+        self._refuse_unseen(trainer.optimizers)
         self._through_lr = self._strategy.shrinks == "gradients" and any(map(_is_scale_free, trainer.optimizers))
         if self._through_lr:
             self.listen("on_before_optimizer_step", self._slow_down)
@@ -178,6 +183,15 @@ class AdaptiveShrink(Stats):
     def _new_law(self) -> Law:
         return law(self.law, **self._knobs)
 
+    def _refuse_unseen(self, optimizers: list[Optimizer]) -> None:
+        """A server's steps are its own: no learning rate of this rank slows them."""
+        unseen = [type(_bare(one)).__name__ for one in optimizers if _is_scale_free(one)]
+        if unseen and self._strategy is not None and self._strategy.shrinks == "served gradients":
+            raise MisconfigurationException(
+                f"AdaptiveShrink: {unseen[0]} takes the same steps whatever its gradients are multiplied by, and here "
+                "it steps on the server: use push='delta', or SGD"
+            )
+
     def _slow_down(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """For this step only: the gradients are there, the optimizer has not used its learning rate yet."""
         self._speed_up(optimizer)  # a step that fp16's scaler skipped left it slow
@@ -199,6 +213,13 @@ class AdaptiveShrink(Stats):
             if trainer.global_rank:
                 return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is None and not self._silent and not module.automatic_optimization and trainer.is_global_zero:
+            self._silent = True
+            warnings.warn(
+                "AdaptiveShrink: law='stability' goes by the loss here, and `training_step` returns none: return it, "
+                "or use law='relative'",
+                stacklevel=2,
+            )
         if self._loss is not None:
             for mine in self._laws.values():
                 mine.observe(float(self._loss))

@@ -58,7 +58,7 @@ class Watched(Protocol):
 
     @property
     def shrinks(self) -> str:
-        """What the factors multiply: "corrections" of the weights, or "gradients" before the optimizer."""
+        """What the factors multiply: "corrections", "gradients", "served gradients" or "nothing" (see `Algorithm`)."""
 
     @property
     def inherited(self) -> float:

@@ -73,7 +73,7 @@ class Shown(Saving):
 
     @property
     def shrinks(self) -> str:
-        """What the factors of `shrink` multiply: "corrections" of the weights, or "gradients" before the optimizer."""
+        """What the factors of `shrink` multiply: "corrections", "gradients", ... (see `Algorithm.shrinks`)."""
         return self.algorithm.shrinks
 
     @property

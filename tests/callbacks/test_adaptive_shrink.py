@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_async import AdaptiveShrink, SpeedFaults
+from lightning_async import AdaptiveShrink, CyclicDelayStrategy, LazySignStrategy, SpeedFaults
 from lightning_async.algorithms.algorithm import no_shrink
 from lightning_async.algorithms.gossip import Alone
 from lightning_async.algorithms.shrink import Stability
@@ -179,6 +181,70 @@ def _two_laws() -> None:
 
 def test_two_laws() -> None:
     run(1, _two_laws)
+
+
+class Plain(Lit):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 0.01)
+
+
+def _served(optimizer: str, push: Any) -> None:
+    t = trainer(1, strategy=CyclicDelayStrategy(push=push), callbacks=[AdaptiveShrink()], max_epochs=1)
+    t.fit(Plain() if optimizer == "adam" else Lit(), loader(), loader(40, shuffle=False))
+
+
+def _refused() -> None:
+    with pytest.raises(MisconfigurationException, match=r"Adam takes .* steps on the server: use push='delta', or SGD"):
+        _served("adam", "gradient")
+
+
+def test_what_a_server_steps_by_adam_cannot_be_shrunk() -> None:
+    run(1, _refused)
+    run(1, _served, "adam", "delta")
+    run(1, _served, "sgd", "gradient")
+
+
+def _in_step() -> None:
+    shrink = AdaptiveShrink()
+    first = os.environ["RANK"] == "0"
+    t = trainer(2, strategy=LazySignStrategy(), callbacks=[shrink], max_epochs=1)
+    with pytest.warns(UserWarning, match="AdaptiveShrink has nothing to say") if first else nullcontext():
+        t.fit(Lit(), loader(), loader(40, shuffle=False))
+    assert t.strategy.shrink is no_shrink  # type: ignore[attr-defined]
+    assert shrink.figures == {}
+
+
+def test_where_nothing_is_asked_for_it_says_so() -> None:
+    run(2, _in_step)
+
+
+class ByHand(Lit):
+    """Its `training_step` returns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def _without_a_loss() -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(1, callbacks=[AdaptiveShrink("stability")], max_epochs=1).fit(ByHand(), loader(), loader(40))
+    return [str(warning.message) for warning in caught if "AdaptiveShrink" in str(warning.message)]
+
+
+def test_stability_without_a_loss_says_so_once() -> None:
+    (said,) = run(1, _without_a_loss)
+    assert said == [
+        "AdaptiveShrink: law='stability' goes by the loss here, and `training_step` returns none: return it, or use "
+        "law='relative'"
+    ]
 
 
 def _in_a_pipeline(optimizer: str) -> list[tuple[bool, float]]:
