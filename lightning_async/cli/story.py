@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from lightning_async.callbacks.journal import NAME, read
 from lightning_async.cli.inputs import chosen, read_logs
-from lightning_async.metrics import merged
+from lightning_async.metrics import DelayMetric, merged
 from lightning_async.strategies.course import WrongInput
 from lightning_async.strategies.recording import fits_in, log_name
 from lightning_async.transport.log import Log
@@ -128,11 +128,21 @@ def _delays(story: Story, words: Mapping[int, Any], at: float) -> None:
         story.samples[rank] += word["trained"][2]
     metric = merged((word["delays"] for word in words.values()), story.world)
     for peer in range(story.world):
-        if counts := metric.histogram(peer):
+        if counts := _counts(metric, peer):
             story.delays.setdefault(peer, Counter()).update(counts)
     figures = metric.figures()
     story.fates.update({name: int(figures[name]) for name in ("folded", "shrunk", "refused", "lost")})
     story.accounts.append({rank: _pairs(word["accounts"]) for rank, word in words.items()})
+
+
+def _counts(metric: DelayMetric, peer: int) -> Counter[int]:
+    """How often each delay came. A wide bin shows its smallest one, but the latest of all is known to the step."""
+    counts = Counter(metric.histogram(peer))
+    latest = int(metric.most[peer, 0])
+    if counts and latest > max(counts):
+        counts.subtract([max(counts)])
+        counts[latest] += 1
+    return +counts
 
 
 def _traffic(story: Story, words: Mapping[int, Any], at: float) -> None:
