@@ -49,6 +49,7 @@ class Story:
         strategy: Its name, if it is known.
         knobs: The strategy's knobs, if they are known.
         pieces: Each rank's time, in order. Gaps are meetings and validations.
+        split: Whether work and waiting could be told apart in it.
         steps: Batches of each rank.
         samples: Samples of each rank.
         delays: By sender: how often each delay was folded.
@@ -65,6 +66,7 @@ class Story:
     strategy: str = ""
     knobs: Mapping[str, Any] = field(default_factory=dict)
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
+    split: bool = True
     steps: Counter[int] = field(default_factory=Counter)
     samples: Counter[int] = field(default_factory=Counter)
     delays: dict[int, Counter[int]] = field(default_factory=dict)
@@ -145,6 +147,7 @@ def _delays(story: Story, words: Mapping[int, Any], at: float) -> None:
         pieces = story.pieces.setdefault(rank, [])
         pieces.append(Piece(begin, word["until"], word["exchange"], word["waited"]))
         pieces.append(Piece(word["until"], word["until"] + word["idle"], 0.0, word["idle"]))
+        story.split = story.split and word.get("split", True)
         story.steps[rank] += word["trained"][0]
         story.samples[rank] += word["trained"][2]
     metric = merged((word["delays"] for word in words.values()), story.world)

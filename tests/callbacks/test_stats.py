@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async import AdaptiveShrink, DelayedPipelineStrategy, DelayStats, Fate, SpreadStats, TrafficStats
 from lightning_async.callbacks.watched import NAMES, Watched
+from lightning_async.progress.stretch import Stretch
+from lightning_async.progress.tally import Tally
 from lightning_async.strategies import STRATEGIES
 from tests.callbacks.measured import fit, journal, logged, only_rank_0, sketched
 from tests.strategies.ranks import run
@@ -185,3 +189,21 @@ def test_one_stands_twice(kind: type[Any]) -> None:
 def test_wrong_knobs(kind: type[Any], knobs: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         kind(**knobs)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_was_not_measured_is_not_said(device: str) -> None:
+    """A thread that drives a GPU does not wait where the device does."""
+    words = {}
+    for rank in range(2):
+        strategy = SimpleNamespace(root_device=torch.device(device), training_step=print)
+        trainer = SimpleNamespace(strategy=strategy, global_step=0, world_size=2, is_global_zero=True)
+        stats = DelayStats()
+        stats.begin(cast(Trainer, trainer), BoringModel())
+        words[rank] = stats.say(Stretch(Tally(10, 10, 80), seconds=2.0, waited=rank * 1.0))
+        stats.end(cast(Trainer, trainer))
+    found = stats.conclude(words)
+    assert found["rank0/samples_per_second"] == 40
+    told = {"straggler", "gain", "compute_share", "exchange_share", "wait_share", "idle_seconds", "rank1/wait_share"}
+    assert told & set(found) == (told if device == "cpu" else set())
+    assert stats.stragglers == ((0,) if device == "cpu" else ())

@@ -96,6 +96,14 @@ def test_what_to_know_at_a_glance() -> None:
     assert any("3 refused" in line for line in said)
 
 
+def test_a_page_does_not_say_what_was_not_measured() -> None:
+    story = invented(8)
+    story.split = False
+    text = page(story, {})
+    assert "who worked and who waited is not known" in text
+    assert not re.search(r"was compute|slow: |no rank is slow|class=.slow|\d%<", text)
+
+
 @pytest.mark.usefixtures("few_pixels")
 def test_from_events(ordinary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     story = tell(ordinary)
