@@ -20,6 +20,7 @@ from lightning_async.callbacks.watched import NAMES, Watched
 from lightning_async.progress.stretch import Stretch
 from lightning_async.progress.tally import Tally
 from lightning_async.strategies import STRATEGIES
+from lightning_async.transport.traffic import Count
 from tests.callbacks.measured import fit, journal, logged, only_rank_0, sketched
 from tests.strategies.ranks import run
 
@@ -207,3 +208,19 @@ def test_what_was_not_measured_is_not_said(device: str) -> None:
     told = {"straggler", "gain", "compute_share", "exchange_share", "wait_share", "idle_seconds", "rank1/wait_share"}
     assert told & set(found) == (told if device == "cpu" else set())
     assert stats.stragglers == ((0,) if device == "cpu" else ())
+
+
+@pytest.mark.parametrize("noticed", [0.0, 3.0, 10.0])
+def test_hidden_is_the_part_of_all_links_seconds_in_which_a_rank_trained(noticed: float) -> None:
+    """Three peers; seconds under way add up over links, seconds that training noticed are those of one clock."""
+    seconds, draw = 10.0, np.random.default_rng(0)
+    under_way = draw.uniform(0, seconds, 3)
+    table = {1 + at: {16: Count(messages_out=1, seconds_out=taken)} for at, taken in enumerate(under_way)}
+    stats = TrafficStats()
+    stats._strategy = cast(Watched, SimpleNamespace(traffic=lambda: table, kinds={16: "ask"}, skipped=0))
+    word = stats.say(Stretch(seconds=seconds, exchange=noticed / 3, waited=noticed * 2 / 3))
+    assert word["hidden"] == pytest.approx(under_way.sum() * (seconds - noticed) / seconds, abs=1e-5)
+    stats.begin(cast(Trainer, SimpleNamespace(world_size=4)), BoringModel())
+    found = stats.conclude({0: word})
+    assert found["hidden_share"] == pytest.approx(1 - noticed / seconds)
+    assert found["occupancy"] == pytest.approx(under_way.max() / seconds)
