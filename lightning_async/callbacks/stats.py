@@ -172,6 +172,7 @@ class Stats(Callback):
         for hook in HOOKS:
             vars(self).pop(hook, None)
         self.end(trainer)
+        Journal.close(trainer)
 
     def _note_logged(self, trainer: Trainer) -> None:
         """Losses and the like, for the report. Read on every rank: Lightning may compute what is read."""
