@@ -158,7 +158,7 @@ class DelayStats(Stats):
                 found |= {f"from{rank}/{name}": peer[name] for name in OF_A_PEER}
             word = words.get(rank)
             if word is not None:
-                rates = {"steps_per_second": word["trained"][0], "samples_per_second": word["trained"][2]}
+                rates = {"steps_per_second": word["trained"][1], "samples_per_second": word["trained"][2]}
                 spent = max(word["seconds"], 1e-9)
                 found |= {f"rank{rank}/{name}": count / spent for name, count in rates.items()}
                 shares = _shares({rank: word}) if word["split"] else {}

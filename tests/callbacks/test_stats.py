@@ -201,10 +201,11 @@ def test_what_was_not_measured_is_not_said(device: str) -> None:
         trainer = SimpleNamespace(strategy=strategy, global_step=0, world_size=2, is_global_zero=True)
         stats = DelayStats()
         stats.begin(cast(Trainer, trainer), BoringModel())
-        words[rank] = stats.say(Stretch(Tally(10, 10, 80), seconds=2.0, waited=rank * 1.0))
+        words[rank] = stats.say(Stretch(Tally(10, 5, 80), seconds=2.0, waited=rank * 1.0))
         stats.end(cast(Trainer, trainer))
     found = stats.conclude(words)
     assert found["rank0/samples_per_second"] == 40
+    assert found["rank0/steps_per_second"] == 2.5  # of the optimizer, which steps at every second batch
     told = {"straggler", "gain", "compute_share", "exchange_share", "wait_share", "idle_seconds", "rank1/wait_share"}
     assert told & set(found) == (told if device == "cpu" else set())
     assert stats.stragglers == ((0,) if device == "cpu" else ())
