@@ -36,7 +36,7 @@ class TrafficStats(Stats):
 
     group = "traffic"
     shown = ("bytes_sent",)
-    needs = "its collectives are not counted by this package; the others of its callbacks do their work"
+    needs = "nobody counts what its collectives send"
 
     def __init__(self, *, by_rank: int = 16, folder: str | None = None) -> None:
         super().__init__(folder=folder)
