@@ -26,6 +26,7 @@ DELAY_BINS = EXACT + PARTS * OCTAVES
 YOUNGEST, DECADES = 1e-6, 10  # seconds; decades from there on
 AGE_BINS = PARTS * DECADES
 STATES = ("delays", "ages", "fates", "sums", "most", "least")
+REDUCED = {"most": "amax", "least": "amin"}  # the others are added up
 QUANTILES = (0.5, 0.95, 0.99)
 
 
@@ -156,11 +157,10 @@ def merged(states: Iterable[Mapping[str, Any]], world: int) -> DelayMetric:
     """One metric of packed states, by their declared reductions."""
     total = DelayMetric(world, sync_on_compute=False)
     for packed in states:
-        one = DelayMetric(world, sync_on_compute=False)
         for name, (at, values) in packed.items():
-            state = getattr(one, name)
-            state.view(-1)[torch.tensor(at, dtype=torch.int64)] = torch.tensor(values, dtype=state.dtype)
-        total.merge_state(one)
+            state: Tensor = getattr(total, name)
+            places, found = torch.tensor(at, dtype=torch.int64), torch.tensor(values, dtype=state.dtype)
+            state.view(-1).scatter_reduce_(0, places, found, REDUCED.get(name, "sum"))
     return total
 
 

@@ -68,7 +68,7 @@ class DelayStats(Stats):
             if trainer.strategy.root_device.type != "cpu" and trainer.is_global_zero:
                 rank_zero_info(
                     f"DelayStats: on {trainer.strategy.root_device.type} a synchronous step cannot be told apart into "
-                    "compute and waiting; rates are those of the whole step"
+                    "compute and waiting: it logs rates of the whole step, and no shares, stragglers or gain"
                 )
 
     def end(self, trainer: Trainer) -> None:
@@ -106,6 +106,7 @@ class DelayStats(Stats):
             "waited": round(stretch.waited, 6),
             "idle": round(stretch.idle, 6),
             "until": round(stretch.until, 6),
+            "split": self._watch is None or self._watch.splits,
             "accounts": {} if self._strategy is None else self._strategy.accounts(),
         }
 
@@ -116,15 +117,10 @@ class DelayStats(Stats):
         figures = self.total.figures() if self._strategy is not None else {}
         if self._strategy is not None:
             figures["skipped"] = float(sum(word["skipped"] for word in words.values()))
-        seconds = {rank: _each(word, word["compute"]) for rank, word in words.items()}
-        self.stragglers = stragglers(seconds, self.k)
-        figures["straggler"] = float(self.stragglers[0]) if self.stragglers else -1.0
-        figures |= _shares(words)
-        if self._strategy is None:
-            figures["gain"] = gain(seconds, max((_each(word, word["seconds"]) for word in words.values()), default=0.0))
+        if all(word["split"] for word in words.values()):
+            figures |= self._work(words)
         if self._world <= self.by_rank:
             figures |= self._by_rank(words)
-        self._name(seconds, figures)
         return figures
 
     def draw(self, trainer: Trainer) -> None:
@@ -144,6 +140,16 @@ class DelayStats(Stats):
         if batch_idx % EVERY == 0:
             self._read()
 
+    def _work(self, words: Mapping[int, Any]) -> Figures:
+        """Who works how long, and what waiting costs: where work and waiting can be told apart."""
+        seconds = {rank: _each(word, word["compute"]) for rank, word in words.items()}
+        self.stragglers = stragglers(seconds, self.k)
+        figures = _shares(words) | {"straggler": float(self.stragglers[0]) if self.stragglers else -1.0}
+        if self._strategy is None:
+            figures["gain"] = gain(seconds, max((_each(word, word["seconds"]) for word in words.values()), default=0.0))
+        self._name(seconds, figures)
+        return figures
+
     def _by_rank(self, words: Mapping[int, Any]) -> Figures:
         found: Figures = {}
         for rank in range(self._world):
@@ -152,10 +158,11 @@ class DelayStats(Stats):
                 found |= {f"from{rank}/{name}": peer[name] for name in OF_A_PEER}
             word = words.get(rank)
             if word is not None:
-                rates = {"steps_per_second": word["trained"][0], "samples_per_second": word["trained"][2]}
+                rates = {"steps_per_second": word["trained"][1], "samples_per_second": word["trained"][2]}
                 spent = max(word["seconds"], 1e-9)
                 found |= {f"rank{rank}/{name}": count / spent for name, count in rates.items()}
-                found |= {f"rank{rank}/{name}": share for name, share in _shares({rank: word}).items()}
+                shares = _shares({rank: word}) if word["split"] else {}
+                found |= {f"rank{rank}/{name}": share for name, share in shares.items()}
         return found
 
     def _name(self, seconds: Mapping[int, float], figures: Figures) -> None:

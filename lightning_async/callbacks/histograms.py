@@ -7,6 +7,9 @@ from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
+MOST = 512
+"""Buckets of a W&B histogram."""
+
 
 def log_histogram(logger: Any, name: str, counts: Mapping[int, int], step: int) -> None:
     """Log how often each value came, where the logger can.
@@ -18,7 +21,7 @@ def log_histogram(logger: Any, name: str, counts: Mapping[int, int], step: int) 
     if hasattr(experiment, "add_histogram_raw"):
         experiment.add_histogram_raw(name, **_raw(counts), global_step=step)
     elif type(logger).__name__ == "WandbLogger":
-        histogram = import_module("wandb").Histogram(np_histogram=_table(counts))
+        histogram = import_module("wandb").Histogram(np_histogram=_narrowed(*_table(counts)))
         experiment.log({name: histogram, "trainer/global_step": step})
 
 
@@ -34,6 +37,13 @@ def _raw(counts: Mapping[int, int]) -> dict[str, Any]:
         "bucket_limits": edges[1:],
         "bucket_counts": values,
     }
+
+
+def _narrowed(values: list[int], edges: list[float]) -> tuple[list[int], list[float]]:
+    """The same with neighbours put together: W&B takes 512 buckets at most."""
+    width = -(-len(values) // MOST)
+    starts = range(0, len(values), width)
+    return [sum(values[at : at + width]) for at in starts], [*(edges[at] for at in starts), edges[-1]]
 
 
 def _table(counts: Mapping[int, int]) -> tuple[list[int], list[float]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,19 +31,34 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
         self._run = 1 + max((line["run"] for line in read(self.path)), default=0)
+        self._cut = _ends_in_mid_line(self.path)
         self._began: float | None = None
         self._known: dict[str, float] = {}
 
     @classmethod
     def of(cls, trainer: Trainer, folder: str | None) -> Journal | None:
-        """The journal of this fit, the same for all callbacks. Called on every rank: loggers agree on their folder."""
-        place = folder or (trainer.log_dir if trainer.loggers else None)
-        if place is None or not trainer.is_global_zero:
+        """The journal of this fit, the same for all callbacks; rank 0 writes it, so only rank 0 has one."""
+        if not trainer.is_global_zero:
+            return None
+        places = (logger.log_dir or logger.save_dir for logger in trainer.loggers)
+        place = folder or next(filter(None, places), None)
+        if place is None:
+            if trainer.loggers and not getattr(trainer, "fast_dev_run", False):
+                warnings.warn(
+                    "no logger of this run has a folder, so there is no journal for `lightning-async report`: say by "
+                    "`folder=` of the callback where it goes",
+                    stacklevel=3,
+                )
             return None
         known = cls._of.get(trainer)
         if known is None or known.path.parent != Path(place):
             known = cls._of[trainer] = cls(Path(place))
         return known
+
+    @classmethod
+    def close(cls, trainer: Trainer) -> None:
+        """The fit is over; the next one of this Trainer is a run of its own."""
+        cls._of.pop(trainer, None)
 
     def start(self) -> None:
         """The training starts: the clock counts from the first call on."""
@@ -61,7 +77,13 @@ class Journal:
         line = {"run": self._run, "group": group, "step": step, "epoch": epoch, "at": at}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, "words": words}) + "\n")
+            file.write("\n" * self._cut + json.dumps({**line, "words": words}) + "\n")
+        self._cut = False
+
+
+def _ends_in_mid_line(path: Path) -> bool:
+    """Whether whoever wrote last was killed on the way: what is appended to that line nobody could read."""
+    return path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -64,12 +64,12 @@ class SpeedFaults(Callback):
         super().__init__()
         self.step_seconds = _at_least_0("step_seconds", step_seconds)
         self.sigma = _at_least_0("sigma", sigma)
-        self.slow = dict(slow or {})
-        self.schedule = {rank: [tuple(entry) for entry in entries] for rank, entries in (schedule or {}).items()}
+        self.slow: dict[int, float] = _by_rank("slow", slow)
+        self.schedule = {rank: _entries(rank, entries) for rank, entries in _by_rank("schedule", schedule).items()}
         self.repeat = repeat
-        self.stall = {rank: tuple(entry) for rank, entry in (stall or {}).items()}
-        self.freeze = dict(freeze or {})
-        self.fail = dict(fail or {})
+        self.stall = {rank: _pair("stall", rank, entry) for rank, entry in _by_rank("stall", stall).items()}
+        self.freeze = {rank: _pair("freeze", rank, entry) for rank, entry in _by_rank("freeze", freeze).items()}
+        self.fail: dict[int, int] = _by_rank("fail", fail)
         self.seed = seed
         self.hold_gil = hold_gil
         self._check()
@@ -131,20 +131,17 @@ class SpeedFaults(Callback):
         return {*self.slow, *self.schedule, *self.stall, *self.freeze, *self.fail}
 
     def _check(self) -> None:
-        for rank in self._ranks():
-            if rank < 0:
-                raise ValueError(f"ranks count from 0, got {rank}")
         for rank, factor in self.slow.items():
-            if not (0 < factor < math.inf):
-                raise ValueError(f"`slow` must hold positive factors, got {factor} for rank {rank}")
+            if not _number(factor) or not 0 < factor < math.inf:
+                raise ValueError(f"`slow` must hold positive factors, got {factor!r} for rank {rank}")
         for rank, (batch, seconds) in self.freeze.items():
-            if batch < 0 or not (0 < seconds < math.inf):
+            if not isinstance(batch, int) or batch < 0 or not 0 < seconds < math.inf:
                 raise ValueError(
                     f"`freeze` must hold (batch from 0, positive seconds), got ({batch}, {seconds}) for rank {rank}"
                 )
         for rank, batch in self.fail.items():
-            if batch < 0:
-                raise ValueError(f"`fail` must hold batches, counted from 0, got {batch} for rank {rank}")
+            if not isinstance(batch, int) or batch < 0:
+                raise ValueError(f"`fail` must hold batches, counted from 0, got {batch!r} for rank {rank}")
         self._check_schedules()
         if (self.slow or self.sigma or self.schedule) and not self.step_seconds:
             acts = "`slow` and `sigma` act" if not self.schedule else "`slow`, `schedule` and `sigma` act"
@@ -158,13 +155,57 @@ class SpeedFaults(Callback):
             for begin, factor in entries:
                 if not (0 < factor < math.inf):
                     raise ValueError(f"`schedule` must hold positive factors, got {factor} at {begin} for rank {rank}")
-        if self.repeat is not None and (not self.schedule or self.repeat < 1):
-            raise ValueError(f"`repeat` must be at least 1 and needs a `schedule`, got {self.repeat}")
+        self._check_repeat()
         for rank, (every, seconds) in self.stall.items():
             if not (1 <= every < math.inf and 0 < seconds < math.inf):
                 raise ValueError(
                     f"`stall` must hold (batches from 1, positive seconds), got ({every}, {seconds}) for rank {rank}"
                 )
+
+    def _check_repeat(self) -> None:
+        if self.repeat is None:
+            return
+        if not isinstance(self.repeat, int) or isinstance(self.repeat, bool) or self.repeat < 1 or not self.schedule:
+            raise ValueError(f"`repeat` must be an integer of at least 1 and needs a `schedule`, got {self.repeat!r}")
+        for rank, entries in self.schedule.items():
+            if entries[-1][0] >= self.repeat:
+                raise ValueError(
+                    f"`schedule` begins anew after {self.repeat} batches (`repeat`), so its entry at batch "
+                    f"{entries[-1][0]} for rank {rank} never comes: leave it out, or repeat later"
+                )
+
+
+HOW = {
+    "schedule": "{rank: [(batch, factor), ...]}",
+    "stall": "{rank: (every, seconds)}",
+    "freeze": "{rank: (batch, seconds)}",
+}
+
+
+def _by_rank(name: str, given: Any) -> dict[int, Any]:
+    """What was given for each rank."""
+    if not isinstance(given or {}, Mapping):
+        raise ValueError(f"`{name}` must be a dictionary by rank, got {given!r}")
+    for rank in given or {}:
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+            raise ValueError(f"ranks count from 0, got {rank!r} in `{name}`")
+    return dict(given or {})
+
+
+def _pair(name: str, rank: int, entry: Any) -> tuple[Any, Any]:
+    """Two numbers."""
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not all(map(_number, entry)):
+        raise ValueError(f"`{name}` must be {HOW[name]}, got {entry!r} for rank {rank}")
+    return entry[0], entry[1]
+
+
+def _entries(rank: int, entries: Any) -> list[tuple[Any, Any]]:
+    """Pairs of numbers."""
+    return [_pair("schedule", rank, entry) for entry in (entries if isinstance(entries, (list, tuple)) else [entries])]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def freeze_process(seconds: float) -> None:
@@ -177,6 +218,6 @@ def freeze_process(seconds: float) -> None:
 
 
 def _at_least_0(name: str, value: float) -> float:
-    if not (0 <= value < math.inf):
-        raise ValueError(f"`{name}` must be at least 0, got {value}")
+    if not _number(value) or not 0 <= value < math.inf:
+        raise ValueError(f"`{name}` must be at least 0, got {value!r}")
     return float(value)

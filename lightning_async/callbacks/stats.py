@@ -115,7 +115,11 @@ class Stats(Callback):
             self._strategy.at_meetings(self.group, self.say, self.hear)
         elif self.needs is not None and trainer.is_global_zero:
             name = type(self).__name__
-            warnings.warn(f"{name} has nothing to say under this strategy: {self.needs}", stacklevel=2)
+            warnings.warn(
+                f"{name} has nothing to say under this strategy: {self.needs}; leave it out, or choose a strategy of "
+                "lightning_async",
+                stacklevel=2,
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What the epoch before has logged is there, on every rank."""
@@ -172,6 +176,7 @@ class Stats(Callback):
         for hook in HOOKS:
             vars(self).pop(hook, None)
         self.end(trainer)
+        Journal.close(trainer)
 
     def _note_logged(self, trainer: Trainer) -> None:
         """Losses and the like, for the report. Read on every rank: Lightning may compute what is read."""

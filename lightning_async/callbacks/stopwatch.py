@@ -21,11 +21,15 @@ from lightning_async.progress.tally import ZERO, Tally
 
 
 class Stopwatch:
-    """Times the steps of one rank, without a word to the others."""
+    """Times the steps of one rank, without a word to the others.
+
+    Attributes:
+        splits: Whether a step can be told apart into work and waiting here. If not, all of it counts as work.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._splits = trainer.strategy.root_device.type == "cpu"
+        self.splits = trainer.strategy.root_device.type == "cpu"
         self._original = trainer.strategy.training_step
         self._start = self._last = self._step_began = time.perf_counter()
         self._step_computed = self._seconds = self._own = 0.0
@@ -45,7 +49,7 @@ class Stopwatch:
         now = time.perf_counter()
         own = self._step_began - self._last + time.thread_time() - self._step_computed
         self._seconds += now - self._last
-        self._own += own if self._splits else now - self._last
+        self._own += own if self.splits else now - self._last
         self._last = now
         self._trained = self._trained.plus(Tally(1, 0, samples_in(batch) or 0))
 

@@ -7,6 +7,8 @@ traffic/skipped                                       exchanges left out: the on
 traffic/compression                                   4 bytes a number, over the bytes that it took in the method's mail
 traffic/occupancy                                     of the busiest link: the share of time with mail under way
 traffic/hidden_seconds, hidden_share                  mail was under way, and its sender trained on
+
+Seconds under way are added up over links; the part of them that is hidden is the part of the clock spent on training.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class TrafficStats(Stats):
 
     group = "traffic"
     shown = ("bytes_sent",)
-    needs = "its collectives are not counted by this package; the others of its callbacks do their work"
+    needs = "nobody counts what its collectives send"
 
     def __init__(self, *, by_rank: int = 16, folder: str | None = None) -> None:
         super().__init__(folder=folder)
@@ -57,13 +59,13 @@ class TrafficStats(Stats):
         taken = {peer: max((c["seconds_out"] for c in row.values()), default=0.0) for peer, row in table.items()}
         new = {peer: value - self._before.get(peer, 0.0) for peer, value in taken.items()}
         self._before = taken
-        noticed = stretch.exchange + stretch.waited
+        noticed = (stretch.exchange + stretch.waited) / stretch.seconds if stretch.seconds else 1.0
         return {
             "links": table,
             "skipped": self._strategy.skipped,
             "seconds": round(stretch.seconds, 6),
             "under_way": {peer: round(value, 6) for peer, value in new.items()},
-            "hidden": round(max(0.0, sum(new.values()) - noticed), 6),
+            "hidden": round(sum(new.values()) * max(0.0, 1 - noticed), 6),
         }
 
     def conclude(self, words: Mapping[int, Any]) -> Figures:

@@ -5,7 +5,7 @@
     samples    every sample of an epoch was trained on exactly once
     weights    all ranks left each meeting with the same consensus
 
-Exit status 0: nothing is broken. 1: a promise is broken, and the line says where. 2: there is nothing to audit.
+Exit status 0: nothing is broken. 1: a promise is broken, and the line says where. 2: nothing could be checked.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     for name, kept, sentence in findings:
         print(f"{'?' if kept is None else 'kept' if kept else 'BROKEN':<7} {name}: {sentence}")
+    if all(kept is None for _, kept, _ in findings):
+        print("lightning-async: nothing of this could be checked: record the run (`record=...`)", file=sys.stderr)
+        return 2
     return int(any(kept is False for _, kept, _ in findings))
 
 

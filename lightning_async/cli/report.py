@@ -82,12 +82,14 @@ def headlines(story: Story) -> Iterator[str]:
         rate = f", {samples / story.end:.0f} samples/s" if samples else ""
         yield f"{many(steps, 'step')} of all ranks, {many(samples, 'sample')} in {story.end:.1f} s{rate}"
     shares = _shares(story, sorted(story.pieces))
-    if sum(shares):
+    if not story.split:
+        yield "who worked and who waited is not known: on a GPU, a synchronous step cannot be told apart"
+    elif sum(shares):
         yield f"{shares[0]:.0%} of all ranks' time was compute, {shares[1]:.0%} exchange, {shares[2]:.0%} waiting"
-    slow = stragglers(_seconds(story))
+    slow = stragglers(_seconds(story)) if story.split else ()
     if slow:
         yield f"slow: {', '.join(f'rank {rank}' for rank in slow)} (a step takes far longer than the median)"
-    elif story.world > 1 and story.pieces:
+    elif story.world > 1 and story.pieces and story.split:
         yield "no rank is slow"
     if late := [delay for counts in story.delays.values() for delay in counts.elements()]:
         late.sort()
@@ -110,12 +112,13 @@ def _figure(name: str, file: Path) -> str:
 
 def _table(story: Story) -> str:
     """One row a rank."""
-    slow, seconds = stragglers(_seconds(story)), _seconds(story)
+    seconds = _seconds(story)
+    slow = stragglers(seconds) if story.split else ()
     head = ("rank", "steps", "samples", "work a step, ms", "compute", "exchange", "waiting")
     rows = ["<tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>"]
     for rank in range(story.world):
         cells = [str(rank), str(story.steps[rank]), str(story.samples[rank]), f"{1000 * seconds.get(rank, 0):.1f}"]
-        cells += [f"{share:.0%}" for share in _shares(story, [rank])]
+        cells += [f"{share:.0%}" if story.split else "-" for share in _shares(story, [rank])]
         mark = ' class="slow"' if rank in slow else ""
         rows.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<div class="ranks"><table>{"".join(rows)}</table></div>'

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from lightning_async.callbacks.journal import NAME, read
 from lightning_async.cli.inputs import chosen, read_logs
-from lightning_async.metrics import merged
+from lightning_async.metrics import DelayMetric, merged
 from lightning_async.strategies.course import WrongInput
 from lightning_async.strategies.recording import fits_in, log_name
 from lightning_async.transport.log import Log
@@ -49,6 +49,7 @@ class Story:
         strategy: Its name, if it is known.
         knobs: The strategy's knobs, if they are known.
         pieces: Each rank's time, in order. Gaps are meetings and validations.
+        split: Whether work and waiting could be told apart in it.
         steps: Batches of each rank.
         samples: Samples of each rank.
         delays: By sender: how often each delay was folded.
@@ -65,6 +66,7 @@ class Story:
     strategy: str = ""
     knobs: Mapping[str, Any] = field(default_factory=dict)
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
+    split: bool = True
     steps: Counter[int] = field(default_factory=Counter)
     samples: Counter[int] = field(default_factory=Counter)
     delays: dict[int, Counter[int]] = field(default_factory=dict)
@@ -86,16 +88,37 @@ def tell(folder: Path, fit: int | None = None) -> Story:
     """The story of the run in this folder: of its newest fit, or of this one."""
     if not folder.is_dir():
         raise WrongInput(f"there is no folder {folder}: give the one that the run was recorded or logged in")
-    record = next((p.parent for p in sorted(folder.rglob("*rank0.jsonl")) if fit in (None, *fits_in(p.parent))), None)
-    journals = sorted(folder.rglob(NAME), key=lambda path: path.stat().st_mtime)
-    if record is None and not journals:
+    records = sorted((path for path in folder.rglob("*rank0.jsonl") if fits_in(path.parent)), key=_age)
+    named = [path for path in records if fit is None or path.name == log_name(0, fit)]
+    journals = sorted(folder.rglob(NAME), key=_age)
+    if not named and not journals:
         raise WrongInput(
             f"there is neither an event record ({log_name(0, fit or 1)}, of `record=...`) nor a journal ({NAME}, of "
             f"DelayStats and its kind) in {folder}"
         )
-    lines = read(journals[-1]) if journals else []
-    story = of_journal([line for line in lines if line["run"] == lines[-1]["run"]])
-    return of_record(read_logs(record, chosen(record, fit)), story) if record is not None else story
+    if not named and fit is not None:
+        raise WrongInput(
+            f"there is no event record of fit {fit} in {folder}, and a journal tells of the newest run only: leave out "
+            "--fit, or record the run (`record=...`)"
+        )
+    if not named:
+        return of_journal(_newest_run(journals[-1]))
+    record = named[-1].parent
+    if len({path.parent for path in named}) > 1:
+        print(f"{record} is read, the newest of several records below {folder} (name its folder for another)")
+    # Only times tell which fit a journal is of: the newest one, if it was written to since the one before ended.
+    beside = journals and named[-1] == records[-1] and all(_age(journals[-1]) > _age(path) for path in records[:-1])
+    return of_record(read_logs(record, chosen(record, fit)), of_journal(_newest_run(journals[-1]) if beside else []))
+
+
+def _age(path: Path) -> tuple[int, int, str]:
+    """Sorts by when a file was last written to, the newest last; at the same moment, a later fit is newer."""
+    return path.stat().st_mtime_ns, len(path.name), path.name
+
+
+def _newest_run(journal: Path) -> list[dict[str, Any]]:
+    lines = read(journal)
+    return [line for line in lines if line["run"] == lines[-1]["run"]]
 
 
 # -- the journal ------------------------------------------------------------------------------------------------------
@@ -124,15 +147,26 @@ def _delays(story: Story, words: Mapping[int, Any], at: float) -> None:
         pieces = story.pieces.setdefault(rank, [])
         pieces.append(Piece(begin, word["until"], word["exchange"], word["waited"]))
         pieces.append(Piece(word["until"], word["until"] + word["idle"], 0.0, word["idle"]))
+        story.split = story.split and word.get("split", True)
         story.steps[rank] += word["trained"][0]
         story.samples[rank] += word["trained"][2]
     metric = merged((word["delays"] for word in words.values()), story.world)
     for peer in range(story.world):
-        if counts := metric.histogram(peer):
+        if counts := _counts(metric, peer):
             story.delays.setdefault(peer, Counter()).update(counts)
     figures = metric.figures()
     story.fates.update({name: int(figures[name]) for name in ("folded", "shrunk", "refused", "lost")})
     story.accounts.append({rank: _pairs(word["accounts"]) for rank, word in words.items()})
+
+
+def _counts(metric: DelayMetric, peer: int) -> Counter[int]:
+    """How often each delay came. A wide bin shows its smallest one, but the latest of all is known to the step."""
+    counts = Counter(metric.histogram(peer))
+    latest = int(metric.most[peer, 0])
+    if counts and latest > max(counts):
+        counts.subtract([max(counts)])
+        counts[latest] += 1
+    return +counts
 
 
 def _traffic(story: Story, words: Mapping[int, Any], at: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_async.callbacks.histograms import log_histogram
+from lightning_async.callbacks.histograms import MOST, _narrowed, _table, log_histogram
 
 COUNTS = {0: 5, 1: 10, 4: 1}
 
@@ -44,3 +44,17 @@ def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_others_are_left_alone() -> None:
     log_histogram(SimpleNamespace(), "delay/histogram", COUNTS, 7)
     log_histogram(SimpleNamespace(experiment=object()), "delay/histogram", COUNTS, 7)
+
+
+@pytest.mark.parametrize("bins", [1, 2, 511, 512, 513, 768, 1024, 1025])
+def test_wandb_takes_512_buckets(bins: int) -> None:
+    values, edges = _table({3 * at: at + 1 for at in range(bins)})
+    merged, kept = _narrowed(values, edges)
+    assert len(merged) <= MOST
+    assert len(kept) == len(merged) + 1
+    assert sum(merged) == sum(values)
+    assert (kept[0], kept[-1]) == (edges[0], edges[-1])
+    for count, low, high in zip(merged, kept, kept[1:], strict=False):
+        assert count == sum(at + 1 for at in range(bins) if low < 3 * at < high)
+    if bins <= MOST:
+        assert (merged, kept) == (values, edges)

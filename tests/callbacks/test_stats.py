@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async import AdaptiveShrink, DelayedPipelineStrategy, DelayStats, Fate, SpreadStats, TrafficStats
 from lightning_async.callbacks.watched import NAMES, Watched
+from lightning_async.progress.stretch import Stretch
+from lightning_async.progress.tally import Tally
 from lightning_async.strategies import STRATEGIES
+from lightning_async.transport.traffic import Count
 from tests.callbacks.measured import fit, journal, logged, only_rank_0, sketched
 from tests.strategies.ranks import run
 
@@ -38,7 +43,7 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]],
 
 def _quiet_ddp(n: int, folder: str) -> dict[str, Any]:
     first = os.environ["RANK"] == "0"
-    with pytest.warns(UserWarning, match="has nothing to say under this strategy") if first else nullcontext():
+    with pytest.warns(UserWarning, match="has nothing to say .*; leave it out") if first else nullcontext():
         return fit(n, folder, "ddp", {})
 
 
@@ -185,3 +190,38 @@ def test_one_stands_twice(kind: type[Any]) -> None:
 def test_wrong_knobs(kind: type[Any], knobs: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         kind(**knobs)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_was_not_measured_is_not_said(device: str) -> None:
+    """A thread that drives a GPU does not wait where the device does."""
+    words = {}
+    for rank in range(2):
+        strategy = SimpleNamespace(root_device=torch.device(device), training_step=print)
+        trainer = SimpleNamespace(strategy=strategy, global_step=0, world_size=2, is_global_zero=True)
+        stats = DelayStats()
+        stats.begin(cast(Trainer, trainer), BoringModel())
+        words[rank] = stats.say(Stretch(Tally(10, 5, 80), seconds=2.0, waited=rank * 1.0))
+        stats.end(cast(Trainer, trainer))
+    found = stats.conclude(words)
+    assert found["rank0/samples_per_second"] == 40
+    assert found["rank0/steps_per_second"] == 2.5  # of the optimizer, which steps at every second batch
+    told = {"straggler", "gain", "compute_share", "exchange_share", "wait_share", "idle_seconds", "rank1/wait_share"}
+    assert told & set(found) == (told if device == "cpu" else set())
+    assert stats.stragglers == ((0,) if device == "cpu" else ())
+
+
+@pytest.mark.parametrize("noticed", [0.0, 3.0, 10.0])
+def test_hidden_is_the_part_of_all_links_seconds_in_which_a_rank_trained(noticed: float) -> None:
+    """Three peers; seconds under way add up over links, seconds that training noticed are those of one clock."""
+    seconds, draw = 10.0, np.random.default_rng(0)
+    under_way = draw.uniform(0, seconds, 3)
+    table = {1 + at: {16: Count(messages_out=1, seconds_out=taken)} for at, taken in enumerate(under_way)}
+    stats = TrafficStats()
+    stats._strategy = cast(Watched, SimpleNamespace(traffic=lambda: table, kinds={16: "ask"}, skipped=0))
+    word = stats.say(Stretch(seconds=seconds, exchange=noticed / 3, waited=noticed * 2 / 3))
+    assert word["hidden"] == pytest.approx(under_way.sum() * (seconds - noticed) / seconds, abs=1e-5)
+    stats.begin(cast(Trainer, SimpleNamespace(world_size=4)), BoringModel())
+    found = stats.conclude({0: word})
+    assert found["hidden_share"] == pytest.approx(1 - noticed / seconds)
+    assert found["occupancy"] == pytest.approx(under_way.max() / seconds)

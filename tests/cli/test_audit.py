@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from lightning_async.arrival import Arrival
 from lightning_async.cli import main
+from lightning_async.metrics import DelayMetric, pack
 from tests.cli.runs import copied, record, write
 
 Spoil = Callable[[dict[int, list[Any]]], None]
@@ -106,3 +109,34 @@ def test_wrong_input(tmp_path: Path, ordinary: Path, capsys: pytest.CaptureFixtu
     status, said = audited(ordinary, capsys, "--max-delay", "-1")
     assert status == 2
     assert "--max-delay must be at least 0, got -1" in said
+
+
+def journaled(folder: Path, *delays: int) -> Path:
+    """The journal of a run of two ranks that is not recorded: rank 1 folded what rank 0 sent, so late."""
+    metric = DelayMetric(2, sync_on_compute=False)
+    metric.update([Arrival(0, 0, 0, delay, 0.1) for delay in delays])
+    word = {"trained": [9, 9, 72], "seconds": 1.0, "exchange": 0.1, "waited": 0.2, "idle": 0.5, "until": 1.0}
+    word |= {"compute": 0.7, "skipped": 0, "accounts": {}}
+    words = {str(rank): {**word, "delays": pack(metric if rank else DelayMetric(2))} for rank in range(2)}
+    line = {"run": 1, "group": "delay", "step": 9, "epoch": 0, "at": 1.5, "words": words}
+    (folder / "meetings.jsonl").write_text(json.dumps(line) + "\n")
+    return folder
+
+
+def test_nothing_could_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ((), ("--max-delay", "9")):
+        status, said = audited(journaled(tmp_path), capsys, *argv)
+        assert status == 2
+        assert "nothing of this could be checked" in said
+    assert audited(journaled(tmp_path, 3), capsys, "--max-delay", "9")[0] == 0
+
+
+@pytest.mark.parametrize("latest", [255, 256, 263, 271, 5000])
+def test_the_latest_is_known_to_the_step(latest: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journaled(tmp_path, 3, latest - 1, latest)
+    status, said = audited(tmp_path, capsys, "--max-delay", str(latest))
+    assert status == 0
+    assert f"3 folded, the latest {latest} steps late" in said
+    status, said = audited(tmp_path, capsys, "--max-delay", str(latest - 1))
+    assert status == 1
+    assert f"1 of 3 were folded over {latest - 1} steps, the latest {latest} steps late, from rank 0" in said

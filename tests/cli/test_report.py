@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -95,6 +96,14 @@ def test_what_to_know_at_a_glance() -> None:
     assert any("3 refused" in line for line in said)
 
 
+def test_a_page_does_not_say_what_was_not_measured() -> None:
+    story = invented(8)
+    story.split = False
+    text = page(story, {})
+    assert "who worked and who waited is not known" in text
+    assert not re.search(r"was compute|slow: |no rank is slow|class=.slow|\d%<", text)
+
+
 @pytest.mark.usefixtures("few_pixels")
 def test_from_events(ordinary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     story = tell(ordinary)
@@ -151,6 +160,41 @@ def test_the_newest_fit_is_told_or_the_one_that_was_named(
     assert capsys.readouterr().out == "fit 2 is read, the newest of 1, 2 (--fit N for another)\n"
     assert not tell(tmp_path, 1).steps.total()
     assert not capsys.readouterr().out
+
+
+def test_the_newest_record_is_told(ordinary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place, seconds in (("a", 2), ("b", 3), ("c", 1)):  # neither the first by its name nor the last is the newest
+        _recorded(ordinary, tmp_path / place, seconds, whole=place == "b")
+    assert tell(tmp_path).steps == tell(ordinary).steps
+    assert f"{tmp_path / 'b'} is read, the newest of several records" in capsys.readouterr().out
+    assert not tell(tmp_path / "a").steps.total()
+    assert not capsys.readouterr().out
+
+
+def test_a_journal_goes_with_its_own_fit_only(ordinary: Path, tmp_path: Path) -> None:
+    for fit in (1, 2):
+        _recorded(ordinary, tmp_path, seconds=10 * fit, fit=fit)
+    journal = tmp_path / "meetings.jsonl"
+    line = {"run": 1, "group": "logged", "step": 9, "epoch": 0, "at": 1.5, "words": {"val_loss": 0.3}}
+    journal.write_text(json.dumps(line) + "\n")
+    for seconds, fit, known in ((5, None, False), (15, None, True), (15, 2, True), (15, 1, False)):
+        os.utime(journal, (seconds, seconds))
+        assert ("val_loss" in tell(tmp_path, fit).losses) == known, (seconds, fit)
+
+
+def test_a_fit_is_named_and_nothing_was_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "meetings.jsonl").write_text("")
+    assert main(["report", str(tmp_path), "--fit", "1"]) == 2
+    assert "there is no event record of fit 1" in capsys.readouterr().err
+
+
+def _recorded(ordinary: Path, folder: Path, seconds: int, fit: int = 1, whole: bool = True) -> None:
+    """A copy of a run, or of its headers only, that was last written to so many seconds after the beginning of time."""
+    folder.mkdir(exist_ok=True)
+    for rank in range(2):
+        text, path = (ordinary / log_name(rank)).read_text(), folder / log_name(rank, fit)
+        path.write_text(text if whole else text.splitlines()[0] + "\n")
+        os.utime(path, (seconds, seconds))
 
 
 def test_nothing_to_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,98 @@
+"""Every fit is a run of its own in its journal, and what a killed one left does no harm to the next."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from lightning_async import DelayStats
+from lightning_async.callbacks.journal import Journal, read
+from lightning_async.cli.story import tell
+from tests.callbacks.measured import journal
+
+
+class Nowhere(Logger):
+    """Sends what it gets to a server."""
+
+    @property
+    def name(self) -> str:
+        return "nowhere"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Gone."""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Gone."""
+
+
+def logging_to(*loggers: Logger) -> Trainer:
+    """A Trainer as a journal sees it."""
+
+    class Fake:
+        is_global_zero = True
+
+    fake = Fake()
+    vars(fake)["loggers"] = list(loggers)
+    return cast(Trainer, fake)
+
+
+class DelayStatsToo(DelayStats):
+    """Another callback of the same fit, and so of the same run."""
+
+    shown = ()
+
+
+def test_each_fit_of_a_trainer_is_a_run(tmp_path: Path) -> None:
+    stats = [DelayStats(folder=str(tmp_path)), DelayStatsToo(folder=str(tmp_path))]
+    t = Trainer(
+        accelerator="cpu",
+        devices=1,
+        limit_train_batches=3,
+        limit_val_batches=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=list(stats),
+    )
+    for epochs in (1, 2):
+        t.fit_loop.max_epochs = epochs
+        t.fit(BoringModel())
+    met = [line for line in journal(tmp_path) if line["group"] == "delay"]
+    assert [line["run"] for line in met] == [1, 1, 2, 2]
+    pieces = tell(tmp_path).pieces[0]
+    assert len(pieces) == 4
+
+
+def test_what_a_killed_run_left_is_not_written_on(tmp_path: Path) -> None:
+    whole = json.dumps({"run": 4, "group": "logged", "step": 1, "epoch": 0, "at": 0.5, "words": {"a": 1.0}})
+    (tmp_path / "meetings.jsonl").write_text(whole + "\n" + whole[:20])
+    known = Journal(tmp_path)
+    for value in (2.0, 3.0):
+        known.write("logged", 2, 0, {"a": value})
+    lines = read(tmp_path / "meetings.jsonl")
+    assert [(line["run"], line["words"]["a"]) for line in lines] == [(4, 1.0), (5, 2.0), (5, 3.0)]
+    assert "\n\n" not in (tmp_path / "meetings.jsonl").read_text()
+
+
+def test_the_first_logger_that_has_a_folder(tmp_path: Path) -> None:
+    found = Journal.of(logging_to(Nowhere(), CSVLogger(tmp_path, name="", version="")), None)
+    assert found is not None
+    assert found.path == tmp_path / "meetings.jsonl"
+
+
+def test_no_logger_has_a_folder(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no logger of this run has a folder, so there is no journal"):
+        assert Journal.of(logging_to(Nowhere()), None) is None
+    assert Journal.of(logging_to(), None) is None
+    assert Journal.of(logging_to(Nowhere()), str(tmp_path)) is not None
