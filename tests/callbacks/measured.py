@@ -45,7 +45,7 @@ class Witness(Callback):
 
 def fit(n: int, folder: str, method: str, knobs: dict[str, Any], epochs: int = 2) -> dict[str, Any]:
     """What the callbacks and the witness of this rank have at the end."""
-    faults = SpeedFaults(step_seconds=0.004, slow={n - 1: 5.0})
+    faults = SpeedFaults(step_seconds=0.008, slow={n - 1: 6.0})  # so slow on a busy machine too
     stats = [DelayStats(), AdaptiveShrink("inverse", healthy=0), TrafficStats(), SpreadStats(depth=2, every=0.05)]
     witness, logger = Witness(), CSVLogger(folder, name="", version="")
     options = {"callbacks": [faults, *stats, witness], "logger": logger, "max_epochs": epochs}
