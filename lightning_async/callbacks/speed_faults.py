@@ -121,7 +121,7 @@ class SpeedFaults(Callback):
 
     def _pass(self, seconds: float) -> None:
         if not self.hold_gil:
-            time.sleep(seconds)
+            time.sleep(seconds)  # the fault itself: it stands for compute, and waits for nothing
             return
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:

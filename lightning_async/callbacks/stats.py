@@ -71,11 +71,11 @@ class Stats(Callback):
 
     def say(self, stretch: Stretch) -> Any:
         """This rank's word at a meeting: what JSON can hold."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of statistics has its own
 
     def conclude(self, words: Mapping[int, Any]) -> Figures:
         """The figures that follow from all ranks' words, without the group's name."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of statistics has its own
 
     def sees(self, strategy: Watched) -> bool:
         """Whether this strategy of ours has what is measured."""

@@ -155,7 +155,7 @@ class LedgerShare(Generic[W]):
 
     def _begun(self, epoch: int, opening: Opening, *, done: Sequence[Range], items: Items) -> W:
         """The work of an epoch that is about to open."""
-        raise NotImplementedError
+        raise NotImplementedError  # it is the rule in which the shares differ
 
     def _open(
         self, epoch: int, opening: Opening, *, order: tuple[int, int], done: tuple[Range, ...], items: Items

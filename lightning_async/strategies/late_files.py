@@ -109,7 +109,7 @@ class LateFiles:
                 silent = ranks[words.index(None)]
                 self._stuck = TimeoutError(f"rank {silent} did not say that its part of the checkpoint is written")
             self._shut |= self._leaving
-            time.sleep(LOOK)
+            time.sleep(LOOK)  # between looks, in the writer's thread, up to the end above
             words = [self._word(board, save, rank) for rank in ranks]
         self._shut |= any(word not in (WRITTEN, DIED) for word in words)
         if self._failed:

@@ -26,7 +26,7 @@ from lightning_async.transport.mail import CONTRIBUTION, RESULT, Carrier, Letter
 How = Literal["sum", "mean", "max", "gather"]
 CHUNK = 65536
 OWNERS = 8  # slices; more would cost links, not gain time
-SHORT = 1 << 17  # bytes that each may send in one way: less than what two ways cost, on a slow network too
+SHORT = 1 << 17  # bytes that each may send in one way: more than in two, but nobody waits for an owner between them
 PRESENT, ABSENT = b"+", b"-"
 END = b"\n"  # of the name in front of a word
 

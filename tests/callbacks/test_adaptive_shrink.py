@@ -24,7 +24,7 @@ from lightning_async.callbacks.adaptive_shrink import _is_scale_free, _Kept
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Mail, Wait
 from tests.strategies import piped
-from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.lit import ByHand, Lit, loader, trainer
 from tests.strategies.ranks import run
 
 
@@ -216,20 +216,6 @@ def _in_step() -> None:
 
 def test_where_nothing_is_asked_for_it_says_so() -> None:
     run(2, _in_step)
-
-
-class ByHand(Lit):
-    """Its `training_step` returns nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
 
 
 def _without_a_loss() -> list[str]:

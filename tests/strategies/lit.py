@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_async import GossipRingStrategy
@@ -49,6 +50,38 @@ class Lit(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), self.lr)
+
+
+class ByHand(Lit):
+    """Steps by itself: its `training_step` returns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class Numbers(IterableDataset[Any]):
+    """A rank's own stream that knows where it stands."""
+
+    def __init__(self, length: float) -> None:
+        self.at, self.length = 0, length
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.at < self.length:
+            self.at += 1
+            yield self.at - 1, INPUTS[(self.at - 1) % 240], TARGETS[(self.at - 1) % 240]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
 
 
 def loader(batch_size: int = 4, *, shuffle: bool = True, n: int = 240, **options: Any) -> DataLoader[Any]:

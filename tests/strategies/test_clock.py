@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from lightning_async import SpeedFaults
 from lightning_async.progress.progress import Progress
 from lightning_async.strategies.counts import Counts
-from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
+from tests.strategies.lit import INPUTS, TARGETS, ByHand, Lit, loader, trainer
 from tests.strategies.ranks import run
 
 
@@ -404,18 +404,6 @@ def test_checkpoints_by_the_clock_of_the_first_rank(tmp_path: Path) -> None:
     found = both(saved_by_time, tmp_path)
     assert len(found[0]["saved"]) >= 2
     assert len(list(tmp_path.glob("*.ckpt"))) == len(found[0]["saved"])
-
-
-class ByHand(Lit):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
 
 
 def by_hand() -> dict[str, Any]:

@@ -6,17 +6,17 @@ import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_async import SpeedFaults
-from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
+from tests.strategies.lit import Lit, Numbers, loader, trainer
 from tests.strategies.ranks import Forked, run
 
 SAVED = "saved"
@@ -44,24 +44,6 @@ class Diary(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.file.close()
-
-
-class Numbers(IterableDataset[Any]):
-    """A rank's own stream that knows where it stands."""
-
-    def __init__(self, length: float) -> None:
-        self.at, self.length = 0, length
-
-    def __iter__(self) -> Iterator[Any]:
-        while self.at < self.length:
-            self.at += 1
-            yield self.at - 1, INPUTS[(self.at - 1) % 240], TARGETS[(self.at - 1) % 240]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at = state["at"]
 
 
 def train(

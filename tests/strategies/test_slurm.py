@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_async import AsyncGlobalStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
 from lightning_async.progress.progress import Progress
 from tests.strategies import piped
-from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
+from tests.strategies.lit import Lit, Numbers, loader, trainer
 from tests.strategies.ranks import run
 
 JOB = "4711"
@@ -136,24 +135,6 @@ def test_the_same_under_other_strategies(slurm: Path, strategy: str, rank: int) 
     assert again["steps"] == also["steps"] == 40
     assert again["end"] == also["end"]
     assert 2 * (40 - at) - (again["batches"] + also["batches"]) in (0, 1), "it went on from where it was saved"
-
-
-class Numbers(IterableDataset[Any]):
-    """A rank's own stream that knows where it stands."""
-
-    def __init__(self, length: float) -> None:
-        self.at, self.length = 0, length
-
-    def __iter__(self) -> Iterator[Any]:
-        while self.at < self.length:
-            self.at += 1
-            yield self.at - 1, INPUTS[(self.at - 1) % 240], TARGETS[(self.at - 1) % 240]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"at": self.at}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.at = state["at"]
 
 
 def warn_who_waits(rank: int) -> None:
