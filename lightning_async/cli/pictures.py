@@ -134,6 +134,7 @@ def traffic(plt: Any, story: Story) -> Any:
         total[rank, peer] = sum(sent for sent, _ in row.values())
     factor, unit = _unit(total.max())
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1.25, 1), constrained_layout=True)
+    figure.get_layout_engine().set(wspace=0.08)  # between the label of the colours and that of the kinds
     shown = left.imshow(np.where(total > 0, total / factor, np.nan), cmap=MAP, interpolation="nearest", vmin=0)
     left.set(xlabel="to rank", ylabel="from rank")
     names = [str(rank) for rank in range(story.world)]
