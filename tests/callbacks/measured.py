@@ -18,7 +18,7 @@ from lightning_async import AdaptiveShrink, DelayStats, SpeedFaults, SpreadStats
 from lightning_async.arrival import Arrival
 from tests.strategies.lit import Lit, loader, trainer
 
-PAUSE, SLOW = 0.008, 6.0
+PAUSE, SLOW = 0.004, 4.0
 
 
 class Witness(Callback):

@@ -15,7 +15,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_async import AdaptiveShrink, DelayedPipelineStrategy, DelayStats, Fate, SpreadStats, TrafficStats
+from lightning_async import (
+    AdaptiveShrink,
+    DelayedPipelineStrategy,
+    DelayStats,
+    Fate,
+    SpeedFaults,
+    SpreadStats,
+    TrafficStats,
+)
+from lightning_async.callbacks import SignGradients
 from lightning_async.callbacks.watched import NAMES, Watched
 from lightning_async.progress.stretch import Stretch
 from lightning_async.progress.tally import Tally
@@ -29,14 +38,14 @@ KINDS = [DelayStats, AdaptiveShrink, TrafficStats, SpreadStats]
 
 @pytest.fixture(scope="module")
 def gossip(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
-    """Three ranks, the last 5x slow, with all that measures and a shrink by 1 / (1 + 0.1 delay)."""
+    """Three ranks, the last 4x slow, with all that measures and a shrink by 1 / (1 + 0.1 delay)."""
     folder = tmp_path_factory.mktemp("gossip")
     return run(3, fit, 3, str(folder), "gossip_ring", {"at_meeting": "keep", "balance": "equal"}), folder
 
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
-    """Two ranks that wait for each other, the last 5x slow."""
+    """Two ranks that wait for each other, the last 4x slow."""
     folder = tmp_path_factory.mktemp("ddp")
     return run(2, _quiet_ddp, 2, str(folder)), folder
 
@@ -191,7 +200,7 @@ def test_every_strategy_shows_all_that_callbacks_may_see(kind: type[Any]) -> Non
     assert {name for name in vars(Watched) if not name.startswith("_")} <= set(NAMES)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, SpeedFaults, SignGradients])
 def test_one_stands_twice(kind: type[Any]) -> None:
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[kind(), kind()], max_steps=1
