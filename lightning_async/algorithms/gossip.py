@@ -69,7 +69,8 @@ class Gossip(Algorithm):
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """For who asks where the own steps go."""
         yield from ()  # never waits
-        self.own_steps.set_off(replica.flat, step)
+        if self.own_steps.asked:  # else not even a look at the weights
+            self.own_steps.set_off(replica.flat, step)
         return []
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
@@ -190,6 +191,12 @@ class Gossip(Algorithm):
             f"{n} members on a ring agree slowly; topology='exponential' mixes them in about "
             f"{(n - 1).bit_length()} messages"
         )
+
+    def stepped(self, replica: Replica, step: int) -> None:
+        """The optimizer has stepped, and nothing is folded yet."""
+        self._step = step
+        if self.own_steps.asked:
+            self.own_steps.arrive(replica.flat, step)
 
     def on_wire(self, weights: Tensor) -> Tensor:
         """What of `weights` travels."""

@@ -49,8 +49,7 @@ class Pairwise(Gossip):
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Fold the answers, answer the questions, ask the next neighbour if it is time."""
-        self._step = step
-        self.own_steps.arrive(replica.flat, step)
+        self.stepped(replica, step)
         self.pump(replica, mail)
         if step % self.period == 0:
             self._ask(replica, mail)

@@ -54,8 +54,7 @@ class PushSum(Gossip):
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Merge what came, then push half to the neighbour whose turn it is."""
-        self._step = step
-        self.own_steps.arrive(replica.flat, step)
+        self.stepped(replica, step)
         if self._seen == step and self.mass != self._born_with:
             moved = self._scratch.copy_(replica.flat).sub_(self._before)
             replica.shift(moved, self._born_with / self.mass - 1)
