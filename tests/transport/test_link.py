@@ -193,7 +193,7 @@ def _chat_on_both(a: End, b: End, count: int, hurries: bool) -> None:
         assert results[end.me][0] == sorted(results[end.peer][1]), "all of it, once"
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("hurries", [False, True])
 def test_thousands_of_random_messages_both_ways(pair: tuple[End, End], hurries: bool) -> None:
     a, b = pair
@@ -443,6 +443,7 @@ def test_an_idle_link_goes_on_after_a_peer_was_frozen_for_long(
         assert link.close()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("direction", ["sender", "receiver"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_peer_that_ends_or_stops_in_mid_transfer(
