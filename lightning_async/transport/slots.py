@@ -146,6 +146,7 @@ class Slots:
         self._here = here
         self._news = news
         self._slots: dict[int, Slot] = {}
+        self._taken, self._since = 0, 0.0
         self._posted = 0
         self._boxes: dict[int, Slot] = {}
         self._received = 0
@@ -190,6 +191,8 @@ class Slots:
             header.number = self._posted
             slot.header, slot.message = header, _own(message, body, header.echo)
             slot.since = self._here.now()
+            self._since = self._since if self._taken else slot.since
+            self._taken += 1
             self.count(message.kind).numbers_out += numbers_in(body)
             self.queue.append(slot)
             hurries = self._here.gathering.hurries
@@ -312,8 +315,12 @@ class Slots:
 
     def _free(self, slot: Slot) -> None:
         assert slot.header is not None  # a free slot is not freed again
-        self.count(slot.header.kind).seconds_out += self._here.now() - slot.since
+        now = self._here.now()
+        self.count(slot.header.kind).seconds_out += now - slot.since
         slot.header = slot.message = None
+        self._taken -= 1
+        if not self._taken:
+            self.traffic[HEADERS].seconds_out += now - self._since
 
     def count(self, kind: int) -> Count:
         """The traffic of one kind."""
