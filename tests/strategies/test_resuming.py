@@ -165,7 +165,7 @@ def test_a_stream_that_does_not_know_where_it_stood_begins_anew(tmp_path: Path) 
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("at_meeting", ["adopt", "keep"])
-@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
 def test_a_resumed_run_continues_in_other_precisions(precision: str, at_meeting: str, tmp_path: Path) -> None:
     path, knobs = str(tmp_path / "x.ckpt"), {"mode": "none", "balance": "equal", "at_meeting": at_meeting}
     through = run(2, _through, 2, knobs, path, "validation", "shared", False, precision)
