@@ -1,0 +1,144 @@
+"""Members of several ranks: siblings are equal to the bit at every step, one member is ddp, each sample counts once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_async import GossipRingStrategy
+from lightning_async.callbacks import SpeedFaults
+from tests.strategies.lit import INPUTS, TARGETS, ByHand, Lit, loader, trainer, weights
+from tests.strategies.ranks import run
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
+
+
+class Plain(Lit):
+    """Without BatchNorm, whose statistics ddp takes from rank 0, and with an optimizer of the test's choice."""
+
+    def __init__(self, optimizer: str = "sgd", **options: Any) -> None:
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+        self.optimizer, self.options = optimizer, {"lr": 0.002, **options}
+
+    def configure_optimizers(self) -> Any:
+        kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+        return kinds[self.optimizer](self.parameters(), **self.options)
+
+
+class PlainByHand(Plain, ByHand):
+    """The same, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Watches(Callback):
+    """A fingerprint of the weights, and the learning rate, after every batch."""
+
+    def __init__(self) -> None:
+        self.prints: list[tuple[str, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *arguments: Any) -> None:
+        flat = torch.cat([p.detach().flatten() for p in module.parameters()])
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.prints.append((hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:12], rate))
+
+
+def _fit(n: int, knobs: dict[str, Any] | None, make: Any, batch: int, options: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(int(os.environ["RANK"]) if knobs is not None else 0)
+    lit, watches = make(), Watches()
+    if knobs is not None and os.environ["RANK"] == "0":
+        torch.manual_seed(0)
+        lit = make()
+    options = {"callbacks": [watches, *options.pop("callbacks", [])], **options}
+    samples = options.pop("samples", 240)
+    data = loader(batch, shuffle=False, n=samples) if knobs is not None else own_share(n, batch)
+    strategy = "ddp" if knobs is None else GossipRingStrategy(**knobs)
+    t = trainer(n, strategy=strategy, use_distributed_sampler=knobs is not None, **options)
+    t.fit(lit, data, loader(40, shuffle=False))
+    end = {"weights": weights(lit), "prints": watches.prints, "seen": lit.seen, "val": float(t.callback_metrics["val"])}
+    if knobs is not None:
+        strategy = t.strategy
+        assert isinstance(strategy, GossipRingStrategy)
+        end |= {
+            "arrivals": len(strategy.arrivals()),
+            "steps": strategy.steps,
+            "metric": float(t.callback_metrics["metric"]),
+        }
+    return end
+
+
+def own_share(n: int, batch: int) -> DataLoader[Any]:
+    """This rank's samples for ddp: those that it has as one of a member's ranks."""
+    mine = slice(int(os.environ["RANK"]), None, n)
+    return DataLoader(TensorDataset(torch.arange(240)[mine], INPUTS[mine], TARGETS[mine]), batch_size=batch)
+
+
+def fit(n: int, knobs: dict[str, Any] | None, make: Any = Plain, batch: int = 4, **options: Any) -> list[Any]:
+    return run(n, _fit, n, knobs, make, batch, options)
+
+
+TWO = {"inner_size": 2}
+
+
+# -- the law -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize(
+    ("mode", "at_meeting"), [("pairwise", "adopt"), ("pairwise", "keep"), ("push_sum", "adopt"), ("none", "keep")]
+)
+def test_siblings_are_equal_at_every_step_and_each_sample_is_seen_once(mode: str, at_meeting: str) -> None:
+    slow = SpeedFaults(step_seconds=0.002, slow={2: 3.0, 3: 3.0})
+    ends = fit(4, {**TWO, "mode": mode, "at_meeting": at_meeting}, Lit, callbacks=[slow])
+    for one, other in ((0, 1), (2, 3)):
+        assert ends[one]["prints"] == ends[other]["prints"]
+        assert ends[one]["steps"] == ends[other]["steps"] > 0
+    assert ends[0]["prints"] != ends[2]["prints"]
+    for end in ends[1:]:
+        for key in ("weights", "val", "metric"):
+            assert end[key] == ends[0][key]
+    seen = Counter(index for end in ends for index in end["seen"])
+    assert set(seen.values()) == {2}
+    assert len(seen) == 240
+    if mode != "none":
+        assert ends[0]["arrivals"] > 0
+    assert ends[1]["arrivals"] == ends[3]["arrivals"] == 0  # a member hears by its speaker
+
+
+@cache
+def by_ddp(n: int, make: Any = Plain, **options: Any) -> dict[str, Any]:
+    end: dict[str, Any] = fit(n, None, make, **options)[0]
+    return end
+
+
+def _adam() -> Plain:
+    return Plain("adam")
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("make", [Plain, _adam, PlainByHand])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4}])
+def test_one_member_of_two_ranks_is_ddp_to_the_bit(make: Any, options: dict[str, Any]) -> None:
+    if options and make is PlainByHand:
+        pytest.skip("Lightning refuses to accumulate by hand")
+    for end in fit(2, TWO, make, **options):
+        assert end["weights"] == by_ddp(2, make, **options)["weights"]
+        assert end["val"] == pytest.approx(by_ddp(2, make, **options)["val"])
+
+
+def test_one_member_of_three_ranks_is_ddp_to_rounding() -> None:
+    mine, theirs = fit(3, {"inner_size": 3}), by_ddp(3)
+    assert mine[0]["weights"] == pytest.approx(theirs["weights"], rel=1e-5, abs=1e-6)
+    assert mine[0]["prints"] == mine[1]["prints"] == mine[2]["prints"]
