@@ -226,7 +226,8 @@ class Office:
             for rank in gone:
                 carrier.propose(f"bye/{rank}", DIED)
             awaited = set(gone) | {carrier.me} | ({first} if stopped else set())
-            awaited |= set(carrier.live()) & set(everybody) if carrier.me == first else set()
+            lingers = carrier.me == first and not self.flags.orphaned  # the others train on, perhaps for days
+            awaited |= set(carrier.live()) & set(everybody) if lingers else set()
             if all(carrier.decided(f"bye/{r}") is not None for r in awaited):
                 break
             carrier.wait(0.1)

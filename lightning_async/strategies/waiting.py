@@ -38,6 +38,7 @@ class Flags:
         spent: Seconds that this rank's thread was in `drive`.
         waited: Seconds of these in which there was nothing to do but wait.
         siblings: The other ranks of this rank's member, which ends with each of them.
+        orphaned: Whether it ended so.
     """
 
     carrier: Carrier
@@ -48,6 +49,7 @@ class Flags:
     spent: float = 0.0
     waited: float = 0.0
     siblings: tuple[int, ...] = ()
+    orphaned: bool = False
     _stopping: float | None = None
     _mourned: set[int] = field(default_factory=set)  # whose deaths were told
 
@@ -82,6 +84,7 @@ class Flags:
         deaths: dict[int, str] = getattr(self.carrier, "deaths", {}) if self.siblings else {}
         for rank in self.siblings:
             if rank in deaths:
+                self.orphaned = True
                 raise PeerFailedError(
                     f"rank {rank} is dead ({deaths[rank]}), and rank {self.carrier.me} of the same member stops with "
                     "it: the ranks of a member step together. The other members go on"
