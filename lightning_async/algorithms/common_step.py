@@ -9,18 +9,22 @@ of means is that mean: so it does not matter how often a gradient that is not us
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Wait
-from lightning_async.transport.siblings import Siblings
+
+Average = Callable[[Tensor], Wait[Tensor]]
+"""Of a vector on each rank of the member makes the mean, the same bits on all."""
 
 
 @torch.no_grad()
-def average_gradients(replica: Replica, siblings: Siblings) -> Wait[None]:
+def average_gradients(replica: Replica, average: Average) -> Wait[None]:
     """Give every parameter the mean of its gradients on all ranks of the member."""
-    mean = yield from siblings.average(_gathered(replica))
+    mean = yield from average(_gathered(replica))
     mean = mean.to(replica.device)
     used = mean[replica.numel :].tolist()
     for (parameter, at), share in zip(replica.places, used, strict=True):

@@ -148,7 +148,8 @@ class Feeding:
         shared = self.share.completed() if self.share is not None else 0
         self._streams.trained()
         self.batches += 1
-        self.samples += shared if self._by_sample else samples_in(batch) * self._ranks or self._batch
+        mine = samples_in(batch) or self._batch // self._ranks
+        self.samples += shared if self._by_sample else mine * self._ranks
 
     def epoch_batches(self) -> int | None:
         """How many batches one rank of a synchronous run has in an epoch; None while that is not known."""
@@ -250,7 +251,7 @@ class Feeding:
     def _made(self, office: Office, size: int) -> Share:
         """The member's share; of a member of several ranks its speaker has it, and each rank a part of its batches."""
         siblings = office.siblings
-        if siblings is not None and not siblings.speaks:
+        if siblings is not None and not office.speaks:
             return SplitShare(None, siblings)
         desk = office.desk(DATA)
         share = make_share(self._balance, desk, batch=self._batch, drop_last=self._drop_last, size=size)

@@ -137,6 +137,11 @@ class Office:
         self.flags.siblings = self.siblings.others
         return cast(Carrier, Speakers(carrier, speakers))
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank speaks for its member: always, where members have one rank each."""
+        return self.siblings is None or self.siblings.speaks
+
     def desk(self, number: int) -> Desk:
         """The board with a page of the note for one's own."""
         return self._pages.desk(number)

@@ -87,7 +87,7 @@ class Stepping:
         def closure_then_average() -> Any:
             result, strategy = closure(), self._strategy
             assert strategy.office.siblings is not None  # as when it was wrapped
-            inside = average_gradients(strategy.replica, strategy.office.siblings)
+            inside = average_gradients(strategy.replica, strategy.office.siblings.average)
             strategy.office.drive(inside, heed=strategy.clock.heed)
             return result
 

@@ -91,8 +91,7 @@ class Telling:
         """
         self.idle = self._office().flags.waited - self._met.waited
         stretch = self._stretch(apart)
-        siblings = self._office().siblings
-        voices = self._voices if siblings is None or siblings.speaks else {}  # one rank speaks for a member
+        voices = self._voices if self._office().speaks else {}
         said = {name: say(stretch) for name, (say, _) in voices.items()}
         word = zlib.compress(json.dumps([square, said]).encode())
         words = yield from self._office().rounds.agree(word, what="what ranks tell")

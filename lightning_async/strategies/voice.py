@@ -107,6 +107,14 @@ class Listener(_Voice):
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """Nothing."""
 
+    def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        """Where the speaker's optimizer gets no gradients, this rank's gets none either."""
+        yield from ()  # never waits
+        if self._algorithm.takes_gradients:
+            for parameter, _ in replica.places:
+                parameter.grad = None
+        return []
+
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Be where the speaker is."""
         yield from self._follow(replica)

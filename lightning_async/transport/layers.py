@@ -28,18 +28,23 @@ class Speakers:
     """
 
     def __init__(self, carrier: Carrier, speakers: Iterable[int]) -> None:
-        self._carrier, self._speakers = carrier, frozenset(speakers)
+        self._carrier, self.speakers = carrier, tuple(speakers)
+
+    @property
+    def world(self) -> int:
+        """How many members the run began with."""
+        return len(self.speakers)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._carrier, name)
 
     def members(self) -> tuple[int, ...]:
         """Those not declared dead. A speaker without one of its siblings leaves, so none of these is half a member."""
-        return tuple(rank for rank in self._carrier.members() if rank in self._speakers)
+        return tuple(rank for rank in self._carrier.members() if rank in self.speakers)
 
     def live(self) -> tuple[int, ...]:
         """Those heard of lately."""
-        return tuple(rank for rank in self._carrier.live() if rank in self._speakers)
+        return tuple(rank for rank in self._carrier.live() if rank in self.speakers)
 
 
 class LayeredRounds(Rounds):

@@ -20,7 +20,7 @@ beside the training. Whoever speaks to it, its own member too, does so by mail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -203,3 +203,9 @@ class Board(Protocol):
 
 class Carrier(Mail, Board, Protocol):
     """What a transport gives each member: mail and board."""
+
+
+def founders(mail: Mail) -> Sequence[int]:
+    """The members that the run began with: all ranks, or of members of several ranks those that speak (`layers`)."""
+    found: Sequence[int] = getattr(mail, "speakers", range(mail.world))
+    return found

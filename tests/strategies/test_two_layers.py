@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_async import GossipRingStrategy
+from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy
 from lightning_async.callbacks import SpeedFaults
 from lightning_async.strategies.waiting import PeerFailedError
 from tests.strategies.lit import INPUTS, TARGETS, ByHand, Lit, Numbers, loader, trainer, weights
@@ -66,13 +66,13 @@ def _fit(n: int, knobs: dict[str, Any] | None, make: Any, batch: int, options: d
     options = {"callbacks": [watches, *options.pop("callbacks", [])], **options}
     samples = options.pop("samples", 240)
     data = loader(batch, shuffle=False, n=samples) if knobs is not None else own_share(n, batch)
-    strategy = "ddp" if knobs is None else GossipRingStrategy(**knobs)
+    strategy: Any = "ddp"
+    if knobs is not None:
+        strategy = KINDS[knobs.get("of", "gossip_ring")](**{name: knobs[name] for name in knobs if name != "of"})
     t = trainer(n, strategy=strategy, use_distributed_sampler=knobs is not None, **options)
     t.fit(lit, data, loader(40, shuffle=False))
     end = {"weights": weights(lit), "prints": watches.prints, "seen": lit.seen, "val": float(t.callback_metrics["val"])}
     if knobs is not None:
-        strategy = t.strategy
-        assert isinstance(strategy, GossipRingStrategy)
         end |= {
             "arrivals": len(strategy.arrivals()),
             "steps": strategy.steps,
@@ -92,29 +92,48 @@ def fit(n: int, knobs: dict[str, Any] | None, make: Any = Plain, batch: int = 4,
 
 
 TWO = {"inner_size": 2}
+KINDS: dict[str, Any] = {
+    "gossip_ring": GossipRingStrategy,
+    "async_global": AsyncGlobalStrategy,
+    "cyclic_delay": CyclicDelayStrategy,
+}
 
 
 # -- the law -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
-    ("mode", "at_meeting"), [("pairwise", "adopt"), ("pairwise", "keep"), ("push_sum", "adopt"), ("none", "keep")]
+    "knobs",
+    [
+        {"mode": "pairwise"},
+        {"mode": "pairwise", "at_meeting": "keep"},
+        {"mode": "push_sum"},
+        {"of": "async_global"},
+        {"of": "async_global", "local_steps": 2, "on_late": "wait"},
+        {"mode": "none", "at_meeting": "keep"},
+        {"of": "cyclic_delay", "push": "gradient"},
+        {"of": "cyclic_delay", "push": "delta"},
+        {"of": "cyclic_delay", "token": "strict"},
+        {"mode": "sync"},
+        {"of": "async_global", "mode": "sync", "local_steps": 2},
+    ],
+    ids=str,
 )
-def test_siblings_are_equal_at_every_step_and_each_sample_is_seen_once(mode: str, at_meeting: str) -> None:
+def test_siblings_are_equal_at_every_step_and_each_sample_is_seen_once(knobs: dict[str, Any]) -> None:
     slow = SpeedFaults(step_seconds=0.002, slow={2: 3.0, 3: 3.0})
-    ends = fit(4, {**TWO, "mode": mode, "at_meeting": at_meeting}, Lit, callbacks=[slow])
+    ends = fit(4, {**TWO, **knobs}, Lit, callbacks=[slow])
     for one, other in ((0, 1), (2, 3)):
         assert ends[one]["prints"] == ends[other]["prints"]
         assert ends[one]["steps"] == ends[other]["steps"] > 0
-    assert ends[0]["prints"] != ends[2]["prints"]
+    assert ends[0]["prints"] != ends[2]["prints"] or knobs.get("mode") == "sync"
     for end in ends[1:]:
         for key in ("weights", "val", "metric"):
             assert end[key] == ends[0][key]
     seen = Counter(index for end in ends for index in end["seen"])
     assert set(seen.values()) == {2}
     assert len(seen) == 240
-    if mode != "none":
+    if knobs.get("mode") not in ("none", "sync"):
         assert ends[0]["arrivals"] > 0
     assert ends[1]["arrivals"] == ends[3]["arrivals"] == 0  # a member hears by its speaker
 
@@ -138,6 +157,12 @@ def test_one_member_of_two_ranks_is_ddp_to_the_bit(make: Any, options: dict[str,
     for end in fit(2, TWO, make, **options):
         assert end["weights"] == by_ddp(2, make, **options)["weights"]
         assert end["val"] == pytest.approx(by_ddp(2, make, **options)["val"])
+
+
+@pytest.mark.parametrize("knobs", [{"of": "async_global"}, {"of": "cyclic_delay", "token": "strict"}], ids=str)
+def test_and_so_it_is_with_a_server_of_its_own(knobs: dict[str, Any]) -> None:
+    for end in fit(2, {**TWO, **knobs}):
+        assert end["weights"] == by_ddp(2)["weights"]
 
 
 def test_one_member_of_three_ranks_is_ddp_to_rounding() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lightning_async.algorithms.algorithm import UNIT
 from tests.strategies.lit import trainer, weights
 from tests.strategies.ranks import run
 from tests.strategies.resumable import Draws, Saves, files_of, held_out, look_when_put_back, plain, samples, seed
@@ -39,6 +40,7 @@ def test_what_is_saved_is_restored_to_the_bit_on_every_rank(mode: str, at_meetin
     assert saved[2]["random"] != saved[3]["random"]
     parts = [own["parts"]["algorithm"] for own in files_of(Path(path)).values()]
     assert [bool(part) for part in parts] == [True, False, True, False]  # the speakers have it
+    assert mode != "push_sum" or parts[0]["mass"] + parts[2]["mass"] == 2 * 2 * 4 * UNIT  # members, ranks, samples
 
 
 def _through(path: str, resume: bool) -> Any:
