@@ -188,7 +188,7 @@ def test_6_from_the_order_of_the_pushes_alone_come_the_same_weights_to_the_bit(c
 # -- 7 -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("push", ["gradient", "delta"])
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize("carrier", CARRIERS)

@@ -35,6 +35,7 @@ def _figures(n: int, method: str, folder: str) -> dict[str, Any]:
     return {c.group: c.figures for c in stats}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("method", "kinds"), [("async_global", {"push", "answer"}), ("lazy_sign", {"part", "mean"})])
 def test_methods_with_replicas(method: str, kinds: set[str], tmp_path: Path) -> None:
     ends = run(2, _figures, 2, method, str(tmp_path))
