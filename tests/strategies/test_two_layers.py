@@ -52,7 +52,7 @@ class Watches(Callback):
         self.prints: list[tuple[str, float]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *arguments: Any) -> None:
-        flat = torch.cat([p.detach().flatten() for p in module.parameters()])
+        flat = torch.cat([p.detach().float().flatten() for p in module.parameters()])
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         self.prints.append((hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:12], rate))
 
