@@ -148,7 +148,7 @@ def _adam() -> Plain:
     return Plain("adam")
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("make", [Plain, _adam, PlainByHand])
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4}])
 def test_one_member_of_two_ranks_is_ddp_to_the_bit(make: Any, options: dict[str, Any]) -> None:
@@ -159,6 +159,7 @@ def test_one_member_of_two_ranks_is_ddp_to_the_bit(make: Any, options: dict[str,
         assert end["val"] == pytest.approx(by_ddp(2, make, **options)["val"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("knobs", [{"of": "async_global"}, {"of": "cyclic_delay", "token": "strict"}], ids=str)
 def test_and_so_it_is_with_a_server_of_its_own(knobs: dict[str, Any]) -> None:
     for end in fit(2, {**TWO, **knobs}):
