@@ -241,6 +241,27 @@ def test_the_ranks_of_a_node_are_one_member_and_by_default_each_is_one() -> None
     assert run(2, _sizes, None, 2) == [(2, 1)] * 2
 
 
+def _on_nodes() -> tuple[int, tuple[int, ...]]:
+    rank = int(os.environ["RANK"])
+    os.environ |= {"LOCAL_RANK": str(rank % 2), "GROUP_RANK": str(rank // 2), "LOCAL_WORLD_SIZE": "2"}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    t = trainer(2, num_nodes=2, knobs={"inner": "node"}, max_epochs=1, callbacks=[watch := Members()])
+    t.fit(Lit(), loader(n=40), loader(40, shuffle=False))
+    return watch.seen
+
+
+class Members(Callback):
+    """How many members there are, and which ranks are this rank's."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        self.seen = strategy.members, strategy.office.siblings.ranks
+
+
+def test_each_node_is_a_member() -> None:
+    assert run(4, _on_nodes) == [(2, (0, 1)), (2, (0, 1)), (2, (2, 3)), (2, (2, 3))]
+
+
 def _validates_after() -> list[float]:
     lit = Lit()
     t = trainer(2, knobs=TWO)
