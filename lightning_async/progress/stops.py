@@ -58,6 +58,7 @@ class Stops:
         self._began = self._desk.now() if mine.meetings == 1 else self._began
         dark = planning.in_the_dark(self._agenda, now, epoch, reports)
         self._dark = {unit: mine.tally[unit] + part for unit, part in dark.items()}
+        _ = self.called  # looked for from here on, it is found behind the first batch already
 
     def _go_on(self, meetings: int) -> None:
         self._key, self._call_key = f"appointment/{meetings}", f"call/{meetings}"

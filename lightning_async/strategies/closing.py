@@ -5,12 +5,12 @@
     validation            if one is due: the same
        [ asked here       in mid-epoch, where the others would train on ]
     on_train_epoch_end    the same
-       [ asked here       at the end of an epoch, which all leave anyway, but not the run ]
+       [ asked here       at the end of an epoch, which all leave anyway, but not the run, or not without a save ]
     next batch            all say what they train, unless nothing could change it since they were asked
 
 Who was told to end (SIGTERM) says so here too: a save or a validation that is under way comes to its end, as long as
 `grace` lasts, and then all stop at one point, where they can save. Who was told to be queued anew (SLURM's signal) says
-so in mid-epoch, and all save here; at the end of an epoch it waits for the next meeting.
+so too, and all save here: behind the very last validation as well, for what the job does after the fit.
 
 In mid-epoch no hook comes between the question and the next batch. So the answer tells what all train too, and takes
 the place of the word that they would give there: to be asked costs nothing. Nobody is asked before all have met once: a
@@ -71,29 +71,30 @@ class Closing:
             self._ask(trainer)
 
     def after_epoch(self, trainer: Trainer) -> None:
-        """All hooks of the epoch are done; the next one follows, if this rank is not to stop."""
+        """All hooks of the epoch are done; the next one follows, or the end of the run."""
         if not self._open:
             self._wishes.keep_stop(trainer)
             return
         self._asked = False  # hooks of the epoch came since
-        self._ask(trainer)
+        with compat.behind_epoch(trainer):
+            self._ask(trainer, at_end=True)
 
     @property
     def _open(self) -> bool:
         return self._strategy.meeting and self._met
 
-    def _ask(self, trainer: Trainer) -> None:
-        """Who is told to stop? One question at a time, and none where all know."""
-        if self._asked or self._stops:
+    def _ask(self, trainer: Trainer, *, at_end: bool = False) -> None:
+        """Who is told to stop? One question at a time, and none where all know: but at the end all may have to save."""
+        if self._asked or (self._stops and not at_end):
             return
         self._asked = True
         wishes, unchanged = self._question(trainer)
-        while wishes & Wish.REQUEUE and not self._over:
+        while wishes & Wish.REQUEUE and (at_end or not self._over):
             self._strategy.clock.requeued(trainer)
             wishes, unchanged = self._question(trainer)  # anew: hooks of the save came since
         if wishes & Wish.TERMINATE:
             self._strategy.close_in_order()
-        self._stops = bool(wishes & Wish.STOP)
+        self._stops = self._stops or bool(wishes & Wish.STOP)
         trainer.should_stop = self._stops or trainer.should_stop
         self.settled = not self._over and unchanged
 

@@ -308,6 +308,20 @@ def within_epoch(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
+def behind_epoch(trainer: Trainer) -> Iterator[None]:
+    """The epoch is not counted as completed yet, as in the hooks at its end: what is saved there goes on with the next
+    one."""
+    epochs = trainer.fit_loop.epoch_progress
+    for count in (epochs.current, epochs.total):
+        count.completed -= 1
+    try:
+        yield
+    finally:
+        for count in (epochs.current, epochs.total):
+            count.completed += 1
+
+
+@contextmanager
 def within_batch(trainer: Trainer) -> Iterator[None]:
     """The last batch is not counted as completed yet, as in the hooks at its end."""
     batches = trainer.fit_loop.epoch_loop.batch_progress

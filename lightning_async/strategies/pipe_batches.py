@@ -175,10 +175,14 @@ class PipeBatches(Resting):
         if self.piped:
             passes = self.together(whole.gather(self.office.rounds, list(self.turns.place.timeline)))
             self.timelines = {self.depth - 1 - rank: line for rank, line in enumerate(passes[: self.depth])}
-            state = self.trainer.lightning_module.state_dict()
-            for part in self.together(whole.gather(self.office.rounds, self.answered_for(state))):
-                state |= part
-            self.turns.parts.take_home(state)
+            self.take_home()
+
+    def take_home(self) -> None:
+        """The whole module from all stages."""
+        state = self.trainer.lightning_module.state_dict()
+        for part in self.together(whole.gather(self.office.rounds, self.answered_for(state))):
+            state |= part
+        self.turns.parts.take_home(state)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """What rank 0 has is the run's."""

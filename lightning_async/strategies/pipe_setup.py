@@ -199,6 +199,12 @@ class PipeSetup(PipeBatches):
             run_start(fetcher)
             self.keep_stop()
 
+        def run() -> None:
+            fit()
+            if not self.begun:  # the run that it was to go on from was at its end
+                self.take_home()
+
+        fit = leash.wrap(self.trainer.fit_loop, "run", run)
         original = leash.wrap(module, "on_train_epoch_end", on_train_epoch_end)
         run_start = leash.wrap(self.trainer.fit_loop.epoch_loop, "on_run_start", on_run_start)
         compat.around_ends_of_batches(self.trainer, leash, self.stop_together, self.stop_after_rest)

@@ -83,6 +83,14 @@ class Resting(PipeSaving):
             self.trainer.should_stop = self.together(words.decide(self.office.rounds, self.trainer.should_stop, False))
         self.rested = False
 
+    def rest_at_the_end(self) -> None:
+        """Nothing is left on its way. No batch comes that all could save behind: who was told to be queued anew since
+        the last rest says so here, for what the job does after the fit."""
+        self.rest(drain=True)
+        if self.meeting and self.together(words.decide(self.office.rounds, self._requeue, False)):
+            with compat.behind_epoch(self.trainer):
+                self._save_for_queue()
+
     def _wishes(self) -> Wish:
         wishes = Wish.STOP if self._stop and compat.can_stop_early(self.trainer) else Wish.NOTHING
         if self._requeue:
@@ -97,9 +105,12 @@ class Resting(PipeSaving):
             wishes |= Wish(word[0])
         self.turns.go_on()
         if wishes & Wish.REQUEUE:
-            self._requeue = False
-            compat.requeue(self.trainer, self._save_and_requeue)
+            self._save_for_queue()
         if wishes & Wish.TERMINATE:
             self.closing = True
             raise SIGTERMException()
         self.trainer.should_stop = bool(wishes & Wish.STOP)
+
+    def _save_for_queue(self) -> None:
+        self._requeue = False
+        compat.requeue(self.trainer, self._save_and_requeue)

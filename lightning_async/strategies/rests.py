@@ -67,7 +67,7 @@ class Rests(Callback):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Nothing is left on its way."""
-        self.strategy.rest(drain=True)
+        self.strategy.rest_at_the_end()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         """First of all callbacks: after an exception nobody may wait for anybody."""

@@ -7,6 +7,9 @@
 Who proposes counts it under `said`, behind the value: while that count stands still, nothing that was looked for once
 can have come, and a tick looks for no key. Who died between the two is heard at the next beat, which looks for all.
 
+A key is looked for until it is asked for again, as far as that can be foreseen from the keys of its kind (`call/3`,
+`call/4`): who asks behind each batch finds there what was said in the middle of it, however long batches are.
+
 Neither thread waits for the other one: there is a lock for appending, and none is held while the store is asked.
 """
 
@@ -19,8 +22,9 @@ from collections.abc import Callable
 
 from lightning_async.transport.gloo import Keys
 
-WATCH_SECONDS = 10.0
-"""A key is looked for until this long after `decided` last asked for it."""
+WATCH_SECONDS, PAUSES, FIRST_PAUSE = 10.0, 8.0, 600.0
+"""A key is looked for until this long after `decided` last asked for it, and for so many pauses between two such asks;
+the first one may be so long."""
 FLAGS = frozenset({"abort", "stop"})
 """Asked for before every batch, however long that is, and in every wait: looked for as long as the run lasts, and no
 wait hurries for them alone."""
@@ -43,6 +47,9 @@ class Requests:
         self._draws: deque[tuple[str, int]] = deque()
         self._drawn: dict[str, list[tuple[int, int]]] = {}
         self._watched: dict[str, float] = {}
+        self._rhythm: dict[
+            str, tuple[float, float]
+        ] = {}  # of a kind of keys: when one was asked for last, and the pause before
         self._decided: dict[str, bytes] = {}
         self._looked: set[str] = set()  # the watched keys that were looked for before
         self._said = 0
@@ -58,7 +65,7 @@ class Requests:
         value = self._decided.get(key)
         if value is None:
             new = key not in self._watched
-            self._watched[key] = time.monotonic()
+            self._watched[key] = self._until(key.partition("/")[0])
             if new:
                 self.hurry()
         return value
@@ -85,6 +92,14 @@ class Requests:
     def watched(self) -> bool:
         """Whether a decision is looked for that somebody may wait for."""
         return any(key not in FLAGS for key in list(self._watched))
+
+    def _until(self, kind: str) -> float:
+        """The last pause counts, or half of the one before it: several asks behind one batch are like one."""
+        now = time.monotonic()
+        last, before = self._rhythm.get(kind, (now - FIRST_PAUSE, 0.0))
+        pause = max(now - last, before / 2)
+        self._rhythm[kind] = now, pause
+        return now + max(WATCH_SECONDS, PAUSES * pause)
 
     def _leave(self, note: Callable[[], None]) -> None:
         with self.changed:
@@ -113,10 +128,10 @@ class Requests:
             first = store.add(f"draw/{counter}", amount) - amount
             with self.changed:
                 self._drawn.setdefault(counter, []).append((first, amount))
-        for key, asked in list(self._watched.items()):
+        for key, until in list(self._watched.items()):
             if key not in self._decided and (anew or key not in self._looked):
                 found |= self._look_for(store, key)
-            if key in self._decided or (key not in FLAGS and time.monotonic() - asked > WATCH_SECONDS):
+            if key in self._decided or (key not in FLAGS and time.monotonic() > until):
                 self._watched.pop(key, None)
                 self._looked.discard(key)
         return found

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
@@ -98,7 +99,7 @@ def slurm(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("last", [False, True], ids=["anywhere", "in the last batch of its epoch"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slurm: Path, rank: int, last: bool) -> None:
@@ -119,7 +120,7 @@ def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slur
     assert 2 * (60 - at) - (again["batches"] + also["batches"]) in (0, 1), "it went on from where it was saved"
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("strategy", ["async_global", "lazy_sign"])
 def test_the_same_under_other_strategies(slurm: Path, strategy: str, rank: int) -> None:
@@ -213,7 +214,9 @@ class InValidation(L.Callback):
 def validating(folder: Path, rank: int, options: dict[str, Any]) -> dict[str, Any]:
     lit, watch = Lit(), InValidation(rank)
     faults = SpeedFaults(step_seconds=0.002, slow={1: 4.0})
-    t = trainer(2, callbacks=[faults, watch], max_steps=40, max_epochs=-1, **queue(folder), **options)
+    callbacks = [faults, watch, *options.get("callbacks", [])]
+    told = {"max_steps": 40, "max_epochs": -1} | options | {"callbacks": callbacks} | queue(folder)
+    t = trainer(2, **told)
     t.fit(lit, loader(), loader(40, shuffle=False))
     end = torch.cat([p.detach().flatten() for p in lit.parameters()]).tolist()
     return {"saved": watch.saved, "validated": watch.validated, "end": end, "seen": lit.seen}
@@ -235,21 +238,49 @@ def test_a_signal_in_a_validation_saves_behind_it(slurm: Path, rank: int) -> Non
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_in_the_validation_at_the_end_of_an_epoch_saves_in_the_next_one(slurm: Path, rank: int) -> None:
+def test_a_signal_in_the_validation_at_the_end_of_an_epoch_saves_behind_it(slurm: Path, rank: int) -> None:
+    """Before anybody trains on: the job may end any moment."""
     first, second = run(2, validating, slurm, rank, {})
-    assert first["saved"] == second["saved"]
-    (at,) = first["saved"]
-    assert 30 < at <= 40
+    assert first["saved"] == second["saved"] == [30]
+    assert first["validated"] == second["validated"] == [30]
     assert (slurm / "requeued").read_text() == f"requeue {JOB}\n"
+    again, also = run(2, validating, slurm, -1, {})
+    assert again["validated"] == also["validated"] == []
+    assert again["end"] == also["end"]
+    assert len(again["seen"]) + len(also["seen"]) == (40 - 30) * 8
 
 
-def pipeline(folder: Path, rank: int | None) -> dict[str, Any]:
-    lit, warned = piped.Piped(), Warned(rank)
+LAST: dict[str, dict[str, Any]] = {
+    "steps": {"max_steps": 15, "val_check_interval": 15, "check_val_every_n_epoch": None},
+    "epochs": {"max_steps": -1, "max_epochs": 1},
+    "stop": {"callbacks": [EarlyStopping("val", stopping_threshold=1e9, check_on_train_epoch_end=False)]},
+}
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("end", LAST)
+def test_a_signal_in_the_very_last_validation_saves_behind_it_too(slurm: Path, end: str, rank: int) -> None:
+    """What the script does behind `fit` has its place in the queue: there `fit` returns at once, with these weights."""
+    first, second = run(2, validating, slurm, rank, LAST[end])
+    (at,) = first["validated"]
+    assert first["saved"] == second["saved"] == [at]
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n", "by one rank, once"
+    again, also = run(2, validating, slurm, -1, LAST[end])
+    if end != "stop":  # who stops early has no count that says so: it trains until it is told again
+        assert again["seen"] == also["seen"] == []
+        assert again["end"] == also["end"] == first["end"] == second["end"]
+    assert again["end"] == also["end"]
+
+
+def pipeline(folder: Path, rank: int | None, warned: Any = Warned) -> dict[str, Any]:
+    lit, warned = piped.Piped(), warned(rank)
     t = piped.trainer(3, callbacks=[warned], max_epochs=3, **queue(folder))
     t.fit(lit, piped.loader(), piped.loader(20))
     return {"saved": warned.saved, "steps": t.global_step, "end": piped.weights(lit), "batches": warned.batches}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_stages_of_a_pipeline_save_after_the_same_batch_and_train_on(slurm: Path, rank: int) -> None:
     """Its middle stage too, which waits for both others."""
@@ -262,3 +293,29 @@ def test_the_stages_of_a_pipeline_save_after_the_same_batch_and_train_on(slurm: 
     again = run(3, pipeline, slurm, None)
     assert all(end["batches"] == 24 - at for end in again), "it went on from where it was saved"
     assert all(end["end"] == ends[0]["end"] for end in again), "to the bit"
+
+
+class InTheLastValidation(Warned):
+    """Gets the signal there."""
+
+    def __init__(self, rank: int | None) -> None:
+        super().__init__(rank, last=True)
+        self.validations = 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        pass
+
+    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.validations += not trainer.sanity_checking
+        if self.validations == 3:
+            self._warn(trainer)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_stages_of_a_pipeline_save_behind_their_very_last_validation(slurm: Path, rank: int) -> None:
+    ends = run(3, pipeline, slurm, rank, InTheLastValidation)
+    assert [end["saved"] for end in ends] == [[24]] * 3
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n"
+    again = run(3, pipeline, slurm, None)
+    assert all((end["batches"], end["steps"]) == (0, 24) for end in again), "there is nothing left to train on"
+    assert all(end["end"] == ends[0]["end"] for end in again)

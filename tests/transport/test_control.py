@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,7 +190,8 @@ def test_no_wait_hurries_for_the_flags_of_the_run() -> None:
 
 def test_the_flags_are_looked_for_in_the_longest_batch(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever comes out of it stops at once, and not behind the next one."""
-    monkeypatch.setattr("lightning_async.transport.requests.WATCH_SECONDS", -1.0)
+    for seconds in ("WATCH_SECONDS", "FIRST_PAUSE"):
+        monkeypatch.setattr(f"lightning_async.transport.requests.{seconds}", -1.0)
     requests, keys = Requests(), keys_of(store, "run")
     for key in ("stop", "another"):
         assert requests.decided(key) is None
@@ -199,6 +201,34 @@ def test_the_flags_are_looked_for_in_the_longest_batch(store: Store, monkeypatch
     requests.answer(keys, said=1, anew=True)
     assert requests.decided("stop") == b"1"
     assert requests.decided("another") is None
+
+
+@pytest.mark.parametrize("seconds", [1.0, 60.0, 3600.0])
+def test_what_is_said_in_a_long_batch_is_found_behind_it(
+    store: Store, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for a call as a stretch begins and behind each batch hears of it behind the one under way."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("lightning_async.transport.requests.time", SimpleNamespace(monotonic=lambda: clock.now))
+    requests, keys = Requests(), keys_of(store, "run")
+
+    def batch(stretch: int, says: bool) -> bytes | None:
+        clock.now += 0.9 * seconds
+        requests.answer(keys, said=0, anew=True)
+        if says:
+            keys.compare_set(f"say/call/{stretch}", b"", b"=now")
+        clock.now += 0.1 * seconds
+        requests.answer(keys, said=0, anew=True)
+        found, *_ = (requests.decided(f"call/{stretch}") for _ in range(3))
+        return found
+
+    for stretch, batches in enumerate([1, 1, 4, 2, 3]):
+        assert requests.decided(f"call/{stretch}") is None
+        for number in range(1, batches + 1):
+            assert batch(stretch, number == batches) == (b"now" if number == batches else None)
+    clock.now += 1e6
+    requests.answer(keys, said=0, anew=True)
+    assert not requests.watched
 
 
 class Counting:
