@@ -33,7 +33,7 @@ from lightning_async.transport.rounds import Rounds
 Mode = Literal["pairwise", "push_sum", "sync", "none"]
 Wire = Literal["fp32", "bf16"]
 HEALTHY = 3
-"""Delay in steps, between equal members on a network that is quicker than their steps."""
+"""Delay in steps, between equal members that exchange at each step, on a network that is quicker than that."""
 
 
 class Gossip(Algorithm):
@@ -130,8 +130,9 @@ class Gossip(Algorithm):
         return n
 
     def healthy_delay(self, n: int) -> int:
-        """A letter is folded behind the step in which it came, and dated by a header that is a step old."""
-        return HEALTHY
+        """A letter is folded behind the step in which it came, and dated by a header that may be two exchanges old:
+        neighbours take turns."""
+        return HEALTHY + 2 * (self.period - 1)
 
     def accounts(self) -> dict[str, tuple[int, int]]:
         """The mass that is held or in the ledger, and the mass that the members were born with."""

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from lightning_async.algorithms.gossip import HEALTHY
+from lightning_async.algorithms.gossip import HEALTHY, gossip
 from lightning_async.algorithms.shrink import (
     MARGIN,
     Alignment,
@@ -73,14 +73,15 @@ def test_constant_1_changes_nothing_to_the_bit(mode: str) -> None:
         assert torch.equal(mine.weights(), theirs.weights())
 
 
+@pytest.mark.parametrize("period", [1, 3])
 @pytest.mark.parametrize("n", [2, 3, 8])
 @pytest.mark.parametrize("mode", ["pairwise", "push_sum"])
-def test_a_healthy_run_is_never_shrunk(mode: str, n: int) -> None:
+def test_a_healthy_run_is_never_shrunk(mode: str, n: int, period: int) -> None:
     """Equal members on a network that is quicker than their steps: no delay is over the healthy one."""
-    outcome = run([1.0] * n, mode=mode, cluster={"latency": 0.004, "jitter": 0.5, "seed": n})
+    outcome = run([1.0] * n, mode=mode, period=period, cluster={"latency": 0.004, "jitter": 0.5, "seed": n})
     delays = [a.delay for trained in outcome.trained.values() for a in trained.arrivals]
     assert delays
-    assert max(delays) <= HEALTHY
+    assert max(delays) <= gossip(mode, period=period).healthy_delay(n)
 
 
 def test_late_contributions_are_shrunk() -> None:
