@@ -21,31 +21,42 @@ Average = Callable[[Tensor], Wait[Tensor]]
 """Of a vector on each rank of the member makes the mean, the same bits on all."""
 
 
-@torch.no_grad()
-def average_gradients(replica: Replica, average: Average) -> Wait[None]:
-    """Give every parameter the mean of its gradients on all ranks of the member."""
-    mean = yield from average(_gathered(replica))
-    mean = mean.to(replica.device)
-    used = mean[replica.numel :].tolist()
-    for (parameter, at), share in zip(replica.places, used, strict=True):
-        if not share:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.copy_(mean[at : at + parameter.numel()].view_as(parameter))
+class CommonStep:
+    """One rank's gradients on their way through the member."""
+
+    def __init__(self) -> None:
+        self._vector = torch.empty(0)
+
+    @torch.no_grad()
+    def average(self, replica: Replica, average: Average) -> Wait[None]:
+        """Give every parameter the mean of its gradients on all ranks of the member."""
+        mean = yield from average(self._gathered(replica))
+        mean = mean.to(replica.device)
+        used = mean[replica.numel :].tolist()
+        for (parameter, at), share in zip(replica.places, used, strict=True):
+            if not share:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.copy_(mean[at : at + parameter.numel()].view_as(parameter))
+
+    def _gathered(self, replica: Replica) -> Tensor:
+        """All gradients as one vector like the replica's, and behind them a number for each: whether it is there."""
+        length, like = replica.numel + len(replica.places), replica.flat
+        if (self._vector.numel(), self._vector.dtype, self._vector.device) != (length, like.dtype, like.device):
+            self._vector = torch.empty(length, dtype=like.dtype, device=like.device)
+        self._vector.zero_()
+        for number, (parameter, at) in enumerate(replica.places):
+            if parameter.grad is not None:
+                self._vector[at : at + parameter.numel()] = _dense(parameter.grad).reshape(-1)
+                self._vector[replica.numel + number] = 1
+        return self._vector
 
 
-def _gathered(replica: Replica) -> Tensor:
-    """All gradients as one vector like the replica's, and behind them a number for each: whether it is there."""
-    vector = torch.zeros(replica.numel + len(replica.places), dtype=replica.flat.dtype, device=replica.device)
-    for number, (parameter, at) in enumerate(replica.places):
-        if (gradient := parameter.grad) is None:
-            continue
-        if gradient.is_sparse:
-            raise TypeError(
-                "a gradient is sparse, and the ranks of one member average dense ones: make the layer with "
-                "`sparse=False`, or leave `inner` out"
-            )
-        vector[at : at + parameter.numel()] = gradient.reshape(-1)
-        vector[replica.numel + number] = 1
-    return vector
+def _dense(gradient: Tensor) -> Tensor:
+    if gradient.is_sparse:
+        raise TypeError(
+            "a gradient is sparse, and the ranks of one member average dense ones: make the layer with `sparse=False`, "
+            "or leave `inner` out"
+        )
+    return gradient

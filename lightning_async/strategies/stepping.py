@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from lightning_async.algorithms.adam import SecondMoment
-from lightning_async.algorithms.common_step import average_gradients
+from lightning_async.algorithms.common_step import CommonStep
 from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.strategies.scaling import SkippedSteps
 from lightning_async.transport.mail import Wait
@@ -38,6 +38,7 @@ class Stepping:
         self._strategy = strategy
         self._moments: dict[int, SecondMoment] = {}
         self._arrivals = ArrivalLog()
+        self._common = CommonStep()
         self._stepped = False
 
     def begin(self) -> None:
@@ -87,7 +88,7 @@ class Stepping:
         def closure_then_average() -> Any:
             result, strategy = closure(), self._strategy
             assert strategy.office.siblings is not None  # as when it was wrapped
-            inside = average_gradients(strategy.replica, strategy.office.siblings.average)
+            inside = self._common.average(strategy.replica, strategy.office.siblings.average)
             strategy.office.drive(inside, heed=strategy.clock.heed)
             return result
 

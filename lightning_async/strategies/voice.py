@@ -76,6 +76,7 @@ class Speaker(_Voice):
         return consensus
 
     def _show(self, replica: Replica) -> Wait[None]:
+        replica.check()  # half-precision weights are rounded here, so at the same point on all
         moved, self._moves = replica.moves != self._moves, replica.moves
         if (yield from self._siblings.word("whether weights moved", moved)):
             yield from self._siblings.spread(replica.flat)
@@ -127,6 +128,7 @@ class Listener(_Voice):
         return consensus.to(replica.device)
 
     def _follow(self, replica: Replica) -> Wait[None]:
+        replica.check()
         if (yield from self._siblings.word("whether weights moved")):
             weights = yield from self._siblings.spread()
             replica.go_to(weights.to(replica.device))

@@ -12,7 +12,7 @@ of taking one word for another.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -80,23 +80,27 @@ class Siblings:
             yield from self._swap(PART, {self.speaker: part}, ())
             return []
         came = yield from self._swap(PART, {}, self.others)
-        return [(tensor, weight), *(came[rank] for rank in self.others)]
+        return [(tensor, weight), *((self._body(came[rank]), came[rank].message.weight) for rank in self.others)]
 
     def average(self, vector: Tensor) -> Wait[Tensor]:
-        """The mean of all siblings' vectors; a tensor in host memory, the same bits on all."""
+        """The mean of all siblings' vectors, the same bits on all; in place of the vector, if that is in host memory.
+
+        Nothing is allocated for it: a vector is as long as the weights, and new memory costs its page faults.
+        """
         self._number += 1
-        slices = dict(zip(self.ranks, vector.detach().cpu().tensor_split(len(self.ranks)), strict=True))
+        vector = vector.detach().cpu()
+        slices = dict(zip(self.ranks, vector.tensor_split(len(self.ranks)), strict=True))
         parts = {rank: Message(PART, slices[rank], reference=self._number) for rank in self.others}
         came = yield from self._swap(PART, parts, self.others)
-        came[self.me] = slices[self.me], 0
-        total = came[self.ranks[0]][0].clone()
-        for rank in self.ranks[1:]:
-            total += came[rank][0]
-        total /= len(self.ranks)
-        means = dict.fromkeys(self.others, Message(MEAN, total, reference=self._number))
+        mine = slices[self.me]
+        for rank in self.others:
+            self._use(came[rank], mine.add_)
+        mine /= len(self.ranks)
+        means = dict.fromkeys(self.others, Message(MEAN, mine, reference=self._number))
         came = yield from self._swap(MEAN, means, self.others)
-        came[self.me] = total, 0
-        return torch.cat([came[rank][0] for rank in self.ranks])
+        for rank in self.others:
+            self._use(came[rank], slices[rank].copy_)
+        return vector
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -112,16 +116,14 @@ class Siblings:
             yield f"rank {peer}, of the same member, to say {name!r}"
         return letters[0]
 
-    def _swap(
-        self, kind: int, outgoing: Mapping[int, Message], senders: tuple[int, ...]
-    ) -> Wait[dict[int, tuple[Tensor, int]]]:
-        """Post each its part, and take one from each sender, with its weight."""
-        left, came = dict(outgoing), dict[int, tuple[Tensor, int]]()
+    def _swap(self, kind: int, outgoing: Mapping[int, Message], senders: tuple[int, ...]) -> Wait[dict[int, Letter]]:
+        """Post each its part, and take one letter from each sender."""
+        left, came = dict(outgoing), dict[int, Letter]()
         while True:
             left = {rank: message for rank, message in left.items() if not self._carrier.post(rank, message)}
             for letter in self._carrier.take(kind):
                 self._check(letter)
-                came[letter.peer] = self._body(letter), letter.message.weight
+                came[letter.peer] = letter
             missing = [*left, *(rank for rank in senders if rank not in came)]
             if not missing:
                 return came
@@ -133,6 +135,11 @@ class Siblings:
                 f"the ranks of one member are at different steps: rank {letter.peer} in its average number "
                 f"{letter.message.reference}, rank {self.me} in number {self._number}. They must step together"
             )
+
+    def _use(self, letter: Letter, what: Callable[[Tensor], object]) -> None:
+        if letter.message.body is not None and letter.message.body.numel():
+            what(letter.message.body)
+        self._carrier.folded(letter)
 
     def _body(self, letter: Letter) -> Tensor:
         body = letter.message.body

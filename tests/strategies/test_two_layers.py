@@ -52,7 +52,7 @@ class Watches(Callback):
         self.prints: list[tuple[str, float]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *arguments: Any) -> None:
-        flat = torch.cat([p.detach().flatten() for p in module.parameters()])
+        flat = torch.cat([p.detach().float().flatten() for p in module.parameters()])
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         self.prints.append((hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:12], rate))
 
@@ -148,7 +148,7 @@ def _adam() -> Plain:
     return Plain("adam")
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("make", [Plain, _adam, PlainByHand])
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4}])
 def test_one_member_of_two_ranks_is_ddp_to_the_bit(make: Any, options: dict[str, Any]) -> None:
@@ -159,6 +159,7 @@ def test_one_member_of_two_ranks_is_ddp_to_the_bit(make: Any, options: dict[str,
         assert end["val"] == pytest.approx(by_ddp(2, make, **options)["val"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("knobs", [{"of": "async_global"}, {"of": "cyclic_delay", "token": "strict"}], ids=str)
 def test_and_so_it_is_with_a_server_of_its_own(knobs: dict[str, Any]) -> None:
     for end in fit(2, {**TWO, **knobs}):
@@ -238,6 +239,27 @@ def _sizes(inner: Any, devices: int) -> tuple[int, int]:
 def test_the_ranks_of_a_node_are_one_member_and_by_default_each_is_one() -> None:
     assert run(2, _sizes, "node", 2) == [(1, 2)] * 2
     assert run(2, _sizes, None, 2) == [(2, 1)] * 2
+
+
+def _on_nodes() -> tuple[int, tuple[int, ...]]:
+    rank = int(os.environ["RANK"])
+    os.environ |= {"LOCAL_RANK": str(rank % 2), "GROUP_RANK": str(rank // 2), "LOCAL_WORLD_SIZE": "2"}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    t = trainer(2, num_nodes=2, knobs={"inner": "node"}, max_epochs=1, callbacks=[watch := Members()])
+    t.fit(Lit(), loader(n=40), loader(40, shuffle=False))
+    return watch.seen
+
+
+class Members(Callback):
+    """How many members there are, and which ranks are this rank's."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        self.seen = strategy.members, strategy.office.siblings.ranks
+
+
+def test_each_node_is_a_member() -> None:
+    assert run(4, _on_nodes) == [(2, (0, 1)), (2, (0, 1)), (2, (2, 3)), (2, (2, 3))]
 
 
 def _validates_after() -> list[float]:

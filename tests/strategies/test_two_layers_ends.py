@@ -80,6 +80,7 @@ def _fails(rank: int, what: Any) -> int:
     return t.current_epoch
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [2, 3])
 def test_an_exception_on_a_sibling_or_a_speaker_stops_all_and_all_name_it(rank: int) -> None:
     with Forked(4, _fails, rank, fail) as forked:
@@ -89,6 +90,7 @@ def test_an_exception_on_a_sibling_or_a_speaker_stops_all_and_all_name_it(rank: 
         assert result.kind == ("ValueError" if number == rank else "PeerFailedError")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 3])
 def test_should_stop_on_one_rank_stops_all(rank: int) -> None:
     assert len(set(run(4, _fails, rank, stop, timeout=SECONDS))) == 1
@@ -100,6 +102,7 @@ def _trains(folder: str, knobs: dict[str, Any]) -> int:
     return t.current_epoch
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_sigterm_to_any_rank_stops_all(rank: int, tmp_path: Path) -> None:
     with Forked(4, _trains, str(tmp_path), {}) as forked:

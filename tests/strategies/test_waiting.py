@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.data.share import make_share
 from lightning_async.strategies.waiting import Flags, PeerFailedError, drive
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.siblings import Siblings
 from tests.data.epoch_bench import Clock, FakeBoard
 
 
@@ -69,3 +71,31 @@ def test_waiting_ends_when_the_run_is_stopped() -> None:
         drive(patient(3), Flags(carrier(abort=b"rank 1 stopped")), limit=60.0)
     with pytest.raises(SIGTERMException):
         drive(patient(3), Flags(carrier(stop=b"1")), limit=60.0)
+
+
+def test_waits_inside_of_a_member_have_a_limit_and_name_the_rank() -> None:
+    alone = SimpleNamespace(
+        me=0,
+        decided=lambda key: None,
+        wait=lambda seconds: None,
+        post=lambda peer, message: False,
+        take=lambda kind: [],
+    )
+    siblings = Siblings(alone, (0, 1))  # type: ignore[arg-type]
+    with pytest.raises(
+        TimeoutError, match="rank 0 waited 0 s for rank 1, of the same member, in average 1 inside of it"
+    ):
+        drive(siblings.average(torch.zeros(2)), Flags(alone), limit=0.0)  # type: ignore[arg-type]
+    with pytest.raises(TimeoutError, match="for rank 1, of the same member, to hear 'whether a meeting follows'"):
+        drive(siblings.word("whether a meeting follows", True), Flags(alone), limit=0.0)  # type: ignore[arg-type]
+
+
+def test_a_rank_stops_with_a_dead_one_of_its_member_and_with_no_other() -> None:
+    dead = SimpleNamespace(me=2, decided=lambda key: None, members=lambda: (0, 2), deaths={3: "its connection closed"})
+    Flags(dead, siblings=(4,)).raise_if_set()  # type: ignore[arg-type]
+    flags = Flags(dead, siblings=(3,))  # type: ignore[arg-type]
+    with pytest.raises(
+        PeerFailedError, match=r"rank 3 is dead \(its connection closed\), and rank 2 of the same member"
+    ):
+        flags.raise_if_set()
+    assert flags.orphaned

@@ -40,11 +40,19 @@ def test_the_average_is_the_mean_of_the_members_ranks_to_the_bit_on_all(ranks: i
 
     ends, _ = members(ranks, each, thrice)
     for first in range(0, ranks, each):
-        twin = vector(first + 20, size)
-        for rank in range(first + 1, first + each):
-            twin = twin + vector(rank + 20, size)
+        whole = [vector(rank + 20, size) for rank in range(first, first + each)]
+        slices = zip(*(one.tensor_split(each) for one in whole), strict=True)
+        twin = torch.cat([_mean(owner, parts) for owner, parts in enumerate(slices)])
         for end in ends[first : first + each]:
-            assert torch.equal(end, twin / each)
+            assert torch.equal(end, twin)
+
+
+def _mean(owner: int, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Summed by its owner, which begins with its own."""
+    total = parts[owner].clone()
+    for number, part in enumerate(parts):
+        total += part * (number != owner)
+    return total / len(parts)
 
 
 def test_a_word_is_the_speakers_and_so_is_a_tensor() -> None:
