@@ -48,6 +48,7 @@ DIRICHLET = 0.1
 VARIANTS: Mapping[str, Mapping[str, Knobs]] = {
     GOSSIP: {
         "pairwise": {"mode": "pairwise"},
+        "pairwise, period 2": {"mode": "pairwise", "period": 2},
         "push_sum": {"mode": "push_sum"},
         "sync": {"mode": "sync"},
         "none": NONE,

@@ -1,9 +1,11 @@
 """All callbacks that measure, at once: what they cost a step of 5 ms, and whether the straggler's figure stays.
 
     steps    |with|without|with|without|...        within one run, in blocks of 40: whatever else happens hits both
-    cost     typical step of a block with them - that of the block without beside it; 95 % interval over the pairs
-    typical  mean of the middle half of a block's steps: one step in which the system ran something else is a hundred
-             times as long as what is looked for. The same of whole blocks is printed beside it, with its interval
+    cost     seconds of the training thread between the first and the last callback of the list, of all hooks of a step:
+             a block with them - the block without beside it; 95 % interval over the pairs
+    step     the same difference of whole steps: it would show what they cost elsewhere, but steps of two ranks differ
+             by more than what is looked for. Of each block's middle half: one step in which the system ran something
+             else is a hundred times as long
 
     limit     0: nothing is measured
     control   the same blocks, with callbacks that do nothing at all: what Lightning takes for calling them
@@ -38,6 +40,14 @@ from lightning_async import GossipRingStrategy, SpeedFaults
 N = 2
 STEP = 0.005
 BLOCK = 40
+HOOKS = (
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "on_train_batch_end",
+)
 COST, SHARE = 0.01, 0.01  # at most so large a part of a step; so large a change of the straggler's figure
 LIMIT = 300.0
 
@@ -67,15 +77,15 @@ def _blocks(name: str, batches: int) -> dict[str, Cell]:
         arguments = {**work.arguments({}, Path(folder)), "measures": name == "measuring"}
         with Ranks(switched, N, arguments=arguments) as ranks:
             values = ranks.values(timeout=LIMIT)
-    typical, whole = ([pair for value in values for pair in value[kind]] for kind in ("typical", "whole"))
-    mean, half = fmean(typical), interval(typical)
+    hooks, steps = ([pair for value in values for pair in value[kind]] for kind in ("hooks", "steps"))
+    mean, half = fmean(hooks), interval(hooks)
     return {
         "cost us": 1e6 * mean,
         "low us": 1e6 * (mean - half),
         "high us": 1e6 * (mean + half),
-        "of a step": _told(typical),
-        "all steps": _told(whole),
-        "pairs": len(typical),
+        "of a step": _told(hooks),
+        "step": _told(steps),
+        "pairs": len(hooks),
         "meeting ms": 1e3 * fmean(value["meeting"] for value in values),
     }
 
@@ -100,13 +110,14 @@ def switched(work: dict[str, Any], knobs: dict[str, Any], folder: str, measures:
     """One rank: blocks of steps with and without the callbacks; the differences of neighbours, and the meeting."""
     job = Work.read(work)
     callbacks = measuring(folder) if measures else [Callback() for _ in measuring(folder)]
-    switch = Switch(callbacks)
+    lap = Lap()
+    switch = Switch(callbacks, lap)
     trainer = Trainer(
         accelerator="cpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
         strategy=GossipRingStrategy(**knobs),
         max_epochs=1,
-        callbacks=[switch, SpeedFaults(step_seconds=job.step), *callbacks],
+        callbacks=[SpeedFaults(step_seconds=job.step), switch, lap.opens, *callbacks, lap.closes],
         logger=CSVLogger(folder, name="", version=""),
         num_sanity_val_steps=0,
         enable_progress_bar=False,
@@ -114,41 +125,71 @@ def switched(work: dict[str, Any], knobs: dict[str, Any], folder: str, measures:
         enable_checkpointing=False,
     )
     trainer.fit(Digits(job), *loaders(job))
-    pairs = {"typical": switch.pairs(middle), "whole": switch.pairs(fmean)}
+    pairs = {"hooks": switch.pairs(switch.laps, fmean), "steps": switch.pairs(switch.steps, middle)}
     return {**pairs, "meeting": trainer.strategy.last_meeting["seconds"]}  # type: ignore[attr-defined]
 
 
-class Switch(Callback):
-    """Takes callbacks out of the Trainer's list and puts them back, a block each."""
+class Lap:
+    """Times what Lightning does between two callbacks of its list, over all hooks of a step."""
 
-    def __init__(self, others: Sequence[Callback]) -> None:
-        self._others = list(others)
-        self._marks: list[float] = []
-        self._blocks: list[list[float]] = []
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.opens, self.closes = Callback(), Callback()
+        for hook in HOOKS:
+            vars(self.opens)[hook], vars(self.closes)[hook] = self._open, self._close
+
+    def take(self) -> float:
+        """The seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def _open(self, *_: Any) -> None:
+        self._since = time.perf_counter()
+
+    def _close(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+
+class Switch(Callback):
+    """Takes callbacks out of the Trainer's list and puts them back, a block each.
+
+    Attributes:
+        steps: By block: the seconds of each step.
+        laps: The same of the time between the callbacks that stand around them.
+    """
+
+    def __init__(self, others: Sequence[Callback], lap: Lap) -> None:
+        self._others, self._lap = list(others), lap
+        self.steps: list[list[float]] = [[]]
+        self.laps: list[list[float]] = [[]]
+        self._began = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """At the border of two blocks, switch. Hooks of this batch come to the new list from the next one on."""
-        self._marks.append(time.perf_counter())
-        if len(self._marks) <= BLOCK:
-            return
-        steps = [b - a for a, b in zip(self._marks[1:], self._marks[2:], strict=False)]  # the first saw the switch
-        self._blocks.append(steps)
-        self._marks = self._marks[-1:]
-        self._put(trainer, len(self._blocks) % 2 == 0)
+        """At the border of two blocks, switch."""
+        now, lap = time.perf_counter(), self._lap.take()
+        if self._began:
+            self.steps[-1].append(now - self._began)
+            self.laps[-1].append(lap)
+        self._began = now
+        if len(self.steps[-1]) == BLOCK:
+            self._put(trainer, len(self.steps) % 2 == 0)
+            self.steps.append([])
+            self.laps.append([])
+            self._began = 0.0  # hooks of this batch may go by either list: it is not counted
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All are there at the end, to say what they have measured."""
         self._put(trainer, True)
 
-    def pairs(self, mean: Callable[[Sequence[float]], float]) -> list[float]:
+    def pairs(self, blocks: Sequence[Sequence[float]], mean: Callable[[Sequence[float]], float]) -> list[float]:
         """With minus without, of neighbouring blocks; the first pair warms up."""
-        means = [mean(steps) for steps in self._blocks]
-        on, off = means[0::2], means[1::2]
-        return [a - b for a, b in zip(on, off, strict=False)][1:]
+        means = [mean(block) for block in blocks if len(block) == BLOCK]
+        return [a - b for a, b in zip(means[0::2], means[1::2], strict=False)][1:]
 
     def _put(self, trainer: Trainer, there: bool) -> None:
         rest = [c for c in vars(trainer)["callbacks"] if c not in self._others]
-        vars(trainer)["callbacks"] = rest + (self._others if there else [])
+        at = rest.index(self._lap.closes)
+        vars(trainer)["callbacks"] = rest[:at] + (self._others if there else []) + rest[at:]
 
 
 # -- the straggler ----------------------------------------------------------------------------------------------------

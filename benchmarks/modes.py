@@ -35,6 +35,7 @@ SMALL: Mapping[str, Knobs] = {
     "push_sum": {"mode": "push_sum"},
     "pairwise": {"mode": "pairwise"},
     "pairwise, mixing 1/2": {"mode": "pairwise", "mixing": 0.5},
+    "pairwise, period 2": {"mode": "pairwise", "period": 2},
 }
 LARGE: Mapping[str, Knobs] = {
     "none": {"mode": "none"},
@@ -42,6 +43,7 @@ LARGE: Mapping[str, Knobs] = {
     "push_sum, exponential": {"mode": "push_sum", "topology": "exponential"},
     "pairwise, ring": {"mode": "pairwise"},
     "pairwise, exponential": {"mode": "pairwise", "topology": "exponential"},
+    "pairwise, exponential, period 2": {"mode": "pairwise", "topology": "exponential", "period": 2},
 }
 ROLES = {"none": Role.CONTROL, "sync": Role.OTHER}
 

@@ -30,6 +30,7 @@ from benchmarks.tasks import digits
 from lightning_async.algorithms.algorithm import Shrink, no_shrink
 from lightning_async.algorithms.shrink import Law, LawName, Stability, law
 from lightning_async.arrival import Arrival
+from lightning_async.fresh import Fresh
 from lightning_async.pipeline.simulator import simulate
 from lightning_async.pipeline.stage import Compute, Stage
 
@@ -78,7 +79,7 @@ class Shrinking(Stage):
         """The delay is that of this stage; what the stage behind has shrunk already is left out."""
         delay = self.steps - self.launched(batch)
         if self.law is not None:
-            factor = self.law.factor(delay, gradient)
+            factor = self.law.factor(delay, self.fresh)
             if self.delay > 2:
                 factor = self.law.further(delay * (self.delay - 3) / (self.delay - 1), delay)
         return super().backward(batch, gradient, factor)
@@ -150,8 +151,8 @@ def shrink_by(name: LawName, n: int) -> Callable[[], Shrink]:
     def make() -> Shrink:
         laws: dict[int, Law] = {}
 
-        def factor(arrival: Arrival, correction: Tensor, fresh: Tensor | None) -> float:
-            return laws.setdefault(arrival.peer, law(name)).factor(max(0, arrival.delay - (n - 1)), correction, fresh)
+        def factor(arrival: Arrival, correction: Tensor, fresh: Fresh) -> float:
+            return laws.setdefault(arrival.peer, law(name)).factor(max(0, arrival.delay - (n - 1)), fresh)
 
         return factor
 

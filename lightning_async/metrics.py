@@ -153,6 +153,12 @@ def pack(metric: DelayMetric) -> dict[str, list[list[Any]]]:
     return packed
 
 
+def senders(packed: Mapping[str, Any]) -> int:
+    """How many ranks there must be, by the last of those from which something came, or was lost."""
+    (at, _) = packed["fates"]
+    return 1 + max(at, default=-1) // len(FATES)
+
+
 def merged(states: Iterable[Mapping[str, Any]], world: int) -> DelayMetric:
     """One metric of packed states, by their declared reductions."""
     total = DelayMetric(world, sync_on_compute=False)

@@ -23,7 +23,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Replica:
-    """The trainable parameters of one rank as one flat vector."""
+    """The trainable parameters of one rank as one flat vector.
+
+    Attributes:
+        moves: How often it was moved by what came from elsewhere, so not by an optimizer.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
@@ -40,6 +44,7 @@ class Replica:
         self._views = [(p, part, part.data_ptr()) for p, part in parts if p.dtype == dtype]
         self._rounded = Rounded((p, part) for p, part in parts if p.dtype != dtype)
         self._own: Tensor | None = None
+        self.moves = 0
         self._adopt_views()
 
     @property
@@ -65,12 +70,14 @@ class Replica:
     @torch.no_grad()
     def shift(self, correction: Tensor, factor: float = 1.0, *, at: int = 0) -> None:
         """Add `factor * correction` to the weights, from element `at` on."""
+        self.moves += 1
         self.flat[at : at + correction.numel()].add_(correction, alpha=factor)
         self._rounded.show()
 
     @torch.no_grad()
     def mend(self, weights: Tensor, *, at: int = 0) -> None:
         """Put `weights` where own ones are not finite: no sum would make them so again."""
+        self.moves += 1
         part = self.flat[at : at + weights.numel()]
         part.copy_(torch.where(torch.isfinite(part), part, weights))
         self._rounded.show()
@@ -84,6 +91,7 @@ class Replica:
     def go_to(self, weights: Tensor, *, at: int = 0) -> None:
         """Be `weights` from element `at` on, to the bit. For methods whose ranks move by nothing else: in lock-step, or
         where a server takes the steps. Nothing is under way that this would erase."""
+        self.moves += 1
         self.flat[at : at + weights.numel()].copy_(weights)
         self._rounded.show()
 

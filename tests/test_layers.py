@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lightning_async"
 
 TOP = {"strategies", "callbacks", "cli", "__init__"}
 MIDDLE = {"algorithms", "pipeline", "transport", "data", "metrics", "progress", "inner", "hooks"}
-BASE = {"replica", "rounding", "arrival", "version"}
+BASE = {"replica", "rounding", "arrival", "fresh", "version"}
 HEIGHT = {**dict.fromkeys(TOP, 2), **dict.fromkeys(MIDDLE, 1), **dict.fromkeys(BASE, 0)}
 
 LIGHTNING_PLACES = ("__init__.py", "strategies/", "callbacks/", "cli/", "data/loader.py")

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_async.arrival import Arrival
+from lightning_async.fresh import Fresh
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Mail, Wait
 from lightning_async.transport.rounds import Rounds
@@ -26,12 +27,12 @@ from lightning_async.transport.rounds import Rounds
 UNIT = 2**32
 """Mass of one sample; masses are integers, so that their sum can be checked exactly."""
 
-Shrink = Callable[[Arrival, Tensor, Tensor | None], float]
-"""Asked before a fold, with the arrival, the correction and (where there is one) something fresh to compare it with;
-answers a factor in (0, 1]."""
+Shrink = Callable[[Arrival, Tensor, Fresh], float]
+"""Asked before a fold, with the arrival, the correction, and whom to ask how well it agrees with what is fresh; answers
+a factor in (0, 1]."""
 
 
-def no_shrink(arrival: Arrival, correction: Tensor, fresh: Tensor | None) -> float:
+def no_shrink(arrival: Arrival, correction: Tensor, fresh: Fresh) -> float:
     """Every correction counts in full."""
     return 1.0
 

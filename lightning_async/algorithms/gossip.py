@@ -25,6 +25,7 @@ from lightning_async.algorithms.settle import settle
 from lightning_async.algorithms.topology import RING_LIMIT, TOPOLOGIES, Topology
 from lightning_async.algorithms.worth import Worth
 from lightning_async.arrival import Arrival, Fate
+from lightning_async.fresh import OwnSteps
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Loss, Mail, Message, Wait
 from lightning_async.transport.rounds import Rounds
@@ -62,7 +63,14 @@ class Gossip(Algorithm):
         """Start with this mass, nothing in flight, an empty ledger."""
         self.ledger, self.mass, self._born_with, self._rounds = Ledger(), mass, mass, rounds
         self.wrote_to, self.settling, self._arrivals, self.skipped = set(), False, [], 0
+        self.own_steps = OwnSteps()
         self._step = self._met = self._opened = 0  # the last step; at the last meeting; when the accounts were opened
+
+    def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        """For who asks where the own steps go."""
+        yield from ()  # never waits
+        self.own_steps.set_off(replica.flat, step)
+        return []
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
         """Training goes on after a meeting.
@@ -218,6 +226,7 @@ class Alone(Gossip):
     """The control: members train alone and are averaged at meetings only."""
 
     ring_limit = None
+    shrinks = "nothing"
 
     def averaged_over(self, n: int) -> int:
         """Nobody shares a step."""

@@ -12,7 +12,7 @@ successor, so one that was frozen learns that it is none any more.
 from __future__ import annotations
 
 from lightning_async.algorithms.shards import RUN, first_owner, place
-from lightning_async.transport.mail import Carrier
+from lightning_async.transport.mail import Carrier, founders
 
 A_WHILE = 2.0
 """Seconds from the beginning in which an owner's first word may still be on its way."""
@@ -31,7 +31,8 @@ class Owners:
         self._board, self._run, self._began = board, run, board.now()
         self._heard: set[int] = set()
         self._base = run * RUN
-        self._owners = [first_owner(b, shards, board.world) for b in range(shards)]
+        first = founders(board)
+        self._owners = [first[first_owner(b, shards, len(first))] for b in range(shards)]
         self._generations = [1] * shards
         self._doubted: set[int] = set()
         self._proposed: set[str] = set()

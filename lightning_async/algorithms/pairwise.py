@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +50,7 @@ class Pairwise(Gossip):
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Fold the answers, answer the questions, ask the next neighbour if it is time."""
         self._step = step
+        self.own_steps.arrive(replica.flat, step)
         self.pump(replica, mail)
         if step % self.period == 0:
             self._ask(replica, mail)
@@ -125,7 +127,7 @@ class Pairwise(Gossip):
         difference, factor = None, 1.0
         if not self.late(arrival):
             difference = self._difference(replica, asked)
-            factor = self.shrink(arrival, difference, None)
+            factor = self.shrink(arrival, difference, partial(self.own_steps.cosine, difference))
         rate = round(self.rate(len(mail.members())) * factor * MILLION)
         answer = Message(ANSWER, difference, self._step, asked.weight, asked.step, weight=self.mass, reference=rate)
         if not mail.post(letter.peer, answer):
@@ -154,7 +156,7 @@ class Pairwise(Gossip):
             self.record(arrival.refused())
         elif answer.body is not None:
             difference = answer.body.to(replica.device)
-            factor = self.shrink(arrival, difference, None)
+            factor = self.shrink(arrival, difference, partial(self.own_steps.cosine, difference, -1.0))
             move = answer.reference / MILLION * answer.weight / (answer.weight + self.mass)
             replica.shift(difference, -factor * move)
             if factor < 1:

@@ -12,6 +12,7 @@ unfolded share, the neighbours take turns, and nobody goes below half its first 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -46,15 +47,15 @@ class PushSum(Gossip):
 
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Remember the weights, to see how far the optimizer moves them."""
-        yield from ()  # never waits
         if self._seen != step:  # several optimizers may step in one batch
             self._seen = step
             self._before.copy_(replica.flat)
-        return []
+        return (yield from super().before_step(replica, mail, step))
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Merge what came, then push half to the neighbour whose turn it is."""
         self._step = step
+        self.own_steps.arrive(replica.flat, step)
         if self._seen == step and self.mass != self._born_with:
             moved = self._scratch.copy_(replica.flat).sub_(self._before)
             replica.shift(moved, self._born_with / self.mass - 1)
@@ -123,7 +124,9 @@ class PushSum(Gossip):
         theirs, weights = letter.message.weight, letter.message.body
         assert weights is not None  # a share always has a body
         pull = self._pull(replica, weights)
-        factor = 1.0 if arrival is None else self.shrink(arrival, pull, None)
+        factor = 1.0
+        if arrival is not None:
+            factor = self.shrink(arrival, pull, partial(self.own_steps.cosine, pull))
         self.mass += theirs
         replica.shift(pull, factor * theirs / self.mass)
         if factor < 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from lightning_async.algorithms.outer import Outer
 from lightning_async.algorithms.shards import MILLION, NOT_FINITE
 from lightning_async.algorithms.weighting import Attenuation, Law, excess_rounds, excess_versions, normalised, paper
 from lightning_async.arrival import Arrival
+from lightning_async.fresh import Lately
 from lightning_async.transport.mail import Letter
 
 OnLate = Literal["shrink", "drop", "wait"]
@@ -66,6 +68,7 @@ class ShardServer:
         worths: What each member's last arrival weighed.
         counts: How many arrivals were folded, shrunk, dropped as late, or not finite.
         shrink: Who is asked before an arrival is merged, at that time.
+        lately: Where it was moved lately, for a law that asks; it is no part of the image: an heir begins anew.
         outer: The merge rule.
     """
 
@@ -82,6 +85,7 @@ class ShardServer:
     worths: dict[int, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("folded", "shrunk", "dropped", "refused"), 0))
     shrink: Callable[[], Shrink] = lambda: no_shrink
+    lately: Lately = field(default_factory=Lately)
     outer: Outer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -110,7 +114,9 @@ class ShardServer:
         if _is_finite(correction):
             factor = self._factor(letter, delay, correction)
             if factor > 0:
-                self._merge(letter, correction, self._gamma(letter, delay) * factor)
+                gamma = self._gamma(letter, delay) * factor
+                self._merge(letter, correction, gamma)
+                self.lately.add(correction, gamma)
             said = round(factor * MILLION)
         self._count(said)
         self.version += 1
@@ -167,7 +173,7 @@ class ShardServer:
         if (shrink := self.shrink()) is not no_shrink:
             m = letter.message
             arrival = Arrival(letter.peer, m.version, m.version, m.version + delay, letter.seconds, m.samples)
-            factor *= shrink(arrival, correction, None)
+            factor *= shrink(arrival, correction, partial(self.lately.cosine, correction))
         return factor
 
     def _count(self, said: int) -> None:

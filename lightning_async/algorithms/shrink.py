@@ -9,7 +9,7 @@
 `hinge` 1 up to `knee`, then 1 / (1 + rate (e - knee))
 
 The adaptive ones have a state, and at any one state they are such a law too. `relative` judges a delay by those before
-it, `alignment` by the cosine between the contribution and something fresh, `stability` by how the loss bends, or goes.
+it, `alignment` by the cosine between it and what is fresh, `stability` by how the loss bends, or goes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor
+from lightning_async.fresh import Fresh, nothing_fresh
 
 LawName = Literal["constant", "inverse", "poly", "exp", "hinge", "relative", "alignment", "stability"]
 LEAST = 2.0**-64
@@ -40,7 +39,7 @@ class Law:
     def __init__(self, of: Callable[[float], float]) -> None:
         self._of = of
 
-    def factor(self, excess: float, correction: Tensor | None = None, fresh: Tensor | None = None) -> float:
+    def factor(self, excess: float, fresh: Fresh = nothing_fresh) -> float:
         """What part of a contribution counts that is so much later than a healthy one."""
         return 1.0 if excess <= 0 else min(1.0, max(LEAST, self.of(excess)))
 
@@ -75,7 +74,7 @@ class Relative(Law):
         self._order: deque[float] = deque()
         self._sorted: list[float] = []
 
-    def factor(self, excess: float, correction: Tensor | None = None, fresh: Tensor | None = None) -> float:
+    def factor(self, excess: float, fresh: Fresh = nothing_fresh) -> float:
         """Judge by what came before, then remember."""
         found = super().factor(excess)
         self._remember(max(0.0, excess))
@@ -110,19 +109,20 @@ class Relative(Law):
 
 
 class Alignment(Law):
-    """What points against the fresh gradient counts less: 1 + 2 x cosine, between `floor` and 1.
+    """What goes against what is fresh counts less: 1 + 2 x cosine, between `floor` and 1.
 
-    The cosine is smoothed, and the factor moves only when it would move by more than `slack`: noise moves nothing.
+    The cosine is smoothed, and the factor moves only when it would move by more than `slack`, or all the way to one of
+    its ends: noise moves nothing.
     """
 
     def __init__(self, floor: float = 0.05, slack: float = 0.1, memory: float = 0.9) -> None:
         self._floor, self._slack, self._memory = floor, slack, memory
         self.cosine, self.level = 0.0, 1.0
 
-    def factor(self, excess: float, correction: Tensor | None = None, fresh: Tensor | None = None) -> float:
-        """Look at the two directions; one of them may be missing."""
-        if excess > 0 and correction is not None and fresh is not None:
-            self._look(cosine(correction, fresh))
+    def factor(self, excess: float, fresh: Fresh = nothing_fresh) -> float:
+        """Look how well it agrees, where that is known."""
+        if excess > 0 and (found := fresh()) is not None:
+            self._look(found)
         return super().factor(excess)
 
     def of(self, excess: float) -> float:
@@ -265,12 +265,6 @@ def law(name: LawName, *, beta: float = 0.5, rate: float = 0.1, power: float = 0
     }
     adaptive: dict[str, type[Law]] = {"relative": Relative, "alignment": Alignment, "stability": Stability}
     return Law(fixed[name]) if name in fixed else adaptive[name]()  # type: ignore[call-arg]  # all have defaults
-
-
-def cosine(one: Tensor, other: Tensor) -> float:
-    """Of the angle between two vectors; 0 where one of them is zero."""
-    norms = float(one.norm()) * float(other.norm())
-    return float(torch.dot(one.flatten().float(), other.flatten().float())) / norms if norms > 0 else 0.0
 
 
 def _check(name: str, beta: float, rate: float, power: float, knee: float) -> None:

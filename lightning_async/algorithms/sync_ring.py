@@ -29,6 +29,7 @@ class SyncRing(Gossip):
     """Synchronous neighbour averaging. It waits by definition."""
 
     in_step = True
+    shrinks = "nothing"  # all are of the same step
     kinds: ClassVar[Mapping[int, str]] = {WEIGHTS: "weights", END: "end"}
 
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:

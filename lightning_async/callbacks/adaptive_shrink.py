@@ -25,6 +25,7 @@ from lightning_async.algorithms.shrink import Law, LawName, Stability, law
 from lightning_async.arrival import Arrival
 from lightning_async.callbacks.stats import Figures, Stats
 from lightning_async.callbacks.watched import Board, Watched
+from lightning_async.fresh import Fresh, nothing_fresh
 from lightning_async.progress.stretch import Stretch
 
 SCALE_FREE = ("Adam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "Lion", "LAMB", "Adafactor", "Muon", "SignSGD")
@@ -43,8 +44,8 @@ class AdaptiveShrink(Stats):
 
     Args:
         law: "constant" (beta^e, as FDG), "inverse", "poly", "exp", "hinge", or one that adapts: "relative" (to the
-            delays before), "alignment" (to the direction of what is fresh), "stability" (to how the loss bends,
-            or goes).
+            delays before), "alignment" (to how well what is late agrees with what is fresh), "stability" (to how
+            the loss bends, or goes).
         beta: Of `constant`.
         rate: Of `inverse`, `exp` and `hinge`.
         power: Of `poly`.
@@ -141,20 +142,20 @@ class AdaptiveShrink(Stats):
 
     # -- asked by the algorithm ---------------------------------------------------------------------------------------
 
-    def factor(self, arrival: Arrival, correction: Tensor, fresh: Tensor | None) -> float:
+    def factor(self, arrival: Arrival, correction: Tensor, fresh: Fresh) -> float:
         """What part of this arrival counts."""
         mine = self._laws.get(arrival.peer)
         if mine is None:
             mine = self._laws[arrival.peer] = self._new_law()
-        if fresh is None and self.law == "alignment" and not self._missed:
+        if fresh is nothing_fresh and self.law == "alignment" and not self._missed:
             self._missed = True
             warnings.warn(
-                "AdaptiveShrink: law='alignment' compares with something fresh, and this strategy has nothing: it "
-                "shrinks nothing; use law='relative'",
+                "AdaptiveShrink: law='alignment' compares with what is fresh, and here is nothing (in a pipeline: with "
+                "semantics='stash' only): it shrinks nothing; use law='stability'",
                 stacklevel=2,
             )
         excess = max(0, arrival.delay - self._healthy)
-        found = mine.factor(excess, correction, fresh)
+        found = mine.factor(excess, fresh)
         if self._inherited and not self._through_lr:  # others have shrunk it on its way: what is left to do
             found = mine.further(self._inherited * excess, excess)
         sums = self._sums.setdefault(arrival.peer, [0.0, 0.0, 1.0, 0.0])

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_async.algorithms.sign_memory import warning
 from lightning_async.algorithms.signs import BLOCK
+from lightning_async.callbacks.once import stands_once
 from lightning_async.hooks import FIRST, SignState, sign_hook
 
 
@@ -29,6 +30,10 @@ class SignGradients(Callback):
         self._knobs: dict[str, Any] = {"block": block, "min_size": min_size, "first": first}
         SignState(**self._knobs)  # tells what is wrong with them
         self.state: SignState | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """One hook, one callback."""
+        stands_once(trainer, self, "a module has one communication hook")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The module is wrapped: register the hook."""

@@ -26,6 +26,8 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_async.callbacks.once import stands_once
+
 
 class SpeedFaults(Callback):
     """Makes chosen ranks slow, irregular, frozen or failing. For tests, demonstrations and benchmarks.
@@ -78,6 +80,7 @@ class SpeedFaults(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse ranks that this world does not have: a fault that never comes would prove nothing."""
+        stands_once(trainer, self, "their pauses would add up")
         missing = sorted(rank for rank in self._ranks() if rank >= trainer.world_size)
         if missing:
             raise MisconfigurationException(

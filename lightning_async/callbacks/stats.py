@@ -18,12 +18,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lightning_async.callbacks.journal import Journal
+from lightning_async.callbacks.once import stands_once
 from lightning_async.callbacks.watched import Watched, watched
 from lightning_async.progress.stretch import Stretch
 
@@ -98,13 +98,7 @@ class Stats(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take part in the meetings of this fit."""
-        alike = [c for c in vars(trainer)["callbacks"] if type(c) is type(self)]
-        if len(alike) > 1:
-            name = type(self).__name__
-            raise MisconfigurationException(
-                f"{name} stands {len(alike)} times among the callbacks: they would count the same things; leave one "
-                "(config files append, so perhaps two of them name it)"
-            )
+        stands_once(trainer, self, "they would count the same things")
         if stage != "fit":
             return
         self.figures, self._strategy, self._trainer = {}, watched(trainer), trainer

@@ -17,7 +17,7 @@ from lightning_async.cli.story import Points, Story
 from lightning_async.strategies.course import WrongInput
 
 SHADES = {"compute": "#1f4e79", "exchange": "#e69f00", "waiting": "#d2d2d2"}
-LINES = (("#1f4e79", "-", "o"), ("#d55e00", "--", "s"), ("#7a7a7a", ":", "^"), ("#009e73", "-.", "D"))
+LINES = (("#1f4e79", "-", "o"), ("#d55e00", "--", "s"), ("#a6a6a6", ":", "^"), ("#000000", "-.", "D"))
 MAP = "cividis"  # its lightness grows evenly
 DOTS = 110  # an inch
 BINS, PIXELS = 480, 480  # of the timeline, across and down; down, each rank has at least 12
@@ -134,6 +134,7 @@ def traffic(plt: Any, story: Story) -> Any:
         total[rank, peer] = sum(sent for sent, _ in row.values())
     factor, unit = _unit(total.max())
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=(1.25, 1), constrained_layout=True)
+    figure.get_layout_engine().set(wspace=0.08)  # between the label of the colours and that of the kinds
     shown = left.imshow(np.where(total > 0, total / factor, np.nan), cmap=MAP, interpolation="nearest", vmin=0)
     left.set(xlabel="to rank", ylabel="from rank")
     names = [str(rank) for rank in range(story.world)]
@@ -145,7 +146,7 @@ def traffic(plt: Any, story: Story) -> Any:
     right.bar_label(bars, fmt="%.3g", padding=3)  # what is too short to be seen has a number at least
     right.margins(x=0.15)
     right.invert_yaxis()
-    right.set(xlabel=f"{unit} sent, all ranks")
+    right.set(xlabel=f"{unit} sent, all ranks", ylabel="kind of message")
     return figure
 
 

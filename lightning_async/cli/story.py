@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from lightning_async.callbacks.journal import NAME, read
 from lightning_async.cli.inputs import chosen, read_logs
-from lightning_async.metrics import DelayMetric, merged
+from lightning_async.metrics import DelayMetric, merged, senders
 from lightning_async.strategies.course import WrongInput
 from lightning_async.strategies.recording import fits_in, log_name
 from lightning_async.transport.log import Log
@@ -150,6 +150,9 @@ def _delays(story: Story, words: Mapping[int, Any], at: float) -> None:
         story.split = story.split and word.get("split", True)
         story.steps[rank] += word["trained"][0]
         story.samples[rank] += word["trained"][2]
+    story.world = max(
+        [story.world, *(senders(word["delays"]) for word in words.values())]
+    )  # not all tell what they sent
     metric = merged((word["delays"] for word in words.values()), story.world)
     for peer in range(story.world):
         if counts := _counts(metric, peer):
@@ -288,6 +291,7 @@ def _links(story: Story, rank: int, table: Mapping[str, Any]) -> None:
     for peer, row in table.items():
         kinds = {kind: (count["bytes_out"], count["messages_out"]) for kind, count in row.items()}
         story.links[rank, int(peer)] = kinds
+        story.world = max(story.world, 1 + int(peer))
 
 
 def _pairs(accounts: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

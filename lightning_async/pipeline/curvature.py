@@ -1,4 +1,4 @@
-"""How the loss bends along the way that the weights go, seen from late gradients, which come anyway.
+"""How the loss bends along the way of the weights, and how late gradients fare: seen from gradients, which come anyway.
 
     forward of batch a, at A  ----- updates by older batches ----->  forward of batch b, at B
     gradient of a comes later                                        gradient of b comes later
@@ -10,15 +10,21 @@ later: their noise has nothing to do with the way, and is gone in the mean. (Wit
 from a to b is a step along the noise of a.) Where a run swings because its steps are too large, its way is the steepest
 one, and that curvature is the one that says how large a step may be.
 
+The gradient of a is applied behind the forward pass of b, whose gradient is the fresh one then: the cosine between the
+two says how well the late one agreed with it.
+
 A part of the weights tells enough: at most `SEEN` of them, evenly spread.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from lightning_async.fresh import cosine
 
 SEEN = 1 << 16
 Tell = Callable[[float, float], object]
@@ -39,6 +45,7 @@ class Curvature:
         self._stride = max(1, -(-sum(p.numel() for p in self._parameters) // SEEN))
         self._weights: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
+        self._pair: tuple[Tensor, Tensor] | None = None
 
     def forward(self, batch: int) -> None:
         """A batch goes forward with the weights of now."""
@@ -46,12 +53,19 @@ class Curvature:
 
     def backward(self, batch: int, before: Tensor, sums: Sequence[Tensor | None], factor: float) -> None:
         """Its gradient, shrunk by `factor`, has been added to the sums, which looked like `before`."""
+        if batch not in self._weights:  # it went forward before anybody looked
+            return
         gradient = self._gradients[batch] = (self.look(sums) - before) / factor
         other = batch - self._lag
         if other in self._gradients:
-            way = self._weights[batch] - self._weights[other]
-            self._tell(float(way.dot(gradient - self._gradients[other])), float(way.dot(way)))
-            del self._gradients[other], self._weights[other]
+            way, late = self._weights[batch] - self._weights.pop(other), self._gradients.pop(other)
+            self._tell(float(way.dot(gradient - late)), float(way.dot(way)))
+            self._pair = late, gradient
+
+    def alignment(self) -> float | None:
+        """How well the newest late gradient, of which that is known, agreed with the fresh one."""
+        found = math.nan if self._pair is None else cosine(*self._pair)
+        return found if math.isfinite(found) else None
 
     def look(self, sums: Sequence[Tensor | None]) -> Tensor:
         """The sums of gradients as they are now."""
@@ -62,6 +76,7 @@ class Curvature:
         """The pipe is empty: what comes next has a way of its own."""
         self._weights.clear()
         self._gradients.clear()
+        self._pair = None
 
     @torch.no_grad()
     def _some(self, tensors: Iterable[Tensor]) -> Tensor:

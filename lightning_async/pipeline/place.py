@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.arrival import Arrival, Fate
+from lightning_async.fresh import Fresh
 from lightning_async.pipeline import schedule
 from lightning_async.pipeline.edge import (
     ACTIVATIONS,
@@ -38,7 +39,7 @@ from lightning_async.pipeline.schedule import Order
 from lightning_async.pipeline.stage import Compute, Stage
 from lightning_async.transport.mail import MARKER, Mail, Message, Wait
 
-Shrink = Callable[[Arrival, Tensor, Tensor | None], float]
+Shrink = Callable[[Arrival, Tensor, Fresh], float]
 WISH = 1 << 31
 """Beside the stamp of a batch, which is below it: somebody on the way down wishes to stop."""
 REMEMBERED = 400
@@ -201,7 +202,8 @@ class Place:
         behind = self._behind if self._behind is not None else self.mail.me
         launched = self.stage.launched(batch)
         arrival = Arrival(behind, batch, launched, self.updates, parcel.seconds)
-        factor = self.shrink if isinstance(self.shrink, (int, float)) else self.shrink(arrival, parcel.tensor, None)
+        law, fresh = self.shrink, self.stage.fresh
+        factor = law if isinstance(law, (int, float)) else law(arrival, parcel.tensor, fresh)
         if factor != 1.0:
             arrival = Arrival(behind, batch, launched, self.updates, parcel.seconds, factor=factor, fate=Fate.SHRUNK)
         self.arrivals.append(arrival)

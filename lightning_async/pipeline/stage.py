@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from lightning_async.fresh import Fresh, nothing_fresh
 from lightning_async.pipeline import schedule
 from lightning_async.pipeline.curvature import Curvature, Tell
 from lightning_async.pipeline.stash import Held, Semantics, Stash
@@ -138,6 +139,16 @@ class Stage:
             return False
         self._curvature = Curvature(self.parameters, self.delay - 1, tell)
         return True
+
+    @property
+    def fresh(self) -> Fresh:
+        """Whom to ask how well late gradients agree with fresh ones."""
+        return nothing_fresh if self.last or self.stash.semantics != "stash" else self._alignment
+
+    def _alignment(self) -> float | None:
+        if self._curvature is None:
+            self.watch_curvature(lambda turned, went: None)
+        return None if self._curvature is None else self._curvature.alignment()
 
     def drained(self) -> None:
         """No batch is on its way any more."""

@@ -24,6 +24,7 @@ from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.inheritance import heirlooms
 from lightning_async.strategies.knobs import StartMethod, check_word
+from lightning_async.strategies.members import Inner
 from lightning_async.strategies.quality import Quality
 
 Mode = Literal["async", "sync"]
@@ -66,6 +67,8 @@ class AsyncGlobalStrategy(AsyncStrategy):
         meeting_timeout: The longest a meeting may wait for a living rank, in seconds.
         record: Folder for each rank's event log, from which the run can be replayed to the bit; None: no log.
         inner_threads: On CPU, convolutions in tiles on so many threads of our own; None: by ATen's pool, as ever.
+        inner: "node" (the ranks of a node step together and are one member), or None: each rank is a member.
+        inner_size: So many ranks in a row are one member, wherever they are; None: as `inner` says.
         start_method: How local processes start: "popen", "spawn", "fork" or "forkserver".
         timeout: For the default process group, which is used at start-up only.
         process_group_backend: Backend of the default process group.
@@ -106,6 +109,8 @@ class AsyncGlobalStrategy(AsyncStrategy):
         meeting_timeout: float = 1800.0,
         record: str | None = None,
         inner_threads: int | None = None,
+        inner: Inner | None = None,
+        inner_size: int | None = None,
         start_method: StartMethod = "popen",
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
@@ -146,6 +151,8 @@ class AsyncGlobalStrategy(AsyncStrategy):
             meeting_timeout=meeting_timeout,
             record=record,
             inner_threads=inner_threads,
+            inner=inner,
+            inner_size=inner_size,
             start_method=start_method,
             timeout=timeout,
             process_group_backend=process_group_backend,
@@ -175,7 +182,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
     def meet(self) -> Wish:
         """Count the meetings: what is logged at all is logged by the end of the first."""
         meets = self.free
-        if meets and isinstance(self.algorithm, AsyncGlobal):
+        if meets and self.office.speaks and isinstance(self.algorithm, AsyncGlobal):
             self.office.drive(self.algorithm.stop(self.replica, self.office.mail))
         wishes = super().meet()
         self._meetings += meets

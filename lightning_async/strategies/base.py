@@ -46,12 +46,14 @@ from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.inner_layer import InnerLayer
 from lightning_async.strategies.knobs import AtMeeting, StartMethod, check_word
 from lightning_async.strategies.meetings import Meetings
+from lightning_async.strategies.members import Inner, check_inner, ranks_of_a_member
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office
-from lightning_async.strategies.refusals import refuse, refuse_module, refuse_run
+from lightning_async.strategies.refusals import refuse, refuse_inner, refuse_module, refuse_run
 from lightning_async.strategies.shown import Shown
 from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.stepping import Stepping
+from lightning_async.strategies.voice import voice
 from lightning_async.strategies.whole_files import WholeFiles
 
 
@@ -73,6 +75,8 @@ class AsyncStrategy(Shown):
         meeting_timeout: float = 1800.0,
         record: str | None = None,
         inner_threads: int | None = None,
+        inner: Inner | None = None,
+        inner_size: int | None = None,
         start_method: StartMethod = "popen",
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
@@ -95,7 +99,9 @@ class AsyncStrategy(Shown):
         check_word("at_meeting", at_meeting, get_args(AtMeeting))
         check_word("buffers", buffers, get_args(Buffers))
         check_word("start_method", start_method, get_args(StartMethod))
+        check_inner(inner, inner_size)
         self.algorithm, self.at_meeting, self.buffers = algorithm, at_meeting, buffers
+        self.voice, self.inner, self.inner_size = algorithm, inner, inner_size
         self.office = Office(
             interface=interface,
             silence=silence,
@@ -135,8 +141,10 @@ class AsyncStrategy(Shown):
         self.office.check_complete(self.world_size)
         super().setup_environment()
         fitting = trainer.state.fn == TrainerFn.FITTING
+        self.office.size = self._ranks_of_a_member() if fitting else 1
         self.office.recording.introduce(self)
         self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=fitting)
+        self.voice = voice(self.algorithm, self.office.siblings, self.together)
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
         self.alone = self.apart = self._closing = False
         self.office.flags.patient = lambda: self._closing or self.clock.progress is not None
@@ -209,7 +217,7 @@ class AsyncStrategy(Shown):
 
     def on_train_start(self) -> None:
         """The loader is known, the checkpoint is restored: the algorithm begins."""
-        self.algorithm.begin(self.replica, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
+        self.voice.begin(self.replica, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
         self.checkpoints.put_back()
         self.office.recording.start(self)
         self.clock.begin(self.trainer)
@@ -280,9 +288,16 @@ class AsyncStrategy(Shown):
             raise RuntimeError("there is no replica outside of `fit`")
         return self._replica
 
+    def _ranks_of_a_member(self) -> int:
+        size = ranks_of_a_member(self.inner, self.inner_size, node=self.num_processes, world=self.world_size)
+        if size > 1:
+            refuse_inner(self)
+        return size
+
     def _first_line(self) -> str:
         size = self.replica.numel * self.replica.flat.element_size()
+        each = "" if self.office.size == 1 else f" of {self.office.size} ranks each"
         return (
-            f"{self.name}: {self.world_size} members, {size / 1e6:.3g} MB of weights each, data by "
+            f"{self.name}: {self.members} members{each}, {size / 1e6:.3g} MB of weights each, data by "
             f"{self.feeding.balance!r}, at meetings they {self.at_meeting} the consensus"
         ).replace("keep the consensus", "keep their own weights")

@@ -190,6 +190,7 @@ class Checkpoints:
             "version": VERSION,
             "save": plan.save,
             "world": strategy.world_size,
+            "members": strategy.members,
             "ranks": list(ranks),
             "strategy": strategy.name,
             "algorithm": type(strategy.algorithm).__name__,

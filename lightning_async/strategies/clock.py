@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
 from lightning_async.progress.agenda import Agenda, Due
+from lightning_async.progress.member import progress_of
 from lightning_async.progress.progress import Outcome, Progress
 from lightning_async.progress.report import Wish
 from lightning_async.progress.tally import Tally
@@ -104,7 +105,7 @@ class Clock:
 
     def begin(self, trainer: Trainer) -> None:
         """Training starts, from wherever a checkpoint left it."""
-        strategy, n = self._strategy, self._strategy.world_size
+        strategy, n = self._strategy, self._strategy.members
         feeding, in_step = strategy.feeding, strategy.algorithm.in_step
         if self._counts.taken and feeding.epoch_batches() is not None:
             trainer.fit_loop.max_batches = float("inf")
@@ -115,7 +116,8 @@ class Clock:
         agenda = Agenda(self._counts.items(trainer, feeding, n))
         before, epoch = self._earlier(trainer, n)
         desk, batch = strategy.office.desk(PROGRESS), feeding.batch
-        self.progress = Progress(desk, n=n, agenda=agenda, batch=batch, in_step=in_step, before=before, epoch=epoch)
+        make = progress_of(strategy.office.siblings, strategy.office.drive)
+        self.progress = make(desk, n=n, agenda=agenda, batch=batch, in_step=in_step, before=before, epoch=epoch)
         self._stretch = (self.progress.steps(), self.progress.steps())
         self._log_steps.begin(trainer, self.progress.steps())
         self._logbook.begin(self.progress)

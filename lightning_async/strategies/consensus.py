@@ -81,8 +81,8 @@ class Consensus:
         self.telling.arrive()
         outcome = self.come()
         recording.meeting(strategy.replica)
-        consensus = strategy.together(strategy.algorithm.meet(strategy.replica, strategy.office.mail))
-        strategy.stepping.arrived(strategy.algorithm.arrived())
+        consensus = strategy.together(strategy.voice.meet(strategy.replica, strategy.office.mail))
+        strategy.stepping.arrived(strategy.voice.arrived())
         apart = self._adopt(consensus)
         recording.met(strategy.replica)
         if strategy.at_meeting == "adopt":
@@ -120,7 +120,7 @@ class Consensus:
     def leave(self) -> Replica:
         """Own weights again, unless they are the consensus; those that are trained from here on."""
         strategy = self._strategy
-        office, algorithm = strategy.office, strategy.algorithm
+        office, algorithm = strategy.office, strategy.voice
         replica = strategy.replica
         strategy.together(strategy.clock.leave(strategy.trainer))
         settled = strategy.clock.closing.settled  # nothing could change since all said so

@@ -25,11 +25,16 @@ from lightning_async.data.order import Order
 from lightning_async.data.ranges import Range, Rest
 from lightning_async.data.resume import Interrupted, State, as_ranges, as_tensor
 from lightning_async.data.share import Share, make_share
+from lightning_async.data.split import SplitShare, check_loaders_alike
 from lightning_async.data.stream import Stream, Streams, is_stateful, source_of
 
 if TYPE_CHECKING:
     from lightning_async.strategies.office import Office
 
+STREAM_INSIDE = (
+    "with `inner` each batch of a member is split between its ranks, and a stream (an IterableDataset, or a loader "
+    "that is no DataLoader) cannot be: use a map-style data set, or leave `inner` out: then each rank has a stream"
+)
 DATA = 0
 """The page of a member's note that is the share's."""
 
@@ -52,7 +57,7 @@ class Feeding:
         self.batches = self.samples = 0
         self.share: Share | None = None
         self._kept: tuple[Share, int, bool, int] | None = None
-        self._batch, self._drop_last, self._world = 1, False, 1
+        self._batch, self._drop_last, self._world, self._ranks = 1, False, 1, 1
         self._total: int | None = None
         self._by_sample = False
         self._begun = True
@@ -69,7 +74,7 @@ class Feeding:
 
     @property
     def batch(self) -> int:
-        """This rank's samples of a batch."""
+        """This member's samples of a batch."""
         return self._batch
 
     @property
@@ -83,24 +88,30 @@ class Feeding:
 
     def partition(self) -> Tensor | None:
         """The samples that this rank owns by now, by index in the data set; None where none are kept."""
-        return self.share.samples() if isinstance(self.share, KeptShare) else None
+        share = self.share.whole if isinstance(self.share, SplitShare) else self.share
+        return share.samples() if isinstance(share, KeptShare) else None
 
     def share_out(self, loader: object, office: Office, epoch: Callable[[], int]) -> object:
         """The training loader, fed by this rank's share; a stream as it is, but watched."""
         if not is_shareable(loader):
+            if office.siblings is not None:
+                raise MisconfigurationException(STREAM_INSIDE)
             if not isinstance(loader, DataLoader):
                 rank_zero_warn(
                     f"`{type(loader).__name__}` is not a DataLoader: every rank trains on all that it yields"
                 )
             return self.watch(loader)
         self._new_loaders()
-        self._batch, self._by_sample = samples_per_batch(loader), counts_samples(loader)
+        self._batch, self._by_sample = samples_per_batch(loader) * office.size, counts_samples(loader)
         if self.share is not None:
             raise MisconfigurationException(
                 "several training loaders cannot be shared out by one share: put the data sets into one DataLoader, or "
                 "set `use_distributed_sampler=False` and give each rank its part of each"
             )
-        self._drop_last, self._world = drops_last(loader), office.carrier.world
+        self._drop_last, self._ranks = drops_last(loader), office.size
+        self._world = office.carrier.world // office.size
+        if office.siblings is not None:
+            office.drive(check_loaders_alike(loader, office.siblings))
         recording, size = office.recording, size_of(loader)
         self.share = self._share(office, size)
         self._tell_epoch = lambda number: recording.epoch(number, size)
@@ -137,7 +148,8 @@ class Feeding:
         shared = self.share.completed() if self.share is not None else 0
         self._streams.trained()
         self.batches += 1
-        self.samples += shared if self._by_sample else samples_in(batch) or self._batch
+        mine = samples_in(batch) or self._batch // self._ranks
+        self.samples += shared if self._by_sample else mine * self._ranks
 
     def epoch_batches(self) -> int | None:
         """How many batches one rank of a synchronous run has in an epoch; None while that is not known."""
@@ -231,10 +243,19 @@ class Feeding:
         batch, drop_last = self._batch, self._drop_last
         size = size if self._by_sample and knobs_of(self._balance).partition == "kept" else 0
         if self._kept is None or self._kept[1:] != (batch, drop_last, size):
-            share = make_share(self._balance, office.desk(DATA), batch=batch, drop_last=drop_last, size=size)
+            share = self._made(office, size)
             share.recall(self._memory)
             self._kept = share, batch, drop_last, size
         return self._kept[0]
+
+    def _made(self, office: Office, size: int) -> Share:
+        """The member's share; of a member of several ranks its speaker has it, and each rank a part of its batches."""
+        siblings = office.siblings
+        if siblings is not None and not office.speaks:
+            return SplitShare(None, siblings)
+        desk = office.desk(DATA)
+        share = make_share(self._balance, desk, batch=self._batch, drop_last=self._drop_last, size=size)
+        return share if siblings is None else SplitShare(share, siblings)
 
 
 def size_of(loader: object) -> int:

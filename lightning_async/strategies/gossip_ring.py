@@ -16,6 +16,7 @@ from lightning_async.data.share import Balance
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.knobs import AtMeeting, StartMethod
+from lightning_async.strategies.members import Inner
 
 
 class GossipRingStrategy(AsyncStrategy):
@@ -46,6 +47,8 @@ class GossipRingStrategy(AsyncStrategy):
         meeting_timeout: The longest a meeting may wait for a living rank, in seconds.
         record: Folder for each rank's event log, from which the run can be replayed to the bit; None: no log.
         inner_threads: On CPU, convolutions in tiles on so many threads of our own; None: by ATen's pool, as ever.
+        inner: "node" (the ranks of a node step together and are one member), or None: each rank is a member.
+        inner_size: So many ranks in a row are one member, wherever they are; None: as `inner` says.
         start_method: How local processes start: "popen", "spawn", "fork" or "forkserver".
         timeout: For the default process group, which is used at start-up only.
         process_group_backend: Backend of the default process group.
@@ -79,6 +82,8 @@ class GossipRingStrategy(AsyncStrategy):
         meeting_timeout: float = 1800.0,
         record: str | None = None,
         inner_threads: int | None = None,
+        inner: Inner | None = None,
+        inner_size: int | None = None,
         start_method: StartMethod = "popen",
         timeout: timedelta = timedelta(minutes=30),
         process_group_backend: str | None = None,
@@ -101,6 +106,8 @@ class GossipRingStrategy(AsyncStrategy):
             meeting_timeout=meeting_timeout,
             record=record,
             inner_threads=inner_threads,
+            inner=inner,
+            inner_size=inner_size,
             start_method=start_method,
             timeout=timeout,
             process_group_backend=process_group_backend,
@@ -115,5 +122,5 @@ class GossipRingStrategy(AsyncStrategy):
     def setup_environment(self) -> None:
         """A long ring is slow to agree: say so."""
         super().setup_environment()
-        if warning := self.algorithm.warning(self.world_size):
+        if warning := self.algorithm.warning(self.members):
             rank_zero_warn(warning)

@@ -27,10 +27,13 @@ def heirlooms(
     With `everything` those of all old ranks, for a method that takes from each file its own part.
     """
     shared = checkpoint.get(KEY)
-    if shared is None or shared["world"] == strategy.world_size or shared["strategy"] != strategy.name:
+    if shared is None or shared["strategy"] != strategy.name:
+        return []
+    if (shared["world"], shared.get("members", shared["world"])) == (strategy.world_size, strategy.members):
         return []
     old = shared["ranks"] if everything else shared["ranks"][strategy.global_rank :: strategy.world_size]
-    return [state for rank in old if (state := _state(strategy, path, shared["save"], rank)) is not None]
+    states = (_state(strategy, path, shared["save"], rank) for rank in old)
+    return [state for state in states if state]  # of a member of several ranks, one has it
 
 
 def _state(strategy: AsyncStrategy, path: Any, save: str, rank: int) -> dict[str, Any] | None:

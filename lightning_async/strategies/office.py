@@ -14,7 +14,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,10 +26,12 @@ from lightning_async.strategies.knobs import check_seconds
 from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
 from lightning_async.transport.cluster import ClusterCarrier
-from lightning_async.transport.mail import Wait
+from lightning_async.transport.layers import LayeredRounds, Speakers
+from lightning_async.transport.mail import Carrier, Wait
 from lightning_async.transport.network import check_network
 from lightning_async.transport.pages import Desk, Pages
 from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.siblings import Siblings
 
 T = TypeVar("T")
 CONNECT = 10.0  # seconds to reach a store that is known to be there
@@ -43,7 +45,15 @@ BYE, DIED = b"bye", b"died"
 
 
 class Office:
-    """Opens and closes with every `fit`, `validate`, `test` or `predict`."""
+    """Opens and closes with every `fit`, `validate`, `test` or `predict`.
+
+    Attributes:
+        size: How many ranks a member has; to be set before it opens.
+        siblings: This rank among the ranks of its member, where a member has several.
+    """
+
+    size = 1
+    siblings: Siblings | None = None
 
     def __init__(
         self,
@@ -100,7 +110,7 @@ class Office:
             world=world,
             run=f"{self._run}.{self._count}",
             members=self._members,
-            peers=tuple(r for r in range(world) if abs(r - me) in (1, world - 1) and r != me),
+            peers=_first_peers(me, world, self.size),
             silence=self.silence,
             patience=self.patience,
             late=None if self._count == 1 else math.inf,  # a wait for it has its own bound: `limit`
@@ -108,12 +118,29 @@ class Office:
         )
         self._carrier.start()
         self.flags = Flags(self._carrier, grace=self.grace)
-        self._pages = Pages(self._carrier, PAGES)
         self.rounds = Rounds(self._carrier)
+        seen = self._layered(self._carrier)
+        self._pages = Pages(seen, PAGES)
         self.recording.flags = self.flags
         fit = self.drive(self.recording.number(self.rounds)) if fitting and self.recording.on else None
-        self.mail = self.recording.of(self._carrier, fit=fit, run=f"{self._run}.{self._count}")
+        self.mail = self.recording.of(seen, fit=fit, run=f"{self._run}.{self._count}")
         self.algorithms_rounds = Rounds(self.mail, channel=1)
+
+    def _layered(self, carrier: ClusterCarrier) -> Carrier:
+        """The carrier as members see each other on it; where they have several ranks, as their speakers do."""
+        self.siblings = None
+        if self.size == 1:
+            return carrier
+        first, speakers = carrier.me - carrier.me % self.size, range(0, carrier.world, self.size)
+        self.siblings = Siblings(carrier, tuple(range(first, first + self.size)))
+        self.rounds = LayeredRounds(carrier, self.siblings, speakers)
+        self.flags.siblings = self.siblings.others
+        return cast(Carrier, Speakers(carrier, speakers))
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank speaks for its member: always, where members have one rank each."""
+        return self.siblings is None or self.siblings.speaks
 
     def desk(self, number: int) -> Desk:
         """The board with a page of the note for one's own."""
@@ -142,8 +169,9 @@ class Office:
 
     @property
     def first(self) -> int:
-        """The first rank that lives: it writes what one rank writes."""
-        return self._carrier.members()[0] if self._carrier is not None else 0
+        """The first rank that lives, and speaks for its member: it writes what one rank writes."""
+        members = self._carrier.members() if self._carrier is not None else (0,)
+        return next((rank for rank in members if rank % self.size == 0), members[0])
 
     def check_network(self, nodes: int) -> None:
         """Refuse a network by which the others cannot be reached, before anybody waits for them."""
@@ -203,11 +231,19 @@ class Office:
             for rank in gone:
                 carrier.propose(f"bye/{rank}", DIED)
             awaited = set(gone) | {carrier.me} | ({first} if stopped else set())
-            awaited |= set(carrier.live()) & set(everybody) if carrier.me == first else set()
+            lingers = carrier.me == first and not self.flags.orphaned  # the others train on, perhaps for days
+            awaited |= set(carrier.live()) & set(everybody) if lingers else set()
             if all(carrier.decided(f"bye/{r}") is not None for r in awaited):
                 break
             carrier.wait(0.1)
         return tuple(r for r in everybody if carrier.decided(f"bye/{r}") != DIED)
+
+
+def _first_peers(me: int, world: int, size: int) -> tuple[int, ...]:
+    """To whom links are opened at once: a speaker's neighbours among speakers, and all of its member."""
+    beside = [r for r in range(0, world, size) if abs(r - me) in (size, world - size)] if me % size == 0 else []
+    inside = range(me - me % size, me - me % size + size)
+    return tuple(r for r in sorted({*beside, *inside}) if r != me)
 
 
 def _run_id(device: torch.device) -> str:

@@ -115,4 +115,4 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def all_parts(strategy: AsyncStrategy, more: dict[str, Part]) -> dict[str, Part]:
     """The parts by name. The random states stand last: whatever is put back before them may draw."""
     random = RandomStates(strategy.root_device)
-    return {"algorithm": strategy.algorithm, "moments": Moments(strategy), **more, "random": random}
+    return {"algorithm": strategy.voice, "moments": Moments(strategy), **more, "random": random}

@@ -30,6 +30,20 @@ def refuse_run(strategy: AsyncStrategy) -> None:
         refuse_manual(strategy.trainer.lightning_module, strategy.name)
 
 
+def refuse_inner(strategy: AsyncStrategy) -> None:
+    """Raise for what members of several ranks cannot do."""
+    if strategy.office.recording.on:
+        raise MisconfigurationException(
+            f"strategy={strategy.name!r}: `record` writes what each rank hears from the others, and not yet what the "
+            "ranks of one member tell each other: leave `record` or `inner` out"
+        )
+    if not compat.wants_our_sampler(strategy.trainer):
+        raise MisconfigurationException(
+            f"strategy={strategy.name!r}: with `inner` each batch of a member is split between its ranks, which "
+            "`use_distributed_sampler=False` leaves to you: leave one of the two out"
+        )
+
+
 def refuse_module(module: torch.nn.Module, name: str) -> None:
     """Raise for layers that exchange tensors in the forward pass."""
     for path, layer in module.named_modules():

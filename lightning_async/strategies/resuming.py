@@ -130,6 +130,8 @@ class Resuming:
             return f"it was saved by {saved}, and this is {mine}"
         if world != strategy.world_size:
             return f"it was saved by {world} ranks, and there are {strategy.world_size}"
+        if (members := shared.get("members", world)) != strategy.members:  # older versions had members of one rank
+            return f"its {world} ranks were {members} members, and here they are {strategy.members}"
         dead = ", ".join(str(rank) for rank in range(world) if rank not in ranks)
         return f"rank {dead} had died before it was saved" if dead else ""
 

@@ -20,6 +20,7 @@ from lightning_async.strategies.stepping import Stepping
 from lightning_async.strategies.telling import Hear, Say
 from lightning_async.transport.mail import KIND_NAMES
 from lightning_async.transport.pages import Desk
+from lightning_async.transport.siblings import SIBLING_KINDS
 
 
 class Shown(Saving):
@@ -27,11 +28,13 @@ class Shown(Saving):
 
     Attributes:
         algorithm: What is computed and exchanged.
+        voice: What is called around this rank's steps: the algorithm, or what stands for it if a member has several.
         stepping: This rank's steps.
         consensus: This rank's way to meetings and back.
     """
 
     algorithm: Algorithm
+    voice: Algorithm
     stepping: Stepping
     consensus: Consensus
 
@@ -64,12 +67,17 @@ class Shown(Saving):
 
     def accounts(self) -> dict[str, tuple[int, int]]:
         """What this rank has and should have of what is conserved; over all ranks the sums are equal, at meetings."""
-        return self.algorithm.accounts()
+        return self.voice.accounts()
+
+    @property
+    def members(self) -> int:
+        """How many members the run begins with: each is a rank, or several that step together."""
+        return self.world_size // self.office.size
 
     @property
     def healthy_delay(self) -> int:
         """The delay that a message has among equal, healthy ranks; what is later is excess."""
-        return self.algorithm.healthy_delay(self.world_size)
+        return self.algorithm.healthy_delay(self.members)
 
     @property
     def shrinks(self) -> str:
@@ -93,7 +101,7 @@ class Shown(Saving):
     @property
     def kinds(self) -> Mapping[int, str]:
         """The names of the kinds of messages that `traffic` counts."""
-        return {**KIND_NAMES, **self.algorithm.kinds}
+        return {**KIND_NAMES, **SIBLING_KINDS, **self.algorithm.kinds}
 
     @property
     def skipped(self) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from lightning_async.algorithms.adam import SecondMoment
+from lightning_async.algorithms.common_step import average_gradients
 from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.strategies.scaling import SkippedSteps
 from lightning_async.transport.mail import Wait
@@ -69,7 +70,9 @@ class Stepping:
         self._strategy.office.recording.arrived(arrivals)
 
     def with_exchange(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, after which the algorithm sees the gradients."""
+        """The closure, after which the algorithm sees the gradients: of all ranks of the member, if it has several."""
+        if self._strategy.office.siblings is not None:
+            closure = self._then_average(closure)
         return closure if self._strategy.algorithm.takes_gradients else self._then_exchange(closure)
 
     def _then_exchange(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -80,9 +83,19 @@ class Stepping:
 
         return closure_then_exchange
 
+    def _then_average(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def closure_then_average() -> Any:
+            result, strategy = closure(), self._strategy
+            assert strategy.office.siblings is not None  # as when it was wrapped
+            inside = average_gradients(strategy.replica, strategy.office.siblings.average)
+            strategy.office.drive(inside, heed=strategy.clock.heed)
+            return result
+
+        return closure_then_average
+
     def _before_step(self) -> None:
         strategy = self._strategy
-        self._exchange(strategy.algorithm.before_step(strategy.replica, strategy.office.mail, self.taken + 1))
+        self._exchange(strategy.voice.before_step(strategy.replica, strategy.office.mail, self.taken + 1))
 
     @contextmanager
     def _taken_away(self, optimizer: Optimizer) -> Iterator[None]:
@@ -116,7 +129,7 @@ class Stepping:
                 watched.enter_context(self._taken_away(optimizer))
             yield
         if (moment := self.moment(optimizer)) is not None:
-            moment.stretch(strategy.algorithm.averaged_over(len(strategy.office.mail.members())))
+            moment.stretch(strategy.voice.averaged_over(len(strategy.office.mail.members())))
 
     def batch_ended(self) -> None:
         """A batch is over; it was a step if an optimizer stepped in it."""
@@ -128,7 +141,7 @@ class Stepping:
         self.taken += 1
         mail = strategy.office.mail
         mail.at(self.taken)
-        self._exchange(strategy.algorithm.after_step(strategy.replica, mail, self.taken))
+        self._exchange(strategy.voice.after_step(strategy.replica, mail, self.taken))
         strategy.office.recording.stepped(self.taken, strategy.replica)
 
     def _exchange(self, waiting: Wait[list[Arrival]]) -> None:

@@ -91,7 +91,8 @@ class Telling:
         """
         self.idle = self._office().flags.waited - self._met.waited
         stretch = self._stretch(apart)
-        said = {name: say(stretch) for name, (say, _) in self._voices.items()}
+        voices = self._voices if self._office().speaks else {}
+        said = {name: say(stretch) for name, (say, _) in voices.items()}
         word = zlib.compress(json.dumps([square, said]).encode())
         words = yield from self._office().rounds.agree(word, what="what ranks tell")
         heard = {rank: json.loads(zlib.decompress(word)) for rank, word in words.items()}

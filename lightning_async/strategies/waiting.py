@@ -37,6 +37,8 @@ class Flags:
         patient: Whether this rank is on its way to such a meeting.
         spent: Seconds that this rank's thread was in `drive`.
         waited: Seconds of these in which there was nothing to do but wait.
+        siblings: The other ranks of this rank's member, which ends with each of them.
+        orphaned: Whether it ended so.
     """
 
     carrier: Carrier
@@ -46,6 +48,8 @@ class Flags:
     patient: Callable[[], bool] = field(default=lambda: False)
     spent: float = 0.0
     waited: float = 0.0
+    siblings: tuple[int, ...] = ()
+    orphaned: bool = False
     _stopping: float | None = None
     _mourned: set[int] = field(default_factory=set)  # whose deaths were told
 
@@ -69,10 +73,22 @@ class Flags:
             raise PeerFailedError(f"{abort.decode()} (this is rank {self.carrier.me}, which stops because of it)")
         if (lost := getattr(self.carrier, "failed", None)) is not None:
             raise PeerFailedError(f"rank {self.carrier.me} cannot go on: {lost}")
+        self._check_siblings()
         if self.carrier.decided("stop") is not None:
             self._stopping = self._stopping or time.monotonic()
             if not self.patient() or time.monotonic() - self._stopping >= self.grace:
                 raise SIGTERMException()
+
+    def _check_siblings(self) -> None:
+        """The ranks of one member step together: without one of them there is no step for the others."""
+        deaths: dict[int, str] = getattr(self.carrier, "deaths", {}) if self.siblings else {}
+        for rank in self.siblings:
+            if rank in deaths:
+                self.orphaned = True
+                raise PeerFailedError(
+                    f"rank {rank} is dead ({deaths[rank]}), and rank {self.carrier.me} of the same member stops with "
+                    "it: the ranks of a member step together. The other members go on"
+                )
 
     def _mourn(self) -> None:
         """Tell the user of each death, once, by the first rank that lives: Lightning's rank 0 may be the dead one."""

@@ -20,7 +20,7 @@ beside the training. Whoever speaks to it, its own member too, does so by mail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -39,7 +39,7 @@ RESULT = 3
 CUT = 6
 """Reserved kind: no body; what is before it on this link was posted before its sender recorded its state for the cut
 `reference`, what is behind it after (cuts)."""
-FIRST_FREE_KIND = 16
+FIRST_FREE_KIND = 16  # 8 to 11 are for the ranks of one member (siblings)
 """Algorithms number their own kinds from here; a kind is below 64."""
 KIND_NAMES = {0: "headers", MARKER: "marker", CUT: "cut"}
 KIND_NAMES |= dict.fromkeys((CONTRIBUTION, RESULT, CONTRIBUTION + 2, RESULT + 2), "rounds")
@@ -203,3 +203,9 @@ class Board(Protocol):
 
 class Carrier(Mail, Board, Protocol):
     """What a transport gives each member: mail and board."""
+
+
+def founders(mail: Mail) -> Sequence[int]:
+    """The members that the run began with: all ranks, or of members of several ranks those that speak (`layers`)."""
+    found: Sequence[int] = getattr(mail, "speakers", range(mail.world))
+    return found

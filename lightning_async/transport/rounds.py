@@ -141,7 +141,7 @@ class Rounds:
         outgoing = {}
         if me in owners:
             came[me] = (slices[me], weight)
-            results[me] = _combine([came[r] for r in members], how)
+            results[me] = combined([came[r] for r in members], how)
             outgoing = {r: results[me] for r in members if r != me}
         finished = yield from self._swap(RESULT + 2 * self.channel, outgoing, owners, weight)
         if finished is None:
@@ -157,7 +157,7 @@ class Rounds:
         if came is None:
             return None
         came[me] = (tensor, weight)
-        return [_combine([came[r] for r in members], how)]
+        return [combined([came[r] for r in members], how)]
 
     def _swap(
         self, kind: int, outgoing: dict[int, Tensor], senders: Sequence[int], weight: int
@@ -220,7 +220,7 @@ def _cut(tensor: Tensor, parts: int) -> list[Tensor]:
     return [tensor[i * size : (i + 1) * size] for i in range(parts)]
 
 
-def _combine(parts: list[tuple[Tensor, int]], how: How) -> Tensor:
+def combined(parts: list[tuple[Tensor, int]], how: How) -> Tensor:
     """Reduce in the order given. Means are taken in double precision: the mean of equal weights is those weights."""
     first = parts[0][0]
     if how == "max":

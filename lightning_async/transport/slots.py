@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.transport.checks import KINDS
-from lightning_async.transport.gathering import Gathering
+from lightning_async.transport.gathering import Gathering, never
 from lightning_async.transport.header import DATA, AnotherProtocolError, Header, dtype_code, dtype_of
 from lightning_async.transport.mail import Letter, Loss, Message
 from lightning_async.transport.traffic import HEADERS, Count, numbers_in
@@ -39,11 +39,6 @@ def nothing() -> None:
 def _own(m: Message, body: Tensor | None, echo: int) -> Message:
     """The message with the sender's own copy of its body; `replace` would take thrice as long, at every step."""
     return Message(m.kind, body, m.step, m.version, echo, m.samples, m.weight, m.reference)
-
-
-def never() -> bool:
-    """How a message is sent in the thread that posts it, while there is no link."""
-    return False
 
 
 def nobody(letter: Callable[[], Letter]) -> None:
@@ -151,6 +146,7 @@ class Slots:
         self._here = here
         self._news = news
         self._slots: dict[int, Slot] = {}
+        self._taken, self._since = 0, 0.0
         self._posted = 0
         self._boxes: dict[int, Slot] = {}
         self._received = 0
@@ -195,14 +191,20 @@ class Slots:
             header.number = self._posted
             slot.header, slot.message = header, _own(message, body, header.echo)
             slot.since = self._here.now()
+            self._since = self._since if self._taken else slot.since
+            self._taken += 1
             self.count(message.kind).numbers_out += numbers_in(body)
             self.queue.append(slot)
             hurries = self._here.gathering.hurries
             if not hurries:
-                self._here.gathering.stir(self.changed, nbytes)
+                self._here.gathering.stir(self.changed, nbytes, write=self._write)
         if hurries:
             self._hurry()
         return True
+
+    def _write(self) -> bool:
+        """By the link of that moment."""
+        return self.write()
 
     def _hurry(self) -> None:
         """Send it in this thread, which has the interpreter; if that cannot be, wake the link's own."""
@@ -236,7 +238,7 @@ class Slots:
                 raise ValueError(f"letter {letter.number} of member {self.peer} was given back already")
             del self._unfolded[kind]
             self.acks.append(letter.number)
-            self._here.gathering.stir(self.changed)
+            self._here.gathering.stir(self.changed, write=self._write)
 
     def idle(self) -> bool:
         """Whether everything posted was folded, and every fold was told."""
@@ -313,8 +315,12 @@ class Slots:
 
     def _free(self, slot: Slot) -> None:
         assert slot.header is not None  # a free slot is not freed again
-        self.count(slot.header.kind).seconds_out += self._here.now() - slot.since
+        now = self._here.now()
+        self.count(slot.header.kind).seconds_out += now - slot.since
         slot.header = slot.message = None
+        self._taken -= 1
+        if not self._taken:
+            self.traffic[HEADERS].seconds_out += now - self._since
 
     def count(self, kind: int) -> Count:
         """The traffic of one kind."""

@@ -26,7 +26,8 @@ class Count:
         messages_in: Messages received.
         bytes_in: Their payload.
         numbers_out: How many numbers the bodies that were posted stand for.
-        seconds_out: Seconds for which the slot was taken: from each post until its receiver had folded it.
+        seconds_out: Seconds for which the slot was taken: from each post until its receiver had folded it (for the row
+            `HEADERS`: seconds in which any slot was).
     """
 
     messages_out: int = 0

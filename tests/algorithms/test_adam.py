@@ -26,7 +26,7 @@ def moved(optimizer: type[torch.optim.Adam], n: int, members: int, noise: float,
     return -float(p.detach().mean())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("noise", [0.5, 2.0])
 def test_one_of_n_ranks_moves_like_the_mean_of_n(optimizer: Any, noise: float) -> None:

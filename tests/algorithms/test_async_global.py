@@ -40,6 +40,7 @@ def lost(outcome: Outcome, rank: int) -> int:
 # -- what counts -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("local_steps", ["speed", "epoch", 1, 5])
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 16])
 def test_n_equal_members_move_w_by_the_mean_of_their_steps(n: int, local_steps: Any) -> None:
@@ -47,6 +48,7 @@ def test_n_equal_members_move_w_by_the_mean_of_their_steps(n: int, local_steps: 
     torch.testing.assert_close(outcome.sample_weights, torch.ones(n), rtol=1e-4, atol=0)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "knobs", [{}, {"wire": "bf16"}, {"wire": "sign"}, {"local_steps": "speed", "attenuation": "poly"}], ids=str
 )
@@ -308,6 +310,7 @@ def test_whatever_freezes_what_is_missing_is_what_was_counted(seed: int) -> None
     assert count <= (1 + (seed % 2 == 0)) * every
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("every", "latency"), [(1, 0.002), (5, 0.002), (20, 0.002), (5, 0.2)])  # ten steps
 @pytest.mark.parametrize("dead", range(4))
 def test_with_an_owner_at_most_so_many_arrivals_die(dead: int, every: int, latency: float) -> None:
@@ -371,6 +374,7 @@ def test_a_bound_that_is_kept_by_waiting_is_kept(bound: int) -> None:
     assert outcome.trained[3].waits == 0
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("every", [1, None])
 @pytest.mark.parametrize("when", [0.05, 0.3, 0.9, 2.5])
 @pytest.mark.parametrize("dead", [None, 0, 1, 2])

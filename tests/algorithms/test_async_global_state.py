@@ -78,6 +78,7 @@ def told(arrivals: list[Arrival]) -> list[tuple[int, int, int]]:
     return sorted((arrival.owner, arrival.base, arrival.folded) for arrival in arrivals)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 def test_a_new_object_with_the_old_ones_state_goes_on_to_the_bit(knobs: dict[str, Any]) -> None:
     ends = []
@@ -112,7 +113,7 @@ def test_a_state_of_other_knobs_is_refused_in_words(knobs: dict[str, Any], sente
             algorithm.load_state_dict(saved.state_dict())
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 def test_a_replay_is_the_run_to_the_bit(knobs: dict[str, Any]) -> None:
     """The order of arrivals at each shard is in the log; also of an owner that was frozen, and of a dead one."""
@@ -133,7 +134,7 @@ def test_a_replay_is_the_run_to_the_bit(knobs: dict[str, Any]) -> None:
         assert torch.equal(again[rank][2], images)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("speeds", [(1, 1, 1), (1, 1, 10)])
 @pytest.mark.parametrize("wire", ["fp32", "bf16", "sign"])
 def test_on_real_links_one_sample_moves_w_equally_and_nobody_waits(wire: Any, speeds: tuple[int, ...]) -> None:

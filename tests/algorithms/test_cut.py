@@ -42,7 +42,7 @@ def check_same(found: Worth, expected: Worth, plan: Plan) -> None:
 # -- laws over many runs -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_a_cut_keeps_the_sum_and_holds_what_was_between_the_records(batch: int) -> None:
     """Any speeds, latencies, bandwidths, faults, initiators and moments; a second cut when the first is all there."""
@@ -74,7 +74,7 @@ def test_a_restored_cut_runs_on_and_can_be_cut_again(batch: int) -> None:
         check_same(again.total(again.cut(1)), plan.born(), plan)
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_a_death_gives_a_cut_up_or_comes_too_late_for_it(batch: int) -> None:
     """A cut that comes together is whole all the same; and those who live take the next ones."""
@@ -98,6 +98,7 @@ def test_a_death_gives_a_cut_up_or_comes_too_late_for_it(batch: int) -> None:
             check_same(world.total(first), plan.born(), plan)
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_a_cut_changes_nothing_where_its_markers_cost_nothing(batch: int) -> None:
     """To the bit. Only the dates are fresher: a marker's acknowledgement carries the receiver's step as any other does.

@@ -40,7 +40,7 @@ from tests.algorithms.turn_world import (
 # -- what counts -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("push", PUSHES)
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize("knobs", [{}, {"shards": 1}, {"max_accumulate": 1}, {"max_accumulate": 3}], ids=str)
@@ -63,6 +63,7 @@ def test_each_tells_of_its_own_pushes_with_its_own_rank(push: Any) -> None:
     assert {arrival.owner for arrival in arrivals(trained)} == {0, 1, 2}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("push", PUSHES)
 @pytest.mark.parametrize("token", TOKENS)
 def test_latency_and_chance_lose_nothing(token: Any, push: Any) -> None:
@@ -104,6 +105,7 @@ def test_with_scale_delay_only_what_is_later_than_in_a_healthy_run_counts_less(t
 # -- strict ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("knobs", [{}, {"max_accumulate": 1}, {"max_accumulate": 2, "shards": 3}], ids=str)
 @pytest.mark.parametrize("speeds", [[1, 1, 1, 1], [1, 1, 1, 4]], ids=str)
 def test_strict_is_never_more_than_n_minus_1_late_whatever_waits(speeds: Any, knobs: Any) -> None:
@@ -180,6 +182,7 @@ def test_one_member_is_plain_training_to_the_bit(make: Any, shards: int, token: 
     assert torch.equal(consensus(trained), parameter)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("push", PUSHES)
 @pytest.mark.parametrize("token", TOKENS)
 def test_it_goes_to_the_minimum_of_the_sum(token: Any, push: Any) -> None:
@@ -213,6 +216,7 @@ def test_gradients_that_are_not_finite_are_not_added_but_counted() -> None:
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize(("victim", "at"), [(0, 0.003), (3, 0.003), (0, 0.5), (1, 0.511), (3, 0.77)])
 def test_a_killed_member_is_left_out_and_the_living_lose_no_more_than_they_say(
@@ -236,6 +240,7 @@ def test_a_killed_member_is_left_out_and_the_living_lose_no_more_than_they_say(
         assert lost <= 40
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("fault", ["freeze", "cut"])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_under_skip_the_others_push_on_while_one_is_frozen_or_cut_off(victim: int, fault: str) -> None:

@@ -20,6 +20,7 @@ from lightning_async.algorithms.server_groups import Groups
 from lightning_async.algorithms.server_step import ServerStep
 from lightning_async.algorithms.training import Trained
 from lightning_async.arrival import Arrival
+from lightning_async.fresh import Fresh
 from lightning_async.transport.virtual import VirtualCluster
 from tests.algorithms.turn_world import SIZE, STEP, TARGETS, TOKENS, Member, consensus, pushes, sgd
 from tests.transport.cluster_world import ClusterWorld
@@ -137,7 +138,7 @@ def test_4_strict_keeps_its_bounds_and_versions_count_pushes(carrier: str, bound
 def test_5_with_weights_that_stand_still_the_applied_gradients_have_the_mean_of_all(carrier: str, token: Any) -> None:
     seen: list[tuple[Tensor, int]] = []
 
-    def shrink(arrival: Arrival, correction: Tensor, fresh: Tensor | None) -> float:
+    def shrink(arrival: Arrival, correction: Tensor, fresh: Fresh) -> float:
         seen.append((correction.clone(), arrival.samples))
         return 1.0
 
@@ -187,7 +188,7 @@ def test_6_from_the_order_of_the_pushes_alone_come_the_same_weights_to_the_bit(c
 # -- 7 -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("push", ["gradient", "delta"])
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize("carrier", CARRIERS)

@@ -39,6 +39,7 @@ def expected_sum(n: int) -> Tensor:
     return flat
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("wire", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", [*ASYNC, "sync", "none"])
@@ -205,6 +206,7 @@ def test_the_law_holds_whatever_the_bound_the_network_and_the_speeds(seed: int) 
     torch.testing.assert_close(sum_and_ledger(outcome), expected_sum(len(speeds)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("mode", ASYNC)
 @pytest.mark.parametrize("topology", ["ring", "exponential"])
 @pytest.mark.parametrize("steps_away", [1, 2, 5, 20])
@@ -235,6 +237,7 @@ def test_a_death_stops_sync_with_a_sentence() -> None:
         run([1] * 4, mode="sync", faults=lambda cluster: cluster.kill(1, at=1.0), cluster={"silence": 0.3})
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("mode", ASYNC)
 @pytest.mark.parametrize("n", [3, 4, 8, 16])
 def test_replicas_agree_in_the_end(n: int, mode: str) -> None:

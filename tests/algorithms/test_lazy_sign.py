@@ -63,7 +63,7 @@ def test_weights_and_what_is_held_back_follow_exact_steps(n: int, rule: str, for
         torch.testing.assert_close(some[0].weights[k] + mean_rest(some, k)[:D], expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("carrier", LIVES)

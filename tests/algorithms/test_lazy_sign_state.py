@@ -53,6 +53,7 @@ def live(
     return states
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("compress", ["update", "gradient"])

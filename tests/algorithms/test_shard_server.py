@@ -15,6 +15,8 @@ from lightning_async.algorithms.outer import outer_rule
 from lightning_async.algorithms.shard_server import OnLate, Rules, ShardServer, version_of
 from lightning_async.algorithms.shards import LAST, MILLION, NOT_FINITE, PUSH
 from lightning_async.algorithms.weighting import Attenuation, law
+from lightning_async.arrival import Arrival
+from lightning_async.fresh import Fresh
 from lightning_async.transport.mail import Letter, Message
 
 SIZE = 48
@@ -34,6 +36,22 @@ def server(
 
 def letter(peer: int, base: int, *, step: int = 1, weight: int = UNIT, kind: int = PUSH) -> Letter:
     return Letter(peer, step, Message(kind, step=step, version=base, echo=1000 + peer, samples=8, weight=weight), 0.0)
+
+
+def test_a_law_may_ask_how_a_push_goes_with_what_was_merged_lately() -> None:
+    shard, answers = server(2), list[float | None]()
+
+    def shrink(arrival: Arrival, correction: Tensor, fresh: Fresh) -> float:
+        answers.append(fresh())
+        return 1.0
+
+    shard.shrink = lambda: shrink
+    way, aside = torch.randn(2, SIZE, generator=torch.Generator().manual_seed(1))
+    aside -= way * (way @ aside) / (way @ way)
+    for step, (peer, correction) in enumerate([(0, way), (1, -0.1 * way), (0, way), (1, 0.1 * way), (1, aside)], 1):
+        shard.arrive(letter(peer, 0, step=step), correction)
+    assert answers[0] is None  # from here on it is kept
+    assert answers[1:] == pytest.approx([-1, 1, 1, 0], abs=1e-5)
 
 
 def random_arrivals(n: int, count: int) -> list[tuple[Letter, Tensor]]:

@@ -18,11 +18,11 @@ from lightning_async.algorithms.shrink import (
     LawName,
     Relative,
     Stability,
-    cosine,
     law,
     steadiness,
 )
 from lightning_async.arrival import Arrival
+from lightning_async.fresh import Fresh
 from tests.algorithms.one_hot import Outcome, run
 
 LAWS = get_args(LawName)
@@ -35,9 +35,8 @@ def stirred(name: LawName, seed: int) -> Law:
     made = law(
         name, beta=draw.uniform(0.1, 1), rate=draw.uniform(0, 2), power=draw.uniform(0, 2), knee=draw.uniform(0, 9)
     )
-    vectors = torch.randn(2, 50, generator=torch.Generator().manual_seed(seed))
     for _ in range(200):
-        made.factor(draw.expovariate(0.2), vectors[0], vectors[1] - draw.random() * vectors[0])
+        made.factor(draw.expovariate(0.2), lambda: draw.uniform(-1, 0.5) if draw.random() < 0.9 else None)
         made.observe(draw.choice([1.0, 2.0, draw.uniform(0, 50), math.nan if draw.random() < 0.02 else 3.0]))
         if isinstance(made, Stability) and seed % 2:
             made.look(draw.gauss(1, 2), draw.random(), lr=draw.random(), momentum=draw.uniform(0, 0.95))
@@ -59,8 +58,8 @@ def test_full_at_0_never_rising_and_in_0_to_1(name: LawName, seed: int) -> None:
 
 
 def shrunk_by(made: Law, **knobs: Any) -> Outcome:
-    def factor(arrival: Arrival, correction: torch.Tensor, fresh: torch.Tensor | None) -> float:
-        return made.factor(max(0, arrival.delay - HEALTHY), correction, fresh)
+    def factor(arrival: Arrival, correction: torch.Tensor, fresh: Fresh) -> float:
+        return made.factor(max(0, arrival.delay - HEALTHY), fresh)
 
     return run([1, 1, 4.0], shrink=factor, cluster={"latency": 0.05, "jitter": 1.0, "seed": 3}, **knobs)
 
@@ -123,19 +122,32 @@ def test_relative_judges_by_what_is_usual() -> None:
     assert made.factor(40) == 1  # what all have become is usual
 
 
-def test_alignment_shrinks_what_points_against_the_fresh_and_holds_still_in_noise() -> None:
-    made, x = Alignment(), torch.tensor([1.0, 0.0])
-    assert [made.factor(3, x, x) for _ in range(20)] == [1.0] * 20
+def test_alignment_shrinks_what_goes_against_the_fresh_and_holds_still_in_noise() -> None:
+    made = Alignment()
+    assert [made.factor(3, lambda: 1.0) for _ in range(20)] == [1.0] * 20
+    fell = [made.factor(3, lambda: -1.0) for _ in range(40)]
+    assert fell == sorted(fell, reverse=True)
+    assert fell[-1] == made.level == 0.05
     for _ in range(40):
-        made.factor(3, -x, x)
-    assert made.level == pytest.approx(0.05)
-    for _ in range(40):
-        made.factor(3, x, x)
+        made.factor(3, lambda: 1.0)
     assert made.level == 1
     noise = random.Random(0)
-    levels = {made.factor(3, torch.tensor([noise.gauss(0, 1), 9.0]), x) for _ in range(200)}
-    assert levels == {1.0}
-    assert made.factor(0, -x, x) == 1
+    assert {made.factor(3, lambda: noise.gauss(0, 0.1)) for _ in range(200)} == {1.0}
+    assert made.factor(0, lambda: -1.0) == 1
+    assert [made.factor(3, lambda: None) for _ in range(9)] == [1.0] * 9
+
+
+def test_alignment_has_hysteresis() -> None:
+    """The way back is another one: what has once gone against the fresh is trusted again when it no longer does."""
+    made, levels = Alignment(memory=0.0), dict[tuple[str, float], float]()
+    cosines = [round(0.02 * k, 2) for k in range(2, -26, -1)]
+    for way, at in (("down", cosines), ("up", cosines[::-1])):
+        levels |= {(way, x): made.factor(3, lambda x=x: x) for x in at}  # type: ignore[misc]
+    assert levels["down", -0.04] == 1 > levels["up", -0.04]
+    assert levels["up", 0.0] == 1
+    assert all(levels["up", x] <= levels["down", x] + 1e-9 for x in cosines)
+    still = made.factor(3, lambda: -0.3)
+    assert {made.factor(3, lambda x=x: x) for x in (-0.27, -0.33, -0.26, -0.34)} == {still}  # type: ignore[misc]
 
 
 def test_stability_rises_with_the_loss_and_relaxes() -> None:
@@ -236,11 +248,6 @@ def test_goes_on_from_its_state(name: LawName) -> None:
         made.observe(2.0)
         again.observe(2.0)
         assert made.factor(delay) == again.factor(delay)
-
-
-def test_the_cosine_of_nothing_is_0() -> None:
-    assert cosine(torch.zeros(3), torch.ones(3)) == 0
-    assert cosine(torch.ones(3), torch.ones(3)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ N, D, BLOCK, STEPS, LR = 3, 96, 16, 60, 0.1
 KNOBS: dict[str, Any] = {"block": BLOCK, "min_size": 0, "history": 5, "max_skip": 3}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("carrier", LIVES)
 @pytest.mark.parametrize("noise", [0.0, 0.5, 5.0])
 def test_what_is_held_back_stays_within_its_bound(noise: float, carrier: str) -> None:

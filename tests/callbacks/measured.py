@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -17,12 +18,16 @@ from lightning_async import AdaptiveShrink, DelayStats, SpeedFaults, SpreadStats
 from lightning_async.arrival import Arrival
 from tests.strategies.lit import Lit, loader, trainer
 
+PAUSE, SLOW = 0.004, 4.0
+
 
 class Witness(Callback):
     """Counts on its own what the statistics count: steps, samples, arrivals, distances at meetings."""
 
     def __init__(self) -> None:
         self.steps = self.samples = 0
+        self.own: list[float] = []
+        self.consensus: list[float] = []
         self.arrivals: list[Arrival] = []
         self.spread = 0.0
         self.sent = (0, 0)
@@ -36,6 +41,10 @@ class Witness(Callback):
         if hasattr(trainer.strategy, "arrivals"):
             self.arrivals += trainer.strategy.arrivals(self)
             self.spread = trainer.strategy.last_meeting["spread"]
+            replica = trainer.strategy.replica
+            for name, vector in (("own", replica.own), ("consensus", replica.flat)):
+                kept = [part for part, (p, _) in zip(replica.parts(vector), replica.places, strict=True) if p.numel()]
+                setattr(self, name, torch.cat(kept).tolist())
             counts = [count for row in trainer.strategy.traffic().values() for kind, count in row.items() if kind >= 16]
             self.sent = (sum(c.bytes_out for c in counts), sum(c.messages_out for c in counts))
 
@@ -45,7 +54,7 @@ class Witness(Callback):
 
 def fit(n: int, folder: str, method: str, knobs: dict[str, Any], epochs: int = 2) -> dict[str, Any]:
     """What the callbacks and the witness of this rank have at the end."""
-    faults = SpeedFaults(step_seconds=0.008, slow={n - 1: 6.0})  # so slow on a busy machine too
+    faults = SpeedFaults(step_seconds=PAUSE, slow={n - 1: SLOW})
     stats = [DelayStats(), AdaptiveShrink("inverse", healthy=0), TrafficStats(), SpreadStats(depth=2, every=0.05)]
     witness, logger = Witness(), CSVLogger(folder, name="", version="")
     options = {"callbacks": [faults, *stats, witness], "logger": logger, "max_epochs": epochs}
@@ -61,6 +70,8 @@ def fit(n: int, folder: str, method: str, knobs: dict[str, Any], epochs: int = 2
         "samples": witness.samples,
         "arrivals": witness.arrivals,
         "spread": witness.spread,
+        "own": witness.own,
+        "consensus": witness.consensus,
         "bar": witness.bar,
         "sent": witness.sent,
         "wrapped": "training_step" in vars(t.strategy),

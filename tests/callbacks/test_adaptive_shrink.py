@@ -21,6 +21,7 @@ from lightning_async.algorithms.gossip import Alone
 from lightning_async.algorithms.shrink import Stability
 from lightning_async.arrival import Arrival
 from lightning_async.callbacks.adaptive_shrink import _is_scale_free, _Kept
+from lightning_async.fresh import Fresh, nothing_fresh
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Mail, Wait
 from tests.strategies import piped
@@ -39,7 +40,7 @@ class Late(Alone):
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         yield from ()
         arrival = Arrival(0, step, step - 3, step, 0.0)
-        self.factor = self.shrink(arrival, torch.ones(2), torch.ones(2))
+        self.factor = self.shrink(arrival, torch.ones(2), nothing_fresh)
         return []
 
 
@@ -154,23 +155,23 @@ def test_a_state_of_the_same_goes_on() -> None:
     one, other = AdaptiveShrink("relative"), AdaptiveShrink("relative")
     one._healthy = other._healthy = 0
     for delay in range(40):
-        one.factor(Arrival(3, 0, 0, delay % 5, 0.0), torch.ones(1), None)
+        one.factor(Arrival(3, 0, 0, delay % 5, 0.0), torch.ones(1), nothing_fresh)
     _Kept(other).load_state_dict(_Kept(one).state_dict())
     late = Arrival(3, 0, 0, 50, 0.0)
-    assert other.factor(late, torch.ones(1), None) == one.factor(late, torch.ones(1), None) < 1
+    assert other.factor(late, torch.ones(1), nothing_fresh) == one.factor(late, torch.ones(1), nothing_fresh) < 1
 
 
 def test_alignment_without_something_fresh_says_so() -> None:
     shrink = AdaptiveShrink("alignment")
     shrink._healthy = 0
     with pytest.warns(
-        UserWarning, match="law='alignment' compares with something fresh, and this strategy has nothing"
+        UserWarning, match="law='alignment' compares with what is fresh, and here is nothing .*; use law='stability'"
     ):
-        assert shrink.factor(Arrival(0, 0, 0, 9, 0.0), torch.ones(1), None) == 1
+        assert shrink.factor(Arrival(0, 0, 0, 9, 0.0), torch.ones(1), nothing_fresh) == 1
 
 
 def _two_laws() -> None:
-    def mine(arrival: Arrival, correction: Tensor, fresh: Tensor | None) -> float:
+    def mine(arrival: Arrival, correction: Tensor, fresh: Fresh) -> float:
         return 0.5
 
     t = trainer(1, callbacks=[AdaptiveShrink()])

@@ -72,6 +72,7 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", names())
 def test_runs(name: str, fit: Callable[..., Trainer]) -> None:
     trainer = fit(*configs(name))
@@ -83,6 +84,7 @@ def test_a_strategy_config_sets_nothing_else(name: str) -> None:
     assert _keys(yaml.safe_load(read(name))) == {"trainer": {"strategy"}}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", [n for n in names() if n.startswith("callbacks/")])
 def test_a_callback_config_appends(name: str, fit: Callable[..., Trainer]) -> None:
     assert _keys(yaml.safe_load(read(name))) == {"trainer": {"callbacks+"}}

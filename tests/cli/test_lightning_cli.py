@@ -77,6 +77,7 @@ def strategy_of(cli: LightningCLI) -> GossipRingStrategy:
     return strategy
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spellings(spelling: str, build: Build) -> None:
     cli = build(*SPELLINGS[spelling])
@@ -86,7 +87,7 @@ def test_spellings(spelling: str, build: Build) -> None:
     assert cli.trainer.global_step == 4
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", names())
 def test_two_ranks(name: str, build: Build) -> None:
     """Every config alone, and each callback together with a strategy, in a world of two."""

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from lightning_async.arrival import Arrival
 from lightning_async.cli import main, pictures
 from lightning_async.cli.pictures import _thin, draw
 from lightning_async.cli.report import headlines, page
 from lightning_async.cli.story import tell, trained
+from lightning_async.metrics import DelayMetric, pack
 from lightning_async.strategies.recording import log_name
 from tests.cli.invented import invented
 
@@ -147,6 +149,35 @@ def test_from_a_journal(tmp_path: Path) -> None:
     assert [piece.waited for piece in story.pieces[0]] == [0.2, 0.5]
     assert main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "report" / "report.html").is_file()
+
+
+@pytest.mark.usefixtures("few_pixels")
+def test_from_a_journal_in_which_fewer_ranks_have_a_word_than_have_sent(tmp_path: Path) -> None:
+    """Callbacks may differ by rank: of the others it is known what they sent, and what was sent to them."""
+    metric = DelayMetric(4, sync_on_compute=False)
+    metric.update([Arrival(peer, 0, 0, 5 + peer, 0.1) for peer in (1, 3, 3)])
+    word = {"trained": [9, 9, 72], "seconds": 1.0, "exchange": 0.1, "waited": 0.2, "idle": 0.5, "until": 1.0}
+    word |= {"compute": 0.7, "skipped": 0, "accounts": {"mass": [3, 4]}, "delays": pack(metric)}
+    count = {"bytes_out": 700.0, "messages_out": 7}
+    lines = [
+        {
+            "run": 1,
+            "step": 9,
+            "epoch": 0,
+            "at": 1.5,
+            "group": "traffic",
+            "words": {"0": {"links": {"2": {"ask": count}}}},
+        },
+        {"run": 1, "step": 9, "epoch": 0, "at": 1.5, "group": "delay", "words": {"0": word}},
+    ]
+    (tmp_path / "meetings.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    story = tell(tmp_path)
+    assert story.world == 4
+    assert story.delays == {1: {6: 1}, 3: {8: 2}}
+    assert main(["report", str(tmp_path)]) == 0
+    assert {file.name for file in (tmp_path / "report").iterdir()} >= {"report.html", "delays.png", "traffic.png"}
+    assert main(["audit", str(tmp_path), "--max-delay", "8"]) == 0  # whose mass is not told is not missing
+    assert main(["audit", str(tmp_path), "--max-delay", "7"]) == 1
 
 
 def test_the_newest_fit_is_told_or_the_one_that_was_named(

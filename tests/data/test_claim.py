@@ -14,6 +14,7 @@ from lightning_async.data.share import make_share
 from tests.data.epoch_bench import Clock, FakeBoard, Member, at_once, begin, crew, gap, run
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("ahead", [0, 1, 8])
 @pytest.mark.parametrize("slowness", [1, 4, 10])
 @pytest.mark.parametrize("seconds", [0.1, 1.0])

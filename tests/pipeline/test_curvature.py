@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_async.fresh import nothing_fresh
 from lightning_async.pipeline.curvature import SEEN, Curvature
 from lightning_async.pipeline.stage import Stage
 
@@ -72,6 +73,36 @@ def test_noise_is_gone_in_the_mean(stages: int, every: int) -> None:
     assert 1.2 < every * descent.curvature < 3.2
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_late_gradients_agree_with_fresh_ones_as_the_weights_of_both_do(stages: int, factor: float) -> None:
+    """Each late gradient with that of the weights right before it was applied, one update before it came."""
+    for lr in (0.01, 0.4):
+        descent, places, found = Descent(stages, factor=factor), list[torch.Tensor](), list[float]()
+        assert descent.stage.fresh() is None
+        for batch in range(1, 40):
+            descent.go(range(batch, batch + 1), lr)
+            places.append(BENDS * descent._at[batch])
+            if batch > 2 * descent.stage.delay:
+                late, fresh = places[-2 * descent.stage.delay], places[-descent.stage.delay - 1]
+                known = descent.stage.fresh()
+                assert known == pytest.approx(float(torch.cosine_similarity(late, fresh, 0)), abs=1e-4)
+                found.append(known)
+        if factor == 1:
+            assert min(found) > 0.9 if lr == 0.01 else min(found) < 0
+
+
+def test_who_asks_late_is_told_of_what_went_forward_afterwards() -> None:
+    descent = Descent(3)
+    descent.stage._curvature = None
+    descent.go(range(1, 6), 0.05)
+    assert descent.stage.fresh() is None
+    descent.go(range(6, 13), 0.05)
+    assert descent.stage.fresh() is None
+    descent.go(range(13, 14), 0.05)
+    assert descent.stage.fresh() == pytest.approx(1, abs=0.3)
+
+
 def test_behind_a_drain_nothing_is_compared_with_before() -> None:
     descent = Descent(3)
     descent.go(range(1, 20), 0.05)
@@ -92,6 +123,7 @@ def test_behind_a_drain_nothing_is_compared_with_before() -> None:
 def test_the_last_stage_and_other_semantics_do_not_show_it() -> None:
     assert not Stage(1, 2, []).watch_curvature(lambda turned, went: None)
     assert not Stage(0, 2, [], semantics="recompute").watch_curvature(lambda turned, went: None)
+    assert Stage(1, 2, []).fresh is Stage(0, 2, [], semantics="recompute").fresh is nothing_fresh
 
 
 def test_of_many_weights_some_are_looked_at_and_none_is_changed() -> None:

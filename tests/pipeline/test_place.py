@@ -29,6 +29,7 @@ def _equal(a: Net, b: Net) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.weights(), b.weights(), strict=True))
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("options", [{}, {"order": "forward_first"}, {"shrink": 0.5, "wire": "bf16"}, {"every": 4}])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])

@@ -94,6 +94,7 @@ def agreed(found: dict[int, Met]) -> list[Outcome]:
     return lists[0]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("slowness", [1, 4, 10])
 @pytest.mark.parametrize("every", [4, 40, 4000])
 def test_all_stop_at_exactly_the_point_and_within_two_batches_of_the_slowest(every: int, slowness: int) -> None:
@@ -139,6 +140,7 @@ def test_while_no_speed_is_known_the_nearest_point_comes_first() -> None:
     assert [outcome.now.batches for outcome in outcomes] == [20, 40, 48]
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("seed", range(24))
 def test_any_speeds_any_points(seed: int) -> None:
     rng = random.Random(seed)
@@ -156,7 +158,7 @@ def test_any_speeds_any_points(seed: int) -> None:
         assert over <= slack, f"seed {seed}: {outcome} for {items}"
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("every", [33 * 4, 100 * 4, 300 * 4, 1000 * 4])
 @pytest.mark.parametrize("slowness", [1, 4])
 def test_no_point_is_passed_before_anybody_has_heard_of_a_speed(every: int, slowness: int) -> None:
@@ -167,7 +169,7 @@ def test_no_point_is_passed_before_anybody_has_heard_of_a_speed(every: int, slow
     assert len(found) >= 3
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("seed", range(20))
 def test_an_appointment_that_one_hears_of_late_is_kept_late_by_that_one_alone(seed: int) -> None:
     rng = random.Random(seed)

@@ -75,6 +75,11 @@ class Forked:
         assert pid is not None
         os.kill(pid, number)
 
+    def result(self, rank: int, timeout: float = 60.0) -> Result:
+        """One rank's result, whatever the others do."""
+        pipe = self._pipes[rank]
+        return pipe.recv() if pipe.poll(timeout) else Result(kind="silent", error=f"nothing within {timeout} s")
+
     def results(self, timeout: float = 60.0) -> list[Result]:
         """Each rank's result; a rank that said nothing in time has kind "silent"."""
         end = time.monotonic() + timeout

@@ -192,7 +192,7 @@ def look(trainer: L.Trainer) -> dict[str, Any]:
             "optimizers": [optimizer.state_dict() for optimizer in strategy.optimizers],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "moments": Moments(strategy).state_dict(),
-            "algorithm": strategy.algorithm.state_dict(),
+            "algorithm": strategy.voice.state_dict(),
             "random": RandomStates(strategy.root_device).state_dict(),
             "steps": strategy.steps,
             "skipped": strategy.skipped_steps,

@@ -53,7 +53,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("devices", "knobs"), CASES)
 def test_all_ranks_end_equal_and_every_sample_is_seen_once(devices: int, knobs: dict[str, Any]) -> None:
     in_step = knobs.get("mode") == "sync" and knobs.get("local_steps") != "epoch"
@@ -162,6 +162,7 @@ def _in_mid_reply(how: str, rank: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("how", "rank"), [("die", 1), ("freeze", 2)])
 def test_an_owner_in_mid_reply_is_killed_or_stopped(how: str, rank: int) -> None:
     with Forked(3, _in_mid_reply, how, rank, store=True) as forked:
@@ -194,6 +195,7 @@ def _through(n: int, knobs: dict[str, Any], path: str, where: str, resume: bool)
     return lit.losses if resume else lit.losses[save.losses :], weights(lit), strategy.steps
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
 @pytest.mark.parametrize(
     ("n", "knobs", "where"),

@@ -174,7 +174,7 @@ def _ema(mode: str, at_meeting: str, folder: str) -> dict[str, Any]:
     return {"trace": trace, "end": weights(lit), "val": float(t.callback_metrics["val"])}
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize(("mode", "at_meeting"), MODES)
 def test_ema_is_validated_saved_and_left_equal_on_all_ranks(mode: str, at_meeting: str, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def _swa(mode: str, at_meeting: str, norm: bool, validation: bool, balance: str)
     }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize(
     ("mode", "at_meeting", "validation", "norm"),

@@ -87,7 +87,7 @@ STAGES = [
 ]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("dead", "at", "when"), STAGES)
 def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(dead: int, at: int, when: str, tmp_path: Path) -> None:
     with Forked(2, _dies, str(tmp_path), dead, at, 60.0, store=True) as forked:
@@ -124,6 +124,7 @@ def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path: Path) -> None:
     assert_nothing_over(tmp_path)
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("dead", "at"), [(0, 2), (0, 1), (2, 0)])
 def test_those_who_live_finish_the_save(dead: int, at: int, tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def _rotates(folder: str, io: str, options: dict[str, Any], resume: str | None =
     }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -281,7 +282,7 @@ def _lags(folder: str, slow: list[int], options: dict[str, Any]) -> tuple[str, l
     return saved.best_model_path, inner.early
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("slow", [[0], [1], [0, 1]])
 @pytest.mark.parametrize(
     "options", [{"save_top_k": 1}, {"save_top_k": 1, "filename": "same", "enable_version_counter": False}]

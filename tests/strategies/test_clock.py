@@ -194,7 +194,7 @@ def scheduled(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return {**found, "total": module.total}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["onecycle", "cosine"])
 @pytest.mark.parametrize("options", [{"max_steps": 40, "max_epochs": -1}, {"max_epochs": 2}])
 def test_schedules_by_step_end_where_they_should(name: str, options: dict[str, Any]) -> None:
@@ -355,6 +355,7 @@ def in_step(options: dict[str, Any]) -> dict[str, Any]:
     return fit(knobs=knobs, max_steps=50, max_epochs=-1, check_val_every_n_epoch=None, **options)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options", [{"val_check_interval": 12}, {"val_check_interval": 25, "knobs": {"meet_every": 56}}]
 )

@@ -72,7 +72,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("devices", "knobs", "optimizer"), CASES)
 def test_all_ranks_end_equal_and_what_was_computed_was_pushed_once(
     devices: int, knobs: dict[str, Any], optimizer: str
@@ -117,7 +117,7 @@ def _alone(optimizer: str, strategy: Any, knobs: dict[str, Any], options: dict[s
     return weights(lit)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with|.*lr_scheduler.step|.*does not have many workers")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
@@ -161,6 +161,7 @@ def _scaled(n: int, plain: bool, growth: int, knobs: dict[str, Any], options: di
 SCALED = "ignore:Using `DistributedSampler` with|.*lr_scheduler.step|.*does not have many workers"
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings(SCALED)
 @pytest.mark.parametrize("push", ["gradient", "delta"])
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def _longest(times: list[float]) -> float:
     return max(b - a for a, b in pairwise(times))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("knobs", "fault", "rank"),
     [

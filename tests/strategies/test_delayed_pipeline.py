@@ -114,7 +114,7 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("devices", "knobs", "module", "options"), CASES)
 def test_many_processes_are_the_simulator_to_the_bit(
     devices: int, knobs: dict[str, Any], module: dict[str, Any], options: dict[str, Any]
@@ -232,7 +232,7 @@ def _uncorrected(optimizer: str) -> list[float]:
     return losses
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("knobs", "optimizer"),
     [

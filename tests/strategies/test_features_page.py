@@ -26,7 +26,7 @@ def _seen(scene: Scene, folder: Path) -> Any:
     return scene.run(folder)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("scene", page.SCENES, ids=lambda scene: scene.name)
 def test_each_row_is_true(scene: Scene, tmp_path: Path) -> None:
     first, second = run(2, _seen, scene, tmp_path, timeout=SECONDS)
@@ -34,7 +34,7 @@ def test_each_row_is_true(scene: Scene, tmp_path: Path) -> None:
     assert not wrong, "\n".join(f"{row.of} {row.value}: not `{row.verdict.value}`: {row.words}" for row in wrong)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", others.NAMES)
 def test_each_line_is_true_of_the_other_strategies(name: str, tmp_path: Path) -> None:
     first, second = run(2, others.fits, name, tmp_path, timeout=SECONDS)

@@ -112,7 +112,7 @@ def test_the_others_go_on_after_a_death(balance: Any) -> None:
     assert of_epoch(ends, 3) == Counter(range(240))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:.*does not go on to the bit", "ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(
     ("balance", "before", "after"), [("incremental", 2, 2), ("incremental", 2, 3), (KEPT, 2, 2), (KEPT, 3, 2)]

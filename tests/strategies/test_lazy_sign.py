@@ -97,7 +97,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with"
 # -- the limit: ddp ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("module", [{}, {"momentum": 0.9, "weight_decay": 0.01}, {"optimizer": "adamw"}])
 @pytest.mark.parametrize("form", ["gather", "slices"])
 def test_whole_gradients_on_two_ranks_are_ddp_to_the_bit(form: str, module: dict[str, Any]) -> None:
@@ -105,6 +105,7 @@ def test_whole_gradients_on_two_ranks_are_ddp_to_the_bit(form: str, module: dict
     assert mine[0]["weights"] == by_ddp(2, **module)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("compress", ["update", "gradient"])
 def test_whole_numbers_on_three_ranks_are_ddp_to_rounding(compress: str) -> None:
     mine = fit(3, {**WHOLE, "compress": compress}, {"momentum": 0.9})
@@ -120,7 +121,7 @@ def test_one_rank_is_plain_training_to_the_bit() -> None:
 SIGNS: dict[str, Any] = {"min_size": 0, "block": 16, "history": 5, "max_skip": 3}
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("n", "knobs"),
     [
@@ -381,7 +382,7 @@ def _through(n: int, knobs: dict[str, Any], path: str, resume: bool) -> Any:
     return lit.losses if resume else lit.losses[save.losses :], weights(lit), seen[0]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rule", ["always", "accumulate", "innovation"])
 def test_a_resumed_run_continues_as_if_it_had_not_stopped(rule: str, tmp_path: Path) -> None:
     path, knobs = str(tmp_path / "x.ckpt"), {**SIGNS, "rule": rule, "form": "slices"}
@@ -408,7 +409,7 @@ def _recorded(folder: str, knobs: dict[str, Any]) -> None:
     trainer(2, strategy=LazySignStrategy(record=folder, **knobs)).fit(recorded.Net())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("knobs", [{}, {"rule": "accumulate"}, {"deadline": 0.0}], ids=str)
 def test_a_recorded_run_is_replayed_to_the_bit(
     knobs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

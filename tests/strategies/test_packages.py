@@ -213,7 +213,7 @@ def remote(root: Path, steps: int, path: str | None, later: bool) -> dict[str, A
     return {"steps": t.global_step, "end": [p.tolist() for p in lit.parameters()], "best": saver.best_model_path}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:.*does not go on to the bit:UserWarning")
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("path", ["bucket://saved/last.ckpt", "last"])

@@ -31,6 +31,7 @@ def _train(
     return weights(lit), lit.losses
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("devices", "module"), [(2, {"optimizer": "adam"}), (3, {"schedule": "step"})])
 def test_a_run_goes_on_to_the_bit(devices: int, module: dict[str, Any], tmp_path: Path) -> None:
     whole = run(devices, _train, str(tmp_path / "a"), devices, 3, None, module, None)
@@ -133,6 +134,7 @@ def _saves_alone(folder: str, rank: int, batch: int) -> None:
     trainer(3, callbacks=[SavesAlone(rank, batch)]).fit(Piped(), loader(), loader(20))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("rank", "batch"), [(0, 2), (1, 2), (2, 2), (0, 7)])
 def test_a_rank_that_saves_alone_stops_the_run_at_once(rank: int, batch: int, tmp_path: Path) -> None:
     """In mid-epoch its neighbours hear that it rests; at the end of an epoch they rest too, but for something else."""

@@ -49,6 +49,7 @@ def _all_stages(devices: int, folder: str, options: dict[str, Any]) -> dict[str,
     }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("devices", [2, 3])
 def test_all_that_a_trainer_does(devices: int, tmp_path: Path) -> None:
     ends = run(devices, _all_stages, devices, str(tmp_path / "many"), {})
@@ -150,6 +151,7 @@ def test_knobs_that_mean_nothing(knobs: dict[str, Any], sentence: str) -> None:
         DelayedPipelineStrategy(stages="net", **knobs)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("devices", "how", "knobs", "options", "sentence"), REFUSALS)
 def test_what_is_refused(devices: int, how: str, knobs: Any, options: Any, sentence: str) -> None:
     with Forked(devices, _refused, devices, how, knobs, options) as forked:
@@ -186,7 +188,7 @@ def _until_training(folder: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_stage_that_is_killed_stops_all_with_a_sentence_and_leaves_a_checkpoint(rank: int, tmp_path: Path) -> None:
     with Forked(3, _for_ever, str(tmp_path), {"silence": 0.5, "patience": 5.0}, store=True) as forked:
@@ -202,6 +204,7 @@ def test_a_stage_that_is_killed_stops_all_with_a_sentence_and_leaves_a_checkpoin
     Piped().load_state_dict(torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 2])
 def test_sigterm_stops_all_cleanly(rank: int, tmp_path: Path) -> None:
     with Forked(3, _for_ever, str(tmp_path), {}) as forked:
@@ -238,6 +241,7 @@ def _terminated(folder: str, rank: int, where: str) -> int:
     return noted.batches
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("rank", "where"), [(0, "batch"), (2, "validation")])
 def test_sigterm_stops_all_after_the_same_batch_and_saves_the_whole(rank: int, where: str, tmp_path: Path) -> None:
     ends = run(3, _terminated, str(tmp_path), rank, where)
@@ -253,6 +257,7 @@ def _unequal(devices: int, more: int) -> None:
     trainer(devices, limit_val_batches=0).fit(lit, loader(n=40 + more * int(os.environ["RANK"])), loader(20))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("devices", "more"), [(2, 16), (3, 8), (3, -8)])
 def test_unequal_numbers_of_batches_are_no_hang(devices: int, more: int) -> None:
     with Forked(devices, _unequal, devices, more) as forked:

@@ -85,6 +85,7 @@ def entries(folder: Path, part: int, until: str | None = None, ranks: Sequence[i
     return found
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("balance", ["claim", "equal"])
 def test_what_was_saved_and_what_came_after_the_resume_make_whole_epochs(tmp_path: Path, balance: str) -> None:
     with Forked(2, train, tmp_path, 1, 26, None, balance) as killed:

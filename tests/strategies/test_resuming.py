@@ -63,7 +63,7 @@ def _run(n: int, knobs: dict[str, Any], path: str, resume: bool) -> dict[str, An
     return seen[0] if resume else save.seen
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("n", "balance", "at_meeting"),
     [(2, "claim", "adopt"), (2, "equal", "keep"), (3, "claim", "keep"), (3, "equal", "adopt")],
@@ -85,6 +85,7 @@ def test_what_is_saved_is_restored_to_the_bit_on_every_rank(
     assert_nothing_over(tmp_path)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("balance", "where"),
     [("equal", "batch"), ("claim", "validation"), ("claim", "epoch")],  # with claims no batch is that of all ranks
@@ -113,7 +114,7 @@ def _through(
     return losses, weights(lit), plain([o.state_dict() for o in t.optimizers]), t.global_step, t.strategy.steps
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("n", "at_meeting", "mode", "where", "data"),
     [
@@ -210,7 +211,7 @@ def _world(n: int, knobs: dict[str, Any], path: str, resume: bool) -> dict[str, 
     return {"seen": (seen if resume else [save.seen])[0], "end": weights(lit), "told": plain(told), "said": said}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("before", "after", "at_meeting"), [(3, 2, "adopt"), (3, 2, "keep"), (2, 3, "keep")])
 def test_another_world_goes_on_from_the_consensus_and_says_so(
     before: int, after: int, at_meeting: str, tmp_path: Path
@@ -252,7 +253,7 @@ def _one_epoch(n: int, knobs: dict[str, Any], path: str, resume: bool) -> list[i
     return lit.seen if resume else save.samples
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:.*does not go on to the bit")
 @pytest.mark.parametrize("balance", ["claim", "equal"])
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 2), (2, 3)])

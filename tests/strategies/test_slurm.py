@@ -99,7 +99,7 @@ def slurm(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("last", [False, True], ids=["anywhere", "in the last batch of its epoch"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slurm: Path, rank: int, last: bool) -> None:
@@ -120,7 +120,7 @@ def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slur
     assert 2 * (60 - at) - (again["batches"] + also["batches"]) in (0, 1), "it went on from where it was saved"
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("strategy", ["async_global", "lazy_sign"])
 def test_the_same_under_other_strategies(slurm: Path, strategy: str, rank: int) -> None:
@@ -280,6 +280,7 @@ def pipeline(folder: Path, rank: int | None, warned: Any = Warned) -> dict[str, 
     return {"saved": warned.saved, "steps": t.global_step, "end": piped.weights(lit), "batches": warned.batches}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_stages_of_a_pipeline_save_after_the_same_batch_and_train_on(slurm: Path, rank: int) -> None:
     """Its middle stage too, which waits for both others."""

@@ -54,6 +54,7 @@ def ended(forked: Forked) -> list[Result]:
     return results
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_sigterm_to_any_rank_stops_all_cleanly(rank: int, tmp_path: Path) -> None:
     with Forked(3, _train, str(tmp_path), {"step_seconds": 0.01, "slow": {2: 4.0}}, {}) as forked:

@@ -98,6 +98,7 @@ def test_streams_of_unlike_lengths_meet_at_their_ends(kind: Any, lengths: list[i
         assert end["validations"] == 2
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:`Batches` is not a DataLoader")
 @pytest.mark.filterwarnings("ignore:rank . had no batch in this epoch")
 @pytest.mark.parametrize("kind", [Stream, Batches])
@@ -134,6 +135,7 @@ def test_each_rank_goes_on_with_its_own_stream() -> None:
         assert [*first[rank]["seen"], *second[rank]["seen"]] == list(range(100 * rank, 100 * rank + 40))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 1), (1, 3)])
 def test_an_epoch_goes_on_with_any_number_of_ranks(before: int, after: int) -> None:
     first = run(before, _part, "shared", 7, [], None)

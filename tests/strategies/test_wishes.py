@@ -68,6 +68,7 @@ def wished(mode: str, rank: int, do: Any, folder: Path) -> dict[str, Any]:
     return {"how": how, "batches": wishes.batches, "steps": t.global_step, "end": end, "asked": wishes.asked}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("mode", ["sync", "pairwise"])
 def test_one_rank_that_is_told_to_stop_stops_all(mode: str, rank: int, tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ class Some(IterableDataset[Any]):
         return zip(range(self.lengths[int(os.environ["RANK"])]), INPUTS, TARGETS, strict=False)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("lengths", [[240, 240], [240, 16]], ids=["both train", "rank 1 waits"])
 def test_what_tells_one_rank_at_a_meeting_stops_all(rank: int, lengths: list[int]) -> None:

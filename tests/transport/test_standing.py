@@ -100,7 +100,7 @@ def test_there_are_never_more_pieces_on_the_wire_than_receives_that_stand(pair: 
     assert all(len(end.link.receiver._standing) == WINDOW for end in pair)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_the_lengths_of_bodies_and_pieces_they_arrive_as_they_were(pair: Pair, seed: int) -> None:
     """Pieces become shorter and longer from body to body, as on a link that is slow at times."""

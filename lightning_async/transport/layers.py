@@ -1,0 +1,78 @@
+"""Two layers: between members only their speakers are seen, and what is combined over all ranks goes through them.
+
+    ranks       0 1 2 3 | 4 5 6 7          inside: to the speaker      between: speakers alone      inside: back to all
+    speakers    0       | 4                0 <- 1, 2, 3                0 <-> 4                      0 -> 1, 2, 3
+
+A member goes by its speaker's number. So whoever knows only members (an algorithm, the shares of the data, the run's
+progress) works as if its siblings were ranks that died before the run began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_async.transport.mail import Carrier, Wait
+from lightning_async.transport.rounds import How, Rounds, combined
+from lightning_async.transport.siblings import Siblings
+
+
+class Speakers:
+    """A carrier on which only the speakers are members; all else of it is as it is.
+
+    Args:
+        carrier: This rank's mail and board.
+        speakers: The first rank of each member.
+    """
+
+    def __init__(self, carrier: Carrier, speakers: Iterable[int]) -> None:
+        self._carrier, self.speakers = carrier, tuple(speakers)
+
+    @property
+    def world(self) -> int:
+        """How many members the run began with."""
+        return len(self.speakers)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._carrier, name)
+
+    def members(self) -> tuple[int, ...]:
+        """Those not declared dead. A speaker without one of its siblings leaves, so none of these is half a member."""
+        return tuple(rank for rank in self._carrier.members() if rank in self.speakers)
+
+    def live(self) -> tuple[int, ...]:
+        """Those heard of lately."""
+        return tuple(rank for rank in self._carrier.live() if rank in self.speakers)
+
+
+class LayeredRounds(Rounds):
+    """Rounds of all ranks, whose tensors go between members once.
+
+    Words go over the board, and what is gathered is everybody's own: both as ever.
+
+    Args:
+        carrier: This rank's mail and board.
+        siblings: The ranks of its member.
+        speakers: The first rank of each member.
+    """
+
+    def __init__(self, carrier: Carrier, siblings: Siblings, speakers: Iterable[int]) -> None:
+        super().__init__(carrier)
+        self._siblings, self._speakers = siblings, frozenset(speakers)
+
+    def _attempt(
+        self, tensor: Tensor, how: How, weight: int, members: tuple[int, ...], gatherers: tuple[int, ...]
+    ) -> Wait[list[Tensor] | None]:
+        if how == "gather":
+            return (yield from super()._attempt(tensor, how, weight, members, gatherers))
+        siblings, result = self._siblings, None
+        parts = yield from siblings.collect(tensor, weight)
+        if siblings.speaks:
+            weight = sum(each for _, each in parts)
+            speakers = tuple(rank for rank in members if rank in self._speakers)
+            mine = combined(parts, how) if weight or how != "mean" else tensor
+            result = yield from super()._attempt(mine, how, weight, speakers, speakers)
+        done = yield from siblings.word("whether a round is done", result is not None)
+        return [(yield from siblings.spread(result[0] if result else None))] if done else None

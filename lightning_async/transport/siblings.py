@@ -1,0 +1,141 @@
+"""The ranks of one member step together, or not at all: the first of them speaks for it, its siblings hear it.
+
+    word       rank 2 says ---------------------> ranks 3, 4 and 5 hear it, under the same name
+    spread     rank 2's tensor -----------------> ranks 3, 4 and 5 have it
+    average    each rank owns a slice: parts to their owners, the owners' means to all, so all get the same bits
+
+Nobody in here is replaced. Who waits for a sibling that died is ended by whoever drives the wait, for the whole member
+ends with each of its ranks. A word has the name of what it is for: ranks that are at different things raise, in place
+of taking one word for another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_async.transport.mail import Carrier, Letter, Message, Wait
+
+WORD, TENSOR, PART, MEAN = range(8, 12)
+"""Reserved kinds: what a speaker says, what it spreads; what siblings owe each other in an average."""
+SIBLING_KINDS = {WORD: "words inside", TENSOR: "weights inside", PART: "gradients inside", MEAN: "gradients inside"}
+"""What they are called where people read them."""
+
+
+class Siblings:
+    """One rank among the ranks of its member. All of them must call the same methods in the same order.
+
+    Args:
+        carrier: This rank's mail and board.
+        ranks: The ranks of the member; the first one speaks for it.
+    """
+
+    def __init__(self, carrier: Carrier, ranks: tuple[int, ...]) -> None:
+        self.ranks, self.speaker, self.me = ranks, ranks[0], carrier.me
+        self.others = tuple(rank for rank in ranks if rank != carrier.me)
+        self._carrier = carrier
+        self._number = 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank speaks for the member."""
+        return self.me == self.speaker
+
+    def word(self, name: str, value: Any = None) -> Wait[Any]:
+        """What the speaker says, in JSON; what its siblings say is not asked for."""
+        if self.speaks:
+            body = torch.frombuffer(bytearray(json.dumps([name, value]).encode()), dtype=torch.uint8)
+            yield from self._post(Message(WORD, body), name)
+            return value
+        letter = yield from self._letter(WORD, self.speaker, name)
+        assert letter.message.body is not None  # a word always has one
+        said, value = json.loads(letter.message.body.numpy().tobytes())
+        self._carrier.folded(letter)
+        if said != name:
+            raise RuntimeError(
+                f"the ranks of one member are at different things: rank {self.speaker} at {said!r}, rank {self.me} at "
+                f"{name!r}. They must train, validate and save alike: look for code that only some ranks run"
+            )
+        return value
+
+    def spread(self, tensor: Tensor | None = None) -> Wait[Tensor]:
+        """The speaker's flat tensor, in host memory; its siblings bring none."""
+        if self.speaks:
+            assert tensor is not None  # the speaker brings it
+            tensor = tensor.detach().cpu()
+            yield from self._post(Message(TENSOR, tensor), "its weights")
+            return tensor
+        letter = yield from self._letter(TENSOR, self.speaker, "its weights")
+        return self._body(letter)
+
+    def collect(self, tensor: Tensor, weight: int) -> Wait[list[tuple[Tensor, int]]]:
+        """Everybody's flat tensor with its weight, in the order of ranks, at the speaker; nothing elsewhere."""
+        self._number += 1
+        if not self.speaks:
+            part = Message(PART, tensor, weight=weight, reference=self._number)
+            yield from self._swap(PART, {self.speaker: part}, ())
+            return []
+        came = yield from self._swap(PART, {}, self.others)
+        return [(tensor, weight), *(came[rank] for rank in self.others)]
+
+    def average(self, vector: Tensor) -> Wait[Tensor]:
+        """The mean of all siblings' vectors; a tensor in host memory, the same bits on all."""
+        self._number += 1
+        slices = dict(zip(self.ranks, vector.detach().cpu().tensor_split(len(self.ranks)), strict=True))
+        parts = {rank: Message(PART, slices[rank], reference=self._number) for rank in self.others}
+        came = yield from self._swap(PART, parts, self.others)
+        came[self.me] = slices[self.me], 0
+        total = came[self.ranks[0]][0].clone()
+        for rank in self.ranks[1:]:
+            total += came[rank][0]
+        total /= len(self.ranks)
+        means = dict.fromkeys(self.others, Message(MEAN, total, reference=self._number))
+        came = yield from self._swap(MEAN, means, self.others)
+        came[self.me] = total, 0
+        return torch.cat([came[rank][0] for rank in self.ranks])
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _post(self, message: Message, name: str) -> Wait[None]:
+        """To all siblings."""
+        left = list(self.others)
+        while left := [rank for rank in left if not self._carrier.post(rank, message)]:
+            yield f"rank {left[0]}, of the same member, to hear {name!r}"
+
+    def _letter(self, kind: int, peer: int, name: str) -> Wait[Letter]:
+        """The next letter of this kind: no second one is under way before it is folded."""
+        while not (letters := self._carrier.take(kind)):
+            yield f"rank {peer}, of the same member, to say {name!r}"
+        return letters[0]
+
+    def _swap(
+        self, kind: int, outgoing: Mapping[int, Message], senders: tuple[int, ...]
+    ) -> Wait[dict[int, tuple[Tensor, int]]]:
+        """Post each its part, and take one from each sender, with its weight."""
+        left, came = dict(outgoing), dict[int, tuple[Tensor, int]]()
+        while True:
+            left = {rank: message for rank, message in left.items() if not self._carrier.post(rank, message)}
+            for letter in self._carrier.take(kind):
+                self._check(letter)
+                came[letter.peer] = self._body(letter), letter.message.weight
+            missing = [*left, *(rank for rank in senders if rank not in came)]
+            if not missing:
+                return came
+            yield f"rank {missing[0]}, of the same member, in average {self._number} inside of it"
+
+    def _check(self, letter: Letter) -> None:
+        if letter.message.reference != self._number:
+            raise RuntimeError(
+                f"the ranks of one member are at different steps: rank {letter.peer} in its average number "
+                f"{letter.message.reference}, rank {self.me} in number {self._number}. They must step together"
+            )
+
+    def _body(self, letter: Letter) -> Tensor:
+        body = letter.message.body
+        tensor = torch.empty(0) if body is None else body.clone()
+        self._carrier.folded(letter)
+        return tensor

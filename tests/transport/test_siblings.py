@@ -1,0 +1,146 @@
+"""The ranks of a member have one mean and one word, to the bit; members have one too, and only speakers carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_async.transport.layers import LayeredRounds, Speakers
+from lightning_async.transport.mail import Message, Wait
+from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.siblings import Siblings
+from lightning_async.transport.virtual import VirtualCluster
+
+Say = Callable[[VirtualCluster, Siblings], Wait[Any]]
+
+
+def members(ranks: int, each: int, say: Say) -> tuple[list[Any], VirtualCluster]:
+    """What each of so many ranks, in members of `each`, ends with."""
+    cluster = VirtualCluster(ranks)
+    firsts = [rank - rank % each for rank in range(ranks)]
+    own = [Siblings(cluster.carriers[r], tuple(range(f, f + each))) for r, f in enumerate(firsts)]
+    ends = cluster.run({r: say(cluster, own[r]) for r in range(ranks)})
+    return [ends[r] for r in range(ranks)], cluster
+
+
+def vector(rank: int, size: int = 7) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(rank))
+
+
+@pytest.mark.parametrize(("ranks", "each"), [(2, 2), (3, 3), (6, 3), (4, 1)])
+@pytest.mark.parametrize("size", [2, 7, 100_000])
+def test_the_average_is_the_mean_of_the_members_ranks_to_the_bit_on_all(ranks: int, each: int, size: int) -> None:
+    def thrice(cluster: VirtualCluster, siblings: Siblings) -> Wait[torch.Tensor]:
+        for turn in range(3):
+            mean = yield from siblings.average(vector(siblings.me + 10 * turn, size))
+        return mean
+
+    ends, _ = members(ranks, each, thrice)
+    for first in range(0, ranks, each):
+        twin = vector(first + 20, size)
+        for rank in range(first + 1, first + each):
+            twin = twin + vector(rank + 20, size)
+        for end in ends[first : first + each]:
+            assert torch.equal(end, twin / each)
+
+
+def test_a_word_is_the_speakers_and_so_is_a_tensor() -> None:
+    def say(cluster: VirtualCluster, siblings: Siblings) -> Wait[list[Any]]:
+        said = yield from siblings.word("a number", siblings.me if siblings.speaks else None)
+        spread = yield from siblings.spread(vector(siblings.me) if siblings.speaks else None)
+        nothing = yield from siblings.word("nothing", None)
+        return [said, spread.tolist(), nothing]
+
+    ends, _ = members(4, 2, say)
+    assert ends == [[first, vector(first).tolist(), None] for first in (0, 0, 2, 2)]
+
+
+def test_ranks_that_are_at_different_things_raise() -> None:
+    def say(cluster: VirtualCluster, siblings: Siblings) -> Wait[None]:
+        yield from siblings.word("tea" if siblings.speaks else "coffee")
+
+    with pytest.raises(RuntimeError, match="rank 0 at 'tea', rank 1 at 'coffee'"):
+        members(2, 2, say)
+
+
+def test_ranks_that_are_at_different_steps_raise() -> None:
+    def say(cluster: VirtualCluster, siblings: Siblings) -> Wait[None]:
+        if siblings.speaks:
+            yield from siblings.collect(torch.zeros(1), 1)
+        yield from siblings.average(vector(0))
+
+    with pytest.raises(RuntimeError, match="at different steps: rank 0 in its average number"):
+        members(2, 2, say)
+
+
+def test_a_wait_has_a_name() -> None:
+    cluster = VirtualCluster(2)
+    waiting = Siblings(cluster.carriers[1], (0, 1)).word("whether a meeting follows")
+    assert next(waiting) == "rank 0, of the same member, to say 'whether a meeting follows'"
+    assert "rank 0, of the same member, in average 1" in next(Siblings(cluster.carriers[1], (0, 1)).average(vector(0)))
+
+
+def layered(cluster: VirtualCluster, siblings: Siblings) -> LayeredRounds:
+    each = len(siblings.ranks)
+    return LayeredRounds(cluster.carriers[siblings.me], siblings, range(0, len(cluster.carriers), each))
+
+
+@pytest.mark.parametrize("how", ["mean", "sum", "max"])
+@pytest.mark.parametrize("size", [3, 100_000])
+def test_what_all_ranks_combine_is_the_same_by_layers(how: Any, size: int) -> None:
+    def say(cluster: VirtualCluster, siblings: Siblings) -> Wait[Any]:
+        whole = vector(siblings.me, size).double()
+        flat, _ = yield from Rounds(cluster.carriers[siblings.me], channel=1).exchange(whole, how)
+        mine, _ = yield from layered(cluster, siblings).exchange(whole, how)
+        return flat[0], mine[0]
+
+    ends, _ = members(4, 2, say)
+    for flat, mine in ends:
+        assert torch.equal(mine, ends[0][1])
+        assert torch.allclose(mine, flat, rtol=1e-15, atol=1e-15)
+
+
+def test_a_broadcast_comes_as_it_is_to_all_ranks() -> None:
+    def say(cluster: VirtualCluster, siblings: Siblings) -> Wait[Any]:
+        return (yield from layered(cluster, siblings).broadcast(vector(siblings.me), 2))
+
+    ends, _ = members(6, 2, say)
+    assert all(torch.equal(end, vector(2)) for end in ends)
+
+
+def test_between_members_a_tensor_travels_as_if_they_had_no_siblings() -> None:
+    sent: dict[tuple[int, int, int], int] = {}
+
+    def counted(cluster: VirtualCluster, me: int) -> None:
+        carrier, world = cluster.carriers[me], len(cluster.carriers)
+        post = carrier.post
+
+        def counting(peer: int, message: Message) -> bool:
+            went = post(peer, message)
+            if went and message.body is not None:
+                sent[world, me, peer] = sent.get((world, me, peer), 0) + message.body.nbytes
+            return went
+
+        carrier.post = counting  # type: ignore[method-assign]
+
+    def by_layers(cluster: VirtualCluster, siblings: Siblings) -> Wait[Any]:
+        counted(cluster, siblings.me)
+        yield from layered(cluster, siblings).exchange(vector(siblings.me, 100_000), "mean")
+
+    def alone(cluster: VirtualCluster, siblings: Siblings) -> Wait[Any]:
+        counted(cluster, siblings.me)
+        yield from Rounds(cluster.carriers[siblings.me]).exchange(vector(siblings.me, 100_000), "mean")
+
+    members(4, 2, by_layers)
+    members(2, 1, alone)
+    assert sent[4, 0, 2] == sent[2, 0, 1] > 0
+    assert {(me, peer) for world, me, peer in sent if world == 4 and me // 2 != peer // 2} == {(0, 2), (2, 0)}
+
+
+def test_only_speakers_are_members() -> None:
+    cluster = VirtualCluster(6)
+    seen = Speakers(cluster.carriers[2], (0, 2, 4))
+    assert (seen.me, seen.world, seen.members(), seen.live()) == (2, 3, (0, 2, 4), (0, 2, 4))
