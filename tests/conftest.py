@@ -5,6 +5,7 @@ What a test forgot is put right where that is possible, and the test fails by na
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
@@ -31,6 +32,20 @@ import torch.distributed as dist
 from benchmarks.store import Held
 
 torch.set_num_threads(1)
+
+
+def _end_with_the_parent() -> None:
+    """Nothing that a test forks outlives the tests. torch asks for SIGINT, in the place of this SIGKILL, for what its
+    launchers start: that has to end a rank too which is stuck where no handler of Python's runs, or under a shell that
+    ignores it."""
+    PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+PR_SET_PDEATHSIG = 1
+if sys.platform == "linux":
+    PRCTL = ctypes.CDLL(None).prctl
+    os.register_at_fork(after_in_child=_end_with_the_parent)
 
 MOST_WORKERS = 8  # each loads torch and Lightning first
 WORTH_TELLING = 30.0  # seconds of tests from which on their sum by folder is told

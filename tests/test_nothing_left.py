@@ -5,13 +5,21 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
+import sys
+import time
 from contextlib import redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, though not exported by name
 
-from tests.strategies.ranks import run
+from tests.strategies.ranks import Forked, run
 
+LONG = 60.0
+"""Seconds for which a rank would be stuck."""
 LEAKS = """
 import os, signal, subprocess, threading
 
@@ -63,3 +71,39 @@ def test_leaks_are_caught(tmp_path: Path) -> None:
     assert "6 passed, 4 errors" in output
     assert re.search(r"^ +\d+\.\d s +6 tests  \(top\)$", output, re.MULTILINE)
     assert not (tmp_path / "here").exists()
+
+
+def _launches(folder: Path) -> None:
+    torch.multiprocessing.start_processes(_is_stuck, (folder,), nprocs=2, start_method="fork")
+
+
+def _is_stuck(rank: int, folder: Path) -> None:
+    """Where no handler of Python's runs, as under `ddp` in a collective that one rank alone has come to."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=LONG))
+    (folder / str(os.getpid())).touch()
+    store.get("what nobody says")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not hear that its parent is gone")
+def test_no_rank_outlives_who_launched_it(tmp_path: Path) -> None:
+    """Whoever kills the tests kills all: a SIGTERM to this process alone once left two ranks behind for minutes."""
+    end = time.monotonic() + LONG / 2
+    with Forked(1, _launches, tmp_path, store=True) as launcher:
+        while len(pids := [int(path.name) for path in tmp_path.iterdir()]) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        launcher.signal(0, signal.SIGKILL)
+        while any(map(_runs, pids)) and time.monotonic() < end:
+            time.sleep(0.01)
+        left = [pid for pid in pids if _runs(pid)]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert len(pids) == 2
+    assert not left

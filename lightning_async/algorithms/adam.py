@@ -69,7 +69,7 @@ class SecondMoment:
         """Go on from `state`."""
         places = self._places()
         self._seen = {places[i]: float(seen) for i, seen in state["seen"].items()}
-        self._square = {places[i]: q.to(places[i], copy=True) for i, q in state["square"].items()}
+        self._square = {places[i]: q.to(places[i].device, copy=True) for i, q in state["square"].items()}
         self._count = {places[i]: int(count) for i, count in state["count"].items()}
 
     def _places(self) -> list[Tensor]:

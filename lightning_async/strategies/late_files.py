@@ -3,9 +3,10 @@
     rank 0's writer    index   own   [ has everybody said so? ]   main file   what it replaces goes
     rank 1's writer    own   says so on the board
 
-Training goes on meanwhile. Who died has no file to wait for. Where a rank could not write, or said nothing for as long
-as a meeting may take, no main file is replaced and nothing is removed any more: what is there stays, and all ranks
-stop with that error at their next save, or at the end.
+Training goes on meanwhile, and the first rank's log says for whom it waits, if that takes longer than a disk should.
+Who died has no file to wait for. Where a rank could not write, or said nothing for as long as a meeting may take, no
+main file is replaced and nothing is removed any more: what is there stays, and all ranks stop with that error at their
+next save, or at the end.
 """
 
 from __future__ import annotations
@@ -28,8 +29,14 @@ log = logging.getLogger(__name__)
 WRITTEN, DIED = b"+", b"-"
 LOOK = 0.05
 """Seconds between two looks at what the others said."""
+TELL = 30.0
+"""Seconds of waiting for another rank's file behind which the log says so."""
 LEAVE_FAILED = 2.0
 """Seconds that a run which failed waits for what is still to be written."""
+LATE = (
+    "rank %d has not written its part of a checkpoint for %.0f s: look at its disk. Training goes on; what is saved "
+    "meanwhile waits in memory, and the checkpoint before stays until it is there, for %.0f s at most"
+)
 
 
 class LateFiles:
@@ -101,13 +108,17 @@ class LateFiles:
 
     def _all_there(self, board: Carrier, save: str, ranks: Sequence[int]) -> bool:
         """Wait until all have told; whether the main file may be written."""
-        end = time.monotonic() + self._strategy.office.limit
+        limit = self._strategy.office.limit
+        began, tell = time.monotonic(), TELL
         ranks = [rank for rank in ranks if rank != board.me]  # this rank's part was before this in the queue
         words = [self._word(board, save, rank) for rank in ranks]
         while None in words and not self._failed:
-            if time.monotonic() > end:
-                silent = ranks[words.index(None)]
+            silent, waited = ranks[words.index(None)], time.monotonic() - began
+            if waited > limit:
                 self._stuck = TimeoutError(f"rank {silent} did not say that its part of the checkpoint is written")
+            elif waited > tell:
+                log.warning(LATE, silent, tell, limit)
+                tell *= 4
             self._shut |= self._leaving
             time.sleep(LOOK)  # between looks, in the writer's thread, up to the end above
             words = [self._word(board, save, rank) for rank in ranks]

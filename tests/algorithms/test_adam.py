@@ -105,10 +105,13 @@ def test_whom_it_concerns() -> None:
     assert not SecondMoment.concerns(torch.optim.SGD(p, 0.1))
 
 
-def test_a_new_object_with_the_old_ones_state_goes_on_to_the_bit() -> None:
-    def train(exchanged: bool) -> torch.Tensor:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_new_object_with_the_old_ones_state_goes_on_to_the_bit(dtype: torch.dtype) -> None:
+    """Its means may be wider than the parameters."""
+
+    def train(exchanged: bool) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
-        p, unused = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(2))
+        p, unused = nn.Parameter(torch.zeros(8, dtype=dtype)), nn.Parameter(torch.zeros(2, dtype=dtype))
         opt = torch.optim.Adam([{"params": [unused]}, {"params": [p], "lr": 0.1}])
         stretch = SecondMoment(opt)
         for step in range(10):
@@ -119,9 +122,12 @@ def test_a_new_object_with_the_old_ones_state_goes_on_to_the_bit() -> None:
                 stretch = SecondMoment(opt)
                 stretch.load_state_dict(torch.load(file, weights_only=True))
                 stretch.stretch(4)  # this step was stretched before
-            p.grad = torch.randn(8, generator=generator)
+            p.grad = torch.randn(8, generator=generator).to(dtype)
             opt.step()
             stretch.stretch(4)
-        return p.detach()
+        return p.detach(), stretch.state_dict()["square"][1]
 
-    assert torch.equal(train(False), train(True))
+    through, exchanged = train(False), train(True)
+    assert torch.equal(through[0], exchanged[0])
+    assert torch.equal(through[1], exchanged[1])
+    assert through[1].dtype == exchanged[1].dtype == torch.promote_types(dtype, torch.float32)

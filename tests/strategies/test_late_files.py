@@ -148,6 +148,21 @@ def test_who_says_nothing_is_waited_for_as_long_as_a_meeting_may_take() -> None:
     rank.io.teardown()
 
 
+def test_who_hangs_is_named_in_the_log_while_all_train_on(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Now and then, and not at every look."""
+    monkeypatch.setattr("lightning_async.strategies.late_files.TELL", 0.01)
+    rank.saves()
+    while not caplog.messages or rank.board.asked < 5:
+        time.sleep(0.001)
+    _says(rank, b"+")
+    assert rank.finish() is None
+    assert len(caplog.messages) < rank.board.asked
+    assert caplog.messages[0].startswith("rank 1 has not written its part of a checkpoint for 0 s: look at its disk.")
+    assert rank.inner.written == ["own", "main"]
+
+
 def test_a_run_that_failed_waits_for_nobody(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_async.strategies.late_files.LEAVE_FAILED", 0.01)
     rank.saves()
