@@ -27,6 +27,7 @@ YOUNGEST, DECADES = 1e-6, 10  # seconds; decades from there on
 AGE_BINS = PARTS * DECADES
 STATES = ("delays", "ages", "fates", "sums", "most", "least")
 REDUCED = {"most": "amax", "least": "amin"}  # the others are added up
+BEGIN = {"least": 1}  # the others begin with 0
 QUANTILES = (0.5, 0.95, 0.99)
 
 
@@ -145,10 +146,10 @@ def quantile(counts: Tensor, q: float, value: Any) -> float:
 
 def pack(metric: DelayMetric) -> dict[str, list[list[Any]]]:
     """The states as JSON can hold them: of each, where it is not as it began, and what is there."""
-    packed, fresh = {}, DelayMetric(metric.world)
+    packed = {}
     for name in STATES:
         flat: Tensor = getattr(metric, name).flatten()
-        at = (flat != getattr(fresh, name).flatten()).nonzero().flatten()
+        at = (flat != BEGIN.get(name, 0)).nonzero().flatten()
         packed[name] = [at.tolist(), flat[at].tolist()]
     return packed
 
@@ -160,14 +161,19 @@ def senders(packed: Mapping[str, Any]) -> int:
 
 
 def merged(states: Iterable[Mapping[str, Any]], world: int) -> DelayMetric:
-    """One metric of packed states, by their declared reductions."""
+    """One metric of packed states."""
     total = DelayMetric(world, sync_on_compute=False)
+    merge_into(total, states)
+    return total
+
+
+def merge_into(total: DelayMetric, states: Iterable[Mapping[str, Any]]) -> None:
+    """Packed states besides what is there, by their declared reductions."""
     for packed in states:
         for name, (at, values) in packed.items():
             state: Tensor = getattr(total, name)
             places, found = torch.tensor(at, dtype=torch.int64), torch.tensor(values, dtype=state.dtype)
             state.view(-1).scatter_reduce_(0, places, found, REDUCED.get(name, "sum"))
-    return total
 
 
 def _indices(values: Iterable[int]) -> Tensor:

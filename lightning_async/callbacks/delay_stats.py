@@ -21,7 +21,7 @@ from lightning_async.callbacks.histograms import log_histogram
 from lightning_async.callbacks.slowness import gain, stragglers
 from lightning_async.callbacks.stats import Figures, Stats
 from lightning_async.callbacks.stopwatch import Stopwatch
-from lightning_async.metrics import DelayMetric, merged, pack
+from lightning_async.metrics import DelayMetric, merge_into, pack
 from lightning_async.progress.stretch import Stretch
 
 EVERY = 1000  # steps
@@ -94,10 +94,11 @@ class DelayStats(Stats):
     def say(self, stretch: Stretch) -> Any:
         """Arrivals since the last meeting as packed states, and how the time was spent."""
         self._read()
-        metric, self._metric = self._metric, DelayMetric(self._world, sync_on_compute=False)
+        delays = pack(self._metric)
+        self._metric.reset()
         skipped = 0 if self._strategy is None else self._strategy.skipped
         return {
-            "delays": pack(metric),
+            "delays": delays,
             "skipped": skipped,
             "trained": list(stretch.trained),
             "seconds": round(stretch.seconds, 6),
@@ -112,8 +113,8 @@ class DelayStats(Stats):
 
     def conclude(self, words: Mapping[int, Any]) -> Figures:
         """Delays of the run so far, rates since the last meeting."""
-        news = merged((word["delays"] for word in words.values()), self._world)
-        self.total = news if self.total is None else merged([pack(self.total), pack(news)], self._world)
+        self.total = DelayMetric(self._world, sync_on_compute=False) if self.total is None else self.total
+        merge_into(self.total, (word["delays"] for word in words.values()))
         figures = self.total.figures() if self._strategy is not None else {}
         if self._strategy is not None:
             figures["skipped"] = float(sum(word["skipped"] for word in words.values()))

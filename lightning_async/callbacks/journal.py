@@ -4,7 +4,8 @@
     {"run": 1, "group": "logged", "step": 240, "epoch": 3, "at": 12.6, "words": {"val_loss": 0.31}}
 
 It lies in the folder of the first logger that has one, or where `folder=` says, as `meetings.jsonl`. `lightning-async
-report` draws it. A line is small (a kilobyte or two for each rank) and written at meetings only.
+report` draws it. A line is small (a kilobyte or two for each rank) and written at meetings only; what was noted between
+them, then too, or once a minute.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from weakref import WeakKeyDictionary
 from lightning.pytorch import Trainer
 
 NAME = "meetings.jsonl"
+MANY = 64  # lines that are kept back: a minute of sketches
 
 
 class Journal:
@@ -34,6 +36,7 @@ class Journal:
         self._cut = _ends_in_mid_line(self.path)
         self._began: float | None = None
         self._known: dict[str, float] = {}
+        self._lines: list[str] = []
 
     @classmethod
     def of(cls, trainer: Trainer, folder: str | None) -> Journal | None:
@@ -58,7 +61,9 @@ class Journal:
     @classmethod
     def close(cls, trainer: Trainer) -> None:
         """The fit is over; the next one of this Trainer is a run of its own."""
-        cls._of.pop(trainer, None)
+        journal = cls._of.pop(trainer, None)
+        if journal is not None:
+            journal._flush()
 
     def start(self) -> None:
         """The training starts: the clock counts from the first call on."""
@@ -73,11 +78,27 @@ class Journal:
 
     def write(self, group: str, step: int, epoch: int, words: Mapping[Any, Any]) -> None:
         """One group's words of one meeting."""
+        self._add(group, step, epoch, words)
+        self._flush()
+
+    def note(self, group: str, step: int, epoch: int, words: Mapping[Any, Any]) -> None:
+        """The same in mid-epoch, where no step waits for a disk: written with the next words, or when many are kept."""
+        self._add(group, step, epoch, words)
+        if len(self._lines) >= MANY:
+            self._flush()
+
+    def _add(self, group: str, step: int, epoch: int, words: Mapping[Any, Any]) -> None:
         at = round(time.monotonic() - (self._began or time.monotonic()), 3)
         line = {"run": self._run, "group": group, "step": step, "epoch": epoch, "at": at}
+        self._lines.append(json.dumps({**line, "words": words}) + "\n")
+
+    def _flush(self) -> None:
+        if not self._lines:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * self._cut + json.dumps({**line, "words": words}) + "\n")
+            file.write("\n" * self._cut + "".join(self._lines))
+        self._lines.clear()
         self._cut = False
 
 

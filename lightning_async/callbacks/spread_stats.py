@@ -106,7 +106,7 @@ class SpreadStats(Stats):
             for logger in trainer.loggers:
                 logger.log_metrics({"spread/sketch": estimate}, step=trainer.global_step)
             if self._journal is not None:
-                self._journal.write("sketch", trainer.global_step, trainer.current_epoch, {"rms": estimate})
+                self._journal.note("sketch", trainer.global_step, trainer.current_epoch, {"rms": estimate})
 
 
 def _figures(rows: list[list[float]]) -> Figures:
