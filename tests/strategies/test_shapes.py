@@ -185,7 +185,6 @@ def interrupted(shape: str, workers: int, folder: Path) -> list[dict[str, Any]]:
     ]
     assert sum(len(end["before"]) for end in ends) == SAVED * 2 * BATCH
     assert sum(len(end["after"]) for end in ends) == (LAST - SAVED) * 2 * BATCH
-    assert len(ends[0]["before"]) > len(ends[1]["before"]), "the fast rank did not wait for the slow one"
     return ends
 
 
