@@ -47,9 +47,8 @@ class Requests:
         self._draws: deque[tuple[str, int]] = deque()
         self._drawn: dict[str, list[tuple[int, int]]] = {}
         self._watched: dict[str, float] = {}
-        self._rhythm: dict[
-            str, tuple[float, float]
-        ] = {}  # of a kind of keys: when one was asked for last, and the pause before
+        # of a kind of keys: when one was asked for last, and the pause before
+        self._rhythm: dict[str, tuple[float, float]] = {}
         self._decided: dict[str, bytes] = {}
         self._looked: set[str] = set()  # the watched keys that were looked for before
         self._said = 0

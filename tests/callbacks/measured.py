@@ -18,7 +18,7 @@ from lightning_async import AdaptiveShrink, DelayStats, SpeedFaults, SpreadStats
 from lightning_async.arrival import Arrival
 from tests.strategies.lit import Lit, loader, trainer
 
-PAUSE, SLOW = 0.004, 4.0
+PAUSE, SLOW = 0.008, 10.0  # so slow that on a busy machine too it is the slow one
 
 
 class Witness(Callback):

@@ -29,7 +29,7 @@ from tests.strategies.ranks import run
 def _figures(n: int, method: str, folder: str) -> dict[str, Any]:
     strategy = {"async_global": AsyncGlobalStrategy, "lazy_sign": LazySignStrategy}[method]()
     stats = [DelayStats(folder=folder), TrafficStats(), SpreadStats()]
-    faults = SpeedFaults(step_seconds=0.003, slow={n - 1: 3.0})
+    faults = SpeedFaults(step_seconds=0.004, slow={n - 1: 8.0})  # so slow on a busy machine too
     t = trainer(n, strategy=strategy, callbacks=[faults, *stats], max_epochs=2)
     t.fit(Lit(), loader(), loader(40, shuffle=False))
     return {c.group: c.figures for c in stats}
@@ -45,8 +45,8 @@ def test_methods_with_replicas(method: str, kinds: set[str], tmp_path: Path) -> 
     assert found["delay"]["rank0/steps_per_second"] > 0
     assert found["traffic"]["bytes_sent"] > 0
     assert {name.split("/")[1] for name in found["traffic"] if name.startswith("kind/")} & kinds
-    if method == "lazy_sign":  # all ranks go in step, so the fast one waits; on a busy machine the other one does too
-        assert found["delay"]["rank0/wait_share"] > 0
+    if method == "lazy_sign":  # all ranks go in step, so the fast one waits
+        assert found["delay"]["rank0/wait_share"] > found["delay"]["rank1/wait_share"]
         assert found["spread"]["rms"] == pytest.approx(0, abs=1e-6)
 
 
