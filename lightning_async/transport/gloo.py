@@ -116,6 +116,20 @@ def agree(keys: Keys, where: str, *, rank: int, patient: Callable[[], bool]) -> 
     return keys.compare_set(f"{where}/word", b"", b"go" if there else b"no") == b"go"
 
 
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """No profiler of this thread hears of what is begun here.
+
+    PyTorchProfiler hears of the end in the thread that waits for it, which is another one: that kills the process.
+    """
+    untyped: Any = torch.autograd
+    untyped._enable_record_function(False)
+    try:
+        yield
+    finally:
+        untyped._enable_record_function(True)
+
+
 class Stood:
     """A receive into a buffer of its own, from which what came is copied."""
 
@@ -143,11 +157,13 @@ class Wire:
 
     def send(self, tensor: Tensor, tag: int) -> Work:
         """Begin to send; keep the work and the tensor until the peer is known to have it, then `wait`."""
-        return cast(Work, self._group.send([tensor], self._other, tag))
+        with unrecorded():
+            return cast(Work, self._group.send([tensor], self._other, tag))
 
     def receive(self, tensor: Tensor, tag: int) -> Work:
         """Post a receive; a longer message than the tensor would end this process."""
-        return cast(Work, self._group.recv([tensor], self._other, tag))
+        with unrecorded():
+            return cast(Work, self._group.recv([tensor], self._other, tag))
 
     def stand(self, buffer: Tensor, tag: int) -> Standing:
         """Post a receive before it is known where what comes belongs."""

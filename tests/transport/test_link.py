@@ -255,6 +255,20 @@ def test_who_gathers_writes_what_is_short_by_himself_at_the_end(
     assert writers.count(me) == 3 < len(writers)
 
 
+def test_a_profiler_of_the_thread_that_writes_hears_nothing_of_it(pair: tuple[End, End]) -> None:
+    """It would hear of the end in the thread that waits for it, which kills a process now and then."""
+    a, b = pair
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for step in range(20):
+            with a.here.gathering.gathered():
+                assert a.slots.post(Message(20, torch.ones(100), step=step))
+            b.slots.folded(b.take(20))
+            until(lambda: a.slots.free(20))
+    heard = {event.name for event in profiler.events()}  # type: ignore[no-untyped-call]
+    assert "aten::ones" in heard
+    assert not any("gloo" in name for name in heard)
+
+
 def test_who_is_interrupted_while_he_writes_costs_a_connection_and_no_message(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.profilers import PyTorchProfiler
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -101,6 +102,7 @@ def fits(name: str, folder: Path) -> dict[str, Fitted]:
         "later": fit([saver("later")], plugins=[AsyncCheckpointIO()], max_epochs=1),
         "accumulated": fit(max_epochs=1, accumulate_grad_batches=2, precision="bf16-true"),
         "average": fit([EMAWeightAveraging()], max_epochs=1),
+        "profiled": fit(max_epochs=2, profiler=PyTorchProfiler(folder / "profiled", "trace")),
         "plateau": fit(module=_scheduled(name, _plateau), max_epochs=3),
         "by hand": fit(module=by_hand, max_epochs=1),
         "whole": fit(module=_stepped_by(name, torch.optim.Adafactor), max_epochs=1),
@@ -274,6 +276,7 @@ LINES = [
         **served(differs("accumulated", "each rank its own batches; exchanged in float32")),
         lazy_sign=differs("accumulated", "exchanged in float32"),
     ),
+    _line("`PyTorchProfiler`", "", works("profiled")),
     _line(
         "`EMAWeightAveraging`",
         "",
