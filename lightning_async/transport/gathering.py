@@ -1,10 +1,8 @@
-"""Short mail of one step leaves together, written by the thread that gathered it: each wake-up of a link's own thread
-would take the interpreter from the training (of 20 ms steps, four ranks on two cores: every 40th).
+"""Short mail of one step leaves together: each wake-up of a link's thread takes the interpreter from the training.
 
-    with gathered():             post, folded, post, folded  --->  |  written for each link that has something to send
-    with gathered(posts=False):  folded  --->  in the header of the next post, which is written at once
-    long mail, and mail of other threads  ---->  at once, to the link's thread: its time on the wire counts, or
-                                                 somebody waits for it
+    with gathered():             post, folded, post, folded  --->  |  one notice to each link that has something to send
+    with gathered(posts=False):  folded  --->  in the header of the next post, which its thread writes by itself
+    long mail, and mail of other threads  ---->  at once: its time on the wire counts, or somebody waits for it
 
 Before the training thread waits, what it has gathered is sent. What it forgets a link tells by itself, with its next
 sign of life.
@@ -13,7 +11,7 @@ sign of life.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -21,31 +19,23 @@ SHORT: Final = 1 << 18
 """Bytes that are on the wire sooner than a step's other mail is written."""
 
 
-def never() -> bool:
-    """How a message is sent in the thread that posts it, while there is no link."""
-    return False
-
-
 class Gathering:
-    """Which links have something to send at the end of a block."""
+    """Which links are to be told at the end of a block."""
 
     def __init__(self) -> None:
         self._owner: int | None = None
         self._posts = True
-        self._stirred: dict[int, tuple[threading.Condition, Callable[[], bool]]] = {}
+        self._stirred: dict[int, threading.Condition] = {}
 
     @property
     def hurries(self) -> bool:
         """Whether this thread writes what it posts by itself: somebody may have nothing else to do than to wait."""
         return not self._posts and self._owner == threading.get_ident()
 
-    def stir(self, changed: threading.Condition, nbytes: int = 0, *, write: Callable[[], bool] = never) -> None:
-        """There is something to send, of so many bytes; called with the condition held.
-
-        At the end `write` is called; if it returns False, or without it, the link's own thread is told.
-        """
+    def stir(self, changed: threading.Condition, nbytes: int = 0) -> None:
+        """There is something to send, of so many bytes; called with the condition held."""
         if nbytes <= SHORT and self._owner == threading.get_ident():
-            self._stirred[id(changed)] = changed, write
+            self._stirred[id(changed)] = changed
         else:
             changed.notify_all()
 
@@ -54,14 +44,13 @@ class Gathering:
         self._stirred.pop(id(changed), None)
 
     def send(self) -> None:
-        """Write it now, or have it written; for the thread that gathers."""
+        """Tell the links now; for the thread that gathers."""
         if not self._stirred or self._owner not in (None, threading.get_ident()):
             return
         stirred, self._stirred = self._stirred, {}
-        for changed, write in stirred.values():
-            if not write():
-                with changed:
-                    changed.notify_all()
+        for changed in stirred.values():
+            with changed:
+                changed.notify_all()
 
     @contextmanager
     def gathered(self, *, posts: bool = True) -> Iterator[None]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from lightning_async.transport.gathering import never
 from lightning_async.transport.gloo import Clients, Wire, agree
 from lightning_async.transport.greeting import greet
 from lightning_async.transport.header import AnotherProtocolError, run_number
@@ -31,7 +30,7 @@ from lightning_async.transport.pieces import Pieces
 from lightning_async.transport.receiver import Receiver
 from lightning_async.transport.sender import Sender
 from lightning_async.transport.shared import share
-from lightning_async.transport.slots import Here, Slots, nothing
+from lightning_async.transport.slots import Here, Slots, never, nothing
 
 LOOK = 0.003
 """Seconds between looks for the other one before the rendezvous."""
@@ -148,32 +147,29 @@ class Link:
     # whoever posts
 
     def write_now(self) -> bool:
-        """Send what is queued, as long as it is short, in this thread. False: the sender thread has to.
+        """Send the one short message that is queued, in this thread. False: the sender thread has to.
 
         What ends this thread in the middle, a signal for instance, may leave half of a header behind: then the link is
         made anew, and the greeting tells what has arrived.
         """
         job: Callable[[], None] | None = None
         error: Exception | None = None
-        mine = False
         try:
             with self._slots.changed:
-                if not self.line.writing and (job := self.sender.short()) is not None:
-                    self.line.writing = mine = True
-            while job is not None:
+                job = self.sender.short()
+                self.line.writing = self.line.writing or job is not None
+            if job is not None:
                 error = ConnectionError("a thread was interrupted while it wrote")
                 job()
                 error = None
-                with self._slots.changed:
-                    job = self.sender.short()
         except (RuntimeError, ConnectionError, AnotherProtocolError) as broken:
             error = broken
         finally:
             if error is not None:
                 self._fail(error)
-            if mine:
-                self._wrote()  # and the sender thread does the rest
-        return mine
+            if job is not None:
+                self._wrote()
+        return job is not None
 
     # both
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.transport.checks import KINDS
-from lightning_async.transport.gathering import Gathering, never
+from lightning_async.transport.gathering import Gathering
 from lightning_async.transport.header import DATA, AnotherProtocolError, Header, dtype_code, dtype_of
 from lightning_async.transport.mail import Letter, Loss, Message
 from lightning_async.transport.traffic import HEADERS, Count, numbers_in
@@ -39,6 +39,11 @@ def nothing() -> None:
 def _own(m: Message, body: Tensor | None, echo: int) -> Message:
     """The message with the sender's own copy of its body; `replace` would take thrice as long, at every step."""
     return Message(m.kind, body, m.step, m.version, echo, m.samples, m.weight, m.reference)
+
+
+def never() -> bool:
+    """How a message is sent in the thread that posts it, while there is no link."""
+    return False
 
 
 def nobody(letter: Callable[[], Letter]) -> None:
@@ -197,14 +202,10 @@ class Slots:
             self.queue.append(slot)
             hurries = self._here.gathering.hurries
             if not hurries:
-                self._here.gathering.stir(self.changed, nbytes, write=self._write)
+                self._here.gathering.stir(self.changed, nbytes)
         if hurries:
             self._hurry()
         return True
-
-    def _write(self) -> bool:
-        """By the link of that moment."""
-        return self.write()
 
     def _hurry(self) -> None:
         """Send it in this thread, which has the interpreter; if that cannot be, wake the link's own."""
@@ -238,7 +239,7 @@ class Slots:
                 raise ValueError(f"letter {letter.number} of member {self.peer} was given back already")
             del self._unfolded[kind]
             self.acks.append(letter.number)
-            self._here.gathering.stir(self.changed, write=self._write)
+            self._here.gathering.stir(self.changed)
 
     def idle(self) -> bool:
         """Whether everything posted was folded, and every fold was told."""

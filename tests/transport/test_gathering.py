@@ -45,18 +45,6 @@ def test_a_block_tells_each_link_once_at_its_end_and_no_other() -> None:
     assert one.times == 1
 
 
-@pytest.mark.parametrize("writes", [True, False])
-def test_a_link_that_could_not_be_written_to_is_told(writes: bool) -> None:
-    """One call for each link, however often it was stirred."""
-    gathering, told, calls = Gathering(), Told(), []
-    with gathering.gathered():
-        for _ in range(3):
-            with told:
-                gathering.stir(told, write=lambda: bool(calls.append(1)) or writes)
-        assert calls == []
-    assert (len(calls), told.times) == (1, 0 if writes else 1)
-
-
 def test_outside_of_a_block_and_behind_an_exception_nothing_is_kept_back() -> None:
     """What an exception leaves behind is sent as well."""
     gathering, told = Gathering(), Told()

@@ -23,7 +23,6 @@ from lightning_async.transport import header as wire_header
 from lightning_async.transport import link as link_module
 from lightning_async.transport.checks import DTYPES
 from lightning_async.transport.gloo import Clients, keys_of
-from lightning_async.transport.header import INLINE_BYTES
 from lightning_async.transport.line import AHEAD
 from lightning_async.transport.link import Link
 from lightning_async.transport.mail import Letter, Message
@@ -221,46 +220,12 @@ def test_who_hurries_writes_what_is_short_by_himself(pair: tuple[End, End], monk
     assert threading.current_thread() not in writers[1:]
 
 
-def test_who_gathers_writes_what_is_short_by_himself_at_the_end(
-    pair: tuple[End, End], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two messages, two headers: what was folded travels with them. Without a message it has a header of its own."""
-    a, b = pair
-    assert b.slots.post(Message(20))
-    first = a.take(20)
-    until(lambda: not a.link.line.owe and not a.link.line.writing)  # the first of all headers is answered at once
-    monkeypatch.setattr(a.link.sender, "ping", lambda: None)
-    wire, writers = a.link.line.wire, []
-    send = wire.send  # type: ignore[union-attr]
-    monkeypatch.setattr(wire, "send", lambda *args: (writers.append(threading.current_thread()), send(*args))[1])
-    me = threading.current_thread()
-    with a.here.gathering.gathered():
-        assert a.slots.post(Message(20, torch.ones(100)))
-        a.slots.folded(first)
-        assert a.slots.post(Message(21, torch.ones(100)))
-        assert me not in writers
-    assert writers.count(me) == 2
-    until(lambda: b.slots.free(20))
-    b.take(20)
-    b.slots.folded(b.take(21))
-    assert b.slots.post(Message(21))
-    second = a.take(21)
-    with a.here.gathering.gathered():
-        a.slots.folded(second)
-    assert writers.count(me) == 3
-    until(lambda: b.slots.free(21) and a.slots.free(21))
-    with a.here.gathering.gathered():
-        assert a.slots.post(Message(21, torch.ones(INLINE_BYTES)))
-    b.take(21)
-    assert writers.count(me) == 3 < len(writers)
-
-
 def test_a_profiler_of_the_thread_that_writes_hears_nothing_of_it(pair: tuple[End, End]) -> None:
     """It would hear of the end in the thread that waits for it, which kills a process now and then."""
     a, b = pair
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         for step in range(20):
-            with a.here.gathering.gathered():
+            with a.here.gathering.gathered(posts=False):
                 assert a.slots.post(Message(20, torch.ones(100), step=step))
             b.slots.folded(b.take(20))
             until(lambda: a.slots.free(20))
