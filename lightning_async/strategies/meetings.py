@@ -33,7 +33,7 @@ class Meetings(Callback):
         self._drew = False
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Free again; foresee the end of the epoch now and then."""
+        """Free again; foresee the epoch's end now and then. What the last step sends leaves beside this compute."""
         self._drew = True
         self.strategy.set_off()
         self.strategy.listen()
@@ -41,6 +41,7 @@ class Meetings(Callback):
         self.strategy.office.recording.clock(trainer)
         if batch_idx % EVERY == 0 and (share := self.strategy.feeding.share) is not None:
             show_total(trainer, batch_idx, share.expected_batches())
+        self.strategy.office.send()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int

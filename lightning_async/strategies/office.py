@@ -26,6 +26,7 @@ from lightning_async.strategies.knobs import check_seconds
 from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
 from lightning_async.transport.cluster import ClusterCarrier
+from lightning_async.transport.gathering import When
 from lightning_async.transport.layers import LayeredRounds, Speakers
 from lightning_async.transport.mail import Carrier, Wait
 from lightning_async.transport.network import check_network
@@ -152,11 +153,16 @@ class Office:
         sign: Callable[[], object] | None = None,
         heed: Callable[[], object] | None = None,
         *,
-        gathers: bool = True,
+        leaves: When = "together",
     ) -> T:
-        """Run a `Wait` to its end; see `waiting.drive`. `gathers`: its short mail leaves together, not at once."""
-        with self.carrier.gathered(posts=gathers):
+        """Run a `Wait` to its end; see `waiting.drive`. Its short mail `leaves` then."""
+        with self.carrier.gathered(leaves):
             return drive(waiting, self.flags, limit=self.limit, sign=sign, heed=heed)
+
+    def send(self) -> None:
+        """What was to leave later leaves now."""
+        if self.is_open:
+            self.carrier.send()
 
     def check_complete(self, world: int) -> None:
         """Refuse a further stage after a death: Lightning's own set-up would wait for the dead."""

@@ -49,7 +49,7 @@ class Pipes(Collectives):
 
     def together(self, waiting: Wait[T]) -> T:
         """Run a `Wait` to its end. Each message leaves at once: a neighbour may have nothing else to do."""
-        return self.office.drive(waiting, gathers=False)
+        return self.office.drive(waiting, leaves="at once")
 
     def ranks_of_pipe(self) -> list[int]:
         """Who holds which stage of this rank's pipeline, first to last."""

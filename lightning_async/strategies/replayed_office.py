@@ -19,6 +19,7 @@ from lightning_async.strategies.office import PAGES, Office
 from lightning_async.strategies.replaying import Replaying
 from lightning_async.strategies.waiting import Flags
 from lightning_async.transport.cluster import ClusterCarrier
+from lightning_async.transport.gathering import When
 from lightning_async.transport.hall import Hall, Seat
 from lightning_async.transport.mail import Carrier, Wait
 from lightning_async.transport.pages import Pages
@@ -54,7 +55,7 @@ class ReplayedOffice(Office):
         sign: Callable[[], object] | None = None,
         heed: Callable[[], object] | None = None,
         *,
-        gathers: bool = True,
+        leaves: When = "together",
     ) -> T:
         """What waits for the log goes on at once, what waits for the hall lets the others do something."""
         asked = self._replayed.asked
@@ -67,6 +68,9 @@ class ReplayedOffice(Office):
         except StopIteration as end:
             result: T = end.value
             return result
+
+    def send(self) -> None:
+        """What it would send is in the others' logs."""
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from lightning_async.algorithms.adam import SecondMoment
 from lightning_async.algorithms.common_step import CommonStep
 from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.strategies.scaling import SkippedSteps
+from lightning_async.transport.gathering import When
 from lightning_async.transport.mail import Wait
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Stepping:
 
     def _before_step(self) -> None:
         strategy = self._strategy
-        self._exchange(strategy.voice.before_step(strategy.replica, strategy.office.mail, self.taken + 1))
+        self._exchange(strategy.voice.before_step(strategy.replica, strategy.office.mail, self.taken + 1), "together")
 
     @contextmanager
     def _taken_away(self, optimizer: Optimizer) -> Iterator[None]:
@@ -142,9 +143,11 @@ class Stepping:
         self.taken += 1
         mail = strategy.office.mail
         mail.at(self.taken)
-        self._exchange(strategy.voice.after_step(strategy.replica, mail, self.taken))
+        awaited = strategy.algorithm.in_step or strategy.office.siblings is not None
+        after = strategy.voice.after_step(strategy.replica, mail, self.taken)
+        self._exchange(after, "together" if awaited else "later")
         strategy.office.recording.stepped(self.taken, strategy.replica)
 
-    def _exchange(self, waiting: Wait[list[Arrival]]) -> None:
+    def _exchange(self, waiting: Wait[list[Arrival]], leaves: When) -> None:
         """An algorithm in lock-step waits here: for whoever comes, and with an ear for who cannot."""
-        self.arrived(self._strategy.office.drive(waiting, heed=self._strategy.clock.heed))
+        self.arrived(self._strategy.office.drive(waiting, heed=self._strategy.clock.heed, leaves=leaves))

@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import Store
 
 from lightning_async.transport.checks import check_kind, check_message, check_peer
 from lightning_async.transport.control import Control
+from lightning_async.transport.gathering import When
 from lightning_async.transport.gloo import Clients, keys_of
 from lightning_async.transport.links import Links
 from lightning_async.transport.mail import Letter, Loss, Message, Service
@@ -242,9 +243,13 @@ class ClusterCarrier:
         finally:
             self._control.waiting(False)
 
-    def gathered(self, *, posts: bool = True) -> AbstractContextManager[None]:
-        """A block whose short mail leaves together at its end; not `posts`: each post at once. See `gathering`."""
-        return self._here.gathering.gathered(posts=posts)
+    def gathered(self, when: When = "together") -> AbstractContextManager[None]:
+        """A block of this thread whose short mail leaves then; see `gathering`."""
+        return self._here.gathering.gathered(when)
+
+    def send(self) -> None:
+        """What was gathered to leave later leaves now."""
+        self._here.gathering.send()
 
     def traffic(self) -> dict[int, dict[int, Count]]:
         """Counters by peer and kind; kind 0 counts headers."""

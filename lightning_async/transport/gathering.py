@@ -1,7 +1,9 @@
 """Short mail of one step leaves together: each wake-up of a link's thread takes the interpreter from the training.
 
-    with gathered():             post, folded, post, folded  --->  |  one notice to each link that has something to send
-    with gathered(posts=False):  folded  --->  in the header of the next post, which its thread writes by itself
+    with gathered():           post, folded, post, folded  --->  |  one notice to each link that has something to send
+    with gathered("later"):    post, folded, post, folded        |  ...  send(): as the next batch begins, whose compute
+                                                                    leaves the interpreter to the links' threads
+    with gathered("at once"):  folded  --->  in the header of the next post, which its thread writes by itself
     long mail, and mail of other threads  ---->  at once: its time on the wire counts, or somebody waits for it
 
 Before the training thread waits, what it has gathered is sent. What it forgets a link tells by itself, with its next
@@ -13,24 +15,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Literal
 
+When = Literal["at once", "together", "later"]
+"""At once: each post. Together: at the end of the block. Later: with the next `send`; nobody waits for it."""
 SHORT: Final = 1 << 18
 """Bytes that are on the wire sooner than a step's other mail is written."""
 
 
 class Gathering:
-    """Which links are to be told at the end of a block."""
+    """Which links are to be told of mail that is kept back."""
 
     def __init__(self) -> None:
         self._owner: int | None = None
-        self._posts = True
+        self._when: When = "together"
         self._stirred: dict[int, threading.Condition] = {}
 
     @property
     def hurries(self) -> bool:
         """Whether this thread writes what it posts by itself: somebody may have nothing else to do than to wait."""
-        return not self._posts and self._owner == threading.get_ident()
+        return self._when == "at once" and self._owner == threading.get_ident()
 
     def stir(self, changed: threading.Condition, nbytes: int = 0) -> None:
         """There is something to send, of so many bytes; called with the condition held."""
@@ -53,15 +57,15 @@ class Gathering:
                 changed.notify_all()
 
     @contextmanager
-    def gathered(self, *, posts: bool = True) -> Iterator[None]:
-        """Short mail that this thread posts or folds inside is sent at the end, or when it waits.
+    def gathered(self, when: When = "together") -> Iterator[None]:
+        """Short mail that this thread posts or folds inside is sent then, or when it waits.
 
-        Not `posts`: what it posts leaves at once; what it folds, with that, or when it waits, or behind the block.
+        "at once": what it posts; what it folds, with that, or when it waits, or behind the block.
         """
-        before, self._owner, self._posts = (self._owner, self._posts), threading.get_ident(), posts
+        before, self._owner, self._when = (self._owner, self._when), threading.get_ident(), when
         try:
             yield
         finally:
-            if posts:
+            if when == "together":
                 self.send()
-            self._owner, self._posts = before
+            self._owner, self._when = before

@@ -45,6 +45,24 @@ def test_a_block_tells_each_link_once_at_its_end_and_no_other() -> None:
     assert one.times == 1
 
 
+def test_what_is_to_leave_later_is_told_by_the_next_send_or_the_next_block() -> None:
+    """Once; and other threads' mail at once, as ever."""
+    gathering, one = Gathering(), Told()
+    with gathering.gathered("later"):
+        stir(gathering, one)
+    assert one.times == 0
+    gathering.send()
+    gathering.send()
+    assert one.times == 1
+    with gathering.gathered("later"):
+        stir(gathering, one)
+    with gathering.gathered():
+        assert one.times == 1
+    assert one.times == 2
+    stir(gathering, one)
+    assert one.times == 3
+
+
 def test_outside_of_a_block_and_behind_an_exception_nothing_is_kept_back() -> None:
     """What an exception leaves behind is sent as well."""
     gathering, told = Gathering(), Told()
@@ -95,16 +113,36 @@ def test_a_member_that_waits_has_sent_what_it_gathered(monkeypatch: pytest.Monke
         world.close()
 
 
+@pytest.mark.parametrize("how", ["send", "wait", "ping"])
+def test_what_is_to_leave_later_leaves(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its member does next, and if that is nothing, with the link's next sign of life."""
+    if how != "ping":
+        monkeypatch.setattr(link, "PING", 10 * BUSY)
+    world = ClusterWorld(2)
+    a, b = world.carriers
+    letters: list[Letter] = []
+    try:
+        world.until(lambda: a.free(1, FIRST_FREE_KIND) and b.free(0, FIRST_FREE_KIND))
+        with a.gathered("later"):
+            assert a.post(1, Message(FIRST_FREE_KIND, torch.ones(2)))
+        {"send": a.send, "wait": lambda: a.wait(0.0), "ping": int}[how]()
+        while not letters:
+            b.wait(BUSY)
+            letters.extend(b.take(FIRST_FREE_KIND))
+    finally:
+        world.close()
+
+
 def test_what_is_folded_waits_for_the_next_post_or_for_a_wait() -> None:
     """Where posts leave at once, and behind such a block."""
     gathering, told = Gathering(), Told()
-    with gathering.gathered(posts=False):
+    with gathering.gathered("at once"):
         assert gathering.hurries
         stir(gathering, told)
     assert (told.times, gathering.hurries) == (0, False)
     gathering.send()
     assert told.times == 1
-    with gathering.gathered(posts=False):
+    with gathering.gathered("at once"):
         stir(gathering, told)
         gathering.sent(told)
         gathering.send()
@@ -119,7 +157,7 @@ def test_a_word_and_its_answer_are_one_header_each(monkeypatch: pytest.MonkeyPat
     letters: list[Letter] = []
 
     def say(me: int, kind: int) -> None:
-        with carriers[me].gathered(posts=False):
+        with carriers[me].gathered("at once"):
             for letter in letters:
                 carriers[me].folded(letter)
             letters.clear()

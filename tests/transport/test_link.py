@@ -151,7 +151,7 @@ Talk = tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]
 
 def _chat(end: End, seed: int, count: int, hurries: bool) -> Talk:
     """Post `count` random messages and fold what comes in random order, until all is folded on both sides."""
-    with end.here.gathering.gathered(posts=False) if hurries else nullcontext():
+    with end.here.gathering.gathered("at once") if hurries else nullcontext():
         return _talk(end, seed, count)
 
 
@@ -211,7 +211,7 @@ def test_who_hurries_writes_what_is_short_by_himself(pair: tuple[End, End], monk
     wire, writers = a.link.line.wire, []
     send = wire.send  # type: ignore[union-attr]
     monkeypatch.setattr(wire, "send", lambda *args: (writers.append(threading.current_thread()), send(*args))[1])
-    with a.here.gathering.gathered(posts=False):
+    with a.here.gathering.gathered("at once"):
         assert a.slots.post(Message(20, torch.ones(100)))
         assert writers == [threading.current_thread()]
         assert a.slots.post(Message(21, torch.ones(100_000)))
@@ -225,7 +225,7 @@ def test_a_profiler_of_the_thread_that_writes_hears_nothing_of_it(pair: tuple[En
     a, b = pair
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         for step in range(20):
-            with a.here.gathering.gathered(posts=False):
+            with a.here.gathering.gathered("at once"):
                 assert a.slots.post(Message(20, torch.ones(100), step=step))
             b.slots.folded(b.take(20))
             until(lambda: a.slots.free(20))
@@ -249,7 +249,7 @@ def test_who_is_interrupted_while_he_writes_costs_a_connection_and_no_message(
             until(lambda: a.link.state == b.link.state == "up")
             if generation == 1:
                 monkeypatch.setattr(a.link.line.wire, "send", interrupted)
-                with pytest.raises(KeyboardInterrupt), a.here.gathering.gathered(posts=False):
+                with pytest.raises(KeyboardInterrupt), a.here.gathering.gathered("at once"):
                     a.slots.post(Message(20, torch.ones(5)))
                 assert a.link.state == "dead"
                 for end in (a, b):
