@@ -30,6 +30,7 @@ class Gathering:
         self._owner: int | None = None
         self._when: When = "together"
         self._stirred: dict[int, threading.Condition] = {}
+        self._later: dict[int, threading.Condition] = {}
 
     @property
     def hurries(self) -> bool:
@@ -46,13 +47,18 @@ class Gathering:
     def sent(self, changed: threading.Condition) -> None:
         """All that was to be sent on this link has left; for the thread that gathers."""
         self._stirred.pop(id(changed), None)
+        self._later.pop(id(changed), None)
 
     def send(self) -> None:
         """Tell the links now; for the thread that gathers."""
-        if not self._stirred or self._owner not in (None, threading.get_ident()):
-            return
+        if self._owner in (None, threading.get_ident()):
+            self._stirred |= self._later
+            self._tell()
+
+    def _tell(self) -> None:
         stirred, self._stirred = self._stirred, {}
-        for changed in stirred.values():
+        for link, changed in stirred.items():
+            self._later.pop(link, None)
             with changed:
                 changed.notify_all()
 
@@ -67,5 +73,8 @@ class Gathering:
             yield
         finally:
             if when == "together":
-                self.send()
+                self._tell()
+            else:
+                self._later |= self._stirred
+                self._stirred = {}
             self._owner, self._when = before

@@ -45,19 +45,22 @@ def test_a_block_tells_each_link_once_at_its_end_and_no_other() -> None:
     assert one.times == 1
 
 
-def test_what_is_to_leave_later_is_told_by_the_next_send_or_the_next_block() -> None:
-    """Once; and other threads' mail at once, as ever."""
-    gathering, one = Gathering(), Told()
-    with gathering.gathered("later"):
-        stir(gathering, one)
-    assert one.times == 0
-    gathering.send()
-    gathering.send()
-    assert one.times == 1
+def test_what_is_to_leave_later_is_told_by_the_next_send() -> None:
+    """Once; by no block behind it, unless that has something for the same link."""
+    gathering, one, another = Gathering(), Told(), Told()
     with gathering.gathered("later"):
         stir(gathering, one)
     with gathering.gathered():
-        assert one.times == 1
+        stir(gathering, another)
+    assert (one.times, another.times) == (0, 1)
+    gathering.send()
+    gathering.send()
+    assert (one.times, another.times) == (1, 1)
+    with gathering.gathered("later"):
+        stir(gathering, one)
+    with gathering.gathered():
+        stir(gathering, one)
+    gathering.send()
     assert one.times == 2
     stir(gathering, one)
     assert one.times == 3
