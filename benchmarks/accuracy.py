@@ -48,7 +48,7 @@ DIRICHLET = 0.1
 VARIANTS: Mapping[str, Mapping[str, Knobs]] = {
     GOSSIP: {
         "pairwise": {"mode": "pairwise"},
-        "pairwise, period 2": {"mode": "pairwise", "period": 2},
+        "pairwise, period 1": {"mode": "pairwise", "period": 1},
         "push_sum": {"mode": "push_sum"},
         "sync": {"mode": "sync"},
         "none": NONE,

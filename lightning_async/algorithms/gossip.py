@@ -41,18 +41,21 @@ class Gossip(Algorithm):
 
     ring_limit: ClassVar[int | None] = RING_LIMIT
     """So many members agree soon enough on a ring; None: it does not matter."""
+    usual_period: ClassVar[int] = 1
+    """Exchange after every this many steps, if `period` says nothing else."""
 
     def __init__(
         self,
         *,
-        period: int = 1,
+        period: int | None = None,
         max_delay: int | None = 1000,
         wire: Wire = "fp32",
         topology: Topology = "ring",
         mixing: float | None = None,
     ) -> None:
         _check(period, max_delay, wire, topology, mixing)
-        self.period, self.max_delay, self.wire, self.topology, self.mixing = period, max_delay, wire, topology, mixing
+        self.period = self.usual_period if period is None else period
+        self.max_delay, self.wire, self.topology, self.mixing = max_delay, wire, topology, mixing
         self.ledger = Ledger()
         self.mass = UNIT
         self.wrote_to: set[int] = set()
@@ -260,8 +263,8 @@ def gossip(mode: Mode = "pairwise", **knobs: object) -> Gossip:
 
 
 def _check(period: object, max_delay: object, wire: object, topology: object, mixing: object) -> None:
-    if not isinstance(period, int) or isinstance(period, bool) or period < 1:
-        raise ValueError(f"`period` must be an integer of at least 1, got {period!r}")
+    if period is not None and (not isinstance(period, int) or isinstance(period, bool) or period < 1):
+        raise ValueError(f"`period` must be an integer of at least 1, got {period!r}; without one it is the mode's own")
     if max_delay is not None and (not isinstance(max_delay, int) or isinstance(max_delay, bool) or max_delay < 1):
         raise ValueError(f"`max_delay` must be an integer of at least 1, or None for no bound, got {max_delay!r}")
     if wire not in get_args(Wire):

@@ -37,6 +37,8 @@ ASK, ANSWER, BOUNCE = FIRST_FREE_KIND, FIRST_FREE_KIND + 1, FIRST_FREE_KIND + 2
 class Pairwise(Gossip):
     """Symmetric averages on the edges of the topology, without waiting."""
 
+    usual_period = 2
+    """At each step a model learns no sooner, and each exchange takes its part of the processor and of the network."""
     kinds: ClassVar[Mapping[int, str]] = {ASK: "ask", ANSWER: "answer", BOUNCE: "bounce"}
 
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:

@@ -28,7 +28,7 @@ class GossipRingStrategy(AsyncStrategy):
     Args:
         mode: "pairwise" (symmetric averages, fair to unequal speeds), "push_sum" (one-sided, by mass), "sync" (D-PSGD,
             lock-step), or "none" (replicas train alone and are averaged at meetings: the control).
-        period: Exchange after every this many steps of a rank.
+        period: Exchange after every this many steps of a rank; None: 2 with "pairwise", 1 with the others.
         max_delay: Contributions later than this many of the receiver's steps are refused and sent back; None: no bound.
         wire: "fp32", or "bf16" for half the bytes (what rounding cuts off stays with the sender).
         topology: "ring", or "exponential" (one peer at a time, at distances 1, 2, 4, ...), better above 16 members,
@@ -66,7 +66,7 @@ class GossipRingStrategy(AsyncStrategy):
         self,
         *,
         mode: Mode = "pairwise",
-        period: int = 1,
+        period: int | None = None,
         max_delay: int | None = 1000,
         wire: Wire = "fp32",
         topology: Topology = "ring",

@@ -256,7 +256,7 @@ def test_mass_that_is_not_all_there_is_found() -> None:
 
 @pytest.mark.parametrize("max_delay", [None, 1])
 def test_an_answer_counts_the_askers_move_and_a_bounce_the_answerers(max_delay: int | None) -> None:
-    plan = Plan.drawn(0, n=2, knobs={"mode": "pairwise", "max_delay": max_delay}, masses=[UNIT, 3 * UNIT])
+    plan = Plan.drawn(0, n=2, knobs={"mode": "pairwise", "period": 1, "max_delay": max_delay}, masses=[UNIT, 3 * UNIT])
     cluster = VirtualCluster(2)
     world = World(plan, cluster.carriers)
     (a, b), posted = world.algorithms, []

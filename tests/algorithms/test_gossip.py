@@ -266,6 +266,12 @@ KNOBS = [
 ]
 
 
+@pytest.mark.parametrize(("mode", "usual"), [("pairwise", 2), ("push_sum", 1), ("sync", 1), ("none", 1)])
+def test_the_period_is_the_modes_own_unless_it_is_said(mode: Mode, usual: int) -> None:
+    assert gossip(mode).period == gossip(mode, period=None).period == usual
+    assert gossip(mode, period=5).period == 5
+
+
 @pytest.mark.parametrize(("knobs", "sentence"), KNOBS)
 def test_a_wrong_knob_says_what_is_wrong(knobs: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):

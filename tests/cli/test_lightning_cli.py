@@ -33,10 +33,10 @@ SMALL = {
 SPELLINGS = {
     "config file": ["--config", CONFIG],
     "class path": [f"--trainer.strategy.class_path={CLASS}"],
-    "class and one knob": [f"--trainer.strategy={CLASS}", "--trainer.strategy.period=2"],
-    "short class and one knob": ["--trainer.strategy=GossipRingStrategy", "--trainer.strategy.period=2"],
+    "class and one knob": [f"--trainer.strategy={CLASS}", "--trainer.strategy.period=3"],
+    "short class and one knob": ["--trainer.strategy=GossipRingStrategy", "--trainer.strategy.period=3"],
     "registered name": ["--trainer.strategy=gossip_ring"],
-    "file, one knob changed": ["--config", CONFIG, "--trainer.strategy.init_args.period=2"],
+    "file, one knob changed": ["--config", CONFIG, "--trainer.strategy.init_args.period=3"],
 }
 
 
@@ -81,7 +81,7 @@ def strategy_of(cli: LightningCLI) -> GossipRingStrategy:
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spellings(spelling: str, build: Build) -> None:
     cli = build(*SPELLINGS[spelling])
-    assert strategy_of(cli).algorithm.period == (2 if "knob" in spelling else 1)  # type: ignore[attr-defined]
+    assert strategy_of(cli).algorithm.period == (3 if "knob" in spelling else 2)  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, cli.datamodule)
     assert cli.trainer.state.finished
     assert cli.trainer.global_step == 4
