@@ -42,7 +42,7 @@ def test_what_is_unlike_is_named(unlike: dict[str, Any], sentence: str) -> None:
 
 def test_what_belongs_to_a_host_may_differ() -> None:
     assert creed(GossipRingStrategy()) == creed(GossipRingStrategy(inner_threads=2, record="here", patience=60.0))
-    for knobs in ({"mode": "none"}, {"wire": "bf16"}, {"balance": "equal"}, {"at_meeting": "keep"}, {"period": 2}):
+    for knobs in ({"mode": "none"}, {"wire": "bf16"}, {"balance": "equal"}, {"at_meeting": "keep"}, {"period": 3}):
         assert creed(GossipRingStrategy()) != creed(GossipRingStrategy(**knobs))
     assert creed(GossipRingStrategy())["strategy"] != creed(AsyncGlobalStrategy())["strategy"]
 
