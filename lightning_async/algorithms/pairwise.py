@@ -38,7 +38,7 @@ class Pairwise(Gossip):
     """Symmetric averages on the edges of the topology, without waiting."""
 
     usual_period = 2
-    """At equal samples not worse than each step (docs/results/accuracy.md), for fewer messages."""
+    """At equal samples not told from each step (docs/results/accuracy.md), for fewer messages."""
     kinds: ClassVar[Mapping[int, str]] = {ASK: "ask", ANSWER: "answer", BOUNCE: "bounce"}
 
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
