@@ -24,9 +24,9 @@ def settings(quick: bool) -> list[Setting]:
     if quick:
         return [Setting("digits, n=4", replace(digits(), passes=3), 4, range(2), SMALL)]
     return [
-        Setting("digits, n=4", digits(), 4, range(10), SMALL),
-        Setting("characters, n=4", characters(3200), 4, range(3), SMALL),
-        Setting("digits, n=16, exponential", replace(digits(), batch=4), 16, range(3), LARGE),
+        Setting("digits, n=4", digits(), 4, range(40), SMALL),
+        Setting("characters, n=4", characters(3200), 4, range(5), SMALL),
+        Setting("digits, n=16, exponential", replace(digits(), batch=4), 16, range(5), LARGE),
     ]
 
 
