@@ -3,10 +3,8 @@
     agree:     each member writes its word on the board; a dead member's word becomes ABSENT, whoever notices first.
                First writer wins, so all read the same words, whatever they saw of the death. Each word carries the
                name of what its member is doing: where the names differ, all raise, in place of reading nonsense.
-    exchange:  slices to their owners -> owners' results to all -> agree that all have everything
+    exchange:  agree who is here -> slices to their owners -> owners' results to all -> agree that all have everything
                (if not, the members that are left start again)
-               Who is here is known from the round before. Each member leaves its word all the same, and whoever waits
-               for a part longer than is usual looks whether its sender is at something else.
 
     member 0  --slice 1-->  member 1        owners reduce in the order of ranks, so all get the same bits
     member 0  <-result 1--  member 1        what is short goes whole to everybody: one way is sooner than two
@@ -18,19 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_async.transport.mail import CONTRIBUTION, RESULT, Carrier, Letter, Message, Wait
 
-T = TypeVar("T")
 How = Literal["sum", "mean", "max", "gather"]
 CHUNK = 65536
 OWNERS = 8  # slices; more would cost links, not gain time
 SHORT = 1 << 17  # bytes that each may send in one way: more than in two, but nobody waits for an owner between them
-DOUBT = 0.3  # seconds without a part from which on its sender may be at something else
 PRESENT, ABSENT = b"+", b"-"
 END = b"\n"  # of the name in front of a word
 
@@ -66,23 +62,16 @@ class Rounds:
 
         `what` names, in a word or two, what the word is for; if a member is here for something else, all raise.
         """
-        words = yield from self._hear(self._say(word, what), what)
-        self._present = tuple(words)
-        return words
-
-    def _say(self, word: bytes, what: str) -> str:
-        """Leave this member's word for the next round; the key of all words of it."""
         self._number += 1
         key = f"{self.name}/{self._number}"
-        self.carrier.propose(f"{key}/{self.carrier.me}", PRESENT + what.encode() + END + word)
-        return key
-
-    def _hear(self, key: str, what: str) -> Wait[dict[int, bytes]]:
-        """Everybody's words of a round."""
+        carrier = self.carrier
+        expected = self._present if self._present is not None else carrier.members()
+        carrier.propose(f"{key}/{carrier.me}", PRESENT + what.encode() + END + word)
         words: dict[int, bytes] = {}
-        for peer in self._present if self._present is not None else self.carrier.members():
+        for peer in expected:
             words[peer] = yield from self._word(key, peer, what)
-        here = {peer: word[1:].split(END, 1) for peer, word in words.items() if word[:1] == PRESENT}
+        here = {peer: w[1:].split(END, 1) for peer, w in words.items() if w[:1] == PRESENT}
+        self._present = tuple(here)
         _check_not_crossed({peer: name.decode() for peer, (name, _) in here.items()})
         return {peer: said for peer, (_, said) in here.items()}
 
@@ -111,35 +100,13 @@ class Rounds:
         device, tensor = tensor.device, tensor.detach().contiguous().view(-1).cpu()
         what = f"{name} {str(tensor.dtype).removeprefix('torch.')}" + ("" if how == "gather" else f" {tensor.numel()}")
         while True:
-            key = self._say(b"", what)
-            if self._present is None:
-                self._present = tuple((yield from self._hear(key, what)))
-            members = self._present
+            words = yield from self.agree(b"", what=what)
+            members = tuple(words)
             gatherers = members if at is None else (at,)
-            attempt = self._attempt(tensor, how, weight, members, gatherers)
-            result = yield from self._in_doubt(attempt, key, what)
-            done = self.agree(b"1" if result is not None else b"0", what=what)
-            words = yield from self._in_doubt(done, key, what)
-            if result is not None and all(word == b"1" for word in words.values()):
+            result = yield from self._attempt(tensor, how, weight, members, gatherers)
+            done = yield from self.agree(b"1" if result is not None else b"0", what=f"{what}: done")
+            if result is not None and all(w == b"1" for w in done.values()):
                 return [part.to(device) for part in result], members
-
-    def _in_doubt(self, waiting: Wait[T], key: str, what: str) -> Wait[T]:
-        """A wait of an exchange; once it has lasted, what all are at is looked at first, and who is late waited for."""
-        since, sure = self.carrier.now(), False
-        while True:
-            try:
-                missing = next(waiting)
-            except StopIteration as end:
-                result: T = end.value
-                return result
-            except MisfitError:
-                yield from self._hear(key, what)
-                raise
-            if not sure and self.carrier.now() - since > DOUBT:
-                yield from self._hear(key, what)
-                sure = True
-            else:
-                yield missing
 
     def broadcast(self, tensor: Tensor, source: int) -> Wait[Tensor]:
         """The source's tensor, on every member."""
@@ -229,10 +196,6 @@ class Rounds:
         return mine
 
 
-class MisfitError(RuntimeError):
-    """Parts that are not of one tensor."""
-
-
 def _check_not_crossed(names: dict[int, str]) -> None:
     """Raise where members are at different things. All have read the same names, so all raise."""
     at: dict[str, list[str]] = {}
@@ -260,8 +223,6 @@ def _cut(tensor: Tensor, parts: int) -> list[Tensor]:
 def combined(parts: list[tuple[Tensor, int]], how: How) -> Tensor:
     """Reduce in the order given. Means are taken in double precision: the mean of equal weights is those weights."""
     first = parts[0][0]
-    if len({(part.dtype, part.numel()) for part, _ in parts}) > 1:
-        raise MisfitError(f"parts of one tensor are {[f'{part.numel()} {part.dtype}' for part, _ in parts]}")
     if how == "max":
         return torch.stack([part for part, _ in parts]).amax(0) if first.numel() else first
     if how == "sum":

@@ -172,45 +172,6 @@ def test_a_round_costs_one_word_a_member() -> None:
     assert sorted(written) == ["round0/1/0", "round0/1/1", "round0/2/0", "round0/2/1"]
 
 
-def test_who_is_here_is_known_from_the_round_before() -> None:
-    """An exchange waits for nobody's word before it begins: what it waits for are parts, and that all have them."""
-    cluster, read = VirtualCluster(3), []
-    for carrier in cluster.carriers:
-        carrier.decided = lambda key, look=carrier.decided: (read.append(key), look(key))[1]  # type: ignore[method-assign]
-
-    def life(me: int) -> Wait[Any]:
-        rounds = Rounds(cluster.carriers[me])
-        yield from rounds.barrier()
-        return (yield from rounds.exchange(torch.full((2,), float(me))))
-
-    ends = cluster.run({me: life(me) for me in range(3)})
-    assert {(tuple(result.tolist()), members) for (result,), members in ends.values()} == {((3.0, 3.0), (0, 1, 2))}
-    assert {key.rpartition("/")[0] for key in read} == {"round0/1", "round0/3"}
-
-
-def test_who_comes_late_is_waited_for_by_name_however_long() -> None:
-    """In doubt, all words are looked at; then the parts are waited for as before."""
-    cluster, missing = VirtualCluster(2), set[str]()
-
-    def life(me: int) -> Any:
-        rounds = Rounds(cluster.carriers[me])
-        yield from rounds.barrier()
-        yield 5.0 * me
-        waiting = rounds.exchange(torch.ones(100_000), "mean")
-        while True:
-            try:
-                word = next(waiting)
-            except StopIteration as end:
-                return end.value
-            missing.add(word)
-            yield word
-
-    for (mean,), members in cluster.run({me: life(me) for me in range(2)}).values():
-        assert members == (0, 1)
-        assert torch.equal(mean, torch.ones(100_000))
-    assert "rank 1 to come to 'exchange mean float32 100000' (round0/2)" in missing
-
-
 def test_many_rounds_on_two_channels(make_world: MakeWorld) -> None:
     world = make_world(3)
 
