@@ -42,7 +42,7 @@ def check_same(found: Worth, expected: Worth, plan: Plan) -> None:
 # -- laws over many runs -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_a_cut_keeps_the_sum_and_holds_what_was_between_the_records(batch: int) -> None:
     """Any speeds, latencies, bandwidths, faults, initiators and moments; a second cut when the first is all there."""
@@ -58,7 +58,7 @@ def test_a_cut_keeps_the_sum_and_holds_what_was_between_the_records(batch: int) 
     assert under_way > len(seeds(batch))  # or nothing was tested
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_a_restored_cut_runs_on_and_can_be_cut_again(batch: int) -> None:
     for seed in seeds(batch, 0.1):

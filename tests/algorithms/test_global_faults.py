@@ -118,6 +118,7 @@ def in_mid_reply(world: World, owner: int, after: float, strike: Callable[[float
     return struck
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("owner", range(N))
 def test_an_owner_that_freezes_in_mid_reply(owner: int, seed: int) -> None:

@@ -126,6 +126,7 @@ def check(some: Sequence[Member]) -> None:
 # -- the laws ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("deadline", [0.0, 0.005, 0.03, 1.0])
 @pytest.mark.parametrize("speeds", [[1, 1], [1, 4], [1, 1, 1, 4], [1, 1.3, 2.1, 5], [1, 1, 1, 1, 20]], ids=str)
 def test_what_was_sent_counts_once_and_weights_are_the_same(speeds: Any, deadline: float) -> None:

@@ -61,6 +61,7 @@ def _slopes(method: str, slopes: list[float]) -> dict[str, float]:
     return shrink.figures
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_what_goes_against_the_fresh_is_shrunk(method: str) -> None:
     """The sender is named; to who does not move, nothing goes against anything."""
@@ -73,6 +74,7 @@ def test_what_goes_against_the_fresh_is_shrunk(method: str) -> None:
         assert found["from0/min"] == 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["async_global", "cyclic, gradients", "cyclic, moves"])
 def test_what_goes_along_with_the_fresh_is_not(method: str) -> None:
     found = run(2, _slopes, method, [1.0, 0.1])[0]

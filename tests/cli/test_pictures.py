@@ -43,6 +43,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Story], tuple[Any, 
     return picture
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", PICTURES)
 def test_no_text_lies_on_another_and_each_axis_says_what_it_counts(name: str, world: int, drawn: Any) -> None:

@@ -37,7 +37,7 @@ def test_a_real_run_equals_its_replay_to_the_bit(tmp_path: Path, said: Said) -> 
     assert ended == [[line[3] for line in log if line[1:3] == ["note", "consensus"]][-1]] * 2
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("n", "module", "knobs", "options"),

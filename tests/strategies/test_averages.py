@@ -335,7 +335,7 @@ def _swa(mode: str, at_meeting: str, norm: bool, validation: bool, balance: str)
     }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize(
     ("mode", "at_meeting", "validation", "norm"),

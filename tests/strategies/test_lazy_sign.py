@@ -97,7 +97,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with"
 # -- the limit: ddp ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("module", [{}, {"momentum": 0.9, "weight_decay": 0.01}, {"optimizer": "adamw"}])
 @pytest.mark.parametrize("form", ["gather", "slices"])
 def test_whole_gradients_on_two_ranks_are_ddp_to_the_bit(form: str, module: dict[str, Any]) -> None:

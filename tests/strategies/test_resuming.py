@@ -114,7 +114,7 @@ def _through(
     return losses, weights(lit), plain([o.state_dict() for o in t.optimizers]), t.global_step, t.strategy.steps
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("n", "at_meeting", "mode", "where", "data"),
     [

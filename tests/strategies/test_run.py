@@ -51,7 +51,7 @@ CASES = [
 ]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("mode", "devices", "at_meeting"), CASES)
 def test_all_ranks_end_equal_and_every_sample_is_seen_once(mode: str, devices: int, at_meeting: str) -> None:
     hears = devices > 1 and mode in ("pairwise", "push_sum")

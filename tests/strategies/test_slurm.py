@@ -173,6 +173,7 @@ def next_dry_job(folder: Path, rank: int) -> dict[str, Any]:
     return dry_job(folder, rank, warned=False)
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:rank . had no batch in this epoch")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_who_waits_for_the_others_hears_the_signal_too(slurm: Path, rank: int) -> None:
@@ -222,6 +223,7 @@ def validating(folder: Path, rank: int, options: dict[str, Any]) -> dict[str, An
     return {"saved": watch.saved, "validated": watch.validated, "end": end, "seen": lit.seen}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_in_a_validation_saves_behind_it(slurm: Path, rank: int) -> None:
     """And nobody validates a second time where the job goes on from there, or trains on a sample again."""
@@ -237,6 +239,7 @@ def test_a_signal_in_a_validation_saves_behind_it(slurm: Path, rank: int) -> Non
     assert len(again["seen"]) + len(also["seen"]) == (40 - 15) * 8
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_in_the_validation_at_the_end_of_an_epoch_saves_behind_it(slurm: Path, rank: int) -> None:
     """Before anybody trains on: the job may end any moment."""
@@ -257,7 +260,7 @@ LAST: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("end", LAST)
 def test_a_signal_in_the_very_last_validation_saves_behind_it_too(slurm: Path, end: str, rank: int) -> None:
@@ -311,6 +314,7 @@ class InTheLastValidation(Warned):
             self._warn(trainer)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_stages_of_a_pipeline_save_behind_their_very_last_validation(slurm: Path, rank: int) -> None:
     ends = run(3, pipeline, slurm, rank, InTheLastValidation)

@@ -102,7 +102,7 @@ KINDS: dict[str, Any] = {
 # -- the law -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "knobs",
     [

@@ -303,6 +303,7 @@ class Long(IterableDataset[Any]):
         return itertools.islice(iter(Endless()), self.length)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["max_time", "train_time_interval", "val_check_interval"])
 def test_the_clock_of_the_first_rank_counts_while_it_waits_for_the_others(kind: str, tmp_path: Path) -> None:
     first, second = run(2, by_time, tmp_path, kind)
