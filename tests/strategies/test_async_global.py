@@ -186,11 +186,11 @@ def test_what_is_not_finite_is_refused_and_its_rank_gets_the_weights() -> None:
 # -- a run that goes on ------------------------------------------------------------------------------------------------
 
 
-def _through(n: int, knobs: dict[str, Any], path: str, where: str, resume: bool) -> Any:
+def _through(n: int, knobs: dict[str, Any], path: str, where: str, resume: bool, precision: Any = "32-true") -> Any:
     seed()
     lit, save = Draws(), Saves(path, where, epoch=int(where == "batch"), batch=4)
     strategy = AsyncGlobalStrategy(balance="equal", **knobs)
-    t = trainer(n, strategy=strategy, max_epochs=3, callbacks=[save])
+    t = trainer(n, strategy=strategy, max_epochs=3, callbacks=[save], precision=precision)
     t.fit(lit, samples(), held_out(), ckpt_path=path if resume else None)
     return lit.losses if resume else lit.losses[save.losses :], weights(lit), strategy.steps
 
@@ -214,6 +214,15 @@ def test_a_resumed_run_continues_as_if_it_had_not_stopped(
     for one, other in zip(through, resumed, strict=True):
         assert len(one[0]) > 5
         assert one == other
+
+
+def test_a_resumed_run_with_masters_of_bf16_weights_continues_too(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    through, resumed = (
+        run(1, _through, 1, {"local_steps": 3}, path, "batch", resume, "bf16-true")[0] for resume in (False, True)
+    )
+    assert len(through[0]) > 5
+    assert through == resumed
 
 
 def _with_others(n: int, path: str, resume: bool) -> Any:

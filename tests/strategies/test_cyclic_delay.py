@@ -194,22 +194,22 @@ class GoesOn(Draws):
         return torch.optim.AdamW(self.parameters(), 0.01)
 
 
-def _through(n: int, knobs: dict[str, Any], path: str, where: str, resume: bool) -> Any:
+def _through(n: int, knobs: dict[str, Any], path: str, where: str, resume: bool, precision: Any = "32-true") -> Any:
     seed()
     lit, save = GoesOn(), Saves(path, where, epoch=int(where == "batch"), batch=4)
     strategy = CyclicDelayStrategy(balance="equal", **knobs)
-    t = trainer(n, strategy=strategy, max_epochs=3, callbacks=[save])
+    t = trainer(n, strategy=strategy, max_epochs=3, callbacks=[save], precision=precision)
     t.fit(lit, samples(), held_out(), ckpt_path=path if resume else None)
     return lit.losses if resume else lit.losses[save.losses :], weights(lit), strategy.steps
 
 
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
-@pytest.mark.parametrize("where", ["batch", "epoch"])
-def test_a_resumed_run_continues_as_if_it_had_not_stopped(where: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("where", "precision"), [("batch", "32-true"), ("epoch", "32-true"), ("batch", "bf16-true")])
+def test_a_resumed_run_continues_as_if_it_had_not_stopped(where: str, precision: str, tmp_path: Path) -> None:
     path = str(tmp_path / "x.ckpt")
-    ((losses, *end),) = run(1, _through, 1, {}, path, where, False)
+    ((losses, *end),) = run(1, _through, 1, {}, path, where, False, precision)
     assert len(losses) > 5
-    assert run(1, _through, 1, {}, path, where, True) == [(losses, *end)]
+    assert run(1, _through, 1, {}, path, where, True, precision) == [(losses, *end)]
 
 
 def _with_others(n: int, path: str, push: str, resume: bool) -> Any:
