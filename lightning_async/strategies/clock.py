@@ -72,7 +72,8 @@ class Clock:
         """Keep callbacks from acting by one rank's count or clock: between meetings they are not asked."""
 
         def then_expect() -> None:
-            setup_data()
+            with self._counts.unread(trainer):
+                setup_data()
             self.expect(trainer)
             self._wishes.keep_stop(trainer)  # of a hook before the training; alone it would skip all of it
 
@@ -89,7 +90,12 @@ class Clock:
             epoch_end()
             self.closing.after_epoch(trainer)
 
+        def is_due(fetcher: Any) -> Any:
+            with self._counts.unread(trainer):
+                return validates(fetcher)
+
         setup_data = leash.wrap(trainer.fit_loop, "setup_data", then_expect)
+        validates = leash.replace("fit_loop.epoch_loop._should_check_val_fx", is_due)
         run_start = leash.wrap(trainer.fit_loop.epoch_loop, "on_run_start", keep_wishes)
         advance_end = leash.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", batch_over)
         epoch_end = leash.wrap(trainer.fit_loop, "on_advance_end", epoch_over)

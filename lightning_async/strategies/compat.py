@@ -33,6 +33,7 @@ PRIVATE = {
 IN_A_FIT = {
     "_signal_connector._slurm_sigusr_handler_fn": "it would save in a signal handler, on one rank",
     "fit_loop.epoch_loop._should_check_val_epoch": "whether an epoch is one with validation",
+    "fit_loop.epoch_loop._should_check_val_fx": "it would validate by one rank's clock",
     "fit_loop.epoch_loop.on_advance_end": "one rank alone would leave the loop right behind it",
 }
 """What `Clock` replaces or asks while it lasts."""
@@ -255,16 +256,20 @@ def last_metric(trainer: Trainer, name: str) -> Tensor | None:
     return found
 
 
-def take_val_seconds(trainer: Trainer) -> float | None:
-    """The time between validations, if that is how the Trainer was told to validate; it forgets it."""
+def val_seconds(trainer: Trainer) -> float | None:
+    """The time between validations, if that is how the Trainer was told to validate."""
     seconds: float | None = getattr(trainer, "_val_check_time_interval", None)
-    vars(trainer)["_val_check_time_interval"] = None
     return seconds
 
 
-def give_val_seconds(trainer: Trainer, seconds: float) -> None:
-    """Put the time between validations back."""
-    vars(trainer)["_val_check_time_interval"] = seconds
+@contextmanager
+def without_val_seconds(trainer: Trainer) -> Iterator[None]:
+    """A Trainer that was not told so."""
+    seconds, vars(trainer)["_val_check_time_interval"] = val_seconds(trainer), None
+    try:
+        yield
+    finally:
+        vars(trainer)["_val_check_time_interval"] = seconds
 
 
 def can_stop_early(trainer: Trainer) -> bool:

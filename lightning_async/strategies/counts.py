@@ -10,7 +10,7 @@ Left to Lightning, each would be one rank's count. Callbacks that act by such a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,6 +24,8 @@ from lightning_async.strategies import compat
 if TYPE_CHECKING:
     from lightning_async.strategies.feeding import Feeding
 
+BY_TIME = 0.0
+"""The `val_check_interval` of a Trainer that validates by time: Lightning gives it none. Not 1.0, once an epoch."""
 NEVER = 2**62
 """A batch before which Lightning never validates by itself."""
 
@@ -59,20 +61,36 @@ class Counts:
         """Take over what Lightning would read as one rank's. Before the loaders are made."""
         if compat.fast_dev_run(trainer) or trainer.limit_train_batches == 0:
             return
-        self.val_seconds = compat.take_val_seconds(trainer)
+        self.val_seconds = compat.val_seconds(trainer)
         if self.val_seconds is not None:
-            trainer.val_check_interval = 1.0  # Lightning has no such attribute then
+            trainer.val_check_interval = BY_TIME
         self._taken = {name: getattr(trainer, name) for name in ("limit_train_batches", "val_check_interval")}
-        self._val_every = trainer.val_check_interval
+        self._val_every = 1.0 if self.val_seconds is not None else trainer.val_check_interval
         feeding.limit = trainer.limit_train_batches
-        trainer.limit_train_batches = trainer.val_check_interval = 1.0
+        trainer.limit_train_batches = 1.0
+
+    @contextmanager
+    def unread(self, trainer: Trainer) -> Iterator[None]:
+        """For what in Lightning's loops would go by one rank's count or clock: it reads that nothing was asked for.
+
+        Callbacks read what the user said: by that they choose between the ends of validations and those of epochs.
+        """
+        if not self.taken:
+            yield
+            return
+        with compat.without_val_seconds(trainer):
+            trainer.val_check_interval = 1.0
+            try:
+                yield
+            finally:
+                trainer.val_check_interval = self._taken["val_check_interval"]
 
     def put_back(self, trainer: Callable[[], Trainer]) -> None:
         """They are Lightning's again. Idempotent."""
         for name, value in self._taken.items():
             setattr(trainer(), name, value)
         if self.val_seconds is not None:
-            compat.give_val_seconds(trainer(), self.val_seconds)
+            del trainer().val_check_interval
         self._taken, self.val_seconds = {}, None
 
     def items(self, trainer: Trainer, feeding: Feeding, n: int) -> Iterator[Item]:

@@ -19,7 +19,14 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import IterableDataset
 
-from lightning_async import SpeedFaults
+from lightning_async import (
+    AsyncGlobalStrategy,
+    AsyncStrategy,
+    CyclicDelayStrategy,
+    GossipRingStrategy,
+    LazySignStrategy,
+    SpeedFaults,
+)
 from lightning_async.progress.progress import Progress
 from lightning_async.strategies.counts import Counts
 from tests.strategies.lit import INPUTS, TARGETS, ByHand, Lit, loader, trainer
@@ -74,7 +81,7 @@ def fit(
         "epoch": one.current_epoch,
         "seen": module.seen,
         "weights": weights.tolist(),
-        "options": (one.max_steps, one.val_check_interval, one.limit_train_batches),
+        "options": (one.max_steps, getattr(one, "val_check_interval", None), one.limit_train_batches),
     }
 
 
@@ -118,6 +125,42 @@ def test_a_part_of_an_epoch() -> None:
     found = both(validate_within_epochs)  # 240 samples, batches of 4 on 2 ranks: 30 steps an epoch
     assert found[0]["validated"] == [15, 30, 45, 60]
     assert sorted(found[0]["seen"] + found[1]["seen"]) == sorted([*range(240), *range(240)])
+
+
+def _watched_by(kind: str, folder: Path, every: Any, mine: type[AsyncStrategy]) -> dict[str, Any]:
+    """Lightning's callbacks choose by `val_check_interval` between the ends of validations and those of epochs."""
+    callbacks = {
+        "saves": ModelCheckpoint(folder, filename="{step}", monitor="val", save_top_k=-1),
+        "stops": EarlyStopping("val", patience=1, min_delta=1e9),
+    }
+    saves = {"enable_checkpointing": kind == "saves"}
+    return fit(callbacks=[callbacks[kind]], max_epochs=2, val_check_interval=every, strategy=mine(), **saves)
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("mine", [GossipRingStrategy, AsyncGlobalStrategy, CyclicDelayStrategy, LazySignStrategy])
+@pytest.mark.parametrize(("every", "steps"), [(0.5, [15, 30, 45, 60]), (7, [7, 14, 21, 28, 37, 44, 51, 58])])
+def test_callbacks_save_behind_each_validation_in_mid_epoch(
+    mine: type[AsyncStrategy], every: Any, steps: list[int], tmp_path: Path
+) -> None:
+    found = both(_watched_by, "saves", tmp_path, every, mine)
+    assert found[0]["validated"] == found[0]["saved"] == steps
+    assert {file.name for file in tmp_path.glob("*.ckpt")} == {f"step={step}.ckpt" for step in steps}
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("mine", [GossipRingStrategy, LazySignStrategy])
+@pytest.mark.parametrize(("every", "step"), [(0.5, 30), (7, 14)])
+def test_callbacks_stop_behind_a_validation_in_mid_epoch(
+    mine: type[AsyncStrategy], every: Any, step: int, tmp_path: Path
+) -> None:
+    assert both(_watched_by, "stops", tmp_path, every, mine)[0]["global_step"] == step
+
+
+def test_callbacks_act_behind_validations_by_time(tmp_path: Path) -> None:
+    found = both(_watched_by, "saves", tmp_path, timedelta(seconds=0.2), GossipRingStrategy)
+    assert found[0]["validated"] == found[0]["saved"]
+    assert 0 < found[0]["saved"][0] < 30
 
 
 def limited(limit: Any) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def test_each_private_name_exists(t: L.Trainer, path: str) -> None:
         (L.Trainer, "_run_stage"),
         (_SignalConnector, "_slurm_sigusr_handler_fn"),
         (_TrainingEpochLoop, "_should_check_val_epoch"),
+        (_TrainingEpochLoop, "_should_check_val_fx"),
         (_TrainingEpochLoop, "on_advance_end"),
     ],
 )
