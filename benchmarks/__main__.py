@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 
 from benchmarks.table import Table
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, summary in found.items():
             print(f"{name:<{max(map(len, found))}}  {summary}")
         return 0
-    start = time.monotonic()
+    start, spent = time.monotonic(), _processor_seconds()
     run: Callable[..., Table] = importlib.import_module(f"benchmarks.{arguments.name}").run
     given = {"strategy": arguments.strategy, "seeds": arguments.seeds}
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -44,9 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = run(arguments.quick, **chosen)
     seconds = time.monotonic() - start
     print(table.text())
-    print(f"{seconds:.0f} s on {machine()}{', quick' if arguments.quick else ''}")
+    spent = _processor_seconds() - spent
+    used = f"{seconds:.0f} s, {spent / 60:.1f} minutes of processor time"
+    print(f"{used} on {machine()}{', quick' if arguments.quick else ''}")
     if arguments.json:
-        record = {"benchmark": arguments.name, **chosen, "quick": arguments.quick, "seconds": round(seconds, 1)}
+        record = {
+            "benchmark": arguments.name,
+            **chosen,
+            "quick": arguments.quick,
+            "seconds": round(seconds, 1),
+            "processor": round(spent, 1),
+        }
         text = json.dumps({**record, "machine": machine(), **table.plain()}, indent=2, allow_nan=False)
         arguments.json.write_text(text + "\n", encoding="utf-8")
     return 0 if table.met else 1
@@ -60,6 +69,11 @@ def benchmarks(folder: Path) -> dict[str, str]:
         if any(isinstance(node, ast.FunctionDef) and node.name == "run" for node in tree.body):
             found[file.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
     return found
+
+
+def _processor_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    return sum(sum((used.ru_utime, used.ru_stime)) for used in map(getrusage, (RUSAGE_SELF, RUSAGE_CHILDREN)))
 
 
 def machine() -> dict[str, str | int]:

@@ -173,6 +173,11 @@ class AsyncGlobalStrategy(AsyncStrategy):
             self.algorithm.heritage = heirlooms(self, checkpoint_path, checkpoint, everything=True)
         return checkpoint
 
+    @property
+    def taken_over(self) -> str:
+        """What a run with other members takes over."""
+        return "The server's shards are cut anew for the members of now, with their versions and outer momentum"
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The loss is what Q may go by."""
         outputs = super().training_step(*args, **kwargs)

@@ -240,6 +240,11 @@ class AsyncStrategy(Shown):
         self.stepping.batch_ended()
         return self.clock.batch_ended(self.trainer, self.feeding.samples - before)
 
+    @property
+    def taken_over(self) -> str:
+        """What of the method's state a run with other members takes over, as a sentence; "": nothing."""
+        return ""
+
     # -- meetings ------------------------------------------------------------------------------------------------------
 
     @property

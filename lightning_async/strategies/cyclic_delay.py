@@ -155,6 +155,11 @@ class CyclicDelayStrategy(AsyncStrategy):
             self._refuse()
             self.algorithm.optimizer = self.optimizers[0]
 
+    @property
+    def taken_over(self) -> str:
+        """What a run with other members takes over."""
+        return "The server's shards are cut anew for the members of now, with their versions and optimizer states"
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
         """Also what all old ranks served, if they were more or fewer."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_async.strategies.rank_files import main_file, rank_file
-from lightning_async.strategies.resuming import KEY
+from lightning_async.strategies.resuming import KEY, another_world
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
@@ -27,9 +27,7 @@ def heirlooms(
     With `everything` those of all old ranks, for a method that takes from each file its own part.
     """
     shared = checkpoint.get(KEY)
-    if shared is None or shared["strategy"] != strategy.name:
-        return []
-    if (shared["world"], shared.get("members", shared["world"])) == (strategy.world_size, strategy.members):
+    if shared is None or not another_world(strategy, shared):
         return []
     old = shared["ranks"] if everything else shared["ranks"][strategy.global_rank :: strategy.world_size]
     states = (_state(strategy, path, shared["save"], rank) for rank in old)

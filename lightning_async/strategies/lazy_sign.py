@@ -196,6 +196,13 @@ class LazySignStrategy(AsyncStrategy):
             self._heirlooms = (heirlooms(self, checkpoint_path, checkpoint), checkpoint[KEY]["world"])
         return checkpoint
 
+    @property
+    def taken_over(self) -> str:
+        """What a run with other ranks takes over."""
+        if self.algorithm.rule == "innovation":
+            return ""
+        return "What ranks had held back (error feedback) is shared out among the ranks of now, and its mean is kept"
+
     def _refuse_for_gradients(self, trainer: Trainer) -> None:
         if len(self.optimizers) > 1:
             raise MisconfigurationException(

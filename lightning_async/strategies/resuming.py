@@ -58,7 +58,7 @@ class Resuming:
         )
         if reasons := dict.fromkeys(sentence.decode(errors="replace") for sentence in said.values() if sentence):
             own = _without_place(own, checkpoint)
-            self._warn(path, ranks, list(reasons))
+            self._warn(path, shared, list(reasons))
         strategy.feeding.load_state_dict(shared["data"])
         self._waiting, self._between_epochs = own, _epoch_is_over(checkpoint)
         strategy.feeding.load_loader_states(own.get("loaders", ()), in_mid_epoch=not self._between_epochs)
@@ -135,15 +135,24 @@ class Resuming:
         dead = ", ".join(str(rank) for rank in range(world) if rank not in ranks)
         return f"rank {dead} had died before it was saved" if dead else ""
 
-    def _warn(self, path: str, ranks: list[int], reasons: list[str]) -> None:
+    def _warn(self, path: str, shared: dict[str, Any], reasons: list[str]) -> None:
+        ranks, anew = shared["ranks"], "masses, turns, steps"
+        method = f"The state of the method ({anew}) and the random states begin anew"
+        if self._strategy.taken_over and another_world(self._strategy, shared):
+            method = f"{self._strategy.taken_over}. What else the method knew ({anew}) and the random states begin anew"
         rank_zero_warn(
             f"{self._strategy.name}: the run does not go on to the bit from {path}: {'; '.join(reasons)}. All ranks "
             "start from the consensus and go on with the samples of the epoch that nobody completed. Rank r has the "
             f"optimizer state of the saved rank number r modulo {len(ranks)} (of rank {ranks[0]} where that cannot be "
             "read), and the place of its stream, if each rank has a stream of its own: with fewer ranks than before "
-            "nobody goes on with the others' streams, with more ranks one is gone on with twice. The state of the "
-            "method (masses, turns, steps) and the random states begin anew"
+            f"nobody goes on with the others' streams, with more ranks one is gone on with twice. {method}"
         )
+
+
+def another_world(strategy: AsyncStrategy, shared: dict[str, Any]) -> bool:
+    """Whether the same strategy saved, on other ranks or members."""
+    saved, mine = (shared["world"], shared.get("members", shared["world"])), (strategy.world_size, strategy.members)
+    return shared["strategy"] == strategy.name and saved != mine
 
 
 def refuse_newer(shared: dict[str, Any], path: str) -> None:

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_async import GossipRingStrategy, SpeedFaults
+from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
 from lightning_async.algorithms.algorithm import UNIT
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
@@ -234,6 +234,31 @@ def test_another_world_goes_on_from_the_consensus_and_says_so(
     assert f"it was saved by {before} ranks, and there are {after}" in sentence
     assert "All ranks start from the consensus" in sentence
     assert "nobody goes on with the others' streams" in sentence
+    assert sentence.endswith("The state of the method (masses, turns, steps) and the random states begin anew")
+
+
+TAKEN_OVER = {
+    "async_global": (AsyncGlobalStrategy, "The server's shards are cut anew for the members of now"),
+    "cyclic_delay": (CyclicDelayStrategy, "The server's shards are cut anew for the members of now"),
+    "lazy_sign": (LazySignStrategy, "What ranks had held back (error feedback) is shared out among the ranks of now"),
+}
+
+
+def _taken_over(n: int, name: str, path: str, resume: bool) -> list[str]:
+    t = trainer(n, strategy=TAKEN_OVER[name][0](), callbacks=[] if resume else [Saves(path, epoch=0)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        t.fit(Draws(), samples(), held_out(), ckpt_path=path if resume else None)
+    return [str(w.message) for w in caught if "does not go on to the bit" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", TAKEN_OVER)
+def test_another_world_says_what_of_the_method_goes_on(name: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    run(2, _taken_over, 2, name, path, False)
+    ((sentence,),) = run(1, _taken_over, 1, name, path, True)
+    assert f"{TAKEN_OVER[name][1]}" in sentence
+    assert sentence.endswith("What else the method knew (masses, turns, steps) and the random states begin anew")
 
 
 class SeenBySave(Saves):
