@@ -111,7 +111,7 @@ def train(name: str, knobs: dict[str, Any] | None) -> dict[str, float]:
     order = torch.cat(module.task.batches(SEED, N))
     data = TensorDataset(order)
     # Lightning's own would shuffle
-    sampler = DistributedSampler(data, N, int(os.environ["RANK"]), shuffle=False) if knobs is None else None
+    sampler: Any = DistributedSampler(data, N, int(os.environ["RANK"]), shuffle=False) if knobs is None else None
     trainer.fit(module, DataLoader(data, module.task.batch, sampler=sampler))
     return asdict(module.task.score(module.model))
 

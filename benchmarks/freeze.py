@@ -8,16 +8,21 @@
     control   mode="none" under the same faults: what the store and a busy machine alone do to the steps
     ddp       everybody stands still for 5 s
 
-A model of 1.3 million weights (5 MB) is exchanged after every step, so that a transfer is nearly always under way.
-The run must end by itself, with all ranks equal.
+The same on four hosts in network namespaces, whose links carry 100 Mbit/s: a model of 1.3 million weights (5 MB) takes
+0.4 s to cross one, and steps are 0.04 s long, so a fault hits a transfer. `link busy %` says how often: the bytes that a
+rank sent, over what its link carries in the time. The run must end by itself, with all ranks equal.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 
+from benchmarks.hosts import Hosts, available
 from benchmarks.launch import Ranks
 from benchmarks.subject import GOSSIP, Knobs, with_control
 from benchmarks.table import Cell, Claim, Role, Row, Table
@@ -28,6 +33,8 @@ SECONDS, AFTER = 5.0, 2.0
 WINDOW = SECONDS + AFTER
 GROWTH = 0.1
 LIMIT = 300.0
+MBIT = 100.0
+APART = ", four hosts"
 STEP = 0.04
 RATE = 22.0  # batches a second of one rank, at most: some of the step is real compute
 REST = 20.0  # seconds of training after the last fault: what is claimed ahead tapers towards the end of the epoch
@@ -56,20 +63,45 @@ def run(quick: bool, strategy: str = GOSSIP) -> Table:
     """Stop each rank in turn, within one run of each variant."""
     rows = [Row("a rank that needs nobody", Role.LIMIT, {"growth ms": 0.0})]
     claims: list[Claim] = []
+    apart = available()
     for name, knobs in with_control(strategy).items():
-        faults, records = _stopped(knobs, [1] if knobs is None else [0, 2] if quick else list(range(N)))
-        rows += [_row(name, fault) for fault in faults]
-        if name == strategy:
-            claims = [_claim(fault) for fault in faults]
-            claims.append(Claim("the run ended by itself, all ranks equal", len({r.digest for r in records}) == 1))
+        victims = [1] if knobs is None else [0, 2] if quick else list(range(N))
+        for where in ["", APART] if knobs is not None and apart is None else [""]:
+            faults, records = _stopped(knobs, victims, apart=bool(where))
+            rows += [_row(name + where, fault, records if where else ()) for fault in faults]
+            if name == strategy:
+                equal = len({r.digest for r in records}) == 1
+                claims += [_claim(fault, where) for fault in faults]
+                claims.append(Claim(f"the run ended by itself, all ranks equal{where}", equal))
     title = f"{N} ranks, each in turn stopped for {SECONDS:.0f} s: the longest step of any other rank"
-    return Table(title, rows, claims)
+    return Table(title, rows, claims, [] if apart is None else [f"not on four hosts: {apart}"])
 
 
-def _stopped(knobs: Knobs | None, victims: Sequence[int]) -> tuple[list[Fault], list[Record]]:
+@contextmanager
+def launched(
+    job: Work, knobs: Knobs | None, folder: Path | None = None, *, apart: bool, store: bool = False
+) -> Iterator[Ranks]:
+    """The ranks on this host, or each on one of its own."""
+    arguments = job.arguments(knobs, folder)
+    with ExitStack() as stack:
+        if apart:
+            hosts = stack.enter_context(Hosts(N, mbit=MBIT))
+            yield stack.enter_context(
+                Ranks(fit, N, arguments=arguments, address=hosts.address(0), spawn=hosts.spawn, store=store)
+            )
+        else:
+            yield stack.enter_context(Ranks(fit, N, arguments=arguments, store=store))
+
+
+def busy(records: Sequence[Record]) -> float:
+    """Which part of what a rank's link carries was sent."""
+    return fmean(r.sent * 8 / (MBIT * 1e6 * (r.end - r.start)) for r in records)
+
+
+def _stopped(knobs: Knobs | None, victims: Sequence[int], *, apart: bool) -> tuple[list[Fault], list[Record]]:
     job = work(WINDOW * (len(victims) + 1) + (0 if knobs is None else REST))
     stops: list[tuple[int, float]] = []
-    with Ranks(fit, N, arguments=job.arguments(knobs)) as ranks:
+    with launched(job, knobs, apart=apart) as ranks:
         wait_for_training(ranks)
         time.sleep(WINDOW)  # the time before the first fault is measured
         for victim in victims:
@@ -96,9 +128,14 @@ def fault_of(records: Mapping[int, Record], victim: int, first: float, stop: flo
     return Fault(victim, before, max(record.longest(stop, stop + window) for record in others))
 
 
-def _row(name: str, fault: Fault) -> Row:
-    role = {"none": Role.CONTROL, "ddp": Role.OTHER}.get(name, Role.RESULT)
-    return Row(f"{name}, rank {fault.rank} stopped", role, cells(fault))
+def _row(name: str, fault: Fault, apart: Sequence[Record]) -> Row:
+    more: dict[str, Cell] = {"link busy %": round(100 * busy(apart))} if apart else {}
+    return Row(f"{name}, rank {fault.rank} stopped", role(name), cells(fault) | more)
+
+
+def role(name: str) -> Role:
+    """What a row is for, by the variant that its name begins with."""
+    return {"none": Role.CONTROL, "ddp": Role.OTHER}.get(name.partition(",")[0], Role.RESULT)
 
 
 def cells(fault: Fault) -> dict[str, Cell]:
@@ -110,7 +147,9 @@ def cells(fault: Fault) -> dict[str, Cell]:
     }
 
 
-def _claim(fault: Fault) -> Claim:
+def _claim(fault: Fault, apart: str) -> Claim:
     where = " (the store's host)" if fault.rank == 0 else ""
-    sentence = f"rank {fault.rank}{where} stopped: growth at most {GROWTH * 1000:.0f} ms: {fault.growth * 1000:.0f} ms"
+    sentence = (
+        f"rank {fault.rank}{where} stopped{apart}: growth at most {GROWTH * 1000:.0f} ms: {fault.growth * 1000:.0f} ms"
+    )
     return Claim(sentence, fault.growth <= GROWTH)

@@ -8,7 +8,8 @@
     control   mode="none" under the same fault
     ddp       the run fails: every other rank ends with an error
 
-The launcher hosts the store, as torchrun's agent does. Every rank writes down the samples it has trained on before it
+The launcher hosts the store, as torchrun's agent does. On four hosts in namespaces, where nearly always a transfer is
+under way (see `freeze`), rank 0 does, and is not killed. Every rank writes down the samples it has trained on before it
 says anything of them to others, so the audit also knows those of the dead: each sample of the epoch must have been
 trained on at least once; what the dead had trained on since its last heartbeat is trained on again, and counted here.
 """
@@ -21,11 +22,24 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.freeze import GROWTH, LIMIT, Fault, cells, fault_of, wait_for_training, work
-from benchmarks.launch import Outcome, Ranks
+from benchmarks.freeze import (
+    APART,
+    GROWTH,
+    LIMIT,
+    Fault,
+    busy,
+    cells,
+    fault_of,
+    launched,
+    role,
+    wait_for_training,
+    work,
+)
+from benchmarks.hosts import available
+from benchmarks.launch import Outcome
 from benchmarks.subject import GOSSIP, Knobs, with_control
 from benchmarks.table import Cell, Claim, Role, Row, Table
-from benchmarks.work import Record, Work, fit
+from benchmarks.work import Record, Work
 
 N = 4
 WINDOW = 6.0
@@ -42,6 +56,7 @@ class Death:
         missing: Samples nobody trained on.
         repeated: Samples trained on again.
         taken: Samples that the others took over from the dead.
+        busy: Which part of what their links carry the others sent, on hosts of their own.
     """
 
     rank: int
@@ -51,24 +66,29 @@ class Death:
     missing: int
     repeated: int
     taken: int
+    busy: float
 
 
 def run(quick: bool, strategy: str = GOSSIP) -> Table:
     """Kill each rank in turn, each in a run of its own."""
     rows = [Row("a rank that needs nobody", Role.LIMIT, {"growth ms": 0.0})]
     claims: list[Claim] = []
+    apart = available()
     for name, knobs in with_control(strategy).items():
-        for victim in [1] if name != strategy else [0, 2] if quick else list(range(N)):
-            death = _killed(knobs, victim)
-            rows.append(_row(name, death))
-            claims += _claims(death) if name == strategy else []
-    return Table(f"{N} ranks, one is killed: the longest step of any other rank, and the samples it left", rows, claims)
+        victims = [1] if name != strategy else [0, 2] if quick else list(range(N))
+        for where in ["", APART] if knobs is not None and apart is None else [""]:
+            for victim in [victim for victim in victims if victim or not where]:
+                death = _killed(knobs, victim, apart=bool(where))
+                rows.append(_row(name + where, death, apart=bool(where)))
+                claims += _claims(death, where) if name == strategy else []
+    title = f"{N} ranks, one is killed: the longest step of any other rank, and the samples it left"
+    return Table(title, rows, claims, [] if apart is None else [f"not on four hosts: {apart}"])
 
 
-def _killed(knobs: Knobs | None, victim: int) -> Death:
+def _killed(knobs: Knobs | None, victim: int, *, apart: bool) -> Death:
     job = work(2 * WINDOW + 6)
     with tempfile.TemporaryDirectory() as folder:
-        with Ranks(fit, N, arguments=job.arguments(knobs, Path(folder)), store=True) as ranks:
+        with launched(job, knobs, Path(folder), apart=apart, store=not apart) as ranks:
             wait_for_training(ranks)
             time.sleep(WINDOW)  # the time before the fault is measured
             stop = time.monotonic()
@@ -88,6 +108,7 @@ def _death(victim: int, stop: float, outcomes: list[Outcome], job: Work, seen: C
         missing=job.batches * job.batch - len(seen),
         repeated=sum(times - 1 for times in seen.values()),
         taken=sum(r.taken for r in records.values()),
+        busy=busy(list(records.values())) if records else 0.0,
     )
 
 
@@ -101,16 +122,16 @@ def _seen(folder: Path) -> Counter[int]:
     return seen
 
 
-def _row(name: str, death: Death) -> Row:
-    role = {"none": Role.CONTROL, "ddp": Role.OTHER}.get(name, Role.RESULT)
+def _row(name: str, death: Death, *, apart: bool) -> Row:
     figures: dict[str, Cell] = cells(death.fault) if death.fault else {}
     figures |= {"failed": death.failed, "missing": death.missing, "repeated": death.repeated, "taken over": death.taken}
-    return Row(f"{name}, rank {death.rank} killed", role, figures)
+    figures |= {"link busy %": round(100 * death.busy)} if apart else {}
+    return Row(f"{name}, rank {death.rank} killed", role(name), figures)
 
 
-def _claims(death: Death) -> list[Claim]:
+def _claims(death: Death, where: str) -> list[Claim]:
     growth = death.fault.growth if death.fault else float("inf")
-    who = f"rank {death.rank} killed"
+    who = f"rank {death.rank} killed{where}"
     return [
         Claim(f"{who}: growth at most {GROWTH * 1000:.0f} ms: {growth * 1000:.0f} ms", growth <= GROWTH),
         Claim(f"{who}: the others ended by themselves, equal", death.equal),

@@ -109,6 +109,7 @@ def run(quick: bool, strategy: str = GOSSIP) -> Table:
 
 NOTES = [
     "own rates: between the meetings of `none`, all ranks at once; of limit: against the emulated time alone.",
+    "one sample weighs the same: each member's share of the consensus on the virtual cluster, at these speeds.",
     "spread: distance of the replicas from their mean in % of its norm, over the second half of the run.",
     "ddp and sync at 10x run for one short epoch: their rate only.",
 ]

@@ -32,7 +32,10 @@ def precisions(folder: Path) -> dict[str, Any]:
     return {str(precision): of(precision) for precision in (*PRECISIONS, *ALIASES, "16-mixed")}
 
 
-HALF = "exchanged and averaged in float32; the weights hold the rounding of that, which costs 4 bytes a parameter"
+HALF = (
+    "exchanged and averaged in float32; the weights hold the rounding of that, which costs 4 bytes a parameter. The "
+    "optimizer steps them as under `ddp`: a step by less than half a place is lost"
+)
 
 
 DTYPES = {"64-true": "torch.float64", "bf16-true": "torch.bfloat16", "16-true": "torch.float16"}
