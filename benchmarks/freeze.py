@@ -9,8 +9,8 @@
     ddp       everybody stands still for 5 s
 
 The same on four hosts in network namespaces, whose links carry 100 Mbit/s: a model of 1.3 million weights (5 MB) takes
-0.4 s to cross one, and steps are 0.04 s long, so a fault hits a transfer. `link busy %` says how often: the bytes that a
-rank sent, over what its link carries in the time. The run must end by itself, with all ranks equal.
+0.4 s to cross one, and steps are 0.04 s long, so a fault hits a transfer. `link busy %` says how often: the bytes that
+a rank sent, over what its link carries in the time. The run must end by itself, with all ranks equal.
 """
 
 from __future__ import annotations
