@@ -112,6 +112,7 @@ def test_so_they_do_with_limits_and_meetings_and_stop_at_max_steps(
         ((4, 12), {"max_epochs": 4, "accumulate_grad_batches": 4}, 16),
         ((4, 12), {"max_epochs": 4, "limit_train_batches": 0.5}, 28),
         ((4, 12), {"max_epochs": 4, "limit_train_batches": 6}, 24),
+        ((4, 12), {"max_epochs": 2, "val_check_interval": 0.5}, 30),
         ((8, 2), {"max_epochs": 9, "max_steps": 30}, 30),
     ],
 )
@@ -120,6 +121,19 @@ def test_ranks_of_unlike_batch_sizes_foresee_the_same_and_end_there(
 ) -> None:
     found = run(2, ends, name, GossipRingStrategy, batches, 240, {**options, "slow": slow})
     assert found == at_its_end(name, total)
+
+
+def of_members() -> tuple[int | None, int, int, float]:
+    module = Ending("onecycle")
+    slow = SpeedFaults(step_seconds=0.003, slow={2: 3.3, 3: 3.3})
+    strategy = GossipRingStrategy(inner_size=2)
+    one = trainer(4, strategy=strategy, callbacks=[slow], accumulate_grad_batches=4, max_epochs=3)
+    one.fit(module, loader(2, n=224), loader(40, shuffle=False))
+    return ended(module, one)
+
+
+def test_so_do_members_of_several_ranks() -> None:
+    assert run(4, of_members) == at_its_end("onecycle", 3 * 7) * 2
 
 
 def streams(options: dict[str, Any]) -> tuple[int | None, int, int, float]:
