@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence, Sized
+from fractions import Fraction
 from typing import Any
 
 
-def epoch_batches(total: int, *, members: int, batch: int, drop_last: bool = False) -> int:
+def epoch_batches(total: int, *, members: int, batch: int | Fraction, drop_last: bool = False) -> int:
     """How many batches one rank of a synchronous run has; never fewer than the members of this run have on average.
 
-    So a schedule that was made for so many batches is not overrun.
+    So a schedule that was made for so many batches is not overrun. Where batches are unlike, `batch` is their mean.
     """
     used = total - total % batch if drop_last else total
     return math.ceil(used / (members * batch))
 
 
-def limited(limit: float, total: int, *, members: int, batch: int, drop_last: bool = False) -> int:
+def limited(limit: float, total: int, *, members: int, batch: int | Fraction, drop_last: bool = False) -> int:
     """How many of the first positions a limit leaves: of so many batches for each rank (int), or of a part (float)."""
     if isinstance(limit, float):
         if limit >= 1.0:
@@ -32,7 +33,7 @@ def limited(limit: float, total: int, *, members: int, batch: int, drop_last: bo
                 f"`limit_train_batches` leaves less than one of the {batches} batches that each rank has in an epoch; "
                 f"give at least {1 / max(1, batches):.2g}, or a number of batches"
             )
-    return min(total, int(limit) * members * batch)
+    return min(total, int(int(limit) * members * batch))
 
 
 def samples_in(batch: Any) -> int | None:

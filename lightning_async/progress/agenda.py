@@ -89,6 +89,11 @@ class Agenda:
                 found |= item.due
         return found
 
+    @property
+    def ends_epochs(self) -> bool:
+        """Whether epochs end by it, and not with the data."""
+        return any(item.due & Due.END_EPOCH for item in self.items)
+
     def ends_epoch(self, unit: Unit, point: int, epoch: Tally) -> bool:
         """Whether the epoch ends at this point."""
         items = (item for item in self.items if item.due & Due.END_EPOCH and item.unit == unit)

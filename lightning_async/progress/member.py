@@ -53,7 +53,8 @@ class _Shared(Progress):
 
     def _show(self) -> None:
         """A meeting: all know it exactly."""
-        self._shown = (self.agreed.updates // self.n, self.agreed.updates // self.n)
+        steps = self.agreed.updates // self.n
+        self._shown = (self._within(steps), steps)
 
     def _say(self, name: str, value: Any = None) -> Any:
         return self._drive(self._siblings.word(name, value))
@@ -89,7 +90,7 @@ class ToldProgress(_Shared):
                 members[speaker] = replace(said, wishes=said.wishes | report.wishes)
         outcome = super().settle({rank: report.pack() for rank, report in members.items()})
         self._show()
-        self._say("what all agreed on", [_packed(outcome), self.agreed, self.epoch])
+        self._say("what all agreed on", [_packed(outcome), self.agreed, self.epoch, self.evened])
         return outcome
 
     def _wished(self) -> Wish:
@@ -135,7 +136,7 @@ class HeardProgress(_Shared):
 
     def settle(self, words: Mapping[int, bytes]) -> Outcome:
         """What all agreed on, as the speaker heard it."""
-        outcome, agreed, epoch = self._say("what all agreed on")
+        outcome, agreed, epoch, self.evened = self._say("what all agreed on")
         self.agreed, self.epoch = Tally(*agreed), Tally(*epoch)
         self.meetings += 1
         self.wishes &= ~self._said

@@ -38,6 +38,10 @@ class Others:
         self._met |= {rank: report.tally for rank, report in reports.items()}
         return total([self._before, *self._met.values()])
 
+    def even_out(self, updates: int) -> None:
+        """From here on the run counts so many updates more."""
+        self._before = self._before.plus(Tally(updates=updates))
+
     def go_on(self, reports: Mapping[int, Report]) -> None:
         """They leave the meeting like this."""
         self._reports |= reports

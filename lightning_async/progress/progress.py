@@ -9,6 +9,13 @@ exact count, so all agree on the sum, on what is due, and on what anybody wished
 last meeting does not count: its samples are trained on again.
 
 A point that is near already at a meeting is appointed there, by the same arithmetic on the same words on every member.
+
+Updates do not add up to an epoch's steps where members end it with a rest: of accumulated batches, or of other sizes.
+
+    7 steps of 2 x 4 batches    member 0  43 batches: 11 updates     15 in all, of which the run counts 7 * 2 = 14
+                                member 1  13 batches:  4 updates     "evened" is the sum of such differences: -1
+
+So a whole epoch counts for the steps that a synchronous run has in it, whoever took them.
 """
 
 from __future__ import annotations
@@ -61,6 +68,11 @@ class Progress:
         in_step: Whether all members take their steps together: then one's own count is everybody's.
         before: What an earlier part of the run did, scaled to `n` members.
         epoch: What had been done when the epoch began.
+        evened: How many updates of `before` were counted, but not taken; negative for taken, but not counted.
+
+    Attributes:
+        length: How many steps of the run the epoch under way has; 0 where it is not known. None are counted beyond.
+        whole: The same when nothing of the epoch is left for this member; else 0. To be set before `word`.
     """
 
     def __init__(
@@ -73,12 +85,15 @@ class Progress:
         in_step: bool = False,
         before: Tally | None = None,
         epoch: Tally | None = None,
+        evened: int = 0,
     ) -> None:
         self.n = n
         self.agenda = agenda
         self.before = before or Tally()
         self.agreed = self.before
         self.epoch = epoch or Tally()
+        self.evened = evened
+        self.length = self.whole = 0
         self.own = Tally()
         self.ended = False
         self.wishes = Wish.NOTHING
@@ -136,8 +151,9 @@ class Progress:
         self._stops.ask(self._report())
 
     def steps(self) -> int:
-        """Steps of the run by now: never less than before, and not the next point before all are there."""
-        return self._steps(self._told)
+        """Steps of the run by now: never less than before, not the next point before all are there, and none beyond the
+        epoch's."""
+        return self._within(self._steps(self._told))
 
     def about(self) -> int:
         """Steps of the run by now, the others carried forward at their speeds: smoother, and perhaps too many."""
@@ -145,11 +161,12 @@ class Progress:
 
     def told(self) -> Tally:
         """What all have done at least, by their own words; at a meeting, exactly."""
+        evened = Tally(updates=self.evened)
         if self._meeting:
-            return self.agreed
+            return self.agreed.minus(evened)
         mine = self._report()
         done = (self.own[unit] + self._others.told(unit, mine) for unit in Unit)
-        return Tally(*map(max, self.agreed, done))
+        return Tally(*map(max, self.agreed, done)).minus(evened)
 
     def _steps(self, others: int) -> int:
         if self._in_step:
@@ -160,7 +177,11 @@ class Progress:
         for unit, point in self.agenda.points(self.agreed, self.epoch):
             there = self.agreed.updates + int((point - self.agreed[unit]) * self._updates_for_one(unit))
             count = min(count, there - self.n)
-        return max(self.agreed.updates // self.n, count // self.n)
+        return max(self.agreed.updates // self.n, self._within(count // self.n))
+
+    def _within(self, steps: int) -> int:
+        """The same, but none beyond the epoch's."""
+        return min(steps, self.epoch.updates // self.n + self.length) if self.length else steps
 
     def _updates_for_one(self, unit: Unit) -> float:
         """How many steps of an optimizer go with one of this unit, as seen here."""
@@ -176,20 +197,33 @@ class Progress:
         """What this member brings to a meeting. Its note says that it stands still: nobody is to foresee more of it."""
         self._said = self.wishes
         self._desk.publish(replace(self._report(), ended=True).pack())
-        return replace(self._report(), kept=self._stops.kept(self.own)).pack()
+        return replace(self._report(), kept=self._stops.kept(self.own), whole=self.whole).pack()
 
     def settle(self, words: Mapping[int, bytes]) -> Outcome:
         """Draw the same conclusion from all words on every member."""
         reports = {rank: Report.unpack(word) for rank, word in words.items()}
         last, kept = self.agreed, {report.kept for report in reports.values()}
-        now = self._others.met(reports)
+        now = done = self._others.met(reports)
         if len(kept) == 1:  # all did their parts of one appointment: its point is reached, even if a death left less
             unit, target = next(iter(kept))
             now = now.at_least(Unit(unit), target)
         self.agreed = Tally(*map(max, last, now))
-        outcome = self._outcome(reports, self.agenda.due(last, self.agreed, self.epoch))
-        self._begin_anew(reports, ended=outcome.ended or bool(outcome.due & Due.END_EPOCH))
+        due = self.agenda.due(last, self.agreed, self.epoch)
+        ended = bool(due & Due.END_EPOCH) or all(report.ended for report in reports.values())
+        if ended and bool(due & Due.END_EPOCH) == self.agenda.ends_epochs:
+            self._even_out(reports, done)
+        outcome = self._outcome(reports, due)
+        self._begin_anew(reports, ended=ended)
         return outcome
+
+    def _even_out(self, reports: Mapping[int, Report], done: Tally) -> None:
+        """The epoch is over: if it is whole, and all say the same of it, it counts for its steps."""
+        said = {report.whole for report in reports.values()}
+        if len(said) == 1 and (steps := next(iter(said))):
+            target = self.epoch.updates + steps * self.n
+            self.agreed = self.agreed._replace(updates=target)
+            self._others.even_out(target - done.updates)
+            self.evened += target - done.updates
 
     def _outcome(self, reports: Mapping[int, Report], due: Due) -> Outcome:
         wishes = Wish.NOTHING

@@ -12,7 +12,7 @@ from enum import Flag, auto
 from lightning_async.progress.appointment import Sight
 from lightning_async.progress.tally import ZERO, Tally, Unit
 
-_REPORT = struct.Struct("<QQQfffBBQIBQ")
+_REPORT = struct.Struct("<QQQfffBBQIBQQ")
 FORESIGHT = 1.0
 """Seconds for which a report is carried forward: whoever says nothing for longer may stand still."""
 
@@ -40,6 +40,7 @@ class Report:
         meetings: How many meetings it had had when it said so.
         batch: Its samples of a batch, as far as it knows.
         kept: The unit and the target of the appointment of which it has done its part; a target of 0 for none.
+        whole: How many steps of the run the epoch counts for, if nothing of it is left for this member; else 0.
     """
 
     tally: Tally = ZERO
@@ -49,20 +50,27 @@ class Report:
     meetings: int = 0
     batch: int = 1
     kept: tuple[int, int] = (0, 0)
+    whole: int = 0
 
     def pack(self) -> bytes:
         """As bytes, for notes and rounds."""
         return _REPORT.pack(
-            *self.tally, *self.rates, self.ended, self.wishes.value, self.meetings, self.batch, *self.kept
+            *self.tally,
+            *self.rates,
+            self.ended,
+            self.wishes.value,
+            self.meetings,
+            self.batch,
+            *self.kept,
+            self.whole,
         )
 
     @classmethod
     def unpack(cls, value: bytes) -> Report:
         """The reverse of `pack`."""
-        batches, updates, samples, b, u, s, ended, wishes, meetings, batch, *kept = _REPORT.unpack(value)
-        return cls(
-            Tally(batches, updates, samples), (b, u, s), bool(ended), Wish(wishes), meetings, batch, (kept[0], kept[1])
-        )
+        batches, updates, samples, b, u, s, ended, wishes, meetings, batch, unit, target, whole = _REPORT.unpack(value)
+        tally, kept = Tally(batches, updates, samples), (unit, target)
+        return cls(tally, (b, u, s), bool(ended), Wish(wishes), meetings, batch, kept, whole)
 
     def sight(self, unit: Unit, *, age: float, live: bool, most: float = 0.0) -> Sight:
         """This member as it will be by now; `most`: batches a second that one can have at most who has told none."""

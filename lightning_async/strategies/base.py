@@ -213,7 +213,10 @@ class AsyncStrategy(Shown):
             self.checkpoints.before_loader()
         if not trainer.training or not compat.wants_our_sampler(trainer):
             return dataloader
-        return self.feeding.share_out(dataloader, self.office, lambda: trainer.current_epoch)
+        fed = self.feeding.share_out(dataloader, self.office, lambda: trainer.current_epoch)
+        if self.meeting:
+            self.together(self.feeding.agree(self.office.rounds))
+        return fed
 
     def on_train_start(self) -> None:
         """The loader is known, the checkpoint is restored: the algorithm begins."""

@@ -7,6 +7,7 @@ stops, signals, times --wishes---------------------------^
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ class Clock:
         self._schedules, self._log_steps, self._logbook = Schedules(), LogSteps(), Logbook()
         self._restored: dict[str, Any] = {}
         self._written = 0
+        self._partly = False  # whether the epoch under way was begun by a run with other steps
         self._stretch = (0, 0)  # the run's steps at the last two meetings
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -121,9 +123,13 @@ class Clock:
             self.waited = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
         agenda = Agenda(self._counts.items(trainer, feeding, n))
         before, epoch = self._earlier(trainer, n)
+        evened = int(self._restored.get("evened", 0)) * n // self._restored.get("n", n)
+        same = (self._restored.get("n"), self._restored.get("steps_of")) == (n, self._steps_of(trainer))
+        self._partly = before != epoch and not same
         desk, batch = strategy.office.desk(PROGRESS), feeding.batch
         make = progress_of(strategy.office.siblings, strategy.office.drive)
-        self.progress = make(desk, n=n, agenda=agenda, batch=batch, in_step=in_step, before=before, epoch=epoch)
+        sums: dict[str, Any] = {"before": before, "epoch": epoch, "evened": evened}
+        self.progress = make(desk, n=n, agenda=agenda, batch=batch, in_step=in_step, **sums)
         self._stretch = (self.progress.steps(), self.progress.steps())
         self._log_steps.begin(trainer, self.progress.steps())
         self._logbook.begin(self.progress)
@@ -155,6 +161,7 @@ class Clock:
         """A batch begins; it may be the last of an epoch that only the agenda ends."""
         if self.progress is None:
             return
+        self.progress.length = self._steps_of_epoch(trainer)
         self.progress.batch_started()
         if self.progress.is_last():
             trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
@@ -212,6 +219,7 @@ class Clock:
         if outcome.wishes & Wish.STOP:
             trainer.should_stop, self._wishes.stop = True, False
         self.empty = outcome.empty
+        self._partly = self._partly and not (outcome.ended or bool(outcome.due & Due.END_EPOCH))
         stops = bool(outcome.wishes & Wish.STOP) and compat.can_stop_early(trainer)
         reached = 0 <= trainer.max_steps <= trainer.global_step
         self.over = outcome.ended or bool(outcome.due & Due.END_EPOCH) or stops or reached
@@ -247,7 +255,8 @@ class Clock:
         if progress is None:
             return {}
         counts = {name: list(getattr(progress, name)) for name in ("agreed", "epoch")}
-        return {"n": progress.n, "ended": progress.ended, **counts}
+        more = {"evened": progress.evened, "steps_of": self._steps_of(self._strategy.trainer)}
+        return {"n": progress.n, "ended": progress.ended, **counts, **more}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Before `begin`."""
@@ -260,8 +269,26 @@ class Clock:
         before, now = self._stretch
         return before // every < now // every
 
+    def whole_epoch(self, trainer: Trainer) -> int:
+        """How many steps of the run the epoch counts for, now that nothing of it is left for this rank; else 0."""
+        feeding = self._strategy.feeding
+        return self._steps_of_epoch(trainer) if feeding.share is None or feeding.dry else 0
+
+    def _steps_of_epoch(self, trainer: Trainer) -> int:
+        """How many steps a synchronous run has in this epoch; 0 where that is not known, or not what is counted."""
+        batches, accumulated = self._steps_of(trainer)
+        counts = self._counts.taken and trainer.lightning_module.automatic_optimization and not self._partly
+        return math.ceil(batches / accumulated) if counts else 0
+
+    def _steps_of(self, trainer: Trainer) -> list[int]:
+        """The batches of an epoch that all ranks agree on, or 0; and how many of them are a step."""
+        feeding = self._strategy.feeding
+        limit = feeding.limit if isinstance(feeding.limit, int) else None  # a rank's own stream has its own length
+        batches = limit if feeding.share is None else feeding.epoch_batches()
+        return [batches or 0, trainer.accumulate_grad_batches]
+
     def _write(self, trainer: Trainer) -> None:
-        """The run's steps become Lightning's; schedules, which have an end, never go by more than was told.
+        """The run's steps become Lightning's; schedules, which have an end, go by no more than was told, nor past it.
 
         Between meetings the steps are foreseen, and never fewer than before. A meeting knows them exactly: where it was
         called out of turn it may find a few less.
@@ -271,7 +298,8 @@ class Clock:
             foreseen = self.progress.about()
             compat.set_global_step(trainer, foreseen if self._strategy.meeting else max(foreseen, self._written))
         self._written = trainer.global_step
-        self._schedules.follow(trainer, self.progress.steps() if self._counts.taken else self._written)
+        steps = self.progress.steps() if self._counts.taken else self._written
+        self._schedules.follow(trainer, min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps)
 
 
 def _scaled(tally: Tally, n: int, before: int) -> Tally:

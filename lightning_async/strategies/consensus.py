@@ -68,6 +68,7 @@ class Consensus:
             raise RuntimeError("there is nothing to meet for outside of `fit`")
         summon = partial(strategy.clock.summon, strategy.trainer)
         summon()
+        progress.whole = strategy.clock.whole_epoch(strategy.trainer)
         words_of_all = office.rounds.agree(progress.word(), what="roll call")
         heed = None if strategy.algorithm.in_step else summon  # in step nobody is further away than one step
         return progress.settle(office.drive(words_of_all, sign=progress.sign, heed=heed))

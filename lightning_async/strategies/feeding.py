@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence, Sized
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,6 +28,8 @@ from lightning_async.data.resume import Interrupted, State, as_ranges, as_tensor
 from lightning_async.data.share import Share, make_share
 from lightning_async.data.split import SplitShare, check_loaders_alike
 from lightning_async.data.stream import Stream, Streams, is_stateful, source_of
+from lightning_async.transport.mail import Wait
+from lightning_async.transport.rounds import Rounds
 
 if TYPE_CHECKING:
     from lightning_async.strategies.office import Office
@@ -58,6 +61,7 @@ class Feeding:
         self.share: Share | None = None
         self._kept: tuple[Share, int, bool, int] | None = None
         self._batch, self._drop_last, self._world, self._ranks = 1, False, 1, 1
+        self._usual: Fraction | None = None
         self._total: int | None = None
         self._by_sample = False
         self._begun = True
@@ -143,6 +147,12 @@ class Feeding:
             )
         return self._streams.watch(loader)
 
+    def agree(self, rounds: Rounds) -> Wait[None]:
+        """All ranks made their loaders: what a batch of theirs is on average decides how many an epoch has. Before any
+        of them draws."""
+        words = yield from rounds.agree(str(self._batch).encode(), what="the batch sizes")
+        self._usual = Fraction(sum(int(word) for word in words.values()), len(words))
+
     def completed(self, batch: object = None) -> None:
         """A batch was trained on."""
         shared = self.share.completed() if self.share is not None else 0
@@ -155,7 +165,8 @@ class Feeding:
         """How many batches one rank of a synchronous run has in an epoch; None while that is not known."""
         if self._total is None:
             return self._streams.batches(self.limit) if len(self._streams) else None
-        return epoch_batches(self._span(self._total), members=self._world, batch=self._batch, drop_last=self._drop_last)
+        span, usual = self._span(self._total), self._usual or self._batch
+        return epoch_batches(span, members=self._world, batch=usual, drop_last=self._drop_last)
 
     def epoch_ended(self, *, deaths: bool) -> None:
         """Say what nobody trained on. Only a death can leave something, and then the notes are final by now."""
@@ -165,7 +176,7 @@ class Feeding:
 
     def close(self) -> None:
         """The run is over."""
-        self.share = self._kept = self._total = None
+        self.share = self._kept = self._total = self._usual = None
         self.batches = self.samples = 0
         self._begun, self._by_sample, self._tell_epoch = True, False, None
         self._streams.clear()
@@ -233,7 +244,8 @@ class Feeding:
 
     def _span(self, total: int) -> int:
         """How many positions the limit leaves."""
-        return limited(self.limit, total, members=self._world, batch=self._batch, drop_last=self._drop_last)
+        usual = self._usual or self._batch
+        return limited(self.limit, total, members=self._world, batch=usual, drop_last=self._drop_last)
 
     def _left(self, total: int, done: Sequence[Range]) -> int:
         return usable(len(Rest(self._span(total), done)), members=1, unit=self._unit)

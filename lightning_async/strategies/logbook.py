@@ -28,7 +28,7 @@ class Logbook:
 
     def begin(self, progress: Progress) -> None:
         """The run goes on from here."""
-        self._mark, self._batch, self._step = progress.agreed, 0.0, -1
+        self._mark, self._batch, self._step = progress.told(), 0.0, -1
 
     def stepped(self, trainer: Trainer, progress: Progress) -> None:
         """A batch is trained on: an entry where Lightning logs it."""
@@ -38,7 +38,7 @@ class Logbook:
     def met(self, trainer: Trainer, progress: Progress) -> None:
         """All have met: an entry, and the effective batch counts from here."""
         self._enter(trainer, progress, max(0, trainer.global_step - 1))
-        self._mark = progress.agreed
+        self._mark = progress.told()
 
     def _enter(self, trainer: Trainer, progress: Progress, step: int) -> None:
         done = progress.told()

@@ -3,7 +3,8 @@
     rank 0, fast   |-|-|-|-|-|-|-|-|        run: 0 1 1 2 3 4 4 5
     rank 1, slow   |- - -|- - -|- -         run: 1     3     5      the same learning rate at every meeting
 
-So all ranks end where the schedule ends, and none goes past its last step.
+So all ranks end where the schedule ends, and none goes past its last step: a whole epoch counts for the steps that a
+synchronous run has in it (`progress/progress.py`), and none is counted beyond them, or beyond `max_steps`.
 
 A plateau goes by a metric, which only a meeting can agree on: `ReduceLROnPlateau` with `interval="step"` is asked as a
 meeting ends, validation behind it, at most once a meeting and where the run came past a multiple of its frequency. It

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -24,6 +25,14 @@ def test_whole_batches_never_overrun_a_schedule(total: int) -> None:
     for members in (1, 2, 3):
         scheduled = epoch_batches(total, members=members, batch=8, drop_last=True)
         assert 0 <= scheduled - (total // 8) / members < 1
+
+
+@pytest.mark.parametrize("batches", [(4, 12), (1, 2), (3, 5, 9)])
+@pytest.mark.parametrize("total", [1, 47, 240, 1000])
+def test_batches_of_unlike_size_make_as_many_steps_as_their_sum_does(total: int, batches: tuple[int, ...]) -> None:
+    mean = Fraction(sum(batches), len(batches))
+    assert epoch_batches(total, members=len(batches), batch=mean) == -(-total // sum(batches))
+    assert limited(3, 1000, members=len(batches), batch=mean) == 3 * sum(batches)
 
 
 @pytest.mark.parametrize(("limit", "positions"), [(1, 16), (3, 48), (100, 100), (1.0, 100), (0.5, 48), (0.99, 96)])

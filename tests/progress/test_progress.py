@@ -235,3 +235,57 @@ def test_whoever_has_ended_its_epoch_comes_to_the_others_meetings() -> None:
     assert [o.now.batches for o in outcomes] == [50, 80, 100, 150, 200, 220]
     assert [o.ended for o in outcomes] == [False] * 5 + [True]
     assert [bool(o.due) for o in outcomes] == [True, False, True, True, True, False]
+
+
+def epochs(
+    cluster: VirtualCluster, rank: int, ends: list[list[int]], whole: list[int]
+) -> Generator[float | str, None, list[int]]:
+    """Epochs of so many batches, every fourth a step, and a last one of the rest; `whole`: what each is said to be."""
+    rounds = Rounds(cluster.carriers[rank])
+    progress = Progress(Desk(Pages(cluster.carriers[rank], 2), 1), n=len(cluster.carriers), agenda=Agenda(), batch=8)
+    progress.settle((yield from rounds.agree(progress.word())))
+    steps, taken = [0], 0
+    for batches, said in zip(ends[rank], whole, strict=True):
+        progress.length = said
+        for number in range(1, batches + 1):
+            progress.batch_started()
+            yield 0.2
+            updates = int(number % 4 == 0 or number == batches)
+            taken += updates
+            progress.batch_ended(updates=updates, samples=8)
+            steps.append(progress.steps())
+        progress.ended, progress.whole = True, said
+        outcome = progress.settle((yield from rounds.agree(progress.word())))
+        assert outcome.ended
+        steps.append(progress.steps())
+        assert progress.about() == outcome.now.updates // 2 == steps[-1]
+    told = yield from rounds.agree(str(taken).encode())
+    assert progress.told().updates == sum(map(int, told.values())), "what was taken, however it was counted"
+    assert steps == sorted(steps)
+    return [steps[-1], progress.evened]
+
+
+@pytest.mark.parametrize(
+    ("ends", "whole", "steps", "evened"),
+    [
+        ([[43, 43], [13, 13]], [7, 7], 14, -2),
+        ([[45, 45], [15, 15]], [8, 8], 16, 0),
+        ([[40, 40], [20, 20]], [8, 8], 16, 2),
+        ([[43, 43], [13, 13]], [7, 0], 14, -1),
+        ([[43, 43], [13, 13]], [0, 0], 15, 0),
+    ],
+)
+def test_a_whole_epoch_counts_for_its_steps_and_another_for_those_that_were_taken(
+    ends: list[list[int]], whole: list[int], steps: int, evened: int
+) -> None:
+    """The second to last: 7 in the first epoch, and 15 updates of two members in the second."""
+    cluster = VirtualCluster(2)
+    found: dict[int, list[int]] = cluster.run({rank: epochs(cluster, rank, ends, whole) for rank in (0, 1)})
+    assert found == {0: [steps, evened], 1: [steps, evened]}
+
+
+def test_an_epoch_of_which_members_say_unlike_things_counts_for_what_was_taken() -> None:
+    cluster = VirtualCluster(2)
+    programs = {rank: epochs(cluster, rank, [[43], [13]], [7 + rank]) for rank in (0, 1)}
+    found: dict[int, list[int]] = cluster.run(programs)
+    assert found == {0: [7, 0], 1: [7, 0]}

@@ -240,6 +240,24 @@ def test_limit_is_that_of_a_synchronous_run(limit: float, positions: int, batche
     assert feeding.dry
 
 
+def test_the_batches_of_an_epoch_go_by_the_mean_of_what_all_say() -> None:
+    said: dict[str, bytes] = {}
+
+    def agree(word: bytes, *, what: str) -> Any:
+        said[what] = word
+        yield from ()
+        return {0: word, 2: b"25"}  # rank 1 is dead
+
+    feeding, rounds = Feeding("claim"), SimpleNamespace(agree=agree)
+    feeding.limit = 1
+    data = shared_out(feeding, loader(), world=3)
+    assert list(feeding.agree(rounds)) == []
+    assert list(said.values()) == [str(BATCH).encode()]
+    drawn(feeding, data, 99)
+    assert feeding.samples == 49, "3 * 16.5 samples"
+    assert feeding.epoch_batches() == 1
+
+
 def test_counts_are_of_batches_and_the_samples_in_them() -> None:
     feeding = Feeding("claim")
     drawn(feeding, shared_out(feeding, loader()), 7)

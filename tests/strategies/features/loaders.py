@@ -104,7 +104,7 @@ LOADERS = Scene(
             "DataLoader",
             "another `batch_size` on each rank",
             lambda a, b: alike(a["unequal"], b["unequal"]) and whole(a["unequal"], b["unequal"], 1),
-            "each sample counts the same",
+            "each sample counts the same; a step of the run is one batch of each, and all ranks foresee the same",
         ),
         differs(
             "DataLoader",

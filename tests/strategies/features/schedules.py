@@ -128,7 +128,7 @@ SCHEDULES = Scene(
             "estimated_stepping_batches",
             "",
             lambda a, b: a["cycle"].total == b["cycle"].total == 2 * STEPS,
-            "steps of the run",
+            "steps of the run, the same on all ranks; a run of epochs ends there",
         ),
     ],
     warnings=["Detected call of `lr_scheduler.step", "The epoch parameter in `scheduler.step"],
