@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import pickle
+import re
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from lightning_async import GossipRingStrategy
 from lightning_async.algorithms.gossip import Gossip
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.refusals import refuse_module, refuse_optimizers
+from tests.strategies import ranks
 from tests.strategies.lit import Lit, loader, trainer
 
 TRAINERS: list[tuple[dict[str, Any], str]] = [
@@ -91,11 +94,76 @@ def test_reestimation_with_manual_optimisation() -> None:
         t.fit(Manual(), loader(), loader(40, shuffle=False))
 
 
+FOREIGN = {
+    "another dictionary": ({"weights": torch.zeros(3)}, "it has no 'pytorch-lightning_version' and no 'state_dict', but"),
+    "weights": ({"state_dict": {}}, "it has no 'pytorch-lightning_version', but 'state_dict'. A run"),
+    "a tensor": (torch.zeros(3), "it holds a Tensor, not a dictionary"),
+    "text": (b"hello", r"it cannot be read \("),
+    "nothing": (b"", r"it cannot be read \("),
+    "half a file": (b"PK\x03\x04 and then nothing", r"it cannot be read \("),
+}
+
+
+def fit_from(path: Path, stage: str = "fit", strategy: str = "gossip_ring") -> None:
+    warnings.simplefilter("ignore")
+    t = trainer(2, strategy=strategy, max_epochs=1)
+    if stage == "fit":
+        t.fit(Lit(), loader(), loader(40, shuffle=False), ckpt_path=path)
+    else:
+        getattr(t, stage)(Lit(), loader(40, shuffle=False), ckpt_path=path)
+
+
+def write(path: Path, content: object) -> Path:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    return path
+
+
+def refused_on_both(path: Path, sentence: str, *arguments: Any) -> None:
+    begin = time.monotonic()
+    with ranks.Forked(2, fit_from, path, *arguments) as forked:
+        results = forked.results(20.0)
+    assert time.monotonic() - begin < 15.0
+    for result in results:
+        assert result.kind == "MisconfigurationException", result.trace
+        assert re.search(f"ckpt_path='{path}' is no checkpoint that Lightning saved: {sentence}", result.error)
+        assert "load them before `fit`, with `load_state_dict`" in result.error
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_foreign_checkpoint(tmp_path: Path, content: str) -> None:
+    data, sentence = FOREIGN[content]
+    refused_on_both(write(tmp_path / "foreign.ckpt", data), sentence)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_foreign_checkpoint_in_other_stages(tmp_path: Path, stage: str) -> None:
+    data, sentence = FOREIGN["another dictionary"]
+    refused_on_both(write(tmp_path / "foreign.ckpt", data), sentence, stage)
+
+
+@pytest.mark.parametrize("strategy", ["async_global", "cyclic_delay", "delayed_pipeline", "lazy_sign"])
+def test_a_foreign_checkpoint_of_each_strategy(tmp_path: Path, strategy: str) -> None:
+    data, sentence = FOREIGN["text"]
+    refused_on_both(write(tmp_path / "foreign.ckpt", data), sentence, "fit", strategy)
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_foreign_checkpoint(tmp_path: Path) -> None:
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.ckpt")
-    with pytest.raises((KeyError, RuntimeError), match=r"pytorch-lightning_version|state_dict"):
-        trainer(1).fit(Lit(), loader(), loader(40, shuffle=False), ckpt_path=tmp_path / "foreign.ckpt")
+def test_a_checkpoint_of_plain_lightning_is_not_foreign(tmp_path: Path) -> None:
+    plain = trainer(1, strategy="auto", max_epochs=1)
+    plain.fit(Lit(), loader(), loader(40, shuffle=False))
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    t, lit = trainer(1, max_epochs=2), Lit()
+    t.fit(lit, loader(), loader(40, shuffle=False), ckpt_path=tmp_path / "plain.ckpt")
+    assert len(lit.seen) == 240  # of the second epoch only
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="none.ckpt"):
+        trainer(1).fit(Lit(), loader(), loader(40, shuffle=False), ckpt_path=tmp_path / "none.ckpt")
 
 
 class Nothing(Lit):
