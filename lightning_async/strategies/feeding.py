@@ -47,6 +47,8 @@ class Feeding:
             the epoch (float). To be set before the loader is shared out. It does not cut a stream.
         batches: Batches that this rank trained on in this run.
         samples: Samples in them.
+        under_way: Whether batches of an epoch are being trained on: then its length may be told. Lightning's loop asks
+            at other times, and would end the epoch there.
     """
 
     def __init__(self, balance: Balance) -> None:
@@ -55,6 +57,7 @@ class Feeding:
         self._balance = balance
         self.limit: int | float = 1.0
         self.batches = self.samples = 0
+        self.under_way = False
         self.share: Share | None = None
         self._kept: tuple[Share, int, bool, int] | None = None
         self._batch, self._drop_last, self._world, self._ranks = 1, False, 1, 1
@@ -123,6 +126,7 @@ class Feeding:
             epoch=epoch(),
             begin=self._begin,
             tell=recording.fetched,
+            length=self.told_length,
         )
 
     def watch(self, loader: Any) -> Stream:
@@ -157,6 +161,12 @@ class Feeding:
             return self._streams.batches(self.limit) if len(self._streams) else None
         return epoch_batches(self._span(self._total), members=self._world, batch=self._batch, drop_last=self._drop_last)
 
+    def told_length(self) -> int | None:
+        """What the loader of a synchronous run says of its length, limits aside; None where it may not be told."""
+        if self._total is None or not self.under_way:
+            return None
+        return epoch_batches(self._total, members=self._world, batch=self._batch, drop_last=self._drop_last)
+
     def epoch_ended(self, *, deaths: bool) -> None:
         """Say what nobody trained on. Only a death can leave something, and then the notes are final by now."""
         share = self.share
@@ -165,6 +175,7 @@ class Feeding:
 
     def close(self) -> None:
         """The run is over."""
+        self.under_way = False
         self.share = self._kept = self._total = None
         self.batches = self.samples = 0
         self._begun, self._by_sample, self._tell_epoch = True, False, None
