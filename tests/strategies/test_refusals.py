@@ -95,7 +95,10 @@ def test_reestimation_with_manual_optimisation() -> None:
 
 
 FOREIGN = {
-    "another dictionary": ({"weights": torch.zeros(3)}, "it has no 'pytorch-lightning_version' and no 'state_dict', but"),
+    "another dictionary": (
+        {"weights": torch.zeros(3)},
+        "it has no 'pytorch-lightning_version' and no 'state_dict', but",
+    ),
     "weights": ({"state_dict": {}}, "it has no 'pytorch-lightning_version', but 'state_dict'. A run"),
     "a tensor": (torch.zeros(3), "it holds a Tensor, not a dictionary"),
     "text": (b"hello", r"it cannot be read \("),
@@ -162,7 +165,7 @@ def test_a_checkpoint_of_plain_lightning_is_not_foreign(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
         trainer(1).fit(Lit(), loader(), loader(40, shuffle=False), ckpt_path=tmp_path / "none.ckpt")
 
 
@@ -188,6 +191,68 @@ def test_parameters(lit: type[Lit], sentence: str) -> None:
         trainer(1).fit(lit(), loader(), loader(40, shuffle=False))
 
 
+class Lazy(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.LazyLinear(3)
+
+
+class LazyStatistics(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LazyBatchNorm1d(affine=False)
+
+
+class Meta(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 3, device="meta")
+
+
+class MetaBuffer(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.empty(3, device="meta"))
+
+
+class MadeInTime(Meta):
+    """As users of large models do it."""
+
+    def configure_model(self) -> None:
+        self.head = self.head.to_empty(device="cpu")
+        self.head.reset_parameters()
+
+
+def fit_unmade(lit: type[Lit], strategy: str) -> None:
+    warnings.simplefilter("ignore")
+    trainer(2, strategy=strategy, max_epochs=1).fit(lit(), loader(), loader(40, shuffle=False))
+
+
+@pytest.mark.parametrize("strategy", ["gossip_ring", "delayed_pipeline"])
+@pytest.mark.parametrize(
+    ("lit", "sentence"),
+    [
+        (Lazy, "`head.weight` is lazy, .* give the layer its sizes, or run one batch through it in `configure_model`"),
+        (LazyStatistics, "`norm.running_mean` is lazy"),
+        (
+            Meta,
+            "`head.weight` is on the device 'meta' and has no numbers; make it on a real device in `configure_model",
+        ),
+        (MetaBuffer, "`mask` is on the device 'meta'"),
+    ],
+)
+def test_parameters_that_are_not_made_yet(lit: type[Lit], sentence: str, strategy: str) -> None:
+    with ranks.Forked(2, fit_unmade, lit, strategy) as forked:
+        results = forked.results(20.0)
+    for result in results:
+        assert result.kind == "MisconfigurationException", result.trace
+        assert re.search(f"strategy='{strategy}': {sentence}", result.error)
+
+
+def test_parameters_that_are_made_in_time() -> None:
+    ranks.run(2, fit_unmade, MadeInTime, "gossip_ring")
+
+
 KNOBS = [
     ({"mode": "ring"}, "`mode` must be one of"),
     ({"at_meeting": "leave"}, "`at_meeting` must be one of 'adopt', 'keep', got 'leave'"),
@@ -201,7 +266,7 @@ KNOBS = [
     ({"meeting_timeout": -1}, "`meeting_timeout` must be a number of seconds above 0, got -1"),
     ({"meeting_timeout": math.nan}, "`meeting_timeout` must be a number of seconds above 0, got nan"),
     ({"grace": -0.1}, "`grace` must be a number of seconds of at least 0, got -0.1"),
-    ({"interface": 3}, "`interface` must be the name of a network interface, got 3"),
+    ({"interface": 3}, "`interface` must be the name of a network interface, or None, got 3"),
     ({"record": 3}, "`record` must be the path of a folder, or None, got 3"),
 ]
 
