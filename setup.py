@@ -1,4 +1,5 @@
-"""The configs live once, in `strategies/` and `callbacks/`; a wheel carries them in `lightning_async/configs`.
+"""The configs live once, in `strategies/` and `callbacks/`; a wheel carries them in `lightning_async/configs`, with
+the README of each folder.
 
 Everything else about the build is in pyproject.toml. An editable install copies nothing: the command finds the folders
 beside the package.
@@ -15,7 +16,7 @@ GROUPS = ("strategies", "callbacks")
 
 
 class BuildWithConfigs(build_py):
-    """Copies the YAML files beside the Python files."""
+    """Copies the YAML files and their READMEs beside the Python files."""
 
     def run(self) -> None:
         """Build the package, then copy the configs into it."""
@@ -36,7 +37,7 @@ class BuildWithConfigs(build_py):
 
     def _configs(self) -> dict[str, str]:
         inside = Path(self.build_lib or "", "lightning_async", "configs")
-        files = [file for group in GROUPS for file in sorted(Path(group).glob("*.yaml"))]
+        files = [file for group in GROUPS for file in [*sorted(Path(group).glob("*.yaml")), Path(group, "README.md")]]
         return {str(file): str(inside / file) for file in files}
 
 

@@ -48,12 +48,15 @@ class SignState:
         min_size: int = 1024,
         first: int = FIRST,
     ) -> None:
-        if block < BITS or block % BITS:
-            raise ValueError(f"`block` must be a multiple of {BITS}, got {block}")
-        if min_size < 0:
-            raise ValueError(f"`min_size` must be at least 0, got {min_size}")
-        if first < FIRST:
-            raise ValueError(f"`first` must be at least {FIRST} (ddp makes its buckets anew after a step), got {first}")
+        if not _integer(block) or block < BITS or block % BITS:
+            raise ValueError(f"`block` must be a multiple of {BITS}, got {block!r}")
+        if not _integer(min_size) or min_size < 0:
+            raise ValueError(f"`min_size` must be an integer of at least 0, got {min_size!r}")
+        if not _integer(first) or first < FIRST:
+            raise ValueError(
+                f"`first` must be an integer of at least {FIRST} (ddp makes its buckets anew after a step), "
+                f"got {first!r}"
+            )
         self.process_group, self.block, self.min_size, self.first = process_group, block, min_size, first
         self.step = 0
         self._buckets: dict[int, _Bucket] = {}
@@ -184,3 +187,7 @@ def _whole(state: SignState, buffer: Tensor) -> torch.futures.Future[Tensor]:
 def _future(buffer: Tensor) -> torch.futures.Future[Tensor]:
     devices: list[int | str | torch.device] | None = [buffer.device] if buffer.device.type == "cuda" else None
     return torch.futures.Future(devices=devices)
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -95,8 +95,8 @@ def test_the_callback_needs_ddp() -> None:
     ("knobs", "sentence"),
     [
         ({"block": 12}, "`block` must be a multiple of 8, got 12"),
-        ({"min_size": -1}, "`min_size` must be at least 0, got -1"),
-        ({"first": 1}, "`first` must be at least 2"),
+        ({"min_size": -1}, "`min_size` must be an integer of at least 0, got -1"),
+        ({"first": 1}, "`first` must be an integer of at least 2"),
     ],
 )
 def test_a_wrong_knob_is_named(knobs: dict[str, Any], sentence: str) -> None:

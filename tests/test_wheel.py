@@ -53,7 +53,14 @@ def test_all_of_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     package = {str(file.relative_to(ROOT)) for file in (ROOT / "lightning_async").rglob("*.py")}
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     ready = {f"lightning_async/configs/{name}.yaml" for name in configs.names()}
-    assert held == package | ready | {"lightning_async/py.typed"}
+    pages = {f"lightning_async/configs/{group}/README.md" for group in configs.GROUPS}
+    assert held == package | ready | pages | {"lightning_async/py.typed"}
+
+
+def test_the_pages_beside_the_configs_come_along(wheel: zipfile.ZipFile) -> None:
+    for group in configs.GROUPS:
+        page = wheel.read(f"lightning_async/configs/{group}/README.md")
+        assert page == (ROOT / group / "README.md").read_bytes()
 
 
 def test_the_configs_are_where_the_command_reads_them(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

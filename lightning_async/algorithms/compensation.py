@@ -12,6 +12,7 @@ with g * g in the place of the Hessian; g is the mean of the batches in a push. 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -54,6 +55,7 @@ def compensation(how: How, strength: float | None = None) -> Compensation:
         raise ValueError(f"`compensation` must be one of {', '.join(map(repr, get_args(How)))}, got {how!r}")
     if how == "none" and strength is not None:
         raise ValueError("`compensation_strength` has no meaning with compensation='none': leave it out")
-    if strength is not None and (isinstance(strength, bool) or not isinstance(strength, (int, float)) or strength < 0):
+    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if strength is not None and not (number and 0 <= strength < math.inf):
         raise ValueError(f"`compensation_strength` must be a number of at least 0, got {strength!r}")
     return Compensation(how, STRENGTHS.get(how, 0.0) if strength is None else float(strength))

@@ -257,7 +257,7 @@ def gossip(mode: Mode = "pairwise", **knobs: object) -> Gossip:
     from lightning_async.algorithms.sync_ring import SyncRing
 
     modes: dict[str, type[Gossip]] = {"pairwise": Pairwise, "push_sum": PushSum, "sync": SyncRing, "none": Alone}
-    if mode not in modes:
+    if not isinstance(mode, str) or mode not in modes:
         raise ValueError(f"`mode` must be one of {', '.join(map(repr, modes))}, got {mode!r}")
     return modes[mode](**knobs)  # type: ignore[arg-type]  # the constructors check each knob's value and type
 

@@ -11,6 +11,7 @@ arrivals it sees what synchronous Nesterov would see (Liu et al. 2024, asynchron
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, Protocol, get_args
 
@@ -88,7 +89,7 @@ def outer_rule(outer: Rule | None, *, lr: float, momentum: float) -> Callable[[T
     """A maker of the rule, given the weights of a shard. None: by the momentum."""
     if outer is not None and outer not in get_args(Rule):
         raise ValueError(f"`outer` must be one of {', '.join(map(repr, get_args(Rule)))}, got {outer!r}")
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr > 0:
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
         raise ValueError(f"`outer_lr` must be a number above 0, got {lr!r}")
     if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
         raise ValueError(f"`outer_momentum` must be at least 0 and below 1, got {momentum!r}")

@@ -270,8 +270,12 @@ def law(name: LawName, *, beta: float = 0.5, rate: float = 0.1, power: float = 0
 def _check(name: str, beta: float, rate: float, power: float, knee: float) -> None:
     if name not in get_args(LawName):
         raise ValueError(f"`law` must be one of {', '.join(get_args(LawName))}, got {name!r}")
-    if not 0 < beta <= 1:
+    if not _number(beta) or not 0 < beta <= 1:
         raise ValueError(f"`beta` must be above 0 and at most 1 (1: nothing is shrunk), got {beta!r}")
     for knob, value in (("rate", rate), ("power", power), ("knee", knee)):
-        if not 0 <= value < math.inf:
+        if not _number(value) or not 0 <= value < math.inf:
             raise ValueError(f"`{knob}` must be at least 0, got {value!r}")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

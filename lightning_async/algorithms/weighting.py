@@ -66,7 +66,8 @@ def law(attenuation: Attenuation, strength: float | None = None) -> Law:
         raise ValueError(f"`attenuation` must be one of {names}, got {attenuation!r}")
     if strength is not None and attenuation not in STRENGTHS:
         raise ValueError(f"`strength` has no meaning with attenuation={attenuation!r}: leave it out")
-    if strength is not None and (isinstance(strength, bool) or not isinstance(strength, (int, float)) or strength < 0):
+    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+    if strength is not None and not (number and 0 <= strength < math.inf):
         raise ValueError(f"`strength` must be a number of at least 0, got {strength!r}")
     if attenuation not in STRENGTHS:
         return _none

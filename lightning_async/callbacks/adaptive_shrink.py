@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_async.algorithms.algorithm import Shrink, no_shrink
 from lightning_async.algorithms.shrink import Law, LawName, Stability, law
 from lightning_async.arrival import Arrival
-from lightning_async.callbacks.stats import Figures, Stats
+from lightning_async.callbacks.stats import Figures, Stats, check_by_rank
 from lightning_async.callbacks.watched import Board, Watched
 from lightning_async.fresh import Fresh, nothing_fresh
 from lightning_async.progress.stretch import Stretch
@@ -74,6 +74,7 @@ class AdaptiveShrink(Stats):
         super().__init__(folder=folder)
         if healthy is not None and (not isinstance(healthy, int) or isinstance(healthy, bool) or healthy < 0):
             raise ValueError(f"`healthy` must be an integer of at least 0, or None, got {healthy!r}")
+        check_by_rank(by_rank)
         self.law, self.healthy, self.by_rank = law, healthy, by_rank
         self._knobs = {"beta": beta, "rate": rate, "power": power, "knee": knee}
         self._new_law()  # a wrong knob is told here

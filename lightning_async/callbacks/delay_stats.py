@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_async.callbacks.histograms import log_histogram
 from lightning_async.callbacks.slowness import gain, stragglers
-from lightning_async.callbacks.stats import Figures, Stats
+from lightning_async.callbacks.stats import Figures, Stats, check_by_rank
 from lightning_async.callbacks.stopwatch import Stopwatch
 from lightning_async.metrics import DelayMetric, merge_into, pack
 from lightning_async.progress.stretch import Stretch
@@ -47,8 +47,7 @@ class DelayStats(Stats):
         super().__init__(folder=folder)
         if not isinstance(k, (int, float)) or isinstance(k, bool) or not 0 < k < math.inf:
             raise ValueError(f"`k` must be above 0, got {k!r}")
-        if not isinstance(by_rank, int) or isinstance(by_rank, bool) or by_rank < 0:
-            raise ValueError(f"`by_rank` must be an integer of at least 0, got {by_rank!r}")
+        check_by_rank(by_rank)
         self.k, self.by_rank = k, by_rank
         self.stragglers: tuple[int, ...] = ()
         self.total: DelayMetric | None = None

@@ -134,6 +134,10 @@ class SpeedFaults(Callback):
         return {*self.slow, *self.schedule, *self.stall, *self.freeze, *self.fail}
 
     def _check(self) -> None:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"`seed` must be an integer, got {self.seed!r}")
+        if not isinstance(self.hold_gil, bool):
+            raise ValueError(f"`hold_gil` must be True or False, got {self.hold_gil!r}")
         for rank, factor in self.slow.items():
             if not _number(factor) or not 0 < factor < math.inf:
                 raise ValueError(f"`slow` must hold positive factors, got {factor!r} for rank {rank}")
@@ -143,7 +147,7 @@ class SpeedFaults(Callback):
                     f"`freeze` must hold (batch from 0, positive seconds), got ({batch}, {seconds}) for rank {rank}"
                 )
         for rank, batch in self.fail.items():
-            if not isinstance(batch, int) or batch < 0:
+            if not isinstance(batch, int) or isinstance(batch, bool) or batch < 0:
                 raise ValueError(f"`fail` must hold batches, counted from 0, got {batch!r} for rank {rank}")
         self._check_schedules()
         if (self.slow or self.sigma or self.schedule) and not self.step_seconds:
@@ -187,12 +191,14 @@ HOW = {
 
 def _by_rank(name: str, given: Any) -> dict[int, Any]:
     """What was given for each rank."""
-    if not isinstance(given or {}, Mapping):
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
         raise ValueError(f"`{name}` must be a dictionary by rank, got {given!r}")
-    for rank in given or {}:
+    for rank in given:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise ValueError(f"ranks count from 0, got {rank!r} in `{name}`")
-    return dict(given or {})
+    return dict(given)
 
 
 def _pair(name: str, rank: int, entry: Any) -> tuple[Any, Any]:

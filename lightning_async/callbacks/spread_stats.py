@@ -43,7 +43,7 @@ class SpreadStats(Stats):
         super().__init__(folder=folder)
         if not isinstance(depth, int) or isinstance(depth, bool) or depth < 0:
             raise ValueError(f"`depth` must be an integer of at least 0, got {depth!r}")
-        if every is not None and (not isinstance(every, (int, float)) or isinstance(every, bool) or every <= 0):
+        if every is not None and (not isinstance(every, (int, float)) or isinstance(every, bool) or not every > 0):
             raise ValueError(f"`every` must be a number of seconds above 0, or None, got {every!r}")
         self.depth, self.every = depth, every
         self._parameters: dict[str, Tensor] = {}

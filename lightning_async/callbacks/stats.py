@@ -56,7 +56,7 @@ class Stats(Callback):
 
     def __init__(self, *, folder: str | None = None) -> None:
         super().__init__()
-        if folder is not None and not isinstance(folder, str):
+        if folder is not None and (not isinstance(folder, str) or not folder):
             raise ValueError(f"`folder` must be the path of a folder, or None, got {folder!r}")
         self.folder = folder
         self.figures: Figures = {}
@@ -177,6 +177,12 @@ class Stats(Callback):
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         if self._journal is not None:
             self._journal.logged(trainer.global_step, trainer.current_epoch, found)
+
+
+def check_by_rank(by_rank: object) -> None:
+    """Raise for what is no number of ranks up to which each has figures of its own."""
+    if not isinstance(by_rank, int) or isinstance(by_rank, bool) or by_rank < 0:
+        raise ValueError(f"`by_rank` must be an integer of at least 0, got {by_rank!r}")
 
 
 def _all(trainer: Trainer, word: Any) -> dict[int, Any]:

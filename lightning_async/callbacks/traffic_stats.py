@@ -18,7 +18,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_async.callbacks.stats import Figures, Stats
+from lightning_async.callbacks.stats import Figures, Stats, check_by_rank
 from lightning_async.progress.stretch import Stretch
 from lightning_async.transport.mail import KIND_NAMES
 from lightning_async.transport.traffic import plain
@@ -40,8 +40,7 @@ class TrafficStats(Stats):
 
     def __init__(self, *, by_rank: int = 16, folder: str | None = None) -> None:
         super().__init__(folder=folder)
-        if not isinstance(by_rank, int) or isinstance(by_rank, bool) or by_rank < 0:
-            raise ValueError(f"`by_rank` must be an integer of at least 0, got {by_rank!r}")
+        check_by_rank(by_rank)
         self.by_rank = by_rank
         self._before: dict[str, float] = {}
         self._hidden: dict[int, float] = {}

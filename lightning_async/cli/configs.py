@@ -23,8 +23,9 @@ def read(name: str) -> str:
 
 
 def summary(name: str) -> str:
-    """A config's first line, which says what it is for."""
-    return read(name).partition("\n")[0].lstrip("# ")
+    """A config's first paragraph, which says what it is for."""
+    lines = [line.lstrip("# ") for line in read(name).splitlines()]
+    return " ".join(lines[: lines.index("")])
 
 
 def _root() -> Path:

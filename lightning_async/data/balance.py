@@ -42,7 +42,7 @@ class Incremental:
             raise ValueError(f"`parts` must be an integer of at least 1, got {self.parts!r}")
         if self.partition not in get_args(PartitionForm):
             raise ValueError(f"`partition` must be 'redrawn' or 'kept', got {self.partition!r}")
-        if not 0 < self.memory <= 1:
+        if not _is_number(self.memory) or not 0 < self.memory <= 1:
             raise ValueError(f"`memory` must be above 0 and at most 1, got {self.memory!r}")
         if not _is_nominal(self.nominal):
             raise ValueError(
@@ -56,15 +56,18 @@ Balance = Name | Incremental
 
 def refuse_unknown(balance: object) -> None:
     """Raise for what is no balance."""
-    if not isinstance(balance, Incremental) and balance not in get_args(Name):
+    if not isinstance(balance, Incremental) and not (isinstance(balance, str) and balance in get_args(Name)):
         raise ValueError(f"`balance` must be 'claim', 'equal', 'incremental' or its knobs, got {balance!r}")
 
 
 def meant_by(balance: Balance | None, *, in_step: bool) -> Balance:
     """What a user means who may have said nothing. Members that go in step have equal shares."""
-    if in_step and balance not in (None, "equal"):
+    if balance is None:
+        return "equal" if in_step else "claim"
+    refuse_unknown(balance)
+    if in_step and balance != "equal":
         raise ValueError(f"`balance` must be 'equal' with mode='sync', whose ranks go in step, got {balance!r}")
-    return balance or ("equal" if in_step else "claim")
+    return balance
 
 
 def name_of(balance: Balance) -> Name:
@@ -78,6 +81,11 @@ def knobs_of(balance: Balance) -> Incremental:
 
 
 def _is_nominal(nominal: object) -> bool:
-    if isinstance(nominal, str) or not isinstance(nominal, Sequence):
+    if isinstance(nominal, str):
         return nominal in ("equal", "probe")
-    return all(isinstance(s, (int, float)) and 0 < s < math.inf for s in nominal) and len(nominal) > 0
+    speeds = nominal if isinstance(nominal, Sequence) and not isinstance(nominal, bytes) else ()
+    return len(speeds) > 0 and all(_is_number(s) and 0 < s < math.inf for s in speeds)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

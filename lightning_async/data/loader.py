@@ -34,7 +34,7 @@ Teller = Callable[[Any], object]
 
 
 class SharedBatches:
-    """A batch sampler that pulls from a share. It has no length on purpose.
+    """A batch sampler that pulls from a share. It has no length for Lightning's loop, which would stop there.
 
     Args:
         order: What the positions stand for; named `sampler` so that Lightning finds its `set_epoch`.
@@ -42,16 +42,37 @@ class SharedBatches:
         pull: Gets the next positions from the share, waiting if it must.
         whole: One position is one batch of the user's own batch sampler.
         tell: Is told what each batch consists of.
+        length: What it says of its length, where one may be told.
     """
 
     def __init__(
-        self, order: Order, begin: Beginner, pull: Puller, *, whole: bool = False, tell: Teller | None = None
+        self,
+        order: Order,
+        begin: Beginner,
+        pull: Puller,
+        *,
+        whole: bool = False,
+        tell: Teller | None = None,
+        length: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.sampler = order
         self._begin = begin
         self._pull = pull
         self._whole = whole
         self._tell = tell
+        self._length = length
+
+    def __len__(self) -> int:
+        if (length := self._length()) is None:
+            raise TypeError(
+                "how many batches this rank has is not known before the epoch is over: ranks share it out as they go. "
+                "While batches are trained on, the length is told that each rank of a synchronous run has; elsewhere "
+                "ask `trainer.estimated_stepping_batches`, or the length of your own DataLoader"
+            )
+        return length
+
+    def __bool__(self) -> bool:
+        return True
 
     def __iter__(self) -> Iterator[Any]:
         self._begin(self.sampler)
@@ -95,6 +116,7 @@ def shared_loader(
     epoch: int = 0,
     begin: Beginner | None = None,
     tell: Teller | None = None,
+    length: Callable[[], int | None] = lambda: None,
 ) -> DataLoader[Any]:
     """A loader like `loader` whose batches come from `share`.
 
@@ -106,6 +128,7 @@ def shared_loader(
         epoch: The epoch the first iterator belongs to; later ones are told by `set_epoch`.
         begin: Opens the order's epoch at the share; None: all of it, as it comes.
         tell: Is told what each batch consists of, as it goes to the loader.
+        length: What the loader says of its length: None where Lightning's loop would take it for the end.
     """
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise ValueError(
@@ -122,7 +145,7 @@ def shared_loader(
         share.begin_epoch(order.epoch, total=len(order), digest=order.digest, items=order.items)
         share.rewind()
 
-    return remade(loader, SharedBatches(order, begin or begin_all, pull, whole=whole, tell=tell))
+    return remade(loader, SharedBatches(order, begin or begin_all, pull, whole=whole, tell=tell, length=length))
 
 
 def recorded_loader(loader: DataLoader[Any], batches: Iterable[Any]) -> DataLoader[Any]:

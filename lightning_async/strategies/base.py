@@ -44,12 +44,12 @@ from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.inner_layer import InnerLayer
-from lightning_async.strategies.knobs import AtMeeting, StartMethod, check_word
+from lightning_async.strategies.knobs import AtMeeting, StartMethod, check_lightnings, check_word
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.members import Inner, check_inner, ranks_of_a_member
 from lightning_async.strategies.metrics import LedMetrics
-from lightning_async.strategies.office import Office
-from lightning_async.strategies.refusals import refuse, refuse_inner, refuse_module, refuse_run
+from lightning_async.strategies.office import Office, check_backend
+from lightning_async.strategies.refusals import refuse, refuse_inner, refuse_module, refuse_run, refuse_unmade
 from lightning_async.strategies.shown import Shown
 from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.stepping import Stepping
@@ -86,6 +86,15 @@ class AsyncStrategy(Shown):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        check_backend(process_group_backend)
+        check_lightnings(
+            timeout=timeout,
+            parallel_devices=parallel_devices,
+            accelerator=accelerator,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -155,6 +164,8 @@ class AsyncStrategy(Shown):
 
     def setup(self, trainer: Trainer) -> None:
         """Without DDP's wrapper and its collectives."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            refuse_unmade(trainer.lightning_module, self.name)
         super(DDPStrategy, self).setup(trainer)
         self._metrics = LedMetrics(
             trainer.lightning_module,

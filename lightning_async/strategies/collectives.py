@@ -49,6 +49,15 @@ class Collectives(DDPStrategy):
         """Whether this rank writes what one rank writes: the first that lives."""
         return self.global_rank == self.office.first
 
+    def teardown(self) -> None:
+        """What was refused for being on the device meta cannot be moved to the CPU, and its refusal is what is told."""
+        try:
+            super().teardown()
+        except NotImplementedError:
+            module = self.lightning_module
+            if module is None or not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+                raise
+
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all that live; between meetings, for nobody."""
         if self.meeting:

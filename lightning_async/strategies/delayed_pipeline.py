@@ -22,8 +22,8 @@ from lightning_async.pipeline.compensate import Compensate
 from lightning_async.pipeline.edge import Wire
 from lightning_async.pipeline.schedule import Order
 from lightning_async.pipeline.stash import Semantics
-from lightning_async.strategies.knobs import StartMethod
-from lightning_async.strategies.office import Office
+from lightning_async.strategies.knobs import StartMethod, check_lightnings, check_text
+from lightning_async.strategies.office import Office, check_backend
 from lightning_async.strategies.pipe_recording import StageRecording
 from lightning_async.strategies.pipe_setup import Baseline, Clip, PipeSetup, Split
 from lightning_async.strategies.pipeline_refusals import check_knobs
@@ -99,6 +99,15 @@ class DelayedPipelineStrategy(PipeSetup):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        check_backend(process_group_backend)
+        check_lightnings(
+            timeout=timeout,
+            parallel_devices=parallel_devices,
+            accelerator=accelerator,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -118,12 +127,19 @@ class DelayedPipelineStrategy(PipeSetup):
             "wire": (wire, get_args(Wire)),
             "start_method": (start_method, get_args(StartMethod)),
         }
+        check_text("stages", stages, "the name of the module that is cut")
         check_knobs(chosen, split=split, shrink=shrink, anneal=anneal, replicas=replicas, baseline=baseline)
         self.stages, self.split, self.semantics, self.order, self.wire = stages, split, semantics, order, wire
         self.compensate, self.anneal, self.replicas, self.baseline = compensate, anneal, replicas, baseline
         self.clip = clip
         self.office = Office(
-            interface=interface, silence=silence, patience=patience, limit=waiting_timeout, grace=grace, record=None
+            interface=interface,
+            silence=silence,
+            patience=patience,
+            limit=waiting_timeout,
+            limit_knob="waiting_timeout",
+            grace=grace,
+            record=None,
         )
         self.office.recording = StageRecording(record)
         self.shrink = shrink

@@ -50,6 +50,8 @@ class Feeding:
             the epoch (float). To be set before the loader is shared out. It does not cut a stream.
         batches: Batches that this rank trained on in this run.
         samples: Samples in them.
+        under_way: Whether batches of an epoch are being trained on: then its length may be told. Lightning's loop asks
+            at other times, and would end the epoch there.
     """
 
     def __init__(self, balance: Balance) -> None:
@@ -58,6 +60,7 @@ class Feeding:
         self._balance = balance
         self.limit: int | float = 1.0
         self.batches = self.samples = 0
+        self.under_way = False
         self.share: Share | None = None
         self._kept: tuple[Share, int, bool, int] | None = None
         self._batch, self._drop_last, self._world, self._ranks = 1, False, 1, 1
@@ -127,6 +130,7 @@ class Feeding:
             epoch=epoch(),
             begin=self._begin,
             tell=recording.fetched,
+            length=self.told_length,
         )
 
     def watch(self, loader: Any) -> Stream:
@@ -168,6 +172,13 @@ class Feeding:
         span, usual = self._span(self._total), self._usual or self._batch
         return epoch_batches(span, members=self._world, batch=usual, drop_last=self._drop_last)
 
+    def told_length(self) -> int | None:
+        """What the loader of a synchronous run says of its length, limits aside; None where it may not be told."""
+        if self._total is None or not self.under_way:
+            return None
+        usual = self._usual or self._batch
+        return epoch_batches(self._total, members=self._world, batch=usual, drop_last=self._drop_last)
+
     def epoch_ended(self, *, deaths: bool) -> None:
         """Say what nobody trained on. Only a death can leave something, and then the notes are final by now."""
         share = self.share
@@ -176,6 +187,7 @@ class Feeding:
 
     def close(self) -> None:
         """The run is over."""
+        self.under_way = False
         self.share = self._kept = self._total = self._usual = None
         self.batches = self.samples = 0
         self._begun, self._by_sample, self._tell_epoch = True, False, None

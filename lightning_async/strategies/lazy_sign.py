@@ -125,6 +125,8 @@ class LazySignStrategy(AsyncStrategy):
     ) -> None:
         if isinstance(exact, str):
             raise ValueError(f"`exact` must be a list of names, got {exact!r}: write [{exact!r}]")
+        if not isinstance(exact, (list, tuple)) or not all(isinstance(name, str) for name in exact):
+            raise ValueError(f"`exact` must be a list of names, got {exact!r}")
         knobs: dict[str, Any] = {
             "rule": rule,
             "compress": compress,

@@ -34,7 +34,7 @@ class Meetings(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Free again; foresee the epoch's end now and then. What the last step sends leaves beside this compute."""
-        self._drew = True
+        self._drew = self.strategy.feeding.under_way = True
         self.strategy.set_off()
         self.strategy.listen()
         self.strategy.clock.batch_started(trainer)
@@ -66,6 +66,7 @@ class Meetings(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Epochs that ended without a meeting (a -1 of the user's) meet too; who ended early waits for the others."""
+        self.strategy.feeding.under_way = False
         progress, clock = self.strategy.clock.progress, self.strategy.clock
         if progress is not None and self._came_empty(trainer):
             progress.ended, clock.over = True, False

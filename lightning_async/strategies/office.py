@@ -22,7 +22,7 @@ from lightning.fabric.plugins import ClusterEnvironment
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, though not exported by name
 
 from lightning_async.strategies.alike import check_alike
-from lightning_async.strategies.knobs import check_seconds
+from lightning_async.strategies.knobs import check_seconds, check_text
 from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
 from lightning_async.transport.cluster import ClusterCarrier
@@ -63,17 +63,17 @@ class Office:
         silence: float,
         patience: float,
         limit: float,
+        limit_knob: str = "meeting_timeout",
         grace: float = 10.0,
         record: str | None,
     ) -> None:
         check_seconds("grace", grace, also_0=True)
         self.grace = grace
-        for knob, value in (("silence", silence), ("patience", patience), ("meeting_timeout", limit)):
+        for knob, value in (("silence", silence), ("patience", patience), (limit_knob, limit)):
             check_seconds(knob, value)
         if patience < silence:
             raise ValueError(f"`patience` must be at least `silence` ({silence}), got {patience}")
-        if interface is not None and not isinstance(interface, str):
-            raise ValueError(f"`interface` must be the name of a network interface, got {interface!r}")
+        check_text("interface", interface, "the name of a network interface")
         self.interface, self.silence, self.patience, self.limit = interface, silence, patience, limit
         self.recording = Recording(record)
         self._run: str | None = None
@@ -243,6 +243,14 @@ class Office:
                 break
             carrier.wait(0.1)
         return tuple(r for r in everybody if carrier.decided(f"bye/{r}") != DIED)
+
+
+def check_backend(name: object) -> None:
+    """Raise for what is no backend of torch's; one for each kind of device may be given: `cpu:gloo,cuda:nccl`."""
+    known = [backend for backend in dist.Backend.backend_list if backend != dist.Backend.UNDEFINED]
+    asked = [part.split(":")[-1].lower() for part in name.split(",")] if isinstance(name, str) else [""]
+    if name is not None and not set(asked) <= set(known):
+        raise ValueError(f"`process_group_backend` must be one of {', '.join(map(repr, known))}, or None, got {name!r}")
 
 
 def _first_peers(me: int, world: int, size: int) -> tuple[int, ...]:

@@ -11,12 +11,13 @@ from it, and a pipeline with another number of stages.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_async.strategies import whole
+from lightning_async.strategies import foreign, whole
 from lightning_async.strategies.pipeline_shown import PipelineShown
 
 KEY = "delayed_pipeline"
@@ -87,6 +88,7 @@ class PipeSaving(PipelineShown):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
         """Read by all ranks."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
+        load = partial(super().load_checkpoint, checkpoint_path, weights_only=weights_only, **options)
+        checkpoint = foreign.read(load, checkpoint_path, self.name)
         self.resumed = checkpoint.get(KEY, {}) if self.fitting else {}
         return checkpoint

@@ -33,7 +33,7 @@ from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.parts import Parts
 from lightning_async.strategies.pipe_batches import PipeBatches
 from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse_schedulers
-from lightning_async.strategies.refusals import refuse, refuse_optimizers
+from lightning_async.strategies.refusals import refuse, refuse_optimizers, refuse_unmade
 from lightning_async.strategies.rests import Rests
 from lightning_async.strategies.turns import Turns, stash_limit
 from lightning_async.strategies.whole_files import WholeFiles
@@ -108,6 +108,8 @@ class PipeSetup(PipeBatches):
 
     def setup(self, trainer: Trainer) -> None:
         """Cut the network, and take this rank's place in the pipe."""
+        if self.fitting:
+            refuse_unmade(trainer.lightning_module, self.name)
         super(DDPStrategy, self).setup(trainer)
         self._metrics = LedMetrics(trainer.lightning_module, lambda state: [state], lambda: False)
         if self.fitting:

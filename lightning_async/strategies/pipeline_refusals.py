@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_async.strategies import compat
-from lightning_async.strategies.knobs import check_word
+from lightning_async.strategies.knobs import check_count, check_part, check_word
 
 
 def check_knobs(
@@ -18,20 +18,19 @@ def check_knobs(
     *,
     split: Any,
     shrink: Any,
-    anneal: int,
-    replicas: int,
+    anneal: object,
+    replicas: object,
     baseline: str,
 ) -> None:
     """Raise `ValueError` for knobs that mean nothing. `chosen`: (value, what it may be) by name."""
     for knob, (value, allowed) in chosen.items():
         check_word(knob, value, allowed)
-    if isinstance(split, str) and split not in ("even", "auto"):
+    numbers = isinstance(split, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in split)
+    if not numbers and not (isinstance(split, str) and split in ("even", "auto")):
         raise ValueError(f"`split` must be 'even', 'auto' or a list of block numbers, got {split!r}")
-    if not 0 < shrink <= 1:
-        raise ValueError(f"`shrink` must be above 0 and at most 1, got {shrink}")
-    for knob, number in (("anneal", anneal), ("replicas", replicas)):
-        if number < 1:
-            raise ValueError(f"`{knob}` must be at least 1, got {number}")
+    check_part("shrink", shrink)
+    check_count("anneal", anneal)
+    check_count("replicas", replicas)
     if baseline == "sync" and shrink != 1:
         raise ValueError(f"`shrink` must be 1 with baseline='sync', whose gradients are not late, got {shrink}")
 

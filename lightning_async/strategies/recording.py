@@ -71,7 +71,7 @@ class Recording:
     """Where this rank's events go, if anywhere."""
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        if folder is not None and not isinstance(folder, (str, os.PathLike)):
+        if folder is not None and (not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder)):
             raise ValueError(f"`record` must be the path of a folder, or None, got {folder!r}")
         self._folder = None if folder is None else os.fspath(folder)
         self._file: TextIO | None = None

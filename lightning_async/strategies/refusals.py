@@ -54,6 +54,21 @@ def refuse_module(module: torch.nn.Module, name: str) -> None:
             )
 
 
+def refuse_unmade(module: torch.nn.Module, name: str) -> None:
+    """Raise for parameters and buffers that have no numbers yet: nothing could be made equal on all ranks."""
+    for path, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if torch.nn.parameter.is_lazy(tensor):
+            raise MisconfigurationException(
+                f"strategy={name!r}: `{path}` is lazy, and its shape is not known before the first batch; give the "
+                "layer its sizes, or run one batch through it in `configure_model`"
+            )
+        if tensor.is_meta:
+            raise MisconfigurationException(
+                f"strategy={name!r}: `{path}` is on the device 'meta' and has no numbers; make it on a real device in "
+                "`configure_model`, with `to_empty` and an initialisation if it has to begin on 'meta'"
+            )
+
+
 def refuse_optimizers(optimizers: list[Optimizer], name: str) -> None:
     """Raise for optimizers that step several times a batch, or together with other ranks."""
     for optimizer in optimizers:

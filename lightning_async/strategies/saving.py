@@ -9,10 +9,12 @@ remove_checkpoint    the main file, then the files of all ranks
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_async.strategies import foreign
 from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.collectives import Collectives
 
@@ -45,7 +47,8 @@ class Saving(Collectives):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
         """What Lightning restores on this rank. Read by all ranks."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
+        load = partial(super().load_checkpoint, checkpoint_path, weights_only=weights_only, **options)
+        checkpoint = foreign.read(load, checkpoint_path, self.name)
         return self.together(self.checkpoints.load(checkpoint_path, checkpoint)) if self.meeting else checkpoint
 
     def remove_checkpoint(self, filepath: Any) -> None:

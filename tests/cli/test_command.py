@@ -21,6 +21,16 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(len(line.split()) > 3 for line in lines)
 
 
+@pytest.mark.parametrize("name", names())
+def test_a_summary_ends_where_its_sentence_ends(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["config"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{name} "))
+    text = line.removeprefix(name).strip()
+    assert text.endswith(".")
+    heading = read(name).partition("\n#\n")[0]
+    assert text == " ".join(part.removeprefix("# ") for part in heading.splitlines())
+
+
 @pytest.mark.parametrize("name", ["strategies/gossip_ring", "strategies/gossip_ring.yaml", "callbacks/speed_faults"])
 def test_prints(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", name]) == 0

@@ -138,8 +138,8 @@ KNOBS: list[tuple[dict[str, Any], str]] = [
     ({"shrink": 0.0}, "`shrink` must be above 0 and at most 1, got 0.0"),
     ({"semantics": "old"}, "`semantics` must be one of 'stash', 'recompute', 'hybrid', got 'old'"),
     ({"order": "both"}, "`order` must be one of 'update_first', 'forward_first', got 'both'"),
-    ({"anneal": 0}, "`anneal` must be at least 1, got 0"),
-    ({"replicas": 0}, "`replicas` must be at least 1, got 0"),
+    ({"anneal": 0}, "`anneal` must be an integer of at least 1, got 0"),
+    ({"replicas": 0}, "`replicas` must be an integer of at least 1, got 0"),
     ({"baseline": "sync", "shrink": 0.5}, "`shrink` must be 1 with baseline='sync'"),
     ({"patience": 0.1}, "`patience` must be at least `silence`"),
 ]

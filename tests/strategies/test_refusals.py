@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import pickle
+import re
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from lightning_async import GossipRingStrategy
 from lightning_async.algorithms.gossip import Gossip
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.refusals import refuse_module, refuse_optimizers
+from tests.strategies import ranks
 from tests.strategies.lit import Lit, loader, trainer
 
 TRAINERS: list[tuple[dict[str, Any], str]] = [
@@ -91,11 +94,79 @@ def test_reestimation_with_manual_optimisation() -> None:
         t.fit(Manual(), loader(), loader(40, shuffle=False))
 
 
+FOREIGN = {
+    "another dictionary": (
+        {"weights": torch.zeros(3)},
+        "it has no 'pytorch-lightning_version' and no 'state_dict', but",
+    ),
+    "weights": ({"state_dict": {}}, "it has no 'pytorch-lightning_version', but 'state_dict'. A run"),
+    "a tensor": (torch.zeros(3), "it holds a Tensor, not a dictionary"),
+    "text": (b"hello", r"it cannot be read \("),
+    "nothing": (b"", r"it cannot be read \("),
+    "half a file": (b"PK\x03\x04 and then nothing", r"it cannot be read \("),
+}
+
+
+def fit_from(path: Path, stage: str = "fit", strategy: str = "gossip_ring") -> None:
+    warnings.simplefilter("ignore")
+    t = trainer(2, strategy=strategy, max_epochs=1)
+    if stage == "fit":
+        t.fit(Lit(), loader(), loader(40, shuffle=False), ckpt_path=path)
+    else:
+        getattr(t, stage)(Lit(), loader(40, shuffle=False), ckpt_path=path)
+
+
+def write(path: Path, content: object) -> Path:
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    return path
+
+
+def refused_on_both(path: Path, sentence: str, *arguments: Any) -> None:
+    begin = time.monotonic()
+    with ranks.Forked(2, fit_from, path, *arguments) as forked:
+        results = forked.results(20.0)
+    assert time.monotonic() - begin < 15.0
+    for result in results:
+        assert result.kind == "MisconfigurationException", result.trace
+        assert re.search(f"ckpt_path='{path}' is no checkpoint that Lightning saved: {sentence}", result.error)
+        assert "load them before `fit`, with `load_state_dict`" in result.error
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_foreign_checkpoint(tmp_path: Path, content: str) -> None:
+    data, sentence = FOREIGN[content]
+    refused_on_both(write(tmp_path / "foreign.ckpt", data), sentence)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_foreign_checkpoint_in_other_stages(tmp_path: Path, stage: str) -> None:
+    data, sentence = FOREIGN["another dictionary"]
+    refused_on_both(write(tmp_path / "foreign.ckpt", data), sentence, stage)
+
+
+@pytest.mark.parametrize("strategy", ["async_global", "cyclic_delay", "delayed_pipeline", "lazy_sign"])
+def test_a_foreign_checkpoint_of_each_strategy(tmp_path: Path, strategy: str) -> None:
+    data, sentence = FOREIGN["text"]
+    refused_on_both(write(tmp_path / "foreign.ckpt", data), sentence, "fit", strategy)
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_foreign_checkpoint(tmp_path: Path) -> None:
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.ckpt")
-    with pytest.raises((KeyError, RuntimeError), match=r"pytorch-lightning_version|state_dict"):
-        trainer(1).fit(Lit(), loader(), loader(40, shuffle=False), ckpt_path=tmp_path / "foreign.ckpt")
+def test_a_checkpoint_of_plain_lightning_is_not_foreign(tmp_path: Path) -> None:
+    plain = trainer(1, strategy="auto", max_epochs=1)
+    plain.fit(Lit(), loader(), loader(40, shuffle=False))
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    t, lit = trainer(1, max_epochs=2), Lit()
+    t.fit(lit, loader(), loader(40, shuffle=False), ckpt_path=tmp_path / "plain.ckpt")
+    assert len(lit.seen) == 240  # of the second epoch only
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
+        trainer(1).fit(Lit(), loader(), loader(40, shuffle=False), ckpt_path=tmp_path / "none.ckpt")
 
 
 class Nothing(Lit):
@@ -120,6 +191,68 @@ def test_parameters(lit: type[Lit], sentence: str) -> None:
         trainer(1).fit(lit(), loader(), loader(40, shuffle=False))
 
 
+class Lazy(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.LazyLinear(3)
+
+
+class LazyStatistics(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LazyBatchNorm1d(affine=False)
+
+
+class Meta(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 3, device="meta")
+
+
+class MetaBuffer(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.empty(3, device="meta"))
+
+
+class MadeInTime(Meta):
+    """As users of large models do it."""
+
+    def configure_model(self) -> None:
+        self.head = self.head.to_empty(device="cpu")
+        self.head.reset_parameters()
+
+
+def fit_unmade(lit: type[Lit], strategy: str) -> None:
+    warnings.simplefilter("ignore")
+    trainer(2, strategy=strategy, max_epochs=1).fit(lit(), loader(), loader(40, shuffle=False))
+
+
+@pytest.mark.parametrize("strategy", ["gossip_ring", "delayed_pipeline"])
+@pytest.mark.parametrize(
+    ("lit", "sentence"),
+    [
+        (Lazy, "`head.weight` is lazy, .* give the layer its sizes, or run one batch through it in `configure_model`"),
+        (LazyStatistics, "`norm.running_mean` is lazy"),
+        (
+            Meta,
+            "`head.weight` is on the device 'meta' and has no numbers; make it on a real device in `configure_model",
+        ),
+        (MetaBuffer, "`mask` is on the device 'meta'"),
+    ],
+)
+def test_parameters_that_are_not_made_yet(lit: type[Lit], sentence: str, strategy: str) -> None:
+    with ranks.Forked(2, fit_unmade, lit, strategy) as forked:
+        results = forked.results(20.0)
+    for result in results:
+        assert result.kind == "MisconfigurationException", result.trace
+        assert re.search(f"strategy='{strategy}': {sentence}", result.error)
+
+
+def test_parameters_that_are_made_in_time() -> None:
+    ranks.run(2, fit_unmade, MadeInTime, "gossip_ring")
+
+
 KNOBS = [
     ({"mode": "ring"}, "`mode` must be one of"),
     ({"at_meeting": "leave"}, "`at_meeting` must be one of 'adopt', 'keep', got 'leave'"),
@@ -133,7 +266,7 @@ KNOBS = [
     ({"meeting_timeout": -1}, "`meeting_timeout` must be a number of seconds above 0, got -1"),
     ({"meeting_timeout": math.nan}, "`meeting_timeout` must be a number of seconds above 0, got nan"),
     ({"grace": -0.1}, "`grace` must be a number of seconds of at least 0, got -0.1"),
-    ({"interface": 3}, "`interface` must be the name of a network interface, got 3"),
+    ({"interface": 3}, "`interface` must be the name of a network interface, or None, got 3"),
     ({"record": 3}, "`record` must be the path of a folder, or None, got 3"),
 ]
 

@@ -278,26 +278,27 @@ def test_what_cannot_travel_is_refused_also_without_a_link(store: Store) -> None
 # a member in a process of its own
 
 
-def _member(port: int, me: int, world: int, out: Connection) -> None:
-    with make(TCPStore("127.0.0.1", port, is_master=False), me, world) as carrier:
+def _member(port: int, me: int, world: int, shared_memory: bool, out: Connection) -> None:
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    with make(store, me, world, shared_memory=shared_memory) as carrier:
         until([carrier], lambda: carrier.post(0, Message(KIND, torch.ones(16 << 20))))
         out.send("posted")
         signal.pause()
 
 
-@pytest.fixture
-def mixed() -> Iterator[tuple[list[ClusterCarrier], int]]:
+@pytest.fixture(params=[True, False], ids=["memory", "network"])
+def mixed(request: pytest.FixtureRequest) -> Iterator[tuple[list[ClusterCarrier], int]]:
     """Members 0 and 1 here, and the process id of member 2, which sends 64 MB to member 0 and folds nothing."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with ExitStack() as stack:
         gc.collect()  # a store's server that is garbage in the child makes it wait for a thread that was not forked
         mine, theirs = (stack.enter_context(end) for end in FORK.Pipe())
-        process = FORK.Process(target=_member, args=(server.port, 2, 3, theirs))
+        process = FORK.Process(target=_member, args=(server.port, 2, 3, request.param, theirs))
         process.start()
         stack.callback(process.close)
         stack.callback(process.join)
         stack.callback(process.kill)
-        carriers = [make(server, me, 3) for me in range(2)]
+        carriers = [make(server, me, 3, shared_memory=request.param) for me in range(2)]
         for carrier in carriers:
             stack.callback(carrier.close)
             carrier.start()

@@ -407,8 +407,8 @@ def test_close_before_the_peer_came(store: Store) -> None:
 # the other end in a process of its own
 
 
-def _other_end(port: int, done: Connection) -> None:
-    end = End(TCPStore("127.0.0.1", port, is_master=False), 1, 0)
+def _other_end(port: int, shared_memory: bool, done: Connection) -> None:
+    end = End(TCPStore("127.0.0.1", port, is_master=False), 1, 0, shared_memory=shared_memory)
     end.open()
     until(lambda: end.link.state == "up")
     end.slots.post(Message(20, torch.ones(16 << 20)))
@@ -416,15 +416,15 @@ def _other_end(port: int, done: Connection) -> None:
     os._exit(0)
 
 
-@pytest.fixture
-def far() -> Iterator[tuple[End, int]]:
+@pytest.fixture(params=[True, False], ids=["memory", "network"])
+def far(request: pytest.FixtureRequest) -> Iterator[tuple[End, int]]:
     """This end of a link, not opened yet, and the process id of the other one, which sends 64 MB and folds nothing."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     gc.collect()  # a store's server that is garbage in the child makes it wait for a thread that was not forked
     mine, theirs = FORK.Pipe()
-    process = FORK.Process(target=_other_end, args=(server.port, theirs))
+    process = FORK.Process(target=_other_end, args=(server.port, request.param, theirs))
     process.start()
-    end = End(server, 0, 1)
+    end = End(server, 0, 1, shared_memory=request.param)
     try:
         assert process.pid is not None
         yield end, process.pid

@@ -1,0 +1,61 @@
+"""`len(trainer.train_dataloader)` is ddp's while batches are trained on, and does not bound what a rank trains on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from lightning_async import SpeedFaults
+from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.ranks import run
+
+RANKS, SAMPLES = 2, 60
+
+
+class Asks(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: set[int] = set()
+        self.sentences: set[str] = set()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.lengths.add(len(self.trainer.train_dataloader))  # type: ignore[arg-type]
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.lengths.add(len(self.trainer.train_dataloader))  # type: ignore[arg-type]
+
+    def on_train_epoch_start(self) -> None:
+        try:
+            len(self.trainer.train_dataloader)  # type: ignore[arg-type]
+        except TypeError as error:
+            self.sentences.add(str(error))
+
+
+def fit(options: dict[str, Any], strategy: str) -> tuple[set[int], set[str], list[int]]:
+    warnings.simplefilter("ignore")
+    lit = Asks()
+    faults = SpeedFaults(step_seconds=0.002, slow={1: 5.0})
+    trainer(RANKS, strategy=strategy, max_epochs=3, callbacks=[faults]).fit(lit, loader(n=SAMPLES, **options))
+    return lit.lengths, lit.sentences, lit.seen
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1, "persistent_workers": True}, {"drop_last": True}])
+def test_the_length_of_a_synchronous_run(options: dict[str, Any]) -> None:
+    length = math.ceil(SAMPLES / RANKS / 4)
+    fast, slow = run(RANKS, fit, options, "gossip_ring")
+    assert fast[0] == slow[0] == {length}
+    assert len(fast[2]) > len(slow[2]), "it bounds the fast rank"
+    assert sorted(fast[2] + slow[2]) == sorted(3 * list(range(SAMPLES)))
+    assert all("how many batches this rank has is not known before the epoch is over" in s for s in fast[1] | slow[1])
+    assert fast[1]
+
+
+def test_it_is_the_length_that_ddp_tells() -> None:
+    (plain, sentences, _), _ = run(RANKS, fit, {}, "ddp")
+    assert plain == {math.ceil(SAMPLES / RANKS / 4)}
+    assert sentences == set()
