@@ -75,6 +75,8 @@ class Clock:
             with self._counts.unread(trainer):
                 setup_data()
             self.expect(trainer)
+            if self._counts.cuts(self._strategy.feeding):
+                compat.fetch_late(trainer)
             self._wishes.keep_stop(trainer)  # of a hook before the training; alone it would skip all of it
 
         def keep_wishes(fetcher: Any) -> None:
@@ -156,8 +158,12 @@ class Clock:
         if self.progress is None:
             return
         self.progress.batch_started()
-        if self.progress.is_last():
-            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        if not self.progress.is_last():
+            compat.look_ahead(trainer)
+        elif not batches.is_last_batch:
+            batches.is_last_batch = True
+            self._strategy.feeding.cut()
         if self._counts.taken:
             self._log_steps.follow(trainer, trainer.global_step)
 
@@ -208,6 +214,7 @@ class Clock:
         loop = trainer.fit_loop.epoch_loop
         if outcome.due & Due.END_EPOCH and not loop.batch_progress.is_last_batch:
             loop.batch_progress.is_last_batch = True
+            self._strategy.feeding.cut()
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         if outcome.wishes & Wish.STOP:
             trainer.should_stop, self._wishes.stop = True, False

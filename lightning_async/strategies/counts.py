@@ -93,6 +93,10 @@ class Counts:
             del trainer().val_check_interval
         self._taken, self.val_seconds = {}, None
 
+    def cuts(self, feeding: Feeding) -> bool:
+        """Whether a limit ends the epochs of streams."""
+        return self.taken and feeding.share is None and feeding.limit != 1.0
+
     def items(self, trainer: Trainer, feeding: Feeding, n: int) -> Iterator[Item]:
         """What is due when `n` members have come so far together."""
         if not self.taken:
@@ -105,7 +109,7 @@ class Counts:
         if self._meet_every is not None:
             yield Item(Due.NOTHING, Unit.SAMPLES, self._meet_every)
         yield from self._validations(trainer, feeding, n)
-        if feeding.share is None and feeding.limit != 1.0:
+        if self.cuts(feeding):
             if not isinstance(feeding.limit, int):
                 raise _part_of_unknown("limit_train_batches", feeding.limit)
             yield Item(Due.END_EPOCH, Unit.BATCHES, feeding.limit * n, in_epoch=True)
