@@ -201,11 +201,32 @@ class ByEpoch(Callback):
         module.seen = []
 
 
+class Sized(Numbers):
+    """One that says how long it is."""
+
+    def __len__(self) -> int:
+        return int(self.length)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.at %= int(self.length)
+        return super().__iter__()
+
+
+class Short(Sized):
+    """One that has less than it says, on rank 0."""
+
+    def __len__(self) -> int:
+        return int(self.length) + (20 if os.environ["RANK"] == "0" else 0)
+
+
 LOADERS: dict[str, Any] = {
     "data set": lambda: DataLoader(Numbers(float("inf")), batch_size=2),
     "live": lambda: DataLoader(Live(), batch_size=2),
     "anew": lambda: DataLoader(Anew(), batch_size=2),
     "loader": lambda: Bookmarked(float("inf")),
+    "sized": lambda: DataLoader(Sized(48), batch_size=2),
+    "unlike": lambda: DataLoader(Sized(48 if os.environ["RANK"] == "0" else 24), batch_size=2),
+    "short": lambda: DataLoader(Short(16), batch_size=2),
     "sixes": lambda: Bookmarked(6),
     "tens": lambda: Bookmarked(10),
 }
@@ -219,6 +240,7 @@ def _limited(
     folder: str | None = None,
     path: str | None = None,
     validates: int | float = 1.0,
+    limit: int | float = 6,
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     lit, by_epoch = Lit(lr=0.001), ByEpoch()
@@ -228,7 +250,7 @@ def _limited(
         n,
         callbacks=[*pace, by_epoch, *saver],
         max_epochs=4,
-        limit_train_batches=6,
+        limit_train_batches=limit,
         enable_checkpointing=folder is not None,
         val_check_interval=validates,
         strategy=strategy,
@@ -257,6 +279,32 @@ def test_a_loader_with_a_state_goes_on_behind_the_limit(kind: str, epochs: list[
     assert [len(epoch) for epoch in end["epochs"]] == epochs
     period = {"loader": 48, "sixes": 12, "tens": 20}[kind]
     assert _flat(end) == [index % period for index in range(sum(epochs))]
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+def test_a_part_of_a_stream_of_known_length_is_that_part_of_it() -> None:
+    (theirs,) = run(1, _limited, 1, "sized", "ddp", 1.0, None, None, 1.0, 0.25)
+    (ours,) = run(1, _limited, 1, "sized", None, 1.0, None, None, 1.0, 0.25)
+    assert [len(epoch) for epoch in theirs["epochs"]] == [12] * 4
+    assert ours["epochs"] == theirs["epochs"]
+    assert ours["step"] == theirs["step"]
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize("validates", [1.0, 0.5])
+def test_all_name_the_same_part_of_streams_of_unlike_lengths(validates: float) -> None:
+    ends = run(2, _limited, 2, "unlike", None, 1.0, None, None, validates, 0.25)
+    batches = [len(_flat(end)) // 2 for end in ends]
+    assert ends[0]["end"] == ends[1]["end"]
+    assert ends[0]["step"] == ends[1]["step"] == sum(batches) // 2
+    assert 24 + 12 >= sum(batches) >= 4 * (6 + 3) - 2
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+def test_a_stream_that_has_less_than_its_length_meets_the_others_at_its_end() -> None:
+    ends = run(2, _limited, 2, "short", None, 1.0, None, None, 1.0, 1.0)
+    assert ends[0]["end"] == ends[1]["end"]
+    assert [end["epochs"] for end in ends] == [[list(range(16))] * 4] * 2
 
 
 @pytest.mark.parametrize("slow", [1.0, 4.0])
