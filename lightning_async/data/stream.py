@@ -21,7 +21,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-_OWN = frozenset({"_loader", "_source", "_begun", "_way", "_mark", "_handed", "_ended", "_cut", "_resumed"})
+_OWN = frozenset(
+    {"_loader", "_source", "_begun", "_way", "_mark", "_handed", "_ended", "_moved", "_cut", "_live", "_resumed"}
+)
 
 
 class Stream:
@@ -39,7 +41,8 @@ class Stream:
         self._way: deque[Any] = deque()
         self._mark: Any = None
         self._handed = 0
-        self._ended = self._cut = self._resumed = False
+        self._ended = self._moved = self._cut = self._resumed = False
+        self._live: Iterator[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name in _OWN:
@@ -64,10 +67,12 @@ class Stream:
         self._end()
 
     def _drawn(self) -> Iterator[Any]:
-        for batch in self._loader:
+        self._live = iter(self._loader) if self._live is None else self._live
+        for batch in self._live:
             self._way.append(self._state())
             self._handed += 1
             yield batch
+        self._live = None
 
     @property
     def dry(self) -> bool:
@@ -77,7 +82,7 @@ class Stream:
     def trained(self) -> None:
         """The oldest batch that came was trained on: the bookmark moves behind it."""
         if self._way:
-            self._mark = self._way.popleft()
+            self._mark, self._moved = self._way.popleft(), True
 
     def cut(self) -> None:
         """The epoch ends here, by a limit: the next one goes on from here, as a run does that was saved here."""
@@ -97,26 +102,30 @@ class Stream:
         self._source.load_state_dict(copy.deepcopy(bookmark))
         self._mark = bookmark
         self._way.clear()
+        self._live = None
 
     def _state(self) -> Any:
         return None if self._source is None else copy.deepcopy(self._source.state_dict())
 
     def _back(self) -> bool:
-        """A new iterator; whether it goes on: what the last one fetched in vain comes again, and what a loader had left
-        when it was cut.
+        """A new iterator; whether it goes on: what the last one fetched in vain comes again, and a loader that was cut
+        has its iterator back.
 
         An iterator that came to its end has nothing to take back: its last batches are still on their way. A data set
-        that was cut with nothing on its way stands where it is to go on.
+        stands where it is to go on; a loader that nobody cut begins anew, as it does under Lightning.
         """
-        in_vain = bool(self._way) and not self._ended
-        goes_on = self._source is not None and (in_vain or (self._cut and self._source is self._loader))
-        if goes_on:
-            self._turn_to(self._mark)
+        whole, in_vain = self._source is self._loader, bool(self._way) and not self._ended
+        goes_on = self._source is not None and whole and self._cut
         if in_vain:
+            if self._source is not None and (self._cut or not self._moved or not whole):
+                self._turn_to(self._mark)
+                goes_on = True
             self._way.clear()
+        if not goes_on:
+            self._live = None
         if self._mark is None:
             self._mark = self._state()
-        self._ended = self._cut = False
+        self._ended = self._moved = self._cut = False
         self._handed = 0
         return goes_on
 
