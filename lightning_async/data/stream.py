@@ -21,7 +21,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-_OWN = frozenset({"_loader", "_source", "_begun", "_way", "_mark", "_handed", "_ended", "_moved", "_resumed"})
+_OWN = frozenset(
+    {"_loader", "_source", "_begun", "_way", "_mark", "_handed", "_ended", "_moved", "_cut", "_live", "_resumed"}
+)
 
 
 class Stream:
@@ -39,7 +41,8 @@ class Stream:
         self._way: deque[Any] = deque()
         self._mark: Any = None
         self._handed = 0
-        self._ended = self._moved = self._resumed = False
+        self._ended = self._moved = self._cut = self._resumed = False
+        self._live: Iterator[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name in _OWN:
@@ -57,12 +60,19 @@ class Stream:
 
     def __iter__(self) -> Iterator[Any]:
         self._begun()
-        self._back()
-        for batch in self._loader:
+        went_on = self._back()
+        yield from self._drawn()
+        if went_on and not self._handed:  # it was cut right at its end
+            yield from self._drawn()
+        self._end()
+
+    def _drawn(self) -> Iterator[Any]:
+        self._live = iter(self._loader) if self._live is None else self._live
+        for batch in self._live:
             self._way.append(self._state())
             self._handed += 1
             yield batch
-        self._end()
+        self._live = None
 
     @property
     def dry(self) -> bool:
@@ -74,37 +84,50 @@ class Stream:
         if self._way:
             self._mark, self._moved = self._way.popleft(), True
 
+    def cut(self) -> None:
+        """The epoch ends here, by a limit: the next one goes on from here, as a run does that was saved here."""
+        self._cut = not self._ended
+
     def bookmark(self) -> Any:
         """The state right after the last batch that was trained on; None where there is none."""
         return self._state() if self._mark is None else self._mark
 
-    def go_to(self, bookmark: Any) -> None:
-        """Go on from this rank's own bookmark with the next iterator."""
+    def go_to(self, bookmark: Any, *, in_mid_epoch: bool = True) -> None:
+        """Go on from this rank's own bookmark with the next iterator: of the same epoch, or of the next one."""
         if self._source is not None and bookmark is not None:
-            self._resumed = True
+            self._resumed, self._cut = True, not in_mid_epoch
             self._turn_to(bookmark)
 
     def _turn_to(self, bookmark: Any) -> None:
         self._source.load_state_dict(copy.deepcopy(bookmark))
         self._mark = bookmark
         self._way.clear()
+        self._live = None
 
     def _state(self) -> Any:
         return None if self._source is None else copy.deepcopy(self._source.state_dict())
 
-    def _back(self) -> None:
-        """A new iterator. What the last one fetched in vain comes again, if it was for nothing else.
+    def _back(self) -> bool:
+        """A new iterator; whether it goes on: what the last one fetched in vain comes again, and a loader that was cut
+        has its iterator back.
 
-        An iterator that came to its end has nothing to take back: its last batches are still on their way.
+        An iterator that came to its end has nothing to take back: its last batches are still on their way. A data set
+        stands where it is to go on; a loader that nobody cut begins anew, as it does under Lightning.
         """
-        if self._way and not self._ended:
-            if not self._moved and self._source is not None:
+        whole, in_vain = self._source is self._loader, bool(self._way) and not self._ended
+        goes_on = self._source is not None and whole and self._cut
+        if in_vain:
+            if self._source is not None and (self._cut or not self._moved or not whole):
                 self._turn_to(self._mark)
+                goes_on = True
             self._way.clear()
+        if not goes_on:
+            self._live = None
         if self._mark is None:
             self._mark = self._state()
-        self._ended = self._moved = False
+        self._ended = self._moved = self._cut = False
         self._handed = 0
+        return goes_on
 
     def _end(self) -> None:
         """Behind the last batch of an epoch lies the state in which the next one begins."""
@@ -139,6 +162,7 @@ class Streams:
         self._begun = begun
         self._all: list[Stream] = []
         self._bookmarks: list[Any] = []
+        self._in_mid_epoch = True
 
     def __len__(self) -> int:
         return len(self._all)
@@ -146,7 +170,7 @@ class Streams:
     def watch(self, loader: Any) -> Stream:
         """One more; it goes on from its bookmark, if one was given."""
         made = (StatefulStream if is_stateful(loader) else Stream)(loader, begun=self._begun)
-        made.go_to(next(iter(self._bookmarks[len(self._all) :]), None))
+        made.go_to(next(iter(self._bookmarks[len(self._all) :]), None), in_mid_epoch=self._in_mid_epoch)
         self._all.append(made)
         return made
 
@@ -165,15 +189,20 @@ class Streams:
         for stream in self._all:
             stream.trained()
 
+    def cut(self) -> None:
+        """The epoch ends behind the batch under way, whatever is left of them."""
+        for stream in self._all:
+            stream.cut()
+
     def bookmarks(self) -> list[Any]:
         """The state of each right after what was trained on last."""
         return [stream.bookmark() for stream in self._all]
 
-    def load(self, bookmarks: Sequence[Any]) -> None:
+    def load(self, bookmarks: Sequence[Any], *, in_mid_epoch: bool = True) -> None:
         """Go on from these."""
-        self._bookmarks = list(bookmarks)
+        self._bookmarks, self._in_mid_epoch = list(bookmarks), in_mid_epoch
         for stream, bookmark in zip(self._all, bookmarks, strict=False):
-            stream.go_to(bookmark)
+            stream.go_to(bookmark, in_mid_epoch=in_mid_epoch)
 
     def batches(self, limit: int | float) -> int | None:
         """How many batches an epoch has; None if that is not known."""

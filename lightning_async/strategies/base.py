@@ -233,6 +233,8 @@ class AsyncStrategy(Shown):
         """The loader is known, the checkpoint is restored: the algorithm begins."""
         self.voice.begin(self.replica, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
         self.checkpoints.put_back()
+        if self.feeding.share is None:
+            self.office.recording.cannot_name_samples()
         self.office.recording.start(self)
         self.clock.begin(self.trainer)
         self.clock.set_out(self.trainer, self.consensus.come)

@@ -77,6 +77,8 @@ class Clock:
             with self._counts.unread(trainer):
                 setup_data()
             self.expect(trainer)
+            if self._counts.cuts(self._strategy.feeding):
+                compat.fetch_late(trainer)
             self._wishes.keep_stop(trainer)  # of a hook before the training; alone it would skip all of it
 
         def keep_wishes(fetcher: Any) -> None:
@@ -121,7 +123,7 @@ class Clock:
         self.waited = self._restored.get("ended", False)
         if self.waited and feeding.share is not None:  # what was left of the epoch is shared out anew
             self.waited = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
-        agenda = Agenda(self._counts.items(trainer, feeding, n))
+        agenda = Agenda(self._counts.items(trainer, feeding, n, self._batches_of_all(n)))
         before, epoch = self._earlier(trainer, n)
         evened = int(self._restored.get("evened", 0)) * n // self._restored.get("n", n)
         same = (self._restored.get("n"), self._restored.get("steps_of")) == (n, self._steps_of(trainer))
@@ -136,6 +138,19 @@ class Clock:
         self._wishes.validated()
         if trainer.lightning_module.automatic_optimization:
             self._schedules.take(strategy.lr_scheduler_configs, self.progress.steps())
+
+    def _batches_of_all(self, n: int) -> int | None:
+        """The batches of an epoch of all members; None while nobody knows, or one does not.
+
+        Streams may be of unlike lengths, and all members must name the same points: where those are parts of an epoch
+        they tell each other.
+        """
+        mine = self._strategy.feeding.epoch_batches()
+        if not self._counts.takes_part(self._strategy.feeding):
+            return None if mine is None else mine * n
+        word = b"" if mine is None else str(mine).encode()
+        said = self._strategy.together(self._strategy.office.rounds.agree(word, what="how long their streams are"))
+        return sum(map(int, said.values())) if all(said.values()) else None
 
     def put_back(self) -> None:
         """The run is over: Lightning's counts are Lightning's again. Idempotent."""
@@ -163,8 +178,12 @@ class Clock:
             return
         self.progress.length = self._steps_of_epoch(trainer)
         self.progress.batch_started()
-        if self.progress.is_last():
-            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        if not self.progress.is_last():
+            compat.look_ahead(trainer)
+        elif not batches.is_last_batch:
+            batches.is_last_batch = True
+            self._strategy.feeding.cut()
         if self._counts.taken:
             self._log_steps.follow(trainer, trainer.global_step)
 
@@ -214,8 +233,8 @@ class Clock:
             self._logbook.met(trainer, self.progress)
         loop = trainer.fit_loop.epoch_loop
         if outcome.due & Due.END_EPOCH and not loop.batch_progress.is_last_batch:
-            loop.batch_progress.is_last_batch = True
-            loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+            self._strategy.feeding.cut()
+            _was_last(trainer)
         if outcome.wishes & Wish.STOP:
             trainer.should_stop, self._wishes.stop = True, False
         self.empty = outcome.empty
@@ -239,6 +258,12 @@ class Clock:
     def leave(self, trainer: Trainer) -> Wait[None]:
         """A meeting ends, with its validation behind it."""
         yield from self._schedules.ask_plateaus(trainer, self._strategy.office.rounds)
+
+    def ran_dry(self, trainer: Trainer) -> None:
+        """The epoch is over on this rank; a stream that has less than its length says so by ending, and not before."""
+        feeding, batches = self._strategy.feeding, trainer.fit_loop.epoch_loop.batch_progress
+        if feeding.share is None and feeding.dry and not batches.is_last_batch:
+            _was_last(trainer)
 
     def requeued(self, trainer: Trainer) -> None:
         """Save and ask for a new place in the queue, as Lightning would have done in the signal handler."""
@@ -300,6 +325,13 @@ class Clock:
         self._written = trainer.global_step
         steps = self.progress.steps() if self._counts.taken else self._written
         self._schedules.follow(trainer, min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps)
+
+
+def _was_last(trainer: Trainer) -> None:
+    """The batch that was trained on was the last one of the epoch, and Lightning did not know it."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.batch_progress.is_last_batch = True
+    loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
 
 
 def _scaled(tally: Tally, n: int, before: int) -> Tally:

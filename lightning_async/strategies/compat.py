@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -18,6 +18,7 @@ import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import CombinedLoader
@@ -153,6 +154,38 @@ def first_batch(trainer: Trainer) -> Any:
 def ends_in_step(trainer: Trainer) -> bool:
     """Whether an optimizer step is due with this batch, as far as `accumulate_grad_batches` goes."""
     return not trainer.fit_loop._should_accumulate()
+
+
+def fetch_late(trainer: Trainer) -> None:
+    """Let the batch ahead be fetched by `look_ahead` alone: Lightning fetches it before anybody knows whether the epoch
+    ends here, and what it fetched in vain is lost to a stream. A loader of known length is never fetched ahead."""
+    fetcher = trainer.fit_loop._data_fetcher
+    if type(fetcher) is _PrefetchDataFetcher:
+        fetcher.__class__ = _FetchesLate
+
+
+def look_ahead(trainer: Trainer) -> None:
+    """The epoch goes on behind the batch under way, if its stream does: fetch what comes next, or say that it ended."""
+    fetcher = trainer.fit_loop._data_fetcher
+    if isinstance(fetcher, _FetchesLate):
+        fetcher.look_ahead()
+        trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = fetcher.done
+
+
+class _FetchesLate(_PrefetchDataFetcher):
+    """What is fetched ahead is fetched when a batch begins, not before it is handed out."""
+
+    def __next__(self) -> Any:
+        if self.batches:
+            return self.batches.pop(0)
+        if self.done:
+            raise StopIteration
+        return _DataFetcher.__next__(self)
+
+    def look_ahead(self) -> None:
+        if self.length is None and not self.batches and not self.done:
+            with suppress(StopIteration):  # `done` from here on
+                self.batches.append(_DataFetcher.__next__(self))
 
 
 def skip_backward(trainer: Trainer, leash: Leash, skip: bool) -> None:

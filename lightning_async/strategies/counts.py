@@ -93,8 +93,17 @@ class Counts:
             del trainer().val_check_interval
         self._taken, self.val_seconds = {}, None
 
-    def items(self, trainer: Trainer, feeding: Feeding, n: int) -> Iterator[Item]:
-        """What is due when `n` members have come so far together."""
+    def cuts(self, feeding: Feeding) -> bool:
+        """Whether a limit ends the epochs of streams."""
+        return self.taken and feeding.share is None and feeding.limit != 1.0
+
+    def takes_part(self, feeding: Feeding) -> bool:
+        """Whether something goes by a part of the epoch of streams, each of which may have a length of its own."""
+        parts = (limit for limit in (feeding.limit, self._val_every) if isinstance(limit, float) and limit < 1.0)
+        return self.taken and feeding.share is None and any(parts)
+
+    def items(self, trainer: Trainer, feeding: Feeding, n: int, total: int | None) -> Iterator[Item]:
+        """What is due when `n` members have come so far together; `total`: the batches of an epoch of all of them."""
         if not self.taken:
             return
         if trainer.max_steps > 0:
@@ -104,15 +113,15 @@ class Counts:
                 yield Item(Due.NOTHING, Unit.UPDATES, every * n)
         if self._meet_every is not None:
             yield Item(Due.NOTHING, Unit.SAMPLES, self._meet_every)
-        yield from self._validations(trainer, feeding, n)
-        if feeding.share is None and feeding.limit != 1.0:
-            if not isinstance(feeding.limit, int):
+        yield from self._validations(trainer, feeding, n, None if total is None else total // n)
+        if self.cuts(feeding):
+            batches = feeding.limit * n if isinstance(feeding.limit, int) else total
+            if batches is None:
                 raise _part_of_unknown("limit_train_batches", feeding.limit)
-            yield Item(Due.END_EPOCH, Unit.BATCHES, feeding.limit * n, in_epoch=True)
+            yield Item(Due.END_EPOCH, Unit.BATCHES, int(batches), in_epoch=True)
 
-    def _validations(self, trainer: Trainer, feeding: Feeding, n: int) -> Iterator[Item]:
+    def _validations(self, trainer: Trainer, feeding: Feeding, n: int, length: int | None) -> Iterator[Item]:
         every, in_epoch = self._val_every, trainer.check_val_every_n_epoch is not None
-        length = feeding.epoch_batches()
         if isinstance(every, float) and every < 1.0:
             if length is None:
                 raise _part_of_unknown("val_check_interval", every)

@@ -165,6 +165,10 @@ class Feeding:
         mine = samples_in(batch) or self._batch // self._ranks
         self.samples += shared if self._by_sample else mine * self._ranks
 
+    def cut(self) -> None:
+        """A limit ends the epoch with the batch under way: streams go on from there in the next one."""
+        self._streams.cut()
+
     def epoch_batches(self) -> int | None:
         """How many batches one rank of a synchronous run has in an epoch; None while that is not known."""
         if self._total is None:
@@ -219,7 +223,7 @@ class Feeding:
 
     def load_loader_states(self, states: Sequence[Any], *, in_mid_epoch: bool = False) -> None:
         """Go on with this rank's own streams from there. To be called before the loader is shared out."""
-        self._streams.load(states)
+        self._streams.load(states, in_mid_epoch=in_mid_epoch)
         self._in_mid_epoch = in_mid_epoch
 
     def _new_loaders(self) -> None:

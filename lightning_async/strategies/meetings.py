@@ -71,6 +71,7 @@ class Meetings(Callback):
         if progress is not None and self._came_empty(trainer):
             progress.ended, clock.over = True, False
         if progress is not None and self.strategy.free:
+            clock.ran_dry(trainer)
             progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
             self._attend(trainer, module)
         while progress is not None and progress.ended and not clock.over and not _stops(trainer):

@@ -70,7 +70,10 @@ class StageRecording(Recording):
 
     def noted(self, strategy: PipeBatches, loader: object, *, done: int = 0) -> object:
         """The user's loader, of which each batch is written down, but for the first `done`; a stream as it is."""
-        if not self.on or type(loader) is not DataLoader or not is_shareable(loader):
+        if not self.on:
+            return loader
+        if type(loader) is not DataLoader or not is_shareable(loader):
+            self.cannot_name_samples()
             return loader
         trainer, size = strategy.trainer, size_of(loader)
         batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler

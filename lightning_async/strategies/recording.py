@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -136,6 +137,15 @@ class Recording:
                 self._note("fetching", {"chance": self._news_of_chance()})
             self._met = False
             self._scribe.note_fetched(batch if isinstance(batch, (list, tuple)) else [batch])
+
+    def cannot_name_samples(self) -> None:
+        """Nobody numbers what is trained on: say at once that these logs will not be replayed."""
+        if self.on:
+            rank_zero_warn(
+                f"the logs in {self._folder} will be for `lightning-async report` and `audit` only: this run cannot be "
+                "replayed, since what it trains on has no numbers (a stream, or a split of the user's own), so that a "
+                "log cannot say which samples a step was taken on"
+            )
 
     def start(self, strategy: Recorded) -> None:
         """Training starts from these weights."""

@@ -145,7 +145,8 @@ class Resuming:
             "start from the consensus and go on with the samples of the epoch that nobody completed. Rank r has the "
             f"optimizer state of the saved rank number r modulo {len(ranks)} (of rank {ranks[0]} where that cannot be "
             "read), and the place of its stream, if each rank has a stream of its own: with fewer ranks than before "
-            f"nobody goes on with the others' streams, with more ranks one is gone on with twice. {method}"
+            "nobody goes on with the others' streams, with more ranks one is gone on with twice. Gradients that were "
+            f"added up to a step still to come are left out. {method}"
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.algorithms.adam import SecondMoment
@@ -40,19 +41,32 @@ class Stepping:
         self._moments: dict[int, SecondMoment] = {}
         self._arrivals = ArrivalLog()
         self._common = CommonStep()
-        self._stepped = False
+        self._stepped = self._adds_up = False
 
     def begin(self) -> None:
         """A fit begins."""
         self.taken = self.skipped.count = 0
+        self._adds_up = False
 
     def state_dict(self) -> dict[str, Any]:
-        """A part of the rank's own state. (`taken` is saved beside it: the mail counts by it too.)"""
-        return {"skipped": self.skipped.count}
+        """A part of the rank's own state. (`taken` is saved beside it: the mail counts by it too.)
+
+        Where a step is still to come, what its batches have added up so far belongs to it: their samples are done.
+        """
+        return {"skipped": self.skipped.count, "gradients": self._gradients() if self._adds_up else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Count on from `state`."""
+        """Count on from `state`, and add on to its gradients."""
         self.skipped.count = state["skipped"]
+        gradients = state.get("gradients", {})  # older versions did not save them
+        self._adds_up = bool(gradients)
+        for name, parameter in self._strategy.trainer.lightning_module.named_parameters():
+            if name in gradients:
+                parameter.grad = gradients[name].to(parameter.device, copy=True)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        module = self._strategy.trainer.lightning_module
+        return {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None}
 
     def look_at(self, optimizers: list[Optimizer]) -> None:
         """These are the run's optimizers."""
@@ -137,6 +151,7 @@ class Stepping:
         """A batch is over; it was a step if an optimizer stepped in it."""
         strategy = self._strategy
         strategy.office.recording.batch()
+        self._adds_up = not self._stepped
         if not self._stepped:
             return
         self._stepped = False

@@ -81,6 +81,7 @@ def test_wrong_logs(
     assert sentence in words
 
 
+@pytest.mark.filterwarnings("ignore:.* this run cannot be replayed")
 def test_samples_without_numbers(tmp_path: Path, said: Said) -> None:
     record(tmp_path / "run", data="stream")
     status, words = said(tmp_path / "run", "--data", MODULES + "stream")

@@ -112,6 +112,30 @@ def test_an_iterator_that_was_for_nothing_takes_nothing(kind: str) -> None:
     assert train(second, 100, ahead=1) == list(range(3, N))
 
 
+@pytest.mark.parametrize("kind", ["loader", "data set"])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_what_follows_a_cut_is_what_was_left(kind: str, ahead: int) -> None:
+    stream = watched(kind)
+    assert train(stream, 5, ahead=ahead) == list(range(5))
+    stream.cut()
+    second = watched(kind)
+    second.go_to(stream.bookmark(), in_mid_epoch=False)
+    for one in (stream, second):
+        assert train(one, 7, ahead=ahead) == list(range(5, 12))
+        one.cut()
+        assert train(one, 100, ahead=ahead) == list(range(12, N))
+        one.cut()
+        assert train(one, 100, ahead=ahead) == list(range(N))
+
+
+def test_a_loader_that_was_cut_at_its_very_end_begins_anew() -> None:
+    stream = watched("loader")
+    assert train(stream, N, ahead=0) == list(range(N))
+    stream.cut()
+    next(iter(stream))  # for nothing
+    assert train(stream, 100, ahead=0) == list(range(N))
+
+
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_memory_is_one_state_a_batch_on_its_way(ahead: int) -> None:
     stream = watched("loader")

@@ -501,7 +501,7 @@ def due(every: int, *, shared: bool = True, length: int | None = 500, **options:
     feeding: Any = SimpleNamespace(share=object() if shared else None, epoch_batches=lambda: length, limit=1.0)
     counts = Counts(None)
     counts.take(one, feeding)
-    return list(counts.items(one, feeding, 2))
+    return list(counts.items(one, feeding, 2, None if length is None else 2 * length))
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ import lightning as L
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities import CombinedLoader
 
 from lightning_async.strategies import compat
 from tests.strategies.lit import Lit, trainer
@@ -60,6 +62,30 @@ def test_what_is_read_exists(t: L.Trainer) -> None:
     assert AsyncCheckpointIO()._error is None
     assert AsyncCheckpointIO()._checkpoint_io is None
     assert callable(AsyncCheckpointIO()._ensure_setup)
+
+
+def test_the_batch_ahead_is_fetched_late(t: L.Trainer) -> None:
+    drawn: list[int] = []
+
+    def draw() -> Any:
+        for k in range(3):
+            drawn.append(k)
+            yield k
+
+    fetcher: Any = _PrefetchDataFetcher()
+    fetcher.setup(CombinedLoader(draw(), "max_size_cycle"))
+    t.fit_loop._data_fetcher = fetcher
+    iter(fetcher)
+    compat.look_ahead(t)
+    assert drawn == [0], "left alone until it is asked to fetch late"
+    compat.fetch_late(t)
+    for k in range(3):
+        assert next(fetcher)[0] == k
+        assert drawn == list(range(k + 1))
+        compat.look_ahead(t)
+        assert t.fit_loop.epoch_loop.batch_progress.is_last_batch is (k == 2)
+    with pytest.raises(StopIteration):
+        next(fetcher)
 
 
 def test_everything_is_put_back(t: L.Trainer) -> None:

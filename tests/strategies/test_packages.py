@@ -154,6 +154,28 @@ def test_a_webdataset_goes_on_where_each_rank_was(workers: int, tmp_path: Path) 
     assert len(set(trained[0])) == min(own, len(trained[0]))
 
 
+def limited(make: Any, folder: Path, workers: int, path: str | None) -> list[int]:
+    lit = Streams(make, folder, workers)
+    saver = ModelCheckpoint(folder / "saved", filename="{epoch}", save_top_k=-1)
+    t = trainer(1, callbacks=[saver], enable_checkpointing=True, max_epochs=4, limit_train_batches=6)
+    t.fit(lit, None, loader(24, shuffle=False), ckpt_path=path)
+    return lit.seen
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("package", ["litdata", "torchdata"])
+def test_a_limited_epoch_of_a_package_loses_nothing(package: str, workers: int, tmp_path: Path) -> None:
+    """The next epoch goes on behind the limit, and so does a run that is resumed there."""
+    for needed in {"litdata": ["litdata"], "torchdata": ["webdataset", "torchdata.stateful_dataloader"]}[package]:
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
+    fill, make = {"litdata": (chunks, streaming), "torchdata": (tars, stateful_shards)}[package]
+    fill(tmp_path)
+    (through,) = run(1, limited, make, tmp_path, workers, None)
+    (resumed,) = run(1, limited, make, tmp_path, workers, str(tmp_path / "saved" / "epoch=1.ckpt"))
+    assert through == list(range(4 * 6 * 4))
+    assert resumed == through[2 * 6 * 4 :]
+
+
 def test_a_stream_without_a_state_says_that_it_begins_anew(tmp_path: Path) -> None:
     """On a resume in mid-epoch; webdataset's own loaders are such."""
 

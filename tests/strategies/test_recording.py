@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import GossipRingStrategy
 from lightning_async.strategies import STRATEGIES
 from lightning_async.strategies.facts import digest, knobs_of, knobs_of_groups
 from lightning_async.strategies.recording import Recording, fits_in, log_name
 from lightning_async.transport.mail import Wait
-from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies import piped
+from tests.strategies.lit import Lit, Numbers, loader, trainer
 from tests.strategies.ranks import run
 
 EVENTS = {"batch", "at", "post", "take", "folded", "free", "lost", "members", "propose", "decided", "meet", "finish"}
@@ -175,3 +178,30 @@ def test_two_runs_at_once_do_not_share_files(tmp_path: Path) -> None:
     carrier = SimpleNamespace(me=0, world=1)
     with pytest.raises(RuntimeError, match=r"rank0.jsonl is there already.*give each its own `record=`"):
         Recording(tmp_path).of(carrier, fit=1)  # type: ignore[arg-type]
+
+
+class Rows(IterableDataset[Any]):
+    """A stream of what a pipeline trains on."""
+
+    def __iter__(self) -> Any:
+        return zip(piped.INPUTS[:16], piped.TARGETS[:16], strict=True)
+
+
+def _without_numbers(kind: str, folder: str) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if kind == "pipeline":
+            t = piped.trainer(2, knobs={"record": folder}, max_epochs=2)
+            t.fit(piped.Piped(), DataLoader(Rows(), batch_size=4))
+        else:
+            t = trainer(2, knobs={"record": folder}, max_epochs=2, use_distributed_sampler=kind != "own split")
+            t.fit(Lit(), loader(n=40) if kind == "own split" else DataLoader(Numbers(40), batch_size=4))
+    return [str(warning.message) for warning in caught if "replayed" in str(warning.message)]
+
+
+@pytest.mark.parametrize("kind", ["stream", "own split", "pipeline"])
+def test_what_cannot_be_replayed_is_said_once_when_the_run_begins(kind: str, tmp_path: Path) -> None:
+    first, second = run(2, _without_numbers, kind, str(tmp_path))
+    assert len(first) == 1
+    assert "this run cannot be replayed, since what it trains on has no numbers" in first[0]
+    assert not second

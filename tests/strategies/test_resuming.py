@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
@@ -144,6 +149,95 @@ def test_a_resumed_run_continues_as_if_it_had_not_stopped(
     for one, other in zip(through, resumed, strict=True):
         assert len(one[0]) > 5
         assert one == other
+
+
+# -- a save between two steps of an optimizer --------------------------------------------------------------------------
+
+
+class DrawsByHand(Draws):
+    """Adds up the gradients of three batches by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        if batch_idx % 3 == 0:
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 3 == 2:
+            optimizer.step()
+
+
+class BehindValidation(Saves):
+    """Saves once, behind the first validation of the second epoch."""
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 1 and self.losses < 0:
+            self._save(trainer, module)
+
+
+class Terminated(L.Callback):
+    """Rank 0 gets a SIGTERM in mid-epoch."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if rank() == 0 and (trainer.current_epoch, batch_idx) == (1, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _adds_up(
+    n: int, module: Any, knobs: dict[str, Any], more: dict[str, Any], save: list[L.Callback], path: str | None
+) -> Any:
+    """The losses, and the end."""
+    seed()
+    lit = module()
+    saves = any(isinstance(one, ModelCheckpoint) for one in save)
+    t = trainer(n, knobs=knobs, callbacks=save, enable_checkpointing=saves, max_epochs=3, **more)
+    with suppress(SIGTERMException):
+        t.fit(lit, stream(rank(), n), held_out(), ckpt_path=path)
+    return lit.losses, (weights(lit), plain([o.state_dict() for o in t.optimizers]), t.global_step)
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize(("module", "accumulate"), [(Draws, 4), (DrawsByHand, 1)])
+@pytest.mark.parametrize(("at_meeting", "mode"), [("adopt", "none"), ("keep", "none"), ("adopt", "sync")])
+def test_a_run_that_was_saved_between_two_steps_goes_on_to_the_bit(
+    at_meeting: str, mode: str, module: Any, accumulate: int, tmp_path: Path
+) -> None:
+    """A meeting in mid-epoch: some of its batches have been added up to a step that is still to come."""
+    path, more = str(tmp_path / "x.ckpt"), {"accumulate_grad_batches": accumulate}
+    save = [Saves(path, epoch=1, batch=4)]
+    if mode == "sync":
+        save, more = [BehindValidation(path, "validation")], {**more, "val_check_interval": 5}
+    knobs = {"mode": mode, "at_meeting": at_meeting, "balance": "equal"}
+    through = run(2, _adds_up, 2, module, knobs, more, save, None)
+    resumed = run(2, _adds_up, 2, module, knobs, more, [], path)
+    for (losses, end), (rest, other) in zip(through, resumed, strict=True):
+        assert len(losses) == 30
+        assert rest == losses[15:]
+        assert other == end
+    names = {name for name, _ in Draws().named_parameters()}
+    if mode == "sync" and module is DrawsByHand:
+        names = set()  # Lightning clears gradients before a validation, but for those that it adds up by itself
+    for own in files_of(Path(path)).values():
+        assert set(own["parts"]["stepping"]["gradients"]) == names
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_a_run_that_was_terminated_between_two_steps_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """Ranks that train alone, each on its own: wherever each of them was stopped, it goes on as if it had not been."""
+    knobs, more = {"mode": "none", "at_meeting": "keep", "buffers": "local"}, {"accumulate_grad_batches": 7}
+    save = [Terminated(), ModelCheckpoint(tmp_path, filename="x", save_on_exception=True, every_n_epochs=100)]
+    through = run(2, _adds_up, 2, Draws, knobs, more, [], None)
+    stopped = run(2, _adds_up, 2, Draws, knobs, more, save, None)
+    file = tmp_path / "x.ckpt"
+    resumed = run(2, _adds_up, 2, Draws, knobs, more, save[1:], str(file))
+    for (losses, end), (first, _), (rest, other) in zip(through, stopped, resumed, strict=True):
+        assert first + rest == losses
+        assert other == end
+    assert len(stopped[0][0]) in (14, 15, 16)
+    assert files_of(file)[0]["parts"]["stepping"]["gradients"]
 
 
 def _forgets(path: str, resume: bool) -> int:

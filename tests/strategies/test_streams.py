@@ -6,16 +6,18 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import SpeedFaults
 from lightning_async.data.resume import State, unite
-from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer, weights
+from tests.strategies.lit import INPUTS, TARGETS, Lit, Numbers, loader, trainer, weights
 from tests.strategies.ranks import run
 
 
@@ -145,3 +147,184 @@ def test_an_epoch_goes_on_with_any_number_of_ranks(before: int, after: int) -> N
     assert set(seen.values()) == {1}
     assert len(seen) == 240
     assert all(end["seen"] for end in second)
+
+
+# -- a limit cuts them -------------------------------------------------------------------------------------------------
+
+
+class Live(IterableDataset[Any]):
+    """It has no state that one could ask for, and what was drawn from it is gone."""
+
+    def __init__(self) -> None:
+        self.rest = iter(Numbers(float("inf")))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.rest
+
+
+class Anew(IterableDataset[Any]):
+    """Every iterator begins where the first began."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(Numbers(float("inf")))
+
+
+class Bookmarked:
+    """A loader with a state, as torchdata's: only an iterator that follows a load goes on where another stood."""
+
+    def __init__(self, length: float) -> None:
+        self.length, self.next, self.at = length, 0, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.at, self.next = self.next, 0
+        while self.at < self.length:
+            self.at += 1
+            pair = torch.tensor([2 * self.at - 2, 2 * self.at - 1])
+            yield pair, INPUTS[pair % 240], TARGETS[pair % 240]
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = self.at = state["at"]
+
+
+class ByEpoch(Callback):
+    """What was trained on in each epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[list[int]] = []
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.epochs.append(module.seen)
+        module.seen = []
+
+
+class Sized(Numbers):
+    """One that says how long it is."""
+
+    def __len__(self) -> int:
+        return int(self.length)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.at %= int(self.length)
+        return super().__iter__()
+
+
+class Short(Sized):
+    """One that has less than it says, on rank 0."""
+
+    def __len__(self) -> int:
+        return int(self.length) + (20 if os.environ["RANK"] == "0" else 0)
+
+
+LOADERS: dict[str, Any] = {
+    "data set": lambda: DataLoader(Numbers(float("inf")), batch_size=2),
+    "live": lambda: DataLoader(Live(), batch_size=2),
+    "anew": lambda: DataLoader(Anew(), batch_size=2),
+    "loader": lambda: Bookmarked(float("inf")),
+    "sized": lambda: DataLoader(Sized(48), batch_size=2),
+    "unlike": lambda: DataLoader(Sized(48 if os.environ["RANK"] == "0" else 24), batch_size=2),
+    "short": lambda: DataLoader(Short(16), batch_size=2),
+    "sixes": lambda: Bookmarked(6),
+    "tens": lambda: Bookmarked(10),
+}
+
+
+def _limited(
+    n: int,
+    kind: str,
+    strategy: Any,
+    slow: float = 1.0,
+    folder: str | None = None,
+    path: str | None = None,
+    validates: int | float = 1.0,
+    limit: int | float = 6,
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    lit, by_epoch = Lit(lr=0.001), ByEpoch()
+    saver = [ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_epochs=1)] if folder else []
+    pace = [SpeedFaults(step_seconds=0.002, slow={1: slow})] if slow > 1 else []
+    t = trainer(
+        n,
+        callbacks=[*pace, by_epoch, *saver],
+        max_epochs=4,
+        limit_train_batches=limit,
+        enable_checkpointing=folder is not None,
+        val_check_interval=validates,
+        strategy=strategy,
+    )
+    t.fit(lit, LOADERS[kind](), loader(40, shuffle=False), ckpt_path=path)
+    return {"epochs": by_epoch.epochs, "end": weights(lit), "step": t.global_step}
+
+
+def _flat(end: dict[str, Any]) -> list[int]:
+    return [index for epoch in end["epochs"] for index in epoch]
+
+
+@pytest.mark.parametrize("kind", ["data set", "live", "anew"])
+def test_a_limited_epoch_trains_on_what_it_trains_on_under_ddp(kind: str) -> None:
+    (theirs,) = run(1, _limited, 1, kind, "ddp")
+    (ours,) = run(1, _limited, 1, kind, None)
+    assert [len(epoch) for epoch in theirs["epochs"]] == [12] * 4
+    assert ours["epochs"] == theirs["epochs"]
+    assert ours["step"] == theirs["step"]
+
+
+@pytest.mark.filterwarnings("ignore:`Bookmarked` is not a DataLoader")
+@pytest.mark.parametrize(("kind", "epochs"), [("loader", [12] * 4), ("sixes", [12] * 4), ("tens", [12, 8, 12, 8])])
+def test_a_loader_with_a_state_goes_on_behind_the_limit(kind: str, epochs: list[int]) -> None:
+    (end,) = run(1, _limited, 1, kind, None)
+    assert [len(epoch) for epoch in end["epochs"]] == epochs
+    period = {"loader": 48, "sixes": 12, "tens": 20}[kind]
+    assert _flat(end) == [index % period for index in range(sum(epochs))]
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+def test_a_part_of_a_stream_of_known_length_is_that_part_of_it() -> None:
+    (theirs,) = run(1, _limited, 1, "sized", "ddp", 1.0, None, None, 1.0, 0.25)
+    (ours,) = run(1, _limited, 1, "sized", None, 1.0, None, None, 1.0, 0.25)
+    assert [len(epoch) for epoch in theirs["epochs"]] == [12] * 4
+    assert ours["epochs"] == theirs["epochs"]
+    assert ours["step"] == theirs["step"]
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize("validates", [1.0, 0.5])
+def test_all_name_the_same_part_of_streams_of_unlike_lengths(validates: float) -> None:
+    ends = run(2, _limited, 2, "unlike", None, 1.0, None, None, validates, 0.25)
+    batches = [len(_flat(end)) // 2 for end in ends]
+    assert ends[0]["end"] == ends[1]["end"]
+    assert ends[0]["step"] == ends[1]["step"] == sum(batches) // 2
+    assert 24 + 12 >= sum(batches) >= 4 * (6 + 3) - 2
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+def test_a_stream_that_has_less_than_its_length_meets_the_others_at_its_end() -> None:
+    ends = run(2, _limited, 2, "short", None, 1.0, None, None, 1.0, 1.0)
+    assert ends[0]["end"] == ends[1]["end"]
+    assert [end["epochs"] for end in ends] == [[list(range(16))] * 4] * 2
+
+
+@pytest.mark.parametrize("slow", [1.0, 4.0])
+def test_no_sample_of_a_limited_epoch_is_lost_on_any_rank(slow: float) -> None:
+    for end in run(2, _limited, 2, "data set", None, slow):
+        seen = _flat(end)
+        assert seen == list(range(len(seen)))
+        assert len(end["epochs"]) == 4
+
+
+@pytest.mark.few(3)
+@pytest.mark.filterwarnings("ignore:`Bookmarked` is not a DataLoader", "ignore:.*exists and is not empty")
+@pytest.mark.parametrize("kind", ["data set", "loader", "sixes"])
+@pytest.mark.parametrize("name", ["epoch=1-step=12", "epoch=1-step=9"])
+def test_a_limited_epoch_goes_on_to_the_bit(kind: str, name: str, tmp_path: Path) -> None:
+    """Saved at the end of an epoch, and in one."""
+    done = int(name.rpartition("=")[2])
+    validates = 1.0 if done % 6 == 0 else 3
+    (through,) = run(1, _limited, 1, kind, None, 1.0, str(tmp_path), None, validates)
+    (resumed,) = run(1, _limited, 1, kind, None, 1.0, str(tmp_path), str(tmp_path / f"{name}.ckpt"), validates)
+    assert _flat(resumed) == _flat(through)[2 * done :]
+    assert resumed["end"] == through["end"]
+    assert resumed["step"] == through["step"] == 24

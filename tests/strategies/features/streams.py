@@ -26,6 +26,13 @@ class Stream(IterableDataset[Any]):
             yield k % 240, INPUTS[k % 240], TARGETS[k % 240]
 
 
+class Sized(Stream):
+    """One that says how long it is."""
+
+    def __len__(self) -> int:
+        return self.length
+
+
 class Data(L.LightningDataModule):
     """A data module with all its hooks."""
 
@@ -88,6 +95,7 @@ def streams(folder: Path) -> dict[str, Any]:
         "skips": fit(Skips(), max_epochs=2),
         "none": fit(validation=None),
         "part": heard(lambda: fit(data=DataLoader(Stream(40), batch_size=4), limit_train_batches=0.5)),
+        "known part": fit(data=DataLoader(Sized(40), batch_size=4), limit_train_batches=0.5),
         "val part": heard(lambda: fit(data=DataLoader(Stream(40), batch_size=4), val_check_interval=0.5)),
     }
 
@@ -119,6 +127,14 @@ STREAMS = Scene(
             "with `limit_train_batches=0.5`",
             "is a part of an epoch whose length nobody knows; give a number of batches",
             key="part",
+        ),
+        differs(
+            "IterableDataset",
+            "with `__len__` and `limit_train_batches=0.5`",
+            "that part of each rank's own, added up: so many batches of all ranks",
+            lambda a, b: (
+                alike(a["known part"], b["known part"]) and a["known part"].batches + b["known part"].batches == 20
+            ),
         ),
         refused(
             "IterableDataset",
@@ -164,6 +180,7 @@ STREAMS = Scene(
         "You are using the `dataloader_iter` step flavor",
         "You defined a `validation_step`",
         "This process .* is multi-threaded",
+        "Your `IterableDataset` has `__len__` defined",
     ],
 )
 
