@@ -18,7 +18,7 @@ One share feeds one loader: with several training loaders, each needs its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeGuard
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -63,13 +63,7 @@ class SharedBatches:
         self._length = length
 
     def __len__(self) -> int:
-        if (length := self._length()) is None:
-            raise TypeError(
-                "how many batches this rank has is not known before the epoch is over: ranks share it out as they go. "
-                "While batches are trained on, the length is told that each rank of a synchronous run has; elsewhere "
-                "ask `trainer.estimated_stepping_batches`, or the length of your own DataLoader"
-            )
-        return length
+        return told(self._length())
 
     def __bool__(self) -> bool:
         return True
@@ -83,6 +77,17 @@ class SharedBatches:
             if self._tell is not None:
                 self._tell(batch)
             yield batch
+
+
+def told(length: int | None) -> int:
+    """This length of an epoch, or a sentence for who asks where it may not be told."""
+    if length is None:
+        raise TypeError(
+            "how many batches this rank has is not known before the epoch is over: ranks share it out as they go. "
+            "While batches are trained on, the length is told that each rank of a synchronous run has; elsewhere "
+            "ask `trainer.estimated_stepping_batches`, or the length of your own DataLoader"
+        )
+    return length
 
 
 def samples_per_batch(loader: object) -> int:
@@ -100,6 +105,12 @@ def drops_last(loader: object) -> bool:
 def is_shareable(loader: object) -> TypeGuard[DataLoader[Any]]:
     """Whether `shared_loader` can feed this loader from a share."""
     return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def positions_of(loader: DataLoader[Any]) -> int | None:
+    """How many positions an epoch has; None where the sampler has no length."""
+    source, _, _ = _parts(loader)
+    return len(source) if isinstance(source, Sized) else None
 
 
 def counts_samples(loader: DataLoader[Any]) -> bool:

@@ -89,6 +89,7 @@ class RecordedMeetings(Meetings):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Who ended early came to the meetings of the others. Perhaps it was the last epoch."""
+        self.strategy.feeding.under_way = False
         while self._replaying.meets():
             self.strategy.set_off()
             self.strategy.meet()

@@ -11,7 +11,15 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_async.data.loader import is_shareable, recorded_loader
+from lightning_async.data.counts import epoch_batches
+from lightning_async.data.loader import (
+    drops_last,
+    is_shareable,
+    positions_of,
+    recorded_loader,
+    samples_per_batch,
+    told,
+)
 from lightning_async.strategies.course import WrongInput
 from lightning_async.strategies.feeding import Feeding, size_of
 from lightning_async.strategies.office import Office
@@ -35,6 +43,7 @@ class RecordedFeeding(Feeding):
         self._replaying, self._recorded_mass = replaying, mass
         self._coming = iter(carrier.epochs())
         self._fetched: deque[list[Any]] = deque()
+        self._positions: int | None = None
 
     @property
     def mass(self) -> int:
@@ -50,12 +59,20 @@ class RecordedFeeding(Feeding):
             )
         assert isinstance(loader, DataLoader)
         size, single, recording = size_of(loader), loader.batch_sampler is None, office.recording
+        self._batch, self._drop_last, self._world = samples_per_batch(loader), drops_last(loader), office.carrier.world
+        self._positions = positions_of(loader)
 
         def began() -> None:
             recording.epoch(epoch(), size)
 
         kind = _SizedBatches if self._lengths else _Batches
         return recorded_loader(loader, kind(self, began, recording.fetched, single=single))
+
+    def told_length(self) -> int | None:
+        """As in the run."""
+        if self._positions is None or not self.under_way:
+            return None
+        return epoch_batches(self._positions, members=self._world, batch=self._batch, drop_last=self._drop_last)
 
     def length(self) -> int:
         """How many batches the loader has in this epoch."""
@@ -78,12 +95,18 @@ class RecordedFeeding(Feeding):
 
 
 class _Batches:
-    """A batch sampler that says what it does. It has no length, as in the run: Lightning fetches ahead."""
+    """A batch sampler that says what it does. Its length is told as in the run: Lightning fetches ahead."""
 
     def __init__(
         self, feeding: RecordedFeeding, began: Callable[[], None], fetched: Callable[[Any], None], *, single: bool
     ) -> None:
         self._feeding, self._began, self._fetched, self._single = feeding, began, fetched, single
+
+    def __len__(self) -> int:
+        return told(self._feeding.told_length())
+
+    def __bool__(self) -> bool:
+        return True
 
     def __iter__(self) -> Iterator[Any]:
         self._began()

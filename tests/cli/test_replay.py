@@ -51,6 +51,7 @@ def test_a_real_run_equals_its_replay_to_the_bit(tmp_path: Path, said: Said) -> 
         (2, "Net", {"mode": "sync"}, {"precision": "64-true"}),
         (2, "Plateau", {"buffers": "reestimate"}, {"precision": "bf16-true"}),
         (1, "Net", {"mode": "none"}, {}),
+        (2, "Counting", {}, {}),
         (2, "Stepwise", {"meet_every": 37}, {}),
         (3, "Stepwise", {}, {"max_epochs": -1, "max_steps": 17, "val_check_interval": 4}),
         (2, "Stepwise", {"mode": "push_sum"}, {"limit_train_batches": 7, "accumulate_grad_batches": 2}),
