@@ -119,6 +119,8 @@ class Claims(Work):
         pool = self._sources.choose()
         if pool is None or len(self.ledger.unfinished()) > _FRAGMENTS:
             return
+        if self.enough(self._handed.outstanding + self._batch):
+            return
         me, others = self._sight()
         self._near = self._is_near([me, *others])
         amount = self._modest(appetite(me, self.held, self._sources.left(), others, self._seconds))

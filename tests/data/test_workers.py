@@ -47,7 +47,7 @@ def apart(members: list[Member]) -> float:
 @pytest.mark.parametrize("beat", [0.02, 0.5])
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 2), (4, 1), (4, 2), (4, 8)])
 def test_nobody_is_more_than_its_look_ahead_behind(workers: int, prefetch: int, beat: float) -> None:
-    for ranks, slowness, step, batches in product([2, 4], [1, 5, 10], [0.001, 0.03], [10, 30, 100, 300]):
+    for ranks, slowness, step, batches in product([2, 4], [1, 5, 10], [0.001, 0.03], [10, 30, 100, 200]):
         slow = step * slowness
         board, members = crew([step] * (ranks - 1) + [slow], workers=workers, prefetch=prefetch, beat=beat)
         for epoch in range(2):
@@ -59,12 +59,12 @@ def test_nobody_is_more_than_its_look_ahead_behind(workers: int, prefetch: int, 
             behind = max(0.0, apart(members) - (old if step == 0.001 else 0.0)) / slow
             assert behind <= 1 + workers * prefetch, case
             if step == 0.03 and batches >= 100:
-                assert behind <= 4, case  # however long the queues
+                assert behind <= 5, case  # however long the queues
 
 
 def test_queues_are_filled_when_the_speeds_are_known() -> None:
     board, members = crew([0.03, 0.15], workers=4, prefetch=8)
-    for epoch, (least, most) in enumerate([(4, 8), (32, 34)]):
+    for epoch, (least, most) in enumerate([(12, 13), (32, 34)]):
         begin(members, 200 * BATCH, epoch)
         run(board, members, until=board.clock.time + START + 0.01)
         assert least * BATCH <= members[0].share.outstanding <= most * BATCH
@@ -80,6 +80,7 @@ def test_a_spare_batch_is_refused_in_the_dark_and_only_there(ranks: int) -> None
     begin(members, 16 * ranks * BATCH)
     share = members[0].share
     board = members[0].desk.board
+    board.latency = 0.0
     got = []
     for _ in range(4):
         board.clock.time += 1.0
