@@ -1,13 +1,14 @@
 """One epoch's claims of one member: drawn before they are needed, ever smaller, and not by one whom the others outrun.
 
-    speeds unknown, part of a dark share on its way ----> no batch for the workers' queues (`enough`)
+    a speed unknown, enough on its way -----------------> no batch for the workers' queues, no draw ahead
     held enough ----------------------------------------> no draw
     held little, work left:  others finish it sooner ---> a ticket of leave; the last one is refused
                              else ----------------------> draw `appetite` numbers of a pool (`sources.py`)
 
 A draw is under way before it is needed, so the training thread does not wait for the store, save at the end of the
 epoch: who stops while there is work left must first draw a ticket of leave, and the last one is refused. Without it,
-members that each count on the other would leave the rest to nobody.
+members that each count on the other would leave the rest to nobody. While a speed is unknown nobody leaves: a fast
+member that takes a slow one for as fast as itself would leave it the rest.
 """
 
 from __future__ import annotations

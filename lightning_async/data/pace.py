@@ -6,6 +6,7 @@
 What remains is cut like this: a claim is at most half of what this member would get if all went on at their speeds, so
 that whoever is slower than thought leaves the rest to the others. A member whose own outstanding work lasts longer
 than the others need for all that remains takes nothing more (`outlasts`): so prefetched batches are not hoarded.
+Before any speed is known that cannot be told: then `claiming.py` keeps the queues short.
 Pure arithmetic: no clock, no board.
 """
 

@@ -12,7 +12,7 @@ from lightning_async import SpeedFaults
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
 
-STEP, SLOW = 0.02, 5.0
+STEP, SLOW = 0.03, 5.0
 WORKERS = 4
 EPOCHS = 2
 
@@ -33,7 +33,7 @@ def _fit(workers: int, prefetch: int) -> Any:
     options = {"num_workers": workers, "prefetch_factor": prefetch, "persistent_workers": True} if workers else {}
     lit = Timed()
     faults = SpeedFaults(step_seconds=STEP, slow={1: SLOW})
-    trainer(2, callbacks=[faults], max_epochs=EPOCHS).fit(lit, loader(4, **options))
+    trainer(2, callbacks=[faults], max_epochs=EPOCHS).fit(lit, loader(4, **options), loader(40, shuffle=False))
     last = dict(lit.steps)
     return [last[epoch] for epoch in range(EPOCHS)], lit.seen
 
@@ -43,6 +43,7 @@ def _fit(workers: int, prefetch: int) -> Any:
 def test_ranks_come_to_their_last_steps_within_their_look_ahead(workers: int, prefetch: int) -> None:
     (fast, seen), (slow, also_seen) = run(2, _fit, workers, prefetch, timeout=120)
     assert set(Counter(seen + also_seen).values()) == {EPOCHS}
+    ahead = min(workers * prefetch, 2 * WORKERS)  # in so short an epoch longer queues are not filled in the dark
     for epoch in range(EPOCHS):
         behind = abs(slow[epoch] - fast[epoch]) / (STEP * SLOW)
-        assert behind <= 1 + max(1, min(WORKERS, workers) * 2), f"epoch {epoch}: {behind:.1f} batches of the slow rank"
+        assert behind <= 1 + max(1, ahead), f"epoch {epoch}: {behind:.1f} batches of the slow rank"
