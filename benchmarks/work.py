@@ -53,6 +53,8 @@ class Work:
         hold_gil: Whether the emulated compute holds Python's lock.
         every: Seconds between copies of the weights; 0: none.
         watch: Whether all callbacks that measure are there.
+        workers: Workers of each rank's loader.
+        prefetch: Batches that each of them has on its way.
     """
 
     batches: int
@@ -66,6 +68,8 @@ class Work:
     hold_gil: bool = False
     every: float = 0.0
     watch: bool = False
+    workers: int = 0
+    prefetch: int = 2
 
     def arguments(self, knobs: Knobs | None, folder: Path | None = None) -> dict[str, Any]:
         """The arguments of `fit`, as JSON takes them. `knobs` None: `ddp`."""
@@ -126,7 +130,10 @@ def loaders(job: Work) -> tuple[DataLoader[Any], DataLoader[Any]]:
     picks = torch.arange(job.batches * job.batch)
     train = TensorDataset(picks, x[picks % len(x)], y[picks % len(x)])
     held_out = TensorDataset(*digits().validation)
-    return DataLoader(train, job.batch, shuffle=True), DataLoader(held_out, len(held_out))
+    options: dict[str, Any] = {}
+    if job.workers:
+        options = {"num_workers": job.workers, "prefetch_factor": job.prefetch, "persistent_workers": True}
+    return DataLoader(train, job.batch, shuffle=True, **options), DataLoader(held_out, len(held_out))
 
 
 def digest(module: nn.Module) -> str:

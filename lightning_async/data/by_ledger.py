@@ -104,9 +104,11 @@ class LedgerShare(Generic[W]):
         """Hand out again what was handed out and not completed."""
         self._handed.back()
 
-    def next_batch(self, size: int) -> Wait[list[int] | None]:
-        """The next at most `size` positions; None when this member has no more work in this epoch."""
+    def next_batch(self, size: int, *, spare: bool = False) -> Wait[list[int] | None]:
+        """The next at most `size` positions, none of them for a `spare` batch that better waits; None: no more work."""
         yield from self._work.open()
+        if spare and not self._work.closed and self._work.enough(self.outstanding + size):
+            return []
         while self._work.held < size and not self._work.closed:
             more = yield from self._work.fetch(size)
             if not more:

@@ -1,12 +1,14 @@
 """One epoch's claims of one member: drawn before they are needed, ever smaller, and not by one whom the others outrun.
 
+    a speed unknown, enough on its way -----------------> no batch for the workers' queues, no draw ahead
     held enough ----------------------------------------> no draw
     held little, work left:  others finish it sooner ---> a ticket of leave; the last one is refused
                              else ----------------------> draw `appetite` numbers of a pool (`sources.py`)
 
 A draw is under way before it is needed, so the training thread does not wait for the store, save at the end of the
 epoch: who stops while there is work left must first draw a ticket of leave, and the last one is refused. Without it,
-members that each count on the other would leave the rest to nobody.
+members that each count on the other would leave the rest to nobody. While a speed is unknown nobody leaves: a fast
+member that takes a slow one for as fast as itself would leave it the rest.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from lightning_async.transport.mail import Wait
 
 LAG, NEAR = 1.0, 4
 """The end is near: so many seconds (a note is that old at most) and so many batches of the slowest before it."""
+DARK = 8
+"""While speeds are unknown a member holds at most what would be the part of one so many times slower than all."""
 _FRAGMENTS = 32
 """No draws ahead while so many ranges are unfinished: they would not fit into the note."""
 
@@ -116,6 +120,8 @@ class Claims(Work):
         pool = self._sources.choose()
         if pool is None or len(self.ledger.unfinished()) > _FRAGMENTS:
             return
+        if self.enough(self._handed.outstanding + self._batch):
+            return
         me, others = self._sight()
         self._near = self._is_near([me, *others])
         amount = self._modest(appetite(me, self.held, self._sources.left(), others, self._seconds))
@@ -145,6 +151,10 @@ class Claims(Work):
         mine = self.ledger.claimed if self.closed else self.ledger.completed + todo * part
         return math.ceil(max(mine, self.ledger.completed + self._handed.outstanding) / self._batch)
 
+    def enough(self, samples: int) -> bool:
+        """In the dark, whether they are more than a member may hold that turns out to be slow."""
+        return self._dark and samples > self.opening.used / (DARK * len(self._desk.members()))
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _leaves(self) -> Wait[bool]:
@@ -152,7 +162,7 @@ class Claims(Work):
         assert self._crew is not None  # the epoch is open
         assert self._sources is not None
         me, others = self._sight()
-        if self.held or not outlasts(me, self._batch, self._sources.left(), others):
+        if self._dark or self.held or not outlasts(me, self._batch, self._sources.left(), others):
             return False
         counter = key("leave", self.ledger.epoch)
         self._desk.draw(counter, 1)
@@ -167,7 +177,7 @@ class Claims(Work):
     def _sight(self) -> tuple[Worker, list[Worker]]:
         assert self._crew is not None
         me = Worker(self._pace.rate, self.ledger.outstanding, self._batch)
-        return me, self._crew.others(me)
+        return me, self._crew.others(me, 0 if self._sources is None else self._sources.unseen())
 
     def _is_near(self, workers: Sequence[Worker]) -> bool:
         assert self._crew is not None
@@ -182,5 +192,10 @@ class Claims(Work):
 
     def _modest(self, amount: int) -> int:
         """While a speed is unknown the fair part is too: a slow member that took half of it would hold up all."""
+        return min(amount, self._batch) if self._dark else amount
+
+    @property
+    def _dark(self) -> bool:
+        """Whether it is not known yet who is slower than whom. Nobody leaves then: the others may not be faster."""
         assert self._crew is not None
-        return amount if self._crew.paced() else min(amount, self._batch)
+        return self._crew.accompanied() and (self._pace.rate <= 0 or not self._crew.paced())

@@ -76,15 +76,24 @@ class Crew:
         """Seconds since the newest word of `rank` was first seen, or since the epoch opened."""
         return self._desk.now() - (self._heard[rank][1] if rank in self._heard else self._begun)
 
-    def others(self, fallback: Worker) -> list[Worker]:
-        """The others that can be counted on, fastest first; who never told its speed counts as fast as this one."""
+    def others(self, fallback: Worker, unseen: float = 0.0) -> list[Worker]:
+        """The others that can be counted on, fastest first; who never told its speed counts as fast as this one.
+
+        What they claimed after their notes, `unseen`, is with them by their speeds.
+        """
         live, now = set(self._desk.live()), self._desk.now()
         counted = [r for r in self._present() if r in live and not self.note(r).closed]
-        return sorted((self._worker(r, fallback, now) for r in counted), key=lambda w: -w.rate)
+        rates = sum(self.note(r).rate or fallback.rate for r in counted)
+        each = unseen / rates if rates else 0.0
+        return sorted((self._worker(r, fallback, now, each) for r in counted), key=lambda w: -w.rate)
 
     def paced(self) -> bool:
         """Whether all of the others have told their speeds, or that they are through."""
         return all(self.note(r).rate > 0 or self.note(r).closed for r in self._present())
+
+    def accompanied(self) -> bool:
+        """Whether anybody else is in this epoch."""
+        return bool(self._present())
 
     def gone(self) -> int:
         """How many of the others are known to take nothing more."""
@@ -104,9 +113,9 @@ class Crew:
         """Samples completed in this epoch as far as the notes tell, repeated ones counted once."""
         return sum(self.note(r).completed for r in self.roster)
 
-    def claimed(self) -> int:
-        """Samples claimed in this epoch as far as the notes tell."""
-        return sum(self.note(r).claimed for r in self.roster)
+    def claimed(self, but: int | None = None) -> int:
+        """Samples claimed in this epoch as far as the notes tell, but for those of one member."""
+        return sum(self.note(r).claimed for r in self.roster if r != but)
 
     def _read(self, rank: int, note: Note) -> Note:
         """The note as one of this epoch: of another epoch's only the speed is of use."""
@@ -123,12 +132,12 @@ class Crew:
         members = set(self._desk.members()) - {self._desk.me}
         return [r for r in self.roster if r in members]
 
-    def _worker(self, rank: int, fallback: Worker, now: float) -> Worker:
+    def _worker(self, rank: int, fallback: Worker, now: float, unseen: float) -> Worker:
         """As it is by now; with less than nothing to do it has claimed a batch since that nobody has heard of."""
         note = self.note(rank)
         rate = note.rate or fallback.rate
         age = UNDER_WAY + now - self._heard[rank][1] if rank in self._heard else 0.0
-        return Worker(rate, max(-note.batch, note.claimed - note.completed - rate * age), note.batch)
+        return Worker(rate, max(-note.batch, note.claimed - note.completed + rate * (unseen - age)), note.batch)
 
 
 class Estate:

@@ -93,7 +93,7 @@ class EqualShare:
         """Hand out again what was handed out and not completed."""
         self._handed.back()
 
-    def next_batch(self, size: int) -> Wait[list[int] | None]:
+    def next_batch(self, size: int, *, spare: bool = False) -> Wait[list[int] | None]:
         """The next at most `size` positions, None at the end."""
         yield from self._agree()
         begin = self._completed + self.outstanding

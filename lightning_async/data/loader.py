@@ -14,6 +14,10 @@ What becomes of each kind of loader:
    share: it has no positions.
  - a DataLoader class with an iterator of its own: refused, its iterator would bypass the share.
 One share feeds one loader: with several training loaders, each needs its own.
+
+Workers' queues are filled before the first step, when no speed is known. The share may leave them shorter then: the
+iterator of batches says "no more" and has more later. A loader with workers asks once for each batch that comes out of
+it, and ends when it has none on its way; so each worker is left one, whatever the share says.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from lightning_async.transport.mail import Wait
 
 Beginner = Callable[[Order], None]
 Driver = Callable[[Wait["list[int] | None"]], "list[int] | None"]
-Puller = Callable[[], "list[int] | None"]
+Puller = Callable[[bool], "list[int] | None"]
 Teller = Callable[[Any], object]
 
 
@@ -39,10 +43,11 @@ class SharedBatches:
     Args:
         order: What the positions stand for; named `sampler` so that Lightning finds its `set_epoch`.
         begin: Opens the order's epoch at the share, and may turn the order to another one.
-        pull: Gets the next positions from the share, waiting if it must.
+        pull: Gets the next positions from the share, waiting if it must; none if told that they are to spare.
         whole: One position is one batch of the user's own batch sampler.
         tell: Is told what each batch consists of.
         length: What it says of its length, where one may be told.
+        spare: How many batches the loader's workers can do without.
     """
 
     def __init__(
@@ -54,13 +59,14 @@ class SharedBatches:
         whole: bool = False,
         tell: Teller | None = None,
         length: Callable[[], int | None] = lambda: None,
+        spare: int = 0,
     ) -> None:
         self.sampler = order
         self._begin = begin
         self._pull = pull
         self._whole = whole
         self._tell = tell
-        self._length = length
+        self._length, self._spare = length, spare
 
     def __len__(self) -> int:
         return told(self._length())
@@ -69,14 +75,41 @@ class SharedBatches:
         return True
 
     def __iter__(self) -> Iterator[Any]:
+        return _Pausing(self._batches())
+
+    def _batches(self) -> Iterator[Any]:
         self._begin(self.sampler)
         items = self.sampler.items  # Lightning may turn the order to the next epoch while this one is on its way
-        while (positions := self._pull()) is not None:
+        spare = self._spare
+        while (positions := self._pull(spare > 0)) is not None:
+            if not positions:
+                spare -= 1
+                yield _PAUSE
+                continue
             picked = pick(items, positions)
             batch = picked[0] if self._whole else picked
             if self._tell is not None:
                 self._tell(batch)
             yield batch
+
+
+_PAUSE = object()
+
+
+class _Pausing:
+    """Says "no more" at a pause too, and goes on when it is asked again."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self._batches)
+        if batch is _PAUSE:
+            raise StopIteration
+        return batch
 
 
 def told(length: int | None) -> int:
@@ -149,14 +182,16 @@ def shared_loader(
     source, size, whole = _parts(loader)
     order = Order(source, seed=seed, epoch=epoch)
 
-    def pull() -> list[int] | None:
-        return drive(share.next_batch(size))
+    def pull(spare: bool) -> list[int] | None:
+        return drive(share.next_batch(size, spare=spare))
 
     def begin_all(order: Order) -> None:
         share.begin_epoch(order.epoch, total=len(order), digest=order.digest, items=order.items)
         share.rewind()
 
-    return remade(loader, SharedBatches(order, begin or begin_all, pull, whole=whole, tell=tell, length=length))
+    spare = loader.num_workers * ((loader.prefetch_factor or 1) - 1)
+    batches = SharedBatches(order, begin or begin_all, pull, whole=whole, tell=tell, length=length, spare=spare)
+    return remade(loader, batches)
 
 
 def recorded_loader(loader: DataLoader[Any], batches: Iterable[Any]) -> DataLoader[Any]:

@@ -6,6 +6,7 @@
 What remains is cut like this: a claim is at most half of what this member would get if all went on at their speeds, so
 that whoever is slower than thought leaves the rest to the others. A member whose own outstanding work lasts longer
 than the others need for all that remains takes nothing more (`outlasts`): so prefetched batches are not hoarded.
+Before any speed is known that cannot be told: then `claiming.py` keeps the queues short.
 Pure arithmetic: no clock, no board.
 """
 
@@ -21,11 +22,16 @@ LEAST = 1 / 8  # of what is wanted: smaller claims wait until they are worth one
 
 
 class Pace:
-    """This member's own speed: the median over its last batches, so that a validation in between does not count."""
+    """This member's own speed: the median over its last batches, so that a validation in between does not count.
+
+    The first batch after a `start` holds the start of the workers. It counts only where an epoch had no other one.
+    """
 
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=9)
         self._since: float | None = None
+        self._first: float | None = None
+        self._starting = True
 
     def start(self, now: float) -> None:
         """A batch begins now, unless one is under way."""
@@ -33,13 +39,24 @@ class Pace:
 
     def stop(self) -> None:
         """What passes from here to the next `start` is not training."""
-        self._since = None
+        if self._first is not None and not self.rate:
+            self.enter(self._first)
+        self._since = self._first = None
+        self._starting = True
 
     def completed(self, samples: int, now: float) -> None:
         """A batch of `samples` was finished; the next one begins."""
         if self._since is not None and now > self._since and samples > 0:
-            self.enter((now - self._since) / samples)
-        self._since = now
+            seconds = (now - self._since) / samples
+            if self._starting:
+                self.enter_first(seconds)
+            else:
+                self.enter(seconds)
+        self._since, self._starting = now, False
+
+    def enter_first(self, seconds: float) -> None:
+        """The first batch took so many seconds a sample, with all that starts in it."""
+        self._first = seconds
 
     def enter(self, seconds: float) -> None:
         """A batch took so many seconds a sample."""

@@ -70,8 +70,11 @@ class Share(Protocol):
     def rewind(self) -> None:
         """Hand out again what was handed out and not completed."""
 
-    def next_batch(self, size: int) -> Wait[list[int] | None]:
-        """The next at most `size` positions; None when this member has no more work in this epoch."""
+    def next_batch(self, size: int, *, spare: bool = False) -> Wait[list[int] | None]:
+        """The next at most `size` positions; None when this member has no more work in this epoch.
+
+        A `spare` batch is one that nobody waits for: for it there may be no positions now, and more later.
+        """
 
     def completed(self, samples: int | None = None) -> int:
         """Count the oldest batch handed out, or so many samples, as trained on; returns how many."""

@@ -79,6 +79,11 @@ class Sources:
         main = min(self._main.left, self._main.size - claimed - self._main.asked)
         return max(0, main) + sum(pool.left for pool in self._pools() if pool is not self._main)
 
+    def unseen(self) -> int:
+        """Samples that others are known to have claimed, by a later ticket of this member's, but not by their notes."""
+        others = self._crew.claimed(but=self._desk.me) - self._opening.reserved + self._opening.first(self._desk.me)[1]
+        return max(0, self._main.frontier - self._mine.claimed - others)
+
     def call(self) -> None:
         """Tell all, once, what this member drew from the main pool: it draws nothing more from there."""
         if not self._called and not self._main.asked:

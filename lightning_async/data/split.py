@@ -71,15 +71,17 @@ class SplitShare:
             self.whole.rewind()
         self._handed.back()
 
-    def next_batch(self, size: int) -> Wait[list[int] | None]:
-        """This rank's part of the member's next batch."""
+    def next_batch(self, size: int, *, spare: bool = False) -> Wait[list[int] | None]:
+        """This rank's part of the member's next batch; whether there is one now is said by the speaker."""
         batch = None
         if self.whole is not None:
-            batch = yield from self.whole.next_batch(size * len(self._siblings.ranks))
+            batch = yield from self.whole.next_batch(size * len(self._siblings.ranks), spare=spare)
         batch = yield from self._siblings.word("the next batch", batch)
         if batch is None:
             self._ended = True
             return None
+        if not batch:
+            return []
         part = dealt(batch, len(self._siblings.ranks))[self._place]
         self._handed.give(len(part))
         return part

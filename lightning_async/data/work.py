@@ -156,6 +156,10 @@ class Work:
         """How many batches this member will probably have trained on at the end of the epoch."""
         return math.ceil(self.opening.used / max(1, len(self._desk.members())) / self._batch)
 
+    def enough(self, samples: int) -> bool:
+        """Whether so many are too many on their way for now."""
+        return False
+
     @property
     def near(self) -> bool:
         """Whether the end is so near that who takes what is still left hangs on the newest notes."""

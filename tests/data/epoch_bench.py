@@ -104,6 +104,7 @@ class Member:
         self.queue: deque[list[int]] = deque()
         self.ended = False
         self.finished: float | None = None
+        self.last: float | None = None
         self.trained: list[int] = []
         self.waited: list[float] = []
 
@@ -114,25 +115,72 @@ class Member:
             if not self.queue:
                 self.finished = self.desk.now()
                 return
-            batch = self.queue.popleft()
-            yield self.seconds * len(batch) / self.batch
-            self.trained += batch
-            self.share.completed(len(batch))
+            yield from self._train(self.queue.popleft())
+
+    def _train(self, batch: list[int]) -> Generator[float, None, None]:
+        self.last = self.desk.now()
+        yield self.seconds * len(batch) / self.batch
+        self.trained += batch
+        self.share.completed(len(batch))
 
     def _fetch(self) -> Generator[float, None, None]:
         while not self.ended and len(self.queue) < 1 + self.ahead:
-            work = self.share.next_batch(self.batch)
-            while True:
-                try:
-                    next(work)
-                except StopIteration as end:
-                    batch = end.value
-                    break
-                self.waited.append(self.desk.now())
-                yield max(1e-3, self.desk.board.latency / 10)
+            batch = yield from self._pull(self.share.next_batch(self.batch))
             self.ended = batch is None
             if batch is not None:
                 self.queue.append(batch)
+
+    def _pull(self, work: Wait[list[int] | None]) -> Generator[float, None, list[int] | None]:
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                batch: list[int] | None = end.value
+                return batch
+            self.waited.append(self.desk.now())
+            yield max(1e-3, self.desk.board.latency / 10)
+
+
+class Prefetching(Member):
+    """One whose loader has workers: `workers * prefetch` batches are with them, one more is fetched, one is trained on.
+
+    The loader asks for one batch whenever one comes out; what it did not get then it never asks for again.
+    """
+
+    def __init__(
+        self, share: Any, desk: FakeDesk, *, batch: int, seconds: float, workers: int, prefetch: int, start: float
+    ) -> None:
+        super().__init__(share, desk, batch=batch, seconds=seconds, ahead=workers * prefetch)
+        self.start, self.least, self.spare = start, workers, 0
+
+    def life(self) -> Generator[float, None, None]:
+        """As `Member`'s."""
+        self.spare = self.ahead - self.least
+        for _ in range(self.ahead):
+            yield from self._put()
+        yield self.start
+        fetched = yield from self._out()
+        while fetched is not None:
+            batch, fetched = fetched, (yield from self._out())
+            yield from self._train(batch)
+        self.finished = self.desk.now()
+
+    def _out(self) -> Generator[float, None, list[int] | None]:
+        if not self.queue:
+            return None
+        batch = self.queue.popleft()
+        yield from self._put()
+        return batch
+
+    def _put(self) -> Generator[float, None, None]:
+        if self.ended:
+            return
+        batch = yield from self._pull(self.share.next_batch(self.batch, spare=self.spare > 0))
+        self.ended = batch is None
+        if batch:
+            self.queue.append(batch)
+        else:
+            self.spare -= 1
 
 
 def run(

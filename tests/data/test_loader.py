@@ -139,6 +139,17 @@ def test_outstanding_counts_what_workers_have() -> None:
     assert crew.shares[0].outstanding == 4 * (2 * 2)
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+def test_queues_that_were_left_short_end_no_epoch(in_order: bool) -> None:
+    """The DataLoader asks again although it was told "no more": what its batch iterator's pauses rest on."""
+    options: dict[str, Any] = {"num_workers": 2, "prefetch_factor": 4, "in_order": in_order}
+    crew = Crew(*(DataLoader(Numbers(), batch_size=2, **options) for _ in range(2)))
+    batches = iter(crew.loaders[0])
+    next(batches)
+    assert crew.shares[0].outstanding == 2 * (2 + 1)  # one for each worker, and the one that came
+    assert sorted(flat(crew.epoch(0))) == list(range(N))
+
+
 def test_new_iterator_over_the_same_epoch_loses_nothing() -> None:
     crew = Crew(DataLoader(Numbers(), batch_size=8))
     next(iter(crew.loaders[0]))
