@@ -8,11 +8,14 @@ from typing import Any
 
 import lightning as L
 import pytest
+from lightning_utilities.core import rank_zero
 
 from lightning_async import GossipRingStrategy
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md"
+LOG = rank_zero.log
 OTHER: Any = pytest.importorskip("pytorch_lightning")
+rank_zero.log = LOG  # which the import turns to that package's, for all that this process does from then on
 QUIET: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
 
 
