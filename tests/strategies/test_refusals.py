@@ -140,6 +140,7 @@ def refused_on_both(path: Path, sentence: str, *arguments: Any) -> None:
         assert "load them before `fit`, with `load_state_dict`" in result.error
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("content", FOREIGN)
 def test_a_foreign_checkpoint(tmp_path: Path, content: str) -> None:
     data, sentence = FOREIGN[content]
@@ -152,6 +153,7 @@ def test_a_foreign_checkpoint_in_other_stages(tmp_path: Path, stage: str) -> Non
     refused_on_both(write(tmp_path / "foreign.ckpt", data), sentence, stage)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("strategy", ["async_global", "cyclic_delay", "delayed_pipeline", "lazy_sign"])
 def test_a_foreign_checkpoint_of_each_strategy(tmp_path: Path, strategy: str) -> None:
     data, sentence = FOREIGN["text"]
@@ -233,6 +235,7 @@ def fit_unmade(lit: type[Lit], strategy: str) -> None:
     trainer(2, strategy=strategy, max_epochs=1).fit(lit(), loader(), loader(40, shuffle=False))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("strategy", ["gossip_ring", "delayed_pipeline"])
 @pytest.mark.parametrize(
     ("lit", "sentence"),

@@ -346,6 +346,7 @@ def _taken_over(n: int, name: str, path: str, resume: bool) -> list[str]:
     return [str(w.message) for w in caught if "does not go on to the bit" in str(w.message)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", TAKEN_OVER)
 def test_another_world_says_what_of_the_method_goes_on(name: str, tmp_path: Path) -> None:
     path = str(tmp_path / "x.ckpt")

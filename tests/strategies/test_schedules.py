@@ -161,6 +161,7 @@ def interrupted(folder: Path, path: Path | None, accumulate: int) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*not resumable")
+@pytest.mark.few(1)
 @pytest.mark.parametrize("accumulate", [4, 2])
 def test_an_epoch_that_goes_on_counts_whole_if_it_goes_on_alike(tmp_path: Path, accumulate: int) -> None:
     """With other steps it counts for those that are taken: 14 an epoch, but fewer for the rest of one."""

@@ -272,6 +272,7 @@ def test_a_limited_epoch_trains_on_what_it_trains_on_under_ddp(kind: str) -> Non
     assert ours["step"] == theirs["step"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:`Bookmarked` is not a DataLoader")
 @pytest.mark.parametrize(("kind", "epochs"), [("loader", [12] * 4), ("sixes", [12] * 4), ("tens", [12, 8, 12, 8])])
 def test_a_loader_with_a_state_goes_on_behind_the_limit(kind: str, epochs: list[int]) -> None:
@@ -290,6 +291,7 @@ def test_a_part_of_a_stream_of_known_length_is_that_part_of_it() -> None:
     assert ours["step"] == theirs["step"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
 @pytest.mark.parametrize("validates", [1.0, 0.5])
 def test_all_name_the_same_part_of_streams_of_unlike_lengths(validates: float) -> None:
@@ -297,7 +299,7 @@ def test_all_name_the_same_part_of_streams_of_unlike_lengths(validates: float) -
     batches = [len(_flat(end)) // 2 for end in ends]
     assert ends[0]["end"] == ends[1]["end"]
     assert ends[0]["step"] == ends[1]["step"] == sum(batches) // 2
-    assert 24 + 12 >= sum(batches) >= 4 * (6 + 3) - 2
+    assert 24 + 12 >= sum(batches) >= 4 * (6 + 3 - 1), "who runs dry before its part leaves the epoch a batch short"
 
 
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
@@ -307,6 +309,7 @@ def test_a_stream_that_has_less_than_its_length_meets_the_others_at_its_end() ->
     assert [end["epochs"] for end in ends] == [[list(range(16))] * 4] * 2
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("slow", [1.0, 4.0])
 def test_no_sample_of_a_limited_epoch_is_lost_on_any_rank(slow: float) -> None:
     for end in run(2, _limited, 2, "data set", None, slow):
