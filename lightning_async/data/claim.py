@@ -17,7 +17,7 @@ from lightning_async.data.claiming import Claims
 from lightning_async.data.crew import Desk
 from lightning_async.data.opening import Opening
 from lightning_async.data.order import Items
-from lightning_async.data.pace import Pace
+from lightning_async.data.pace import LoaderPace
 from lightning_async.data.ranges import Range
 
 
@@ -35,7 +35,7 @@ class ClaimedShare(LedgerShare[Claims]):
         if not seconds >= 0:
             raise ValueError(f"`seconds` must be at least 0, got {seconds}")
         self._seconds = seconds
-        super().__init__(desk, batch=batch, drop_last=drop_last, pace=Pace())
+        super().__init__(desk, batch=batch, drop_last=drop_last, pace=LoaderPace())
 
     def _begun(self, epoch: int, opening: Opening, *, done: Sequence[Range], items: Items) -> Claims:
         return Claims(

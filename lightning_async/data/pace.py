@@ -22,16 +22,11 @@ LEAST = 1 / 8  # of what is wanted: smaller claims wait until they are worth one
 
 
 class Pace:
-    """This member's own speed: the median over its last batches, so that a validation in between does not count.
-
-    The first batch after a `start` holds the start of the workers. It counts only where an epoch had no other one.
-    """
+    """This member's own speed: the median over its last batches, so that a validation in between does not count."""
 
     def __init__(self) -> None:
         self._seconds: deque[float] = deque(maxlen=9)
         self._since: float | None = None
-        self._first: float | None = None
-        self._starting = True
 
     def start(self, now: float) -> None:
         """A batch begins now, unless one is under way."""
@@ -39,24 +34,13 @@ class Pace:
 
     def stop(self) -> None:
         """What passes from here to the next `start` is not training."""
-        if self._first is not None and not self.rate:
-            self.enter(self._first)
-        self._since = self._first = None
-        self._starting = True
+        self._since = None
 
     def completed(self, samples: int, now: float) -> None:
         """A batch of `samples` was finished; the next one begins."""
         if self._since is not None and now > self._since and samples > 0:
-            seconds = (now - self._since) / samples
-            if self._starting:
-                self.enter_first(seconds)
-            else:
-                self.enter(seconds)
-        self._since, self._starting = now, False
-
-    def enter_first(self, seconds: float) -> None:
-        """The first batch took so many seconds a sample, with all that starts in it."""
-        self._first = seconds
+            self.enter((now - self._since) / samples)
+        self._since = now
 
     def enter(self, seconds: float) -> None:
         """A batch took so many seconds a sample."""
@@ -66,6 +50,35 @@ class Pace:
     def rate(self) -> float:
         """Samples per second, 0 while unknown."""
         return 1.0 / median(self._seconds) if self._seconds else 0.0
+
+
+class LoaderPace(Pace):
+    """A pace by which data are shared out. The first batch after a `start` holds the start of the loader's workers: it
+    counts only where an epoch had no other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first: float | None = None
+        self._starting = True
+
+    def stop(self) -> None:
+        """What passes from here to the next `start` is not training."""
+        if self._first is not None and not self.rate:
+            super().enter(self._first)
+        super().stop()
+        self._first, self._starting = None, True
+
+    def completed(self, samples: int, now: float) -> None:
+        """A batch of `samples` was finished; the next one begins."""
+        super().completed(samples, now)
+        self._starting = False
+
+    def enter(self, seconds: float) -> None:
+        """A batch took so many seconds a sample."""
+        if self._starting:
+            self._first = seconds
+        else:
+            super().enter(seconds)
 
 
 @dataclass(frozen=True, slots=True)

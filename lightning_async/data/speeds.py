@@ -47,10 +47,6 @@ class MeanPace(Pace):
             weight = max(self._memory, 1 / (self._count - 1))
             self._mean += weight * (min(seconds, CLIP * self._mean) - self._mean)
 
-    def enter_first(self, seconds: float) -> None:
-        """It counts as any other: the mean has its own rules for it."""
-        self.enter(seconds)
-
     @property
     def rate(self) -> float:
         """Samples per second, 0 while unknown."""

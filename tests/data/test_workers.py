@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from lightning_async.data.ledger import audit
-from lightning_async.data.pace import Pace
+from lightning_async.data.pace import LoaderPace
 from lightning_async.data.share import make_share
 from tests.data.epoch_bench import Clock, FakeBoard, Member, Prefetching, at_once, begin, run
 
@@ -91,7 +91,7 @@ def test_a_spare_batch_is_refused_in_the_dark_and_only_there(ranks: int) -> None
 
 
 def test_the_start_of_the_workers_is_not_the_speed() -> None:
-    pace = Pace()
+    pace = LoaderPace()
     pace.start(0.0)
     pace.completed(10, 5.0)
     assert pace.rate == 0
@@ -104,7 +104,7 @@ def test_the_start_of_the_workers_is_not_the_speed() -> None:
 
 
 def test_the_only_batch_of_an_epoch_is_a_speed_for_the_next() -> None:
-    pace = Pace()
+    pace = LoaderPace()
     pace.start(0.0)
     pace.completed(10, 5.0)
     pace.stop()
