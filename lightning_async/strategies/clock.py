@@ -150,6 +150,7 @@ class Clock:
             return None if mine is None else mine * n
         word = b"" if mine is None else str(mine).encode()
         said = self._strategy.together(self._strategy.office.rounds.agree(word, what="how long their streams are"))
+        self._counts.check_alike(self._strategy.feeding, said)
         return sum(map(int, said.values())) if all(said.values()) else None
 
     def put_back(self) -> None:

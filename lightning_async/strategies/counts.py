@@ -9,7 +9,7 @@ Left to Lightning, each would be one rank's count. Callbacks that act by such a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,15 @@ class Counts:
         """Whether something goes by a part of the epoch of streams, each of which may have a length of its own."""
         parts = (limit for limit in (feeding.limit, self._val_every) if isinstance(limit, float) and limit < 1.0)
         return self.taken and feeding.share is None and any(parts)
+
+    def check_alike(self, feeding: Feeding, lengths: Mapping[int, bytes]) -> None:
+        """Refuse a part of streams of unlike lengths, on all ranks: one may end before the part that falls to it."""
+        if isinstance(feeding.limit, float) and feeding.limit < 1.0 and len(set(lengths.values())) > 1:
+            said = ", ".join(f"{word.decode() or 'an unknown number'} on rank {rank}" for rank, word in lengths.items())
+            raise MisconfigurationException(
+                f"`limit_train_batches={feeding.limit}` is a part of streams of unlike lengths, in batches: {said}; "
+                "give a number of batches"
+            )
 
     def items(self, trainer: Trainer, feeding: Feeding, n: int, total: int | None) -> Iterator[Item]:
         """What is due when `n` members have come so far together; `total`: the batches of an epoch of all of them."""

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_async import SpeedFaults
 from lightning_async.data.resume import State, unite
 from tests.strategies.lit import INPUTS, TARGETS, Lit, Numbers, loader, trainer, weights
-from tests.strategies.ranks import run
+from tests.strategies.ranks import Forked, run
 
 
 class Stream(IterableDataset[Any]):
@@ -291,15 +291,14 @@ def test_a_part_of_a_stream_of_known_length_is_that_part_of_it() -> None:
     assert ours["step"] == theirs["step"]
 
 
-@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
-@pytest.mark.parametrize("validates", [1.0, 0.5])
-def test_all_name_the_same_part_of_streams_of_unlike_lengths(validates: float) -> None:
-    ends = run(2, _limited, 2, "unlike", None, 1.0, None, None, validates, 0.25)
-    batches = [len(_flat(end)) // 2 for end in ends]
-    assert ends[0]["end"] == ends[1]["end"]
-    assert ends[0]["step"] == ends[1]["step"] == sum(batches) // 2
-    assert 24 + 12 >= sum(batches) >= 4 * (6 + 3) - 2
+def test_a_part_of_streams_of_unlike_lengths_is_refused_on_all_ranks() -> None:
+    with Forked(2, _limited, 2, "unlike", None, 1.0, None, None, 1.0, 0.25) as forked:
+        results = forked.results(20.0)
+    for result in results:
+        assert result.kind == "MisconfigurationException", result.trace
+        assert "`limit_train_batches=0.25` is a part of streams of unlike lengths, in batches: " in result.error
+        assert "6 on rank 0, 3 on rank 1; give a number of batches" in result.error
 
 
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
