@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -24,6 +26,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("RES_OPTIONS", "attempts:0")
 # What LightningCLI asks of jsonargparse is between the two of them.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+# What torch has compiled is for all tests, whose temporary files each has for itself.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
 
 import pytest
 import torch
@@ -67,6 +71,10 @@ OURS_TO_RESTORE = (
 # They serve a whole process on purpose: the bookkeeper and the nursery of `multiprocessing`, the compile pool of torch.
 HOUSEKEEPING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "torch._inductor.compile_worker")
 # Lightning's observer of popen children looks every 5 s whether it may end.
+SYSTEMS = tempfile.gettempdir()
+# Of torch and multiprocessing, whose processes leave them where they end by a signal or after a fork. `tmp`, an empty
+# folder, is torch.distributed.nn's.
+OTHERS_FILES = ("pymp-", "pytorch-errorfile-", "torchelastic_")
 KNOWN_THREADS = ("TMonitor", "InductorSubproc", "pydevd", "_ChildProcessObserver")
 
 
@@ -157,6 +165,7 @@ def nothing_left_behind(tmp_path: Path) -> Iterator[None]:
     look before that has put everything back.)
     """
     here = Path.cwd()
+    aside = _set_aside_temporary_files()
     threads, children = set(threading.enumerate()), _children()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     environment = dict(os.environ)
@@ -170,11 +179,28 @@ def nothing_left_behind(tmp_path: Path) -> Iterator[None]:
         *(f"process {name}" for name in _settled(lambda: list(_children_beside(children).values()))),
         *_restore_handlers(handlers),
         *_restore_environment(environment),
+        *(f"file {name}" for name in _files_in(aside)),
     ]
     if faults:
         for pid in _children_beside(children):
             os.kill(pid, signal.SIGKILL)
         pytest.fail("left behind: " + "; ".join(faults), pytrace=False)
+
+
+def _set_aside_temporary_files() -> Path:
+    """A folder for this test's temporary files, in the place of the system's; with a short path: sockets live there."""
+    folder = Path(tempfile.mkdtemp(prefix="test-", dir=SYSTEMS))
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    return folder
+
+
+def _files_in(folder: Path) -> list[str]:
+    found = [path for path in folder.iterdir() if not path.name.startswith(OTHERS_FILES)]
+    left = [
+        path.name for path in found if not (path.name.startswith("tmp") and path.is_dir() and not any(path.iterdir()))
+    ]
+    shutil.rmtree(folder, ignore_errors=True)
+    return left
 
 
 def _settled(look: Callable[[], list[str]]) -> list[str]:

@@ -21,7 +21,7 @@ from tests.strategies.ranks import Forked, run
 LONG = 60.0
 """Seconds for which a rank would be stuck."""
 LEAKS = """
-import os, signal, subprocess, threading
+import os, signal, subprocess, tempfile, threading
 
 def test_thread():
     threading.Thread(target=threading.Event().wait, name="forgotten", daemon=True).start()
@@ -35,10 +35,13 @@ def test_environment():
 def test_handler():
     signal.signal(signal.SIGTERM, lambda *_: None)
 
+def test_file():
+    tempfile.mkstemp(prefix="forgotten")
+
 def test_put_right():
     assert "FORGOTTEN" not in os.environ
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert not os.listdir()
+    assert not os.listdir() and not os.listdir(tempfile.gettempdir())
 
 def test_files_stay_in_a_folder_of_their_own(monkeypatch):
     monkeypatch.setenv("FINE", "1")
@@ -48,7 +51,7 @@ def test_files_stay_in_a_folder_of_their_own(monkeypatch):
 
 def _pytest_in(folder: Path) -> str:
     os.chdir(folder)
-    argv = ["-p", "no:cacheprovider", "-W", "ignore", "--rootdir", ".", "-rfE", "."]
+    argv = ["-p", "no:cacheprovider", "-W", "ignore", "--rootdir", ".", "--basetemp", "base", "-rfE", "."]
     with redirect_stdout(io.StringIO()) as output:
         pytest.main(argv)
     return output.getvalue()
@@ -65,11 +68,12 @@ def test_leaks_are_caught(tmp_path: Path) -> None:
         "test_process": "process ",
         "test_environment": "environment variable FORGOTTEN",
         "test_handler": "a handler of SIGTERM",
+        "test_file": "file forgotten",
     }.items():
         assert f"ERROR test_leaks.py::{name}" in output, output
         assert f"left behind: {sentence}" in output, output
-    assert "6 passed, 4 errors" in output
-    assert re.search(r"^ +\d+\.\d s +6 tests  \(top\)$", output, re.MULTILINE)
+    assert "7 passed, 5 errors" in output
+    assert re.search(r"^ +\d+\.\d s +7 tests  \(top\)$", output, re.MULTILINE)
     assert not (tmp_path / "here").exists()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, closing
 from multiprocessing.connection import Connection
@@ -178,6 +180,8 @@ class TestRanks:
         while _alive(pid) and time.monotonic() < end:
             time.sleep(0.02)
         assert not _alive(pid)
+        (folder,) = Path(tempfile.gettempdir()).glob("ranks-*")
+        shutil.rmtree(folder)  # its owner could not
 
     def test_refusals(self) -> None:
         with pytest.raises(ValueError, match="at least 1"):
