@@ -91,9 +91,9 @@ class Samples(IterableDataset[Any]):
         self.at = state["at"]
 
 
-def stream(rank: int, world: int) -> DataLoader[Any]:
+def stream(rank: int, world: int, batch_size: int = 4) -> DataLoader[Any]:
     """A loader over a stream that knows where it stands."""
-    return DataLoader(Samples(Stateful(rank, world)), batch_size=4)
+    return DataLoader(Samples(Stateful(rank, world)), batch_size)
 
 
 class Saves(Callback):
