@@ -112,7 +112,7 @@ def strike(watched: list[Struck], fault: str, seed: int) -> tuple[Struck, dict[i
     return run, trained
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("first", range(0, 70, EACH))
 @pytest.mark.parametrize("fault", ["kill", "freeze", "cut"])
 def test_the_others_push_on_and_all_that_the_living_computed_is_applied(

@@ -224,6 +224,7 @@ def test_a_slow_network_makes_agreement_slow_and_nothing_worse(mode: str, topolo
     assert spread.square().mean().sqrt() < 0.5 * STARTS.std()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("topology", ["ring", "exponential"])
 @pytest.mark.parametrize("n", [6, 7, 8, 16])
 def test_sync_contracts_on_every_topology(topology: str, n: int) -> None:

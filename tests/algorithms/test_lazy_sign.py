@@ -182,6 +182,7 @@ def test_no_rank_is_silent_for_longer_than_max_skip(rule: str, carrier: str) -> 
 # -- convergence -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("form", "steps"), [("gather", 300), ("slices", 400)])
 def test_innovation_converges_linearly(form: str, steps: int) -> None:
     """To the last bits of double precision, at a constant learning rate, with ranks that differ and stay silent."""

@@ -211,7 +211,7 @@ def _continued(through: list[Any], resumed: list[Any]) -> list[Any]:
     return [resumed[0], *head, *tail]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize(("mode", "at_meeting"), [("push_sum", "keep"), ("pairwise", "adopt")])
 def test_what_comes_behind_a_checkpoint_is_what_came_behind_it_to_the_bit(

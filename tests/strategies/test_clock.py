@@ -137,7 +137,7 @@ def _watched_by(kind: str, folder: Path, every: Any, mine: type[AsyncStrategy]) 
     return fit(callbacks=[callbacks[kind]], max_epochs=2, val_check_interval=every, strategy=mine(), **saves)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mine", [GossipRingStrategy, AsyncGlobalStrategy, CyclicDelayStrategy, LazySignStrategy])
 @pytest.mark.parametrize(("every", "steps"), [(0.5, [15, 30, 45, 60]), (7, [7, 14, 21, 28, 37, 44, 51, 58])])
 def test_callbacks_save_behind_each_validation_in_mid_epoch(

@@ -232,7 +232,7 @@ def _uncorrected(optimizer: str) -> list[float]:
     return losses
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("knobs", "optimizer"),
     [

@@ -33,7 +33,7 @@ def _places(kind: type[AsyncStrategy], knobs: dict[str, Any]) -> Counter[str]:
     return places
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "knobs"),
     [

@@ -141,6 +141,7 @@ def test_a_litdata_stream_goes_on_where_each_rank_was(workers: int, tmp_path: Pa
     assert len(set(trained[0] + trained[1])) == 40 * 8, "none twice, on either rank"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_webdataset_goes_on_where_each_rank_was(workers: int, tmp_path: Path) -> None:
     pytest.importorskip("webdataset", reason="webdataset is not installed")

@@ -205,7 +205,7 @@ def _adds_up(
     return lit.losses, (weights(lit), plain([o.state_dict() for o in t.optimizers]), t.global_step)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("module", "accumulate"), [(Draws, 4), (DrawsByHand, 1)])
 @pytest.mark.parametrize(("at_meeting", "mode"), [("adopt", "none"), ("keep", "none"), ("adopt", "sync")])
 def test_a_run_that_was_saved_between_two_steps_goes_on_to_the_bit(

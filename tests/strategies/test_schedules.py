@@ -68,7 +68,7 @@ def ends(
     return ended(module, one)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("samples", [224, 240])
 @pytest.mark.parametrize("name", ["onecycle", "cosine"])
 @pytest.mark.parametrize("of", [GossipRingStrategy, AsyncGlobalStrategy])
@@ -81,7 +81,7 @@ def test_accumulated_batches_of_a_slow_rank_add_up_to_the_steps_foreseen(
     assert found == at_its_end(name, total)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["onecycle", "cosine"])
 @pytest.mark.parametrize(
     ("options", "total"),

@@ -94,7 +94,7 @@ def at_each_phase(strategy: str, rank: int, folder: Path) -> dict[str, tuple[str
     return {phase: fit(strategy, phase, rank, folder / phase) for phase in PHASES}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_a_run_that_is_told_to_end_ends_everywhere_and_leaves_whole_checkpoints(

@@ -102,7 +102,7 @@ KINDS: dict[str, Any] = {
 # -- the law -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -175,7 +175,7 @@ def test_one_member_of_three_ranks_is_ddp_to_rounding() -> None:
 # -- the data ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("balance", ["claim", "equal", "incremental"])
 @pytest.mark.parametrize("samples", [229, 230, 26])
 def test_what_does_not_divide_is_filled_up_inside_and_nobody_hangs(samples: int, balance: str) -> None:

@@ -115,6 +115,7 @@ def long_batches(rank: int, folder: Path) -> dict[str, Any]:
     return {"batches": len(batches), "end": end}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_in_the_first_stretch_ranks_with_long_batches_end_within_grace(rank: int, tmp_path: Path) -> None:
     found = run(2, long_batches, rank, tmp_path)

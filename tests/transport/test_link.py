@@ -343,6 +343,7 @@ def test_a_stranger_is_turned_away_in_words_on_both_sides(
         assert ("another run" if stranger == "run" else "of the protocol") in end.link.error
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("hurries", [False, True])
 def test_a_broken_connection_is_made_anew_and_nothing_is_lost_or_doubled(store: Store, hurries: bool) -> None:
     a, b = End(store, 0, 1), End(store, 1, 0)
