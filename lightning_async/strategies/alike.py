@@ -25,6 +25,7 @@ OF_THE_TRAINER = (
     "min_steps",
     "val_check_interval",
     "check_val_every_n_epoch",
+    "accumulate_grad_batches",
     "reload_dataloaders_every_n_epochs",
     "precision",
 )

@@ -61,6 +61,11 @@ def _unlike(knobs: dict[str, Any], options: dict[str, Any]) -> None:
         ({}, {"max_epochs": 3}, "max_epochs=2 on rank 0, max_epochs=3 on rank 1"),
         (
             {},
+            {"accumulate_grad_batches": 2},
+            "accumulate_grad_batches=1 on rank 0, accumulate_grad_batches=2 on rank 1",
+        ),
+        (
+            {},
             {"check_val_every_n_epoch": 2},
             "check_val_every_n_epoch=1 on rank 0, check_val_every_n_epoch=2 on rank 1",
         ),
