@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import islice
 
 
 class Fate(str, Enum):
@@ -80,4 +81,4 @@ class ArrivalLog:
         """What this reader has not seen."""
         new = min(self._count - self._read.get(id(reader), 0), len(self._newest))
         self._read[id(reader)] = self._count
-        return list(self._newest)[len(self._newest) - new :]
+        return list(islice(reversed(self._newest), new))[::-1]
