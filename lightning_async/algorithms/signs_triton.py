@@ -1,6 +1,7 @@
 """The same numbers by Triton kernels on a GPU: one read of what is packed, one write of what is left.
 
 Triton comes with torch's builds for GPUs; where it is not, torch does it. Each program handles `WIDTH` bytes of signs.
+Kernels use no function of Triton's library: these run in its interpreter only if that was asked for before the import.
 """
 
 from __future__ import annotations
@@ -60,10 +61,11 @@ def _kernels() -> tuple[Any, Any]:
 
 def _pack_kernel(p, bits, numel, nbytes, width: tl.constexpr, each: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * width + tl.arange(0, width)
-    numbers = at[:, None] * each + tl.arange(0, each)[None, :]
-    values = tl.load(p + numbers, mask=numbers < numel, other=-1.0)
-    places = (values >= 0).to(tl.int32) << tl.arange(0, each)[None, :]
-    tl.store(bits + at, tl.sum(places, axis=1).to(tl.uint8), mask=at < nbytes)
+    byte = at * 0
+    for k in tl.static_range(each):
+        values = tl.load(p + at * each + k, mask=at * each + k < numel, other=-1.0)
+        byte |= (values >= 0).to(tl.int32) << k
+    tl.store(bits + at, byte.to(tl.uint8), mask=at < nbytes)
 
 
 def _shift_kernel(source, bits, scale, out, numel, width: tl.constexpr, each: tl.constexpr):  # type: ignore[no-untyped-def]

@@ -18,13 +18,14 @@ STRATEGIES: tuple[type[AsyncStrategy], ...] = (
     CyclicDelayStrategy,
 )
 """Those whose ranks have replicas."""
+START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
 
 def register() -> None:
-    """Enter `name`, `name_spawn` and `name_fork` in Lightning's registry. Idempotent."""
+    """Enter each name in Lightning's registry, with the endings that `ddp` has there. Idempotent."""
     all_of_them: tuple[type[AsyncStrategy | DelayedPipelineStrategy], ...] = (*STRATEGIES, DelayedPipelineStrategy)
     for strategy in all_of_them:
-        for suffix, method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork")):
+        for suffix, method in START_METHODS.items():
             name = strategy.name + suffix
             if name not in StrategyRegistry:
                 summary = (strategy.__doc__ or "").splitlines()[0]

@@ -49,6 +49,7 @@ from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.members import Inner, check_inner, ranks_of_a_member
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office, check_backend
+from lightning_async.strategies.one_thread import spare_the_threads
 from lightning_async.strategies.refusals import refuse, refuse_inner, refuse_module, refuse_run, refuse_unmade
 from lightning_async.strategies.shown import Shown
 from lightning_async.strategies.statistics import Statistics
@@ -149,6 +150,7 @@ class AsyncStrategy(Shown):
         self.office.check_network(self.num_nodes)
         self.office.check_complete(self.world_size)
         super().setup_environment()
+        spare_the_threads()
         fitting = trainer.state.fn == TrainerFn.FITTING
         self.office.size = self._ranks_of_a_member() if fitting else 1
         self.office.recording.introduce(self)

@@ -30,6 +30,7 @@ from lightning_async.strategies.alike import creed, plan
 from lightning_async.strategies.handover import Handover
 from lightning_async.strategies.measuring import measured
 from lightning_async.strategies.metrics import LedMetrics
+from lightning_async.strategies.one_thread import spare_the_threads
 from lightning_async.strategies.parts import Parts
 from lightning_async.strategies.pipe_batches import PipeBatches
 from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse_schedulers
@@ -92,6 +93,7 @@ class PipeSetup(PipeBatches):
         self.office.check_network(self.num_nodes)
         self.office.check_complete(self.world_size)
         super().setup_environment()
+        spare_the_threads()
         self.fitting = trainer.state.fn == TrainerFn.FITTING
         self.office.recording.introduce(self)
         self.office.open(

@@ -223,7 +223,7 @@ def test_who_hurries_writes_what_is_short_by_himself(pair: tuple[End, End], monk
 def test_a_profiler_of_the_thread_that_writes_hears_nothing_of_it(pair: tuple[End, End]) -> None:
     """It would hear of the end in the thread that waits for it, which kills a process now and then."""
     a, b = pair
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
         for step in range(20):
             with a.here.gathering.gathered("at once"):
                 assert a.slots.post(Message(20, torch.ones(100), step=step))
