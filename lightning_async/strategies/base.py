@@ -110,7 +110,7 @@ class AsyncStrategy(Shown):
         check_word("buffers", buffers, get_args(Buffers))
         check_word("start_method", start_method, get_args(StartMethod))
         check_inner(inner, inner_size)
-        self.algorithm, self.at_meeting, self.buffers = algorithm, at_meeting, buffers
+        self.algorithm, self.at_meeting, self.buffers, self.timeout = algorithm, at_meeting, buffers, timeout
         self.voice, self.inner, self.inner_size = algorithm, inner, inner_size
         self.office = Office(
             interface=interface,

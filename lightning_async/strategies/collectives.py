@@ -8,13 +8,14 @@ Never through the default process group: its ranks would have to be at one place
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from lightning_async.strategies import words
+from lightning_async.strategies import attempt, words
 from lightning_async.strategies.office import Office
 from lightning_async.transport.mail import Wait
 
@@ -29,16 +30,23 @@ class Collectives(DDPStrategy):
         office: This rank's place in the run.
         alone: Whether this rank goes on by itself.
         apart: Whether tensors are not reduced for a while, since not all have them.
+        timeout: How long ranks that start may wait for each other.
     """
 
     name = "async"
     office: Office
+    timeout: timedelta
     alone = apart = False
 
     @property
     def meeting(self) -> bool:
         """Whether all that live are here."""
         return not self.alone and self.office.is_open
+
+    def setup_distributed(self) -> None:
+        """All ranks of this attempt find each other, and none of an earlier one."""
+        attempt.join(self.cluster_environment, self.root_device, self.process_group_backend, self.timeout)
+        super().setup_distributed()
 
     def together(self, waiting: Wait[T]) -> T:
         """Run what waits for the others to its end."""

@@ -131,7 +131,7 @@ class DelayedPipelineStrategy(PipeSetup):
         check_knobs(chosen, split=split, shrink=shrink, anneal=anneal, replicas=replicas, baseline=baseline)
         self.stages, self.split, self.semantics, self.order, self.wire = stages, split, semantics, order, wire
         self.compensate, self.anneal, self.replicas, self.baseline = compensate, anneal, replicas, baseline
-        self.clip = clip
+        self.clip, self.timeout = clip, timeout
         self.office = Office(
             interface=interface,
             silence=silence,

@@ -33,11 +33,15 @@ class Result:
 
 
 class Forked:
-    """`n` processes that run `function(*arguments)`, each with the environment of its rank."""
+    """`n` processes that run `function(*arguments)`, each with the environment of its rank.
 
-    def __init__(self, n: int, function: Callable[..., Any], *arguments: Any, store: bool = False) -> None:
+    `store`: whether the launcher hosts the store, or one that somebody else hosts.
+    """
+
+    def __init__(self, n: int, function: Callable[..., Any], *arguments: Any, store: bool | Store = False) -> None:
         gc.collect()  # a store server that a child would collect hangs the child: its threads were not forked
-        self._meeting_place = Store() if store else Held()
+        self._own_place = not isinstance(store, Store)
+        self._meeting_place = store if isinstance(store, Store) else Store() if store else Held()
         self._pipes, self.processes = [], []
         for rank in range(n):
             mine, theirs = FORK.Pipe(duplex=False)
@@ -50,7 +54,7 @@ class Forked:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(self._meeting_place.port),
                 "TORCHELASTIC_RUN_ID": "test",
-                "TORCHELASTIC_USE_AGENT_STORE": str(store),
+                "TORCHELASTIC_USE_AGENT_STORE": str(bool(store)),
             }
             process = FORK.Process(target=_life, args=(theirs, environment, function, arguments))
             process.start()
@@ -67,7 +71,8 @@ class Forked:
             process.join()
         for pipe in self._pipes:
             pipe.close()
-        self._meeting_place.close()
+        if self._own_place:
+            self._meeting_place.close()
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         """Send a signal to one rank."""
