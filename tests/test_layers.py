@@ -20,6 +20,7 @@ HEIGHT = {**dict.fromkeys(TOP, 2), **dict.fromkeys(MIDDLE, 1), **dict.fromkeys(B
 
 LIGHTNING_PLACES = ("__init__.py", "strategies/", "callbacks/", "cli/", "data/loader.py")
 DISTRIBUTED_PLACES = (
+    "transport/attempts.py",
     "transport/line.py",
     "transport/sender.py",
     "transport/receiver.py",

@@ -15,8 +15,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from lightning_async.strategies import attempt, words
+from lightning_async.strategies import words
 from lightning_async.strategies.office import Office
+from lightning_async.transport import attempts
 from lightning_async.transport.mail import Wait
 
 T = TypeVar("T")
@@ -44,8 +45,11 @@ class Collectives(DDPStrategy):
         return not self.alone and self.office.is_open
 
     def setup_distributed(self) -> None:
-        """All ranks of this attempt find each other, and none of an earlier one."""
-        attempt.join(self.cluster_environment, self.root_device, self.process_group_backend, self.timeout)
+        """All ranks of this attempt find each other, and none of an earlier one. Lightning leaves what is there."""
+        if (at := self.cluster_environment) is not None:
+            me, world, backend = at.global_rank(), at.world_size(), self.process_group_backend
+            place = at.main_address, at.main_port
+            attempts.join(*place, me, world, device=self.root_device, backend=backend, timeout=self.timeout)
         super().setup_distributed()
 
     def together(self, waiting: Wait[T]) -> T:

@@ -12,16 +12,39 @@ each counts for itself. So all ranks agree on one before they say anything else:
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import secrets
 import time
 from collections.abc import Iterator
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public, though not exported by name
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, not exported by name
 
 ROOT = "lightning_async/attempt"
 LOOK = 0.02  # seconds between two looks
+
+
+def join(
+    address: str, port: int, me: int, world: int, *, device: torch.device, backend: str | None, timeout: timedelta
+) -> None:
+    """Make the default group of this attempt, where torchrun's own store is used and nobody has made one."""
+    if dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or world == 1:
+        return
+    backend = backend or dist.Backend.default_device_backend_map.get(device.type, "gloo")
+    dist.init_process_group(
+        backend,
+        store=fresh(TCPStore(address, port, is_master=False, timeout=timeout), me, world, timeout),
+        rank=me,
+        world_size=world,
+        timeout=timeout,
+        device_id=None if device.type == "cpu" else device,
+    )
+    if backend == "nccl":
+        atexit.register(_end)  # torch warns of one that is left
 
 
 def fresh(store: Store, me: int, world: int, timeout: timedelta) -> Store:
@@ -74,3 +97,8 @@ def _looks(me: int, world: int, timeout: timedelta) -> Iterator[None]:
         f"rank {me} waited {timeout.total_seconds():.0f} s for all {world} ranks to begin: look for one that did not "
         "start, or raise `timeout`"
     )
+
+
+def _end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
