@@ -184,6 +184,7 @@ class Record:
         refused: Messages refused.
         reply: The 99th percentile of the age of what was folded, in seconds.
         sent: Bytes of messages that it sent.
+        exchanged: Those of them that the method itself sent to other nodes: bodies, without meetings.
         taken: Samples taken over from the dead.
         loss: Validation loss at the end.
         digest: Fingerprint of its weights at the end.
@@ -200,6 +201,7 @@ class Record:
     refused: int = 0
     reply: float = 0.0
     sent: int = 0
+    exchanged: int = 0
     taken: int = 0
     loss: float = float("nan")
     digest: str = ""
@@ -279,8 +281,11 @@ class Recorder(Callback):
         if isinstance(trainer.strategy, AsyncStrategy):
             self._look(trainer.strategy, self.record.end)
             self._count()
-            by_peer = trainer.strategy.traffic().values()
-            self.record.sent = sum(count.bytes_out for kinds in by_peer for count in kinds.values())
+            by_peer, own = trainer.strategy.traffic(), trainer.strategy.algorithm.kinds
+            node, size = trainer.node_rank, trainer.num_devices
+            self.record.sent = sum(count.bytes_out for kinds in by_peer.values() for count in kinds.values())
+            apart = [kinds for peer, kinds in by_peer.items() if peer // size != node]
+            self.record.exchanged = sum(kinds[kind].bytes_out for kinds in apart for kind in own if kind in kinds)
             self.record.taken = getattr(trainer.strategy.feeding.share, "repeated", 0)
         if self._copies and self._folder:
             times, batches, weights = zip(*self._copies, strict=True)
