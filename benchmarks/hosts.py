@@ -12,6 +12,7 @@ pulled cable: no FIN, no RST, peers see silence.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import IO
+
+from benchmarks.launch import Spawn
 
 _numbers = itertools.count()
 QUEUE = 0.05  # seconds of traffic that wait at a shaped link before frames are dropped
@@ -94,8 +97,22 @@ class Hosts:
         self, rank: int, argv: Sequence[str], env: Mapping[str, str], output: IO[bytes]
     ) -> subprocess.Popen[bytes]:
         """Start a rank on the host of its number, for `Ranks(..., address=hosts.address(0), spawn=hosts.spawn)`."""
-        node = {"GROUP_RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "eth0"}
-        return self.run(rank, argv, {**env, **node}, output)
+        return self.spawn_by(1)(rank, argv, env, output)
+
+    def spawn_by(self, each: int) -> Spawn:
+        """Start ranks so many to a host, in their order, for `Ranks(..., spawn=hosts.spawn_by(2))`."""
+
+        def spawn(rank: int, argv: Sequence[str], env: Mapping[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+            host, local = divmod(rank, each)
+            node = {"GROUP_RANK": str(host), "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(each)}
+            return self.run(host, argv, {**env, **node, "GLOO_SOCKET_IFNAME": "eth0"}, output)
+
+        return spawn
+
+    def sent(self, i: int) -> int:
+        """Bytes that left host `i`, with the headers of every frame, since it was made."""
+        (link,) = json.loads(_command("ip", "-n", self._name(i), "-s", "-j", "link", "show", "eth0"))
+        return int(link["stats64"]["tx"]["bytes"])
 
     def cut(self, i: int) -> None:
         """Pull host `i`'s cable."""

@@ -55,6 +55,7 @@ class Work:
         watch: Whether all callbacks that measure are there.
         workers: Workers of each rank's loader.
         prefetch: Batches that each of them has on its way.
+        shared_memory: Whether messages between ranks of one host go through memory.
     """
 
     batches: int
@@ -70,6 +71,7 @@ class Work:
     watch: bool = False
     workers: int = 0
     prefetch: int = 2
+    shared_memory: bool = True
 
     def arguments(self, knobs: Knobs | None, folder: Path | None = None) -> dict[str, Any]:
         """The arguments of `fit`, as JSON takes them. `knobs` None: `ddp`."""
@@ -97,6 +99,8 @@ def fit(work: dict[str, Any], knobs: Knobs | None, folder: str | None) -> dict[s
     """Train on this rank; returns `Record` as a dictionary."""
     job = Work.read(work)
     strategy = "ddp" if knobs is None else made(knobs)
+    if isinstance(strategy, AsyncStrategy):
+        strategy.office.shared_memory = job.shared_memory
     recorder = Recorder(job.every, Path(folder) if folder else None)
     faults = SpeedFaults(step_seconds=job.step, slow=dict(job.slow), hold_gil=job.hold_gil)
     trainer = Trainer(
@@ -183,7 +187,9 @@ class Record:
             from whom: to the batch.
         refused: Messages refused.
         reply: The 99th percentile of the age of what was folded, in seconds.
+        cpu: Seconds of processor time in training, of all its threads.
         sent: Bytes of messages that it sent.
+        exchanged: Those of them that the method itself sent to other nodes: bodies, without meetings.
         taken: Samples taken over from the dead.
         loss: Validation loss at the end.
         digest: Fingerprint of its weights at the end.
@@ -199,7 +205,9 @@ class Record:
     remote: list[tuple[float, int]] = field(default_factory=list)
     refused: int = 0
     reply: float = 0.0
+    cpu: float = 0.0
     sent: int = 0
+    exchanged: int = 0
     taken: int = 0
     loss: float = float("nan")
     digest: str = ""
@@ -241,7 +249,7 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The clock starts."""
-        self.record.start = time.monotonic()
+        self.record.start, self._cpu = time.monotonic(), time.process_time()
         if self._folder and not self._every:
             self._seen = (self._folder / f"{trainer.global_rank}.seen").open("w", buffering=1, encoding="ascii")
 
@@ -275,12 +283,15 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The clock stops."""
-        self.record.end = time.monotonic()
+        self.record.end, self.record.cpu = time.monotonic(), time.process_time() - self._cpu
         if isinstance(trainer.strategy, AsyncStrategy):
             self._look(trainer.strategy, self.record.end)
             self._count()
-            by_peer = trainer.strategy.traffic().values()
-            self.record.sent = sum(count.bytes_out for kinds in by_peer for count in kinds.values())
+            by_peer, own = trainer.strategy.traffic(), trainer.strategy.algorithm.kinds
+            node, size = trainer.node_rank, trainer.num_devices
+            self.record.sent = sum(count.bytes_out for kinds in by_peer.values() for count in kinds.values())
+            apart = [kinds for peer, kinds in by_peer.items() if peer // size != node]
+            self.record.exchanged = sum(kinds[kind].bytes_out for kinds in apart for kind in own if kind in kinds)
             self.record.taken = getattr(trainer.strategy.feeding.share, "repeated", 0)
         if self._copies and self._folder:
             times, batches, weights = zip(*self._copies, strict=True)

@@ -50,10 +50,12 @@ class Office:
 
     Attributes:
         size: How many ranks a member has; to be set before it opens.
+        shared_memory: Whether long bodies to ranks of this host go through memory; likewise. For measurements.
         siblings: This rank among the ranks of its member, where a member has several.
     """
 
     size = 1
+    shared_memory = True
     siblings: Siblings | None = None
 
     def __init__(
@@ -116,6 +118,7 @@ class Office:
             patience=self.patience,
             late=None if self._count == 1 else math.inf,  # a wait for it has its own bound: `limit`
             interface=self.interface,
+            shared_memory=self.shared_memory,
         )
         self._carrier.start()
         self.flags = Flags(self._carrier, grace=self.grace)

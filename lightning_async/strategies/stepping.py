@@ -9,15 +9,17 @@ batch ended -> after_step          what came is folded, what is asked is answere
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.algorithms.adam import SecondMoment
 from lightning_async.algorithms.common_step import CommonStep
 from lightning_async.arrival import Arrival, ArrivalLog
+from lightning_async.strategies import compat
 from lightning_async.strategies.scaling import SkippedSteps
 from lightning_async.transport.gathering import When
 from lightning_async.transport.mail import Wait
@@ -101,13 +103,24 @@ class Stepping:
 
     def _then_average(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closure_then_average() -> Any:
-            result, strategy = closure(), self._strategy
-            assert strategy.office.siblings is not None  # as when it was wrapped
-            inside = self._common.average(strategy.replica, strategy.office.siblings.average)
+            strategy, siblings = self._strategy, self._strategy.office.siblings
+            assert siblings is not None  # as when it was wrapped
+            with self._common.beside(strategy.replica, siblings.average) if self._overlaps() else nullcontext():
+                result = closure()
+            inside = self._common.average(strategy.replica, siblings.average)
             strategy.office.drive(inside, heed=strategy.clock.heed)
             return result
 
         return closure_then_average
+
+    def _overlaps(self) -> bool:
+        """Whether gradients may leave before backward is over: not where somebody is there to change them then."""
+        strategy, module = self._strategy, self._strategy.trainer.lightning_module
+        hooks: list[tuple[Any, object]] = [(module.backward, LightningModule.backward)]
+        hooks += [(module.on_after_backward, LightningModule.on_after_backward)]
+        hooks += [(c.on_after_backward, Callback.on_after_backward) for c in compat.callbacks(strategy.trainer)]
+        plain = all(own is None or getattr(own, "__func__", None) is usual for own, usual in hooks)
+        return plain and strategy.replica.device.type == "cpu"
 
     def _before_step(self) -> None:
         strategy = self._strategy

@@ -2,7 +2,8 @@
 
     word       rank 2 says ---------------------> ranks 3, 4 and 5 hear it, under the same name
     spread     rank 2's tensor -----------------> ranks 3, 4 and 5 have it
-    average    each rank owns a slice: parts to their owners, the owners' means to all, so all get the same bits
+    average    each rank owns a slice: parts to their owners, the owners' means to all, so all get the same bits;
+               also piece by piece: whose turn it is to send or to take is known from the slices
 
 Nobody in here is replaced. Who waits for a sibling that died is ended by whoever drives the wait, for the whole member
 ends with each of its ranks. A word has the name of what it is for: ranks that are at different things raise, in place
@@ -82,23 +83,26 @@ class Siblings:
         came = yield from self._swap(PART, {}, self.others)
         return [(tensor, weight), *((self._body(came[rank]), came[rank].message.weight) for rank in self.others)]
 
-    def average(self, vector: Tensor) -> Wait[Tensor]:
+    def average(self, vector: Tensor, begin: int = 0, end: int | None = None) -> Wait[Tensor]:
         """The mean of all siblings' vectors, the same bits on all; in place of the vector, if that is in host memory.
 
+        Of a part of it only that is averaged, with the same bits: an element's owner is the whole vector's matter.
         Nothing is allocated for it: a vector is as long as the weights, and new memory costs its page faults.
         """
         self._number += 1
         vector = vector.detach().cpu()
-        slices = dict(zip(self.ranks, vector.tensor_split(len(self.ranks)), strict=True))
-        parts = {rank: Message(PART, slices[rank], reference=self._number) for rank in self.others}
-        came = yield from self._swap(PART, parts, self.others)
-        mine = slices[self.me]
-        for rank in self.others:
-            self._use(came[rank], mine.add_)
-        mine /= len(self.ranks)
-        means = dict.fromkeys(self.others, Message(MEAN, mine, reference=self._number))
-        came = yield from self._swap(MEAN, means, self.others)
-        for rank in self.others:
+        slices = self._slices(vector, begin, vector.numel() if end is None else end)
+        mine, owners = slices.get(self.me), tuple(rank for rank in self.others if rank in slices)
+        parts = {rank: Message(PART, slices[rank], reference=self._number) for rank in owners}
+        came = yield from self._swap(PART, parts, () if mine is None else self.others)
+        means = dict[int, Message]()
+        if mine is not None:
+            for rank in self.others:
+                self._use(came[rank], mine.add_)
+            mine /= len(self.ranks)
+            means = dict.fromkeys(self.others, Message(MEAN, mine, reference=self._number))
+        came = yield from self._swap(MEAN, means, owners)
+        for rank in owners:
             self._use(came[rank], slices[rank].copy_)
         return vector
 
@@ -116,12 +120,22 @@ class Siblings:
             yield f"rank {peer}, of the same member, to say {name!r}"
         return letters[0]
 
+    def _slices(self, vector: Tensor, begin: int, end: int) -> dict[int, Tensor]:
+        """What of this part each rank owns, where it is anything."""
+        found, at = dict[int, Tensor](), 0
+        for rank, whole in zip(self.ranks, vector.tensor_split(len(self.ranks)), strict=True):
+            low, high = max(begin, at), min(end, at + whole.numel())
+            if low < high:
+                found[rank] = vector[low:high]
+            at += whole.numel()
+        return found
+
     def _swap(self, kind: int, outgoing: Mapping[int, Message], senders: tuple[int, ...]) -> Wait[dict[int, Letter]]:
         """Post each its part, and take one letter from each sender."""
         left, came = dict(outgoing), dict[int, Letter]()
         while True:
             left = {rank: message for rank, message in left.items() if not self._carrier.post(rank, message)}
-            for letter in self._carrier.take(kind):
+            for letter in self._carrier.take(kind) if len(came) < len(senders) else ():
                 self._check(letter)
                 came[letter.peer] = letter
             missing = [*left, *(rank for rank in senders if rank not in came)]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_async.algorithms import common_step
 from lightning_async.algorithms.common_step import CommonStep
 from lightning_async.replica import Replica
-from lightning_async.transport.siblings import Siblings
+from lightning_async.transport.mail import Message
+from lightning_async.transport.siblings import PART, Siblings
 from lightning_async.transport.virtual import VirtualCluster
 
 
@@ -53,6 +57,164 @@ def test_what_was_averaged_stays() -> None:
 
 def test_one_rank_keeps_its_own() -> None:
     assert averaged([0.1, None]) == [[pytest.approx(0.1), None]]
+
+
+# -- beside backward ---------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Four layers of one size, the last of which may be left out, and what `watch` says when backward ends."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(4))
+
+    def loss(self, rank: int, turn: int, use: int = 4) -> Tensor:
+        x = torch.randn(3, 5, generator=torch.Generator().manual_seed(10 * turn + rank))
+        for layer in self.layers[:use]:
+            x = torch.tanh(layer(x))
+        return x.square().sum()
+
+
+Backward = Callable[[Net, int, int], None]
+
+
+def plain(net: Net, rank: int, turn: int) -> None:
+    net.loss(rank, turn).backward()
+
+
+class Watched:
+    """A carrier, and what was posted through it."""
+
+    def __init__(self, carrier: Any) -> None:
+        self._carrier, self.posted = carrier, list[int]()
+
+    def post(self, peer: int, message: Message) -> bool:
+        done: bool = self._carrier.post(peer, message)
+        self.posted += [message.kind] * done
+        return done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._carrier, name)
+
+
+def steps(n: int, backward: Backward, *, beside: bool, sent: list[int] | None = None) -> list[list[Any]]:
+    """The gradients of each rank after each of three steps, the second of which adds to those of the first."""
+    cluster, ranks = VirtualCluster(n), tuple(range(n))
+
+    def life(rank: int) -> Any:
+        net, step, found = Net(), CommonStep(), []
+        watched: Any = Watched(cluster.carriers[rank])
+        replica, siblings = Replica(net.parameters()), Siblings(watched, ranks)
+        if sent is not None:
+            first: Any = net.layers[0].weight
+            first.register_hook(lambda _: sent.append(watched.posted.count(PART)))
+        for turn in range(3):
+            if turn != 1:
+                net.zero_grad()
+            with step.beside(replica, siblings.average) if beside else nullcontext():
+                backward(net, rank, turn)
+            yield from step.average(replica, siblings.average)
+            found.append([None if p.grad is None else p.grad.clone() for p in net.parameters()])
+        return found
+
+    ends = cluster.run({rank: life(rank) for rank in ranks})
+    return [ends[rank] for rank in ranks]
+
+
+def equal(some: list[list[Any]], others: list[list[Any]]) -> bool:
+    pairs = zip(*([g for rank in ranks for step in rank for g in step] for ranks in (some, others)), strict=True)
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common_step, "BUCKET", 100)
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_the_first_bucket_leaves_before_backward_has_ended() -> None:
+    sent: list[int] = []
+    steps(2, plain, beside=True, sent=sent)
+    assert len(sent) == 6
+    assert max(sent[:2]) >= 1  # the first bucket's owner sends none of it
+    steps(2, plain, beside=False, sent=(late := []))
+    assert late[:2] == [0, 0]
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_a_sibling_that_is_behind_is_not_waited_for_in_backward() -> None:
+    cluster, net = VirtualCluster(2), Net()
+    step, replica = CommonStep(), Replica(net.parameters())
+    siblings = Siblings(cluster.carriers[0], (0, 1))
+    with step.beside(replica, siblings.average):
+        plain(net, 0, 0)
+    assert "rank 1, of the same member, in average 1" in next(step.average(replica, siblings.average))
+
+
+def leaves_out(net: Net, rank: int, turn: int) -> None:
+    net.loss(rank, turn, use=2 + (rank == turn)).backward()
+
+
+def twice(net: Net, rank: int, turn: int) -> None:
+    plain(net, rank, turn)
+    if rank == 0:
+        plain(net, rank, turn + 1)
+
+
+def scales_afterwards(net: Net, rank: int, turn: int) -> None:
+    plain(net, rank, turn)
+    if rank == 1:
+        net.layers[3].bias.grad *= 3.0  # type: ignore[operator]
+
+
+def takes_away_afterwards(net: Net, rank: int, turn: int) -> None:
+    plain(net, rank, turn)
+    net.layers[3].bias.grad = None
+
+
+def freezes(net: Net, rank: int, turn: int) -> None:
+    net.layers[turn].requires_grad_(False)
+    plain(net, rank, turn)
+    net.layers[turn].requires_grad_(True)
+
+
+def nothing(net: Net, rank: int, turn: int) -> None:
+    """No loss in this batch."""
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("bucket", [1, 100, 300, 1 << 22])
+@pytest.mark.parametrize(
+    "backward", [plain, leaves_out, twice, scales_afterwards, takes_away_afterwards, freezes, nothing]
+)
+def test_beside_backward_gradients_are_the_same_to_the_bit(
+    backward: Backward, bucket: int, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = steps(n, backward, beside=False)
+    monkeypatch.setattr(common_step, "BUCKET", bucket)
+    assert equal(steps(n, backward, beside=True), expected)
+    assert len({str(found) for found in expected}) == 1
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_an_error_in_backward_is_its_own_and_leaves_no_hooks() -> None:
+    cluster, net = VirtualCluster(1), Net()
+    step, siblings = CommonStep(), Siblings(cluster.carriers[0], (0,))
+
+    def fails() -> None:
+        with step.beside(Replica(net.parameters()), siblings.average):
+            plain(net, 0, 0)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def test_sparse_gradients_are_refused() -> None:

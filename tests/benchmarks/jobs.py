@@ -13,6 +13,10 @@ def environment(*, more: int) -> dict[str, Any]:
     return {"rank": int(os.environ["RANK"]), "world": int(os.environ["WORLD_SIZE"]), "more": more}
 
 
+def places() -> list[str]:
+    return [os.environ[name] for name in ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+
+
 def fails_on_1() -> str:
     if os.environ["RANK"] == "1":
         raise OSError("no more paper")

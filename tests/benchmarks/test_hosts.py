@@ -13,7 +13,7 @@ import pytest
 from benchmarks import hosts as hosts_module
 from benchmarks.hosts import Hosts, available
 from benchmarks.launch import Ranks
-from tests.benchmarks.jobs import average
+from tests.benchmarks.jobs import average, places
 
 PING = "import socket, sys; socket.create_connection((sys.argv[1], 7), timeout=1).close()"
 SINK = """
@@ -29,7 +29,9 @@ while True:
 
 
 def namespaces() -> set[str]:
-    return set(subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout.split())
+    """Of this process: other tests may have some too, at the same time."""
+    names = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout.split()
+    return {name for name in names if name.startswith(f"la{os.getpid()}x")}
 
 
 def reaches(hosts: Hosts, here: int, there: int) -> bool:
@@ -96,6 +98,7 @@ def test_a_link_carries_what_it_is_given() -> None:
         listening(hosts, 1)
         start = time.monotonic()
         assert hosts.run(0, [sys.executable, "-c", send, hosts.address(1)]).wait(60) == 0
+        assert 2_000_000 < hosts.sent(0) < 2_500_000  # and what frames add
         assert 0.3 < time.monotonic() - start < 5  # 2 MB at 40 Mbit/s: 0.4 s, and the time to start a process
 
 
@@ -103,6 +106,12 @@ def test_a_link_carries_what_it_is_given() -> None:
 def test_ranks_on_hosts() -> None:
     with Hosts(2) as hosts, Ranks(average, 2, address=hosts.address(0), spawn=hosts.spawn) as ranks:
         assert ranks.values(timeout=120) == [0.5, 0.5]
+
+
+@pytest.mark.netns
+def test_two_ranks_on_a_host() -> None:
+    with Hosts(2) as hosts, Ranks(places, 4, address=hosts.address(0), spawn=hosts.spawn_by(2)) as ranks:
+        assert ranks.values(timeout=120) == [["0", "0", "2"], ["0", "1", "2"], ["1", "0", "2"], ["1", "1", "2"]]
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

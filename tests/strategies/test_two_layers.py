@@ -16,8 +16,10 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy
+from lightning_async.algorithms import common_step
 from lightning_async.callbacks import SpeedFaults
 from lightning_async.strategies.waiting import PeerFailedError
+from lightning_async.transport.siblings import PART
 from tests.strategies.lit import INPUTS, TARGETS, ByHand, Lit, Numbers, loader, trainer, weights
 from tests.strategies.ranks import run
 
@@ -157,6 +159,65 @@ def test_one_member_of_two_ranks_is_ddp_to_the_bit(make: Any, options: dict[str,
     for end in fit(2, TWO, make, **options):
         assert end["weights"] == by_ddp(2, make, **options)["weights"]
         assert end["val"] == pytest.approx(by_ddp(2, make, **options)["val"])
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize(("make", "options"), [(Plain, {"accumulate_grad_batches": 4}), (_adam, {}), (PlainByHand, {})])
+def test_and_so_it_is_where_gradients_leave_beside_backward(
+    make: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common_step, "BUCKET", 64)
+    for end in fit(2, TWO, make, **options):
+        assert end["weights"] == by_ddp(2, make, **options)["weights"]
+
+
+class Looks(Callback):
+    """How many numbers of gradients have left in a batch when the first layer's is computed, the last of all."""
+
+    def __init__(self) -> None:
+        self.left: list[int] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        look = lambda _: self.left.append(self.count(trainer) - self.before)  # noqa: E731
+        self.hook = module.layer[0].weight.register_hook(look)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+        self.before = self.count(trainer)
+
+    def count(self, trainer: L.Trainer) -> int:
+        tables = trainer.strategy.traffic().values()
+        return sum(kinds[PART].numbers_out for kinds in tables if PART in kinds)  # counted as they are posted
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.hook.remove()
+
+
+class Clips(Plain):
+    """Changes gradients behind backward, past autograd's own count of changes."""
+
+    def on_after_backward(self) -> None:
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.data.clamp_(-0.01, 0.01)
+
+
+def _looks(make: Any) -> tuple[list[int], Any]:
+    looks, lit = Looks(), make()
+    t = trainer(2, strategy=GossipRingStrategy(inner_size=2), callbacks=[looks], max_epochs=1, limit_train_batches=6)
+    t.fit(lit, loader(4, shuffle=False), loader(40, shuffle=False))
+    return looks.left, weights(lit)
+
+
+@pytest.mark.parametrize(("make", "early"), [(Plain, True), (Clips, False)])
+def test_a_bucket_leaves_before_backward_has_ended_but_not_where_a_hook_may_change_it(
+    make: Any, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common_step, "BUCKET", 64)
+    (left, mine), (of_the_owner, theirs) = run(2, _looks, make)
+    assert mine == theirs
+    assert len(left) == 6
+    assert (left[0] > 0) == early  # of the first bucket, which belongs to the other one
+    assert early or not any(left + of_the_owner)
 
 
 @pytest.mark.few(1)

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_async import SpeedFaults
+from lightning_async.algorithms import common_step
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 from tests.strategies.test_stops import SECONDS, Say, ended, until_training
@@ -46,10 +47,15 @@ def stop(trainer: L.Trainer) -> None:
     trainer.should_stop = True
 
 
-def _dies(dead: int, folder: str) -> dict[str, Any]:
+def die_in_backward(trainer: L.Trainer) -> None:
+    """When the first layer's gradient is there, the last of all."""
+    next(trainer.lightning_module.parameters()).register_hook(lambda _: die(trainer))
+
+
+def _dies(dead: int, folder: str, how: Any = die) -> dict[str, Any]:
     lit = Lit()
     saved = ModelCheckpoint(folder, filename="{epoch}")
-    options = {"enable_checkpointing": True, "callbacks": [saved, SpeedFaults(step_seconds=0.004), Does(dead, die)]}
+    options = {"enable_checkpointing": True, "callbacks": [saved, SpeedFaults(step_seconds=0.004), Does(dead, how)]}
     t = trainer(4, knobs=TWO, **options)
     t.fit(lit, loader(), loader(40, shuffle=False))
     return {"weights": weights(lit), "seen": lit.seen, "members": t.strategy.office.size}
@@ -59,7 +65,21 @@ def _dies(dead: int, folder: str) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dead", [1, 2, 3, 0])
 def test_a_ranks_death_is_its_members_and_the_others_train_on_all_the_data(dead: int, tmp_path: Path) -> None:
-    with Forked(4, _dies, dead, str(tmp_path), store=True) as forked:
+    _check_the_others(dead, tmp_path, die)
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dead", [1, 2])
+def test_and_so_it_is_in_mid_backward_when_some_of_its_gradients_have_left(
+    dead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common_step, "BUCKET", 64)
+    _check_the_others(dead, tmp_path, die_in_backward)
+
+
+def _check_the_others(dead: int, tmp_path: Path, how: Any) -> None:
+    with Forked(4, _dies, dead, str(tmp_path), how, store=True) as forked:
         results = forked.results(60)
     assert results[dead].kind == "gone"
     sibling = results[dead ^ 1]
