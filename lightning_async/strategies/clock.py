@@ -62,6 +62,7 @@ class Clock:
         self._restored: dict[str, Any] = {}
         self._written = 0
         self._partly = False  # whether the epoch under way was begun by a run with other steps
+        self._closes = False  # whether the epoch is over with the batch under way, if all do their parts by then
         self._stretch = (0, 0)  # the run's steps at the last two meetings
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -98,6 +99,11 @@ class Clock:
             with self._counts.unread(trainer):
                 return validates(fetcher)
 
+        def by_epoch(interval: str, update_plateau_schedulers: bool) -> None:
+            if not (self._closes and interval == "epoch"):
+                update_schedulers(interval, update_plateau_schedulers=update_plateau_schedulers)
+
+        update_schedulers = leash.wrap(trainer.fit_loop.epoch_loop, "update_lr_schedulers", by_epoch)
         setup_data = leash.wrap(trainer.fit_loop, "setup_data", then_expect)
         validates = leash.replace("fit_loop.epoch_loop._should_check_val_fx", is_due)
         run_start = leash.wrap(trainer.fit_loop.epoch_loop, "on_run_start", keep_wishes)
@@ -174,7 +180,7 @@ class Clock:
     # -- the batch -----------------------------------------------------------------------------------------------------
 
     def batch_started(self, trainer: Trainer) -> None:
-        """A batch begins; it may be the last of an epoch that only the agenda ends."""
+        """A batch begins; it may be the last of an epoch that only the agenda ends, unless a stream ended before."""
         if self.progress is None:
             return
         self.progress.length = self._steps_of_epoch(trainer)
@@ -183,8 +189,7 @@ class Clock:
         if not self.progress.is_last():
             compat.look_ahead(trainer)
         elif not batches.is_last_batch:
-            batches.is_last_batch = True
-            self._strategy.feeding.cut()
+            batches.is_last_batch = self._closes = True
         if self._counts.taken:
             self._log_steps.follow(trainer, trainer.global_step)
 
@@ -195,7 +200,7 @@ class Clock:
             return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         progress.batch_ended(updates=trainer.global_step - self._written, samples=samples)
         self._write(trainer)
-        progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not self._closes
         self.summon(trainer)
         trainer.val_check_batch = NEVER if self._counts.taken else trainer.val_check_batch
         meets = progress.ended or self._strategy.together(progress.comes())
@@ -233,16 +238,14 @@ class Clock:
         if self.progress is not None:
             self._logbook.met(trainer, self.progress)
         loop = trainer.fit_loop.epoch_loop
-        if outcome.due & Due.END_EPOCH and not loop.batch_progress.is_last_batch:
-            self._strategy.feeding.cut()
-            _was_last(trainer)
+        self._close_epoch(trainer, by_agenda=bool(outcome.due & Due.END_EPOCH))
         if outcome.wishes & Wish.STOP:
             trainer.should_stop, self._wishes.stop = True, False
         self.empty = outcome.empty
-        self._partly = self._partly and not (outcome.ended or bool(outcome.due & Due.END_EPOCH))
+        self._partly = self._partly and not outcome.ended
         stops = bool(outcome.wishes & Wish.STOP) and compat.can_stop_early(trainer)
         reached = 0 <= trainer.max_steps <= trainer.global_step
-        self.over = outcome.ended or bool(outcome.due & Due.END_EPOCH) or stops or reached
+        self.over = outcome.ended or stops or reached
         self._schedules.meet(trainer.global_step)
         self.validating = self._validates(trainer, outcome, stops=stops)
         self.closing.begin(stops=stops, over=self.over, validating=self.validating)
@@ -250,6 +253,19 @@ class Clock:
             self._wishes.validated()
             iteration = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
             trainer.val_check_batch = iteration + 1
+
+    def _close_epoch(self, trainer: Trainer, *, by_agenda: bool) -> None:
+        """All know whether the agenda ended the epoch; where a stream ended before its part, the others go on."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        closes, self._closes = self._closes, False
+        if by_agenda and (closes or not batches.is_last_batch):
+            self._strategy.feeding.cut()
+            _was_last(trainer)
+        elif closes:
+            batches.is_last_batch = False
+            compat.look_ahead(trainer)
+            if self.progress is not None:
+                self.progress.ended = batches.is_last_batch
 
     def _validates(self, trainer: Trainer, outcome: Outcome, *, stops: bool) -> bool:
         """Whether a validation follows this meeting."""
@@ -263,7 +279,9 @@ class Clock:
     def ran_dry(self, trainer: Trainer) -> None:
         """The epoch is over on this rank; a stream that has less than its length says so by ending, and not before."""
         feeding, batches = self._strategy.feeding, trainer.fit_loop.epoch_loop.batch_progress
-        if feeding.share is None and feeding.dry and not batches.is_last_batch:
+        left = self._closes  # a -1 of `on_train_batch_start`
+        self._closes = False
+        if left or (feeding.share is None and feeding.dry and not batches.is_last_batch):
             _was_last(trainer)
 
     def requeued(self, trainer: Trainer) -> None:

@@ -219,7 +219,23 @@ class Short(Sized):
         return int(self.length) + (20 if os.environ["RANK"] == "0" else 0)
 
 
+class Scheduled(Lit):
+    """It has a schedule that goes by epochs."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=1.0)]
+
+
+class Few(IterableDataset[Any]):
+    """Six samples an epoch on rank 1, which always begin anew; on rank 0 no end of them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(Numbers(float("inf") if os.environ["RANK"] == "0" else 6))
+
+
 LOADERS: dict[str, Any] = {
+    "few": lambda: DataLoader(Few(), batch_size=2),
     "data set": lambda: DataLoader(Numbers(float("inf")), batch_size=2),
     "live": lambda: DataLoader(Live(), batch_size=2),
     "anew": lambda: DataLoader(Anew(), batch_size=2),
@@ -241,9 +257,10 @@ def _limited(
     path: str | None = None,
     validates: int | float = 1.0,
     limit: int | float = 6,
+    accumulate: int = 1,
 ) -> dict[str, Any]:
     torch.manual_seed(0)
-    lit, by_epoch = Lit(lr=0.001), ByEpoch()
+    lit, by_epoch = Scheduled(lr=0.001), ByEpoch()
     saver = [ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_epochs=1)] if folder else []
     pace = [SpeedFaults(step_seconds=0.002, slow={1: slow})] if slow > 1 else []
     t = trainer(
@@ -251,12 +268,14 @@ def _limited(
         callbacks=[*pace, by_epoch, *saver],
         max_epochs=4,
         limit_train_batches=limit,
+        accumulate_grad_batches=accumulate,
         enable_checkpointing=folder is not None,
         val_check_interval=validates,
         strategy=strategy,
     )
     t.fit(lit, LOADERS[kind](), loader(40, shuffle=False), ckpt_path=path)
-    return {"epochs": by_epoch.epochs, "end": weights(lit), "step": t.global_step}
+    stepped = lit.lr_schedulers().last_epoch  # type: ignore[union-attr]
+    return {"epochs": by_epoch.epochs, "end": weights(lit), "step": t.global_step, "scheduled": stepped}
 
 
 def _flat(end: dict[str, Any]) -> list[int]:
@@ -315,6 +334,33 @@ def test_no_sample_of_a_limited_epoch_is_lost_on_any_rank(slow: float) -> None:
         seen = _flat(end)
         assert seen == list(range(len(seen)))
         assert len(end["epochs"]) == 4
+
+
+@pytest.mark.few(2)
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize("kind", ["few", "unlike"])
+@pytest.mark.parametrize(("slow", "accumulate"), [(1.0, 4), (4.0, 1), (1.0, 1), (4.0, 4)])
+def test_what_a_stream_lacks_of_a_limited_epoch_the_others_train_on(kind: str, slow: float, accumulate: int) -> None:
+    """Twelve batches an epoch, of which rank 1 has three, or 24 batches of the one and 12 of the other."""
+    ends = run(2, _limited, 2, kind, None, slow, None, None, 1.0, 6, accumulate)
+    assert ends[0]["end"] == ends[1]["end"]
+    epochs = zip(*(end["epochs"] for end in ends), strict=True)
+    assert [len(one) + len(other) for one, other in epochs] == [24] * 4
+    length = {"few": None, "unlike": 48}[kind]
+    for rank, end in enumerate(ends):
+        seen = end["epochs"] if length is None else [_flat(end)]
+        period = length // (1 + rank) if length else 48
+        assert all(part == [index % period for index in range(len(part))] for part in seen)
+        assert end["scheduled"] == 4
+        assert end["step"] == 4 * -(-6 // accumulate)
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+def test_equal_streams_lack_no_batch_of_a_limited_part() -> None:
+    """One stream ends in the middle of an epoch where its rank was a little faster in those before."""
+    ends = run(2, _limited, 2, "sized", None, 1.5, None, None, 1.0, 0.25)
+    epochs = zip(*(end["epochs"] for end in ends), strict=True)
+    assert [len(one) + len(other) for one, other in epochs] == [24] * 4
 
 
 @pytest.mark.few(3)
