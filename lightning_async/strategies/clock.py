@@ -148,16 +148,20 @@ class Clock:
     def _batches_of_all(self, n: int) -> int | None:
         """The batches of an epoch of all members; None while nobody knows, or one does not.
 
-        Streams may be of unlike lengths, and all members must name the same points: where those are parts of an epoch
-        they tell each other.
+        Streams may be of unlike lengths, and all members must name the same points: where those go by the length of an
+        epoch they tell each other. A limit in batches is of all of them together.
         """
-        mine = self._strategy.feeding.epoch_batches()
-        if not self._counts.takes_part(self._strategy.feeding):
+        feeding = self._strategy.feeding
+        mine = feeding.epoch_batches()
+        if not self._counts.go_by_length(feeding):
             return None if mine is None else mine * n
+        limit = feeding.limit * n if isinstance(feeding.limit, int) else None
+        mine = mine if limit is None else feeding.length()
         word = b"" if mine is None else str(mine).encode()
         said = self._strategy.together(self._strategy.office.rounds.agree(word, what="how long their streams are"))
-        self._counts.check_alike(self._strategy.feeding, said)
-        return sum(map(int, said.values())) if all(said.values()) else None
+        self._counts.check_alike(feeding, said)
+        known = [sum(map(int, said.values()))] if all(said.values()) else []
+        return min([*known, *([] if limit is None else [limit])], default=None)
 
     def put_back(self) -> None:
         """The run is over: Lightning's counts are Lightning's again. Idempotent."""

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_async import SpeedFaults
+from lightning_async import AsyncStrategy, SpeedFaults
 from lightning_async.data.resume import State, unite
 from tests.strategies.lit import INPUTS, TARGETS, Lit, Numbers, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
@@ -191,10 +191,15 @@ class Bookmarked:
 
 
 class ByEpoch(Callback):
-    """What was trained on in each epoch."""
+    """What was trained on in each epoch, and after how many batches of all there were validations."""
 
     def __init__(self) -> None:
         self.epochs: list[list[int]] = []
+        self.validations: list[int] = []
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if not trainer.sanity_checking and isinstance(trainer.strategy, AsyncStrategy):
+            self.validations.append(trainer.strategy.clock.progress.agreed.batches)
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         self.epochs.append(module.seen)
@@ -210,6 +215,16 @@ class Sized(Numbers):
     def __iter__(self) -> Iterator[Any]:
         self.at %= int(self.length)
         return super().__iter__()
+
+
+class Whole(IterableDataset[Any]):
+    """24 batches of two on rank 0 and 12 on rank 1; every iterator begins where the first began."""
+
+    def __len__(self) -> int:
+        return 48 if os.environ["RANK"] == "0" else 24
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(Numbers(len(self)))
 
 
 class Short(Sized):
@@ -235,6 +250,7 @@ class Few(IterableDataset[Any]):
 
 
 LOADERS: dict[str, Any] = {
+    "both anew": lambda: DataLoader(Whole(), batch_size=2),
     "few": lambda: DataLoader(Few(), batch_size=2),
     "data set": lambda: DataLoader(Numbers(float("inf")), batch_size=2),
     "live": lambda: DataLoader(Live(), batch_size=2),
@@ -275,7 +291,13 @@ def _limited(
     )
     t.fit(lit, LOADERS[kind](), loader(40, shuffle=False), ckpt_path=path)
     stepped = lit.lr_schedulers().last_epoch  # type: ignore[union-attr]
-    return {"epochs": by_epoch.epochs, "end": weights(lit), "step": t.global_step, "scheduled": stepped}
+    return {
+        "epochs": by_epoch.epochs,
+        "end": weights(lit),
+        "step": t.global_step,
+        "scheduled": stepped,
+        "validations": by_epoch.validations,
+    }
 
 
 def _flat(end: dict[str, Any]) -> list[int]:
@@ -353,6 +375,23 @@ def test_what_a_stream_lacks_of_a_limited_epoch_the_others_train_on(kind: str, s
         assert all(part == [index % period for index in range(len(part))] for part in seen)
         assert end["scheduled"] == 4
         assert end["step"] == 4 * -(-6 // accumulate)
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize(
+    ("every", "limit", "points"),
+    [(5, 1.0, [10, 20, 30]), (6, 1.0, [12, 24, 36]), (4, 15, [8, 16, 24]), (5, 15, [10, 20, 30])],
+)
+def test_all_validate_at_the_same_batches_of_streams_of_unlike_lengths(
+    every: int, limit: int | float, points: list[int]
+) -> None:
+    """36 batches an epoch, 24 of the one and 12 of the other; or 30 of them."""
+    ends = run(2, _limited, 2, "both anew", None, 1.0, None, None, every, limit)
+    assert ends[0]["validations"] == ends[1]["validations"]
+    length = 36 if limit == 1.0 else 30
+    assert ends[0]["validations"] == [epoch * length + point for epoch in range(4) for point in points]
+    assert ends[0]["end"] == ends[1]["end"]
 
 
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
