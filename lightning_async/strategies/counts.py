@@ -116,6 +116,11 @@ class Counts:
         """What is due when `n` members have come so far together; `total`: the batches of an epoch of all of them."""
         if not self.taken:
             return
+        if self.cuts(feeding):  # before all that falls on the same batch: who is appointed to it fetches no further one
+            batches = feeding.limit * n if isinstance(feeding.limit, int) else total
+            if batches is None:
+                raise _part_of_unknown("limit_train_batches", feeding.limit)
+            yield Item(Due.END_EPOCH, Unit.BATCHES, int(batches), in_epoch=True)
         if trainer.max_steps > 0:
             yield Item(Due.NOTHING, Unit.UPDATES, trainer.max_steps * n, once=True)
         for callback in compat.callbacks(trainer):
@@ -124,11 +129,6 @@ class Counts:
         if self._meet_every is not None:
             yield Item(Due.NOTHING, Unit.SAMPLES, self._meet_every)
         yield from self._validations(trainer, feeding, n, total)
-        if self.cuts(feeding):
-            batches = feeding.limit * n if isinstance(feeding.limit, int) else total
-            if batches is None:
-                raise _part_of_unknown("limit_train_batches", feeding.limit)
-            yield Item(Due.END_EPOCH, Unit.BATCHES, int(batches), in_epoch=True)
 
     def _validations(self, trainer: Trainer, feeding: Feeding, n: int, total: int | None) -> Iterator[Item]:
         every, in_epoch = self._val_every, trainer.check_val_every_n_epoch is not None
