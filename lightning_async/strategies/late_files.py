@@ -38,8 +38,8 @@ LEAVE_FAILED = 2.0
 MOST = 4
 """Saves that may wait in memory: the files of two callbacks at two meetings."""
 FULL = (
-    "%d checkpoints wait in memory to be written: look at the disks. This save waits, and training with it, until one of "
-    "them is there, for %.0f s at most"
+    "%d checkpoints wait in memory to be written: look at the disks. This save waits, and training with it, until one "
+    "of them is there, for %.0f s at most"
 )
 LATE = (
     "rank %d has not written its part of a checkpoint for %.0f s: look at its disk. Training goes on; what is saved "
