@@ -268,8 +268,9 @@ class Clock:
         elif closes:
             batches.is_last_batch = False
             compat.look_ahead(trainer)
-            if self.progress is not None:
-                self.progress.ended = batches.is_last_batch
+            if batches.is_last_batch and self.progress is not None:  # it has no more: the others go on
+                self.progress.ended = True
+                _was_last(trainer)
 
     def _validates(self, trainer: Trainer, outcome: Outcome, *, stops: bool) -> bool:
         """Whether a validation follows this meeting."""

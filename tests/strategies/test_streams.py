@@ -243,15 +243,19 @@ class Scheduled(Lit):
 
 
 class Few(IterableDataset[Any]):
-    """Six samples an epoch on rank 1, which always begin anew; on rank 0 no end of them."""
+    """So many samples an epoch on each rank, which always begin anew."""
+
+    def __init__(self, *lengths: float) -> None:
+        self.length = lengths[int(os.environ["RANK"])]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(Numbers(float("inf") if os.environ["RANK"] == "0" else 6))
+        return iter(Numbers(self.length))
 
 
 LOADERS: dict[str, Any] = {
     "both anew": lambda: DataLoader(Whole(), batch_size=2),
-    "few": lambda: DataLoader(Few(), batch_size=2),
+    "few": lambda: DataLoader(Few(float("inf"), 6), batch_size=2),
+    "exact": lambda: DataLoader(Few(float("inf"), 4, 12), batch_size=2),
     "data set": lambda: DataLoader(Numbers(float("inf")), batch_size=2),
     "live": lambda: DataLoader(Live(), batch_size=2),
     "anew": lambda: DataLoader(Anew(), batch_size=2),
@@ -375,6 +379,13 @@ def test_what_a_stream_lacks_of_a_limited_epoch_the_others_train_on(kind: str, s
         assert all(part == [index % period for index in range(len(part))] for part in seen)
         assert end["scheduled"] == 4
         assert end["step"] == 4 * -(-6 // accumulate)
+
+
+def test_a_stream_that_ends_with_its_part_steps_its_schedules_too() -> None:
+    """Rank 2 has the six batches that are its part; rank 1 has two of them, so the epoch is not over there."""
+    ends = run(3, _limited, 3, "exact", None)
+    assert [sum(map(len, epoch)) for epoch in zip(*(end["epochs"] for end in ends), strict=True)] == [36] * 4
+    assert [(end["scheduled"], end["step"]) for end in ends] == [(4, 24)] * 3
 
 
 @pytest.mark.few(1)
