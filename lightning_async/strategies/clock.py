@@ -332,8 +332,11 @@ class Clock:
     def _steps_of(self, trainer: Trainer) -> list[int]:
         """The batches of an epoch that all ranks agree on, or 0; and how many of them are a step."""
         feeding = self._strategy.feeding
-        limit = feeding.limit if isinstance(feeding.limit, int) else None  # a rank's own stream has its own length
-        batches = limit if feeding.share is None else feeding.epoch_batches()
+        batches: int | float | None = feeding.limit
+        if feeding.share is not None or 0 < feeding.limit < 1:  # a part is of streams of equal length
+            batches = feeding.epoch_batches()
+        elif isinstance(batches, float):  # a rank's own stream has its own length
+            batches = None
         return [batches or 0, trainer.accumulate_grad_batches]
 
     def _write(self, trainer: Trainer) -> None:

@@ -272,7 +272,7 @@ def _in_four_runs(data: Any, workers: int, every: int) -> list[int]:
     return seen
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:'set_vital'", "ignore::ResourceWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("data", [Nowhere, Cursor])
 @pytest.mark.parametrize(("workers", "every"), [(0, 1), (1, 3), (1, 1)])

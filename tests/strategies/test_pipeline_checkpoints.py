@@ -113,7 +113,7 @@ def _adds_up(devices: int, replicas: int, file: str, batch: int, resume: bool) -
     return weights(lit), lit.losses, t.global_step
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:.*not resumable")
 @pytest.mark.parametrize(("devices", "replicas", "batch"), [(3, 1, 6), (4, 2, 3), (2, 1, 7), (3, 1, 4)])
 def test_a_run_goes_on_between_two_updates(devices: int, replicas: int, batch: int, tmp_path: Path) -> None:

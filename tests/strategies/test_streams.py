@@ -364,18 +364,19 @@ def test_no_sample_of_a_limited_epoch_is_lost_on_any_rank(slow: float) -> None:
 
 @pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
-@pytest.mark.parametrize("kind", ["few", "unlike"])
+@pytest.mark.parametrize("kind", ["few", "unlike", "sized"])
 @pytest.mark.parametrize(("slow", "accumulate"), [(1.0, 4), (4.0, 1), (1.0, 1), (4.0, 4)])
 def test_what_a_stream_lacks_of_a_limited_epoch_the_others_train_on(kind: str, slow: float, accumulate: int) -> None:
-    """Twelve batches an epoch, of which rank 1 has three, or 24 batches of the one and 12 of the other."""
-    ends = run(2, _limited, 2, kind, None, slow, None, None, 1.0, 6, accumulate)
+    """Twelve batches an epoch, of which rank 1 has three; or of 24 batches of the one and 12 of the other; or of 24
+    batches of each, of which the one that was a little faster before ends in the middle of an epoch."""
+    limit = 0.25 if kind == "sized" else 6
+    ends = run(2, _limited, 2, kind, None, slow, None, None, 1.0, limit, accumulate)
     assert ends[0]["end"] == ends[1]["end"]
     epochs = zip(*(end["epochs"] for end in ends), strict=True)
     assert [len(one) + len(other) for one, other in epochs] == [24] * 4
-    length = {"few": None, "unlike": 48}[kind]
+    lengths = {"few": None, "unlike": (48, 24), "sized": (48, 48)}[kind]
     for rank, end in enumerate(ends):
-        seen = end["epochs"] if length is None else [_flat(end)]
-        period = length // (1 + rank) if length else 48
+        seen, period = ([_flat(end)], lengths[rank]) if lengths else (end["epochs"], 48)
         assert all(part == [index % period for index in range(len(part))] for part in seen)
         assert end["scheduled"] == 4
         assert end["step"] == 4 * -(-6 // accumulate)
@@ -403,14 +404,6 @@ def test_all_validate_at_the_same_batches_of_streams_of_unlike_lengths(
     length = 36 if limit == 1.0 else 30
     assert ends[0]["validations"] == [epoch * length + point for epoch in range(4) for point in points]
     assert ends[0]["end"] == ends[1]["end"]
-
-
-@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
-def test_equal_streams_lack_no_batch_of_a_limited_part() -> None:
-    """One stream ends in the middle of an epoch where its rank was a little faster in those before."""
-    ends = run(2, _limited, 2, "sized", None, 1.5, None, None, 1.0, 0.25)
-    epochs = zip(*(end["epochs"] for end in ends), strict=True)
-    assert [len(one) + len(other) for one, other in epochs] == [24] * 4
 
 
 @pytest.mark.few(3)
