@@ -21,8 +21,23 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from lightning_async.data.skipped import count_once
+
 _OWN = frozenset(
-    {"_loader", "_source", "_begun", "_way", "_mark", "_handed", "_ended", "_moved", "_cut", "_live", "_resumed"}
+    {
+        "_loader",
+        "_source",
+        "_begun",
+        "_way",
+        "_mark",
+        "_handed",
+        "_ended",
+        "_moved",
+        "_cut",
+        "_live",
+        "_loaded",
+        "_resumed",
+    }
 )
 
 
@@ -40,6 +55,7 @@ class Stream:
         self._begun = begun
         self._way: deque[Any] = deque()
         self._mark: Any = None
+        self._loaded: Any = None
         self._handed = 0
         self._ended = self._moved = self._cut = self._resumed = False
         self._live: Iterator[Any] | None = None
@@ -67,7 +83,10 @@ class Stream:
         self._end()
 
     def _drawn(self) -> Iterator[Any]:
-        self._live = iter(self._loader) if self._live is None else self._live
+        if self._live is None:
+            self._live = iter(self._loader)
+            count_once(self._live, self._loaded)
+            self._loaded = None
         for batch in self._live:
             self._way.append(self._state())
             self._handed += 1
@@ -100,7 +119,7 @@ class Stream:
 
     def _turn_to(self, bookmark: Any) -> None:
         self._source.load_state_dict(copy.deepcopy(bookmark))
-        self._mark = bookmark
+        self._mark = self._loaded = bookmark
         self._way.clear()
         self._live = None
 

@@ -133,6 +133,18 @@ class Stage:
             parameter.grad = None
         self._sums = [None] * len(self.parameters)
 
+    def added_up(self) -> list[Tensor | None]:
+        """The gradients that were added up by now to a step still to come. On the last stage they lie in `.grad`."""
+        return [parameter.grad for parameter in self.parameters] if self.last else list(self._sums)
+
+    def go_on_with(self, gradients: list[Tensor | None]) -> None:
+        """The reverse of `added_up`."""
+        if not self.last:
+            self._sums = list(gradients)
+            return
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+
     def watch_curvature(self, tell: Tell) -> bool:
         """Tell from now on how gradients turn along the way of the weights. False: these do not show it."""
         if self.last or self.stash.semantics != "stash":

@@ -141,7 +141,7 @@ class HeardProgress(_Shared):
         self.meetings += 1
         self.wishes &= ~self._said
         found = _unpacked(outcome)
-        if found.ended or found.due & Due.END_EPOCH:
+        if found.ended:
             self.ended = False
         self._show()
         return found

@@ -41,7 +41,7 @@ class Outcome:
     """What a meeting agreed on.
 
     Attributes:
-        ended: Whether all members have ended the epoch; else those that have wait for the next meeting.
+        ended: Whether the epoch is over, for all members; else those that have ended it wait for the next meeting.
         now: The sum over all members.
         due: What is due.
         wishes: What anybody asked for.
@@ -212,7 +212,7 @@ class Progress:
         ended = bool(due & Due.END_EPOCH) or all(report.ended for report in reports.values())
         if ended and bool(due & Due.END_EPOCH) == self.agenda.ends_epochs:
             self._even_out(reports, done)
-        outcome = self._outcome(reports, due)
+        outcome = self._outcome(reports, due, ended=ended)
         self._begin_anew(reports, ended=ended)
         return outcome
 
@@ -225,12 +225,12 @@ class Progress:
             self._others.even_out(target - done.updates)
             self.evened += target - done.updates
 
-    def _outcome(self, reports: Mapping[int, Report], due: Due) -> Outcome:
+    def _outcome(self, reports: Mapping[int, Report], due: Due, *, ended: bool) -> Outcome:
         wishes = Wish.NOTHING
         for report in reports.values():
             wishes |= report.wishes
         return Outcome(
-            ended=all(report.ended for report in reports.values()),
+            ended=ended,
             now=self.agreed,
             due=due,
             wishes=wishes,

@@ -71,9 +71,11 @@ class Checkpoints:
 
     def save(self, checkpoint: dict[str, Any], filepath: Any, options: Any) -> Wait[None]:
         """Write the main file and every rank's own. Called by all that live, at a meeting."""
+        yield from self._late.room()
         written = False
         while not written:
             written = yield from self._attempt(checkpoint, os.fspath(filepath), options)
+        self._late.queued()
 
     def agreed(self, filepath: Any) -> str:
         """The first rank's path for what this rank calls `filepath`: a name with `{step}` differs by rank."""

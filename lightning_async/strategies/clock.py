@@ -62,6 +62,7 @@ class Clock:
         self._restored: dict[str, Any] = {}
         self._written = 0
         self._partly = False  # whether the epoch under way was begun by a run with other steps
+        self._closes = False  # whether the epoch is over with the batch under way, if all do their parts by then
         self._stretch = (0, 0)  # the run's steps at the last two meetings
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -98,6 +99,11 @@ class Clock:
             with self._counts.unread(trainer):
                 return validates(fetcher)
 
+        def by_epoch(interval: str, update_plateau_schedulers: bool) -> None:
+            if not (self._closes and interval == "epoch"):
+                update_schedulers(interval, update_plateau_schedulers=update_plateau_schedulers)
+
+        update_schedulers = leash.wrap(trainer.fit_loop.epoch_loop, "update_lr_schedulers", by_epoch)
         setup_data = leash.wrap(trainer.fit_loop, "setup_data", then_expect)
         validates = leash.replace("fit_loop.epoch_loop._should_check_val_fx", is_due)
         run_start = leash.wrap(trainer.fit_loop.epoch_loop, "on_run_start", keep_wishes)
@@ -142,16 +148,20 @@ class Clock:
     def _batches_of_all(self, n: int) -> int | None:
         """The batches of an epoch of all members; None while nobody knows, or one does not.
 
-        Streams may be of unlike lengths, and all members must name the same points: where those are parts of an epoch
-        they tell each other.
+        Streams may be of unlike lengths, and all members must name the same points: where those go by the length of an
+        epoch they tell each other. A limit in batches is of all of them together.
         """
-        mine = self._strategy.feeding.epoch_batches()
-        if not self._counts.takes_part(self._strategy.feeding):
+        feeding = self._strategy.feeding
+        mine = feeding.epoch_batches()
+        if not self._counts.go_by_length(feeding):
             return None if mine is None else mine * n
+        limit = feeding.limit * n if isinstance(feeding.limit, int) else None
+        mine = mine if limit is None else feeding.length()
         word = b"" if mine is None else str(mine).encode()
         said = self._strategy.together(self._strategy.office.rounds.agree(word, what="how long their streams are"))
-        self._counts.check_alike(self._strategy.feeding, said)
-        return sum(map(int, said.values())) if all(said.values()) else None
+        self._counts.check_alike(feeding, said)
+        known = [sum(map(int, said.values()))] if all(said.values()) else []
+        return min([*known, *([] if limit is None else [limit])], default=None)
 
     def put_back(self) -> None:
         """The run is over: Lightning's counts are Lightning's again. Idempotent."""
@@ -174,7 +184,7 @@ class Clock:
     # -- the batch -----------------------------------------------------------------------------------------------------
 
     def batch_started(self, trainer: Trainer) -> None:
-        """A batch begins; it may be the last of an epoch that only the agenda ends."""
+        """A batch begins; it may be the last of an epoch that only the agenda ends, unless a stream ended before."""
         if self.progress is None:
             return
         self.progress.length = self._steps_of_epoch(trainer)
@@ -183,8 +193,7 @@ class Clock:
         if not self.progress.is_last():
             compat.look_ahead(trainer)
         elif not batches.is_last_batch:
-            batches.is_last_batch = True
-            self._strategy.feeding.cut()
+            batches.is_last_batch = self._closes = True
         if self._counts.taken:
             self._log_steps.follow(trainer, trainer.global_step)
 
@@ -195,7 +204,7 @@ class Clock:
             return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         progress.batch_ended(updates=trainer.global_step - self._written, samples=samples)
         self._write(trainer)
-        progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not self._closes
         self.summon(trainer)
         trainer.val_check_batch = NEVER if self._counts.taken else trainer.val_check_batch
         meets = progress.ended or self._strategy.together(progress.comes())
@@ -233,16 +242,14 @@ class Clock:
         if self.progress is not None:
             self._logbook.met(trainer, self.progress)
         loop = trainer.fit_loop.epoch_loop
-        if outcome.due & Due.END_EPOCH and not loop.batch_progress.is_last_batch:
-            self._strategy.feeding.cut()
-            _was_last(trainer)
+        self._close_epoch(trainer, by_agenda=bool(outcome.due & Due.END_EPOCH))
         if outcome.wishes & Wish.STOP:
             trainer.should_stop, self._wishes.stop = True, False
         self.empty = outcome.empty
-        self._partly = self._partly and not (outcome.ended or bool(outcome.due & Due.END_EPOCH))
+        self._partly = self._partly and not outcome.ended
         stops = bool(outcome.wishes & Wish.STOP) and compat.can_stop_early(trainer)
         reached = 0 <= trainer.max_steps <= trainer.global_step
-        self.over = outcome.ended or bool(outcome.due & Due.END_EPOCH) or stops or reached
+        self.over = outcome.ended or stops or reached
         self._schedules.meet(trainer.global_step)
         self.validating = self._validates(trainer, outcome, stops=stops)
         self.closing.begin(stops=stops, over=self.over, validating=self.validating)
@@ -250,6 +257,20 @@ class Clock:
             self._wishes.validated()
             iteration = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
             trainer.val_check_batch = iteration + 1
+
+    def _close_epoch(self, trainer: Trainer, *, by_agenda: bool) -> None:
+        """All know whether the agenda ended the epoch; where a stream ended before its part, the others go on."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        closes, self._closes = self._closes, False
+        if by_agenda and (closes or not batches.is_last_batch):
+            self._strategy.feeding.cut()
+            _was_last(trainer)
+        elif closes:
+            batches.is_last_batch = False
+            compat.look_ahead(trainer)
+            if batches.is_last_batch and self.progress is not None:  # it has no more: the others go on
+                self.progress.ended = True
+                _was_last(trainer)
 
     def _validates(self, trainer: Trainer, outcome: Outcome, *, stops: bool) -> bool:
         """Whether a validation follows this meeting."""
@@ -263,7 +284,9 @@ class Clock:
     def ran_dry(self, trainer: Trainer) -> None:
         """The epoch is over on this rank; a stream that has less than its length says so by ending, and not before."""
         feeding, batches = self._strategy.feeding, trainer.fit_loop.epoch_loop.batch_progress
-        if feeding.share is None and feeding.dry and not batches.is_last_batch:
+        left = self._closes  # a -1 of `on_train_batch_start`
+        self._closes = False
+        if left or (feeding.share is None and feeding.dry and not batches.is_last_batch):
             _was_last(trainer)
 
     def requeued(self, trainer: Trainer) -> None:
@@ -309,8 +332,11 @@ class Clock:
     def _steps_of(self, trainer: Trainer) -> list[int]:
         """The batches of an epoch that all ranks agree on, or 0; and how many of them are a step."""
         feeding = self._strategy.feeding
-        limit = feeding.limit if isinstance(feeding.limit, int) else None  # a rank's own stream has its own length
-        batches = limit if feeding.share is None else feeding.epoch_batches()
+        batches: int | float | None = feeding.limit
+        if feeding.share is not None or 0 < feeding.limit < 1:  # a part is of streams of equal length
+            batches = feeding.epoch_batches()
+        elif isinstance(batches, float):  # a rank's own stream has its own length
+            batches = None
         return [batches or 0, trainer.accumulate_grad_batches]
 
     def _write(self, trainer: Trainer) -> None:

@@ -97,10 +97,11 @@ class Counts:
         """Whether a limit ends the epochs of streams."""
         return self.taken and feeding.share is None and feeding.limit != 1.0
 
-    def takes_part(self, feeding: Feeding) -> bool:
-        """Whether something goes by a part of the epoch of streams, each of which may have a length of its own."""
-        parts = (limit for limit in (feeding.limit, self._val_every) if isinstance(limit, float) and limit < 1.0)
-        return self.taken and feeding.share is None and any(parts)
+    def go_by_length(self, feeding: Feeding) -> bool:
+        """Whether something goes by how long the epoch of streams is, each of which may have a length of its own."""
+        every, limit = self._val_every, feeding.limit
+        goes = isinstance(every, int) or every < 1.0 or (isinstance(limit, float) and limit < 1.0)
+        return self.taken and feeding.share is None and goes
 
     def check_alike(self, feeding: Feeding, lengths: Mapping[int, bytes]) -> None:
         """Refuse a part of streams of unlike lengths, on all ranks: one may end before the part that falls to it."""
@@ -115,6 +116,11 @@ class Counts:
         """What is due when `n` members have come so far together; `total`: the batches of an epoch of all of them."""
         if not self.taken:
             return
+        if self.cuts(feeding):  # before all that falls on the same batch: who is appointed to it fetches no further one
+            batches = feeding.limit * n if isinstance(feeding.limit, int) else total
+            if batches is None:
+                raise _part_of_unknown("limit_train_batches", feeding.limit)
+            yield Item(Due.END_EPOCH, Unit.BATCHES, int(batches), in_epoch=True)
         if trainer.max_steps > 0:
             yield Item(Due.NOTHING, Unit.UPDATES, trainer.max_steps * n, once=True)
         for callback in compat.callbacks(trainer):
@@ -122,15 +128,11 @@ class Counts:
                 yield Item(Due.NOTHING, Unit.UPDATES, every * n)
         if self._meet_every is not None:
             yield Item(Due.NOTHING, Unit.SAMPLES, self._meet_every)
-        yield from self._validations(trainer, feeding, n, None if total is None else total // n)
-        if self.cuts(feeding):
-            batches = feeding.limit * n if isinstance(feeding.limit, int) else total
-            if batches is None:
-                raise _part_of_unknown("limit_train_batches", feeding.limit)
-            yield Item(Due.END_EPOCH, Unit.BATCHES, int(batches), in_epoch=True)
+        yield from self._validations(trainer, feeding, n, total)
 
-    def _validations(self, trainer: Trainer, feeding: Feeding, n: int, length: int | None) -> Iterator[Item]:
+    def _validations(self, trainer: Trainer, feeding: Feeding, n: int, total: int | None) -> Iterator[Item]:
         every, in_epoch = self._val_every, trainer.check_val_every_n_epoch is not None
+        length = None if total is None else total // n
         if isinstance(every, float) and every < 1.0:
             if length is None:
                 raise _part_of_unknown("val_check_interval", every)
@@ -139,8 +141,8 @@ class Counts:
         if isinstance(every, int):
             if in_epoch and trainer.limit_val_batches > 0:
                 _check_is_reached(every, length if feeding.share is not None else feeding.limit)
-            self.at_end = in_epoch and length is not None and length % every == 0
-            below = length * n if length and in_epoch else None
+            self.at_end = in_epoch and total is not None and total % (every * n) == 0
+            below = total if total and in_epoch else None
             yield Item(Due.VALIDATE, Unit.BATCHES, every * n, in_epoch=in_epoch, below=below)
 
 

@@ -176,6 +176,10 @@ class Feeding:
         span, usual = self._span(self._total), self._usual or self._batch
         return epoch_batches(span, members=self._world, batch=usual, drop_last=self._drop_last)
 
+    def length(self) -> int | None:
+        """How many batches this rank's own streams have in an epoch, limits aside; None while that is not known."""
+        return self._streams.batches(1.0) if len(self._streams) else None
+
     def told_length(self) -> int | None:
         """What the loader of a synchronous run says of its length, limits aside; None where it may not be told."""
         if self._total is None or not self.under_way:

@@ -7,6 +7,8 @@ Training goes on meanwhile, and the first rank's log says for whom it waits, if 
 Who died has no file to wait for. Where a rank could not write, or said nothing for as long as a meeting may take, no
 main file is replaced and nothing is removed any more: what is there stays, and all ranks stop with that error at their
 next save, or at the end.
+
+What waits to be written is in memory, all of it. So no more than four saves wait: the next one waits for the first.
 """
 
 from __future__ import annotations
@@ -33,6 +35,12 @@ TELL = 30.0
 """Seconds of waiting for another rank's file behind which the log says so."""
 LEAVE_FAILED = 2.0
 """Seconds that a run which failed waits for what is still to be written."""
+MOST = 4
+"""Saves that may wait in memory: the files of two callbacks at two meetings."""
+FULL = (
+    "%d checkpoints wait in memory to be written: look at the disks. This save waits, and training with it, until one "
+    "of them is there, for %.0f s at most"
+)
 LATE = (
     "rank %d has not written its part of a checkpoint for %.0f s: look at its disk. Training goes on; what is saved "
     "meanwhile waits in memory, and the checkpoint before stays until it is there, for %.0f s at most"
@@ -51,10 +59,27 @@ class LateFiles:
         self._leaving = False  # not an Event: a strategy is pickled before it runs
         self._stuck: Exception | None = None
         self._shut = False
+        self._queued: list[Event] = []
 
     def trouble(self) -> BaseException | None:
         """Why something that this rank was to write is not there."""
         return self._stuck or compat.late_error(self._strategy.checkpoint_io)
+
+    def room(self) -> Wait[None]:
+        """Wait until another save may wait in memory, or it is known that none will be written."""
+        if self._is_full():
+            log.warning(FULL, MOST, self._strategy.office.limit)
+        while self._is_full() and self.trouble() is None:
+            yield f"one of the {MOST} checkpoints that wait in memory to be written"
+
+    def queued(self) -> None:
+        """A save has asked for all that it writes on this rank."""
+        if compat.writes_later(self._strategy.checkpoint_io):
+            self._queued.append(self._mark())
+
+    def _is_full(self) -> bool:
+        self._queued = [written for written in self._queued if not written.is_set()]
+        return len(self._queued) >= MOST
 
     def tell(self, save: str) -> None:
         """Let the others know when this rank's part of `save` is there, or why not. Called right behind its write."""

@@ -129,7 +129,7 @@ class Parts:
         """
         leaves = _leaves(x)
         self._before = {id(leaf) for leaf in leaves} | {id(buffer) for buffer in used}
-        outside = [p for p in self.module.parameters() if self._stage_of.get(id(p), OUTSIDE) == OUTSIDE]
+        outside = [p for p in self.module.parameters() if self.is_outside(p)]
         if self.index in (0, self.last):
             others = [p for p in outside if (id(p) in self._before) != (self.index == 0)]
             for optimizer in optimizers:
@@ -145,6 +145,10 @@ class Parts:
                 " another way: such a gradient would be lost. Let it reach the loss through the stages only (tied "
                 "weights and penalties on all parameters have to be taken apart; optimizers have `weight_decay`)"
             )
+
+    def is_outside(self, parameter: Tensor) -> bool:
+        """Whether it is outside of the blocks."""
+        return self._stage_of.get(id(parameter), OUTSIDE) == OUTSIDE
 
     def _is_here(self, parameter: Tensor) -> bool:
         stage = self._stage_of.get(id(parameter), OUTSIDE)

@@ -79,6 +79,7 @@ class PipeBatches(Resting):
         if self.piped:
             self.begun = True
             self.put_back(self.resumed.get("kept", {}))
+            self.go_on_adding_up()
         if not self.last and self.lr_scheduler_configs:
             for optimizer in self.optimizers:  # its first real step comes late: without this torch would warn
                 optimizer.zero_grad()

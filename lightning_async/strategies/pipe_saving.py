@@ -10,14 +10,15 @@ from it, and a pipeline with another number of stages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_async.strategies import foreign, whole
+from lightning_async.strategies import compat, foreign, whole
 from lightning_async.strategies.pipeline_shown import PipelineShown
 
 KEY = "delayed_pipeline"
@@ -83,8 +84,39 @@ class PipeSaving(PipelineShown):
                 "between_epochs": self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
                 "seed": self.turns.seed,
                 "kept": self.together(self.keeping()),
+                "gradients": self._added_up(),
             }
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _added_up(self) -> list[dict[str, dict[str, Tensor]]]:
+        """What each pipeline has added up by now to a step still to come, by name, on rank 0. What is outside of the
+        blocks is at both of its ends, and before the first batch nobody knows where it belongs: so that is said too.
+        Called by all."""
+        stage, mine = self.turns.place.stage, dict[str, dict[str, Tensor]]({"before": {}, "rest": {}})
+        for (name, parameter), gradient in zip(self._named(), stage.added_up(), strict=True):
+            if gradient is not None and not compat.ends_in_step(self.trainer):
+                mine[self._lies_before(parameter)][name] = gradient
+        of_all = self.together(whole.collect(self.office.rounds, mine, 0))
+        pipes = [of_all[first : first + self.depth] for first in range(0, len(of_all), self.depth)]
+        return [{where: {k: v for part in pipe for k, v in part[where].items()} for where in mine} for pipe in pipes]
+
+    def go_on_adding_up(self) -> None:
+        """What the checkpoint has of the group of batches under way. Another number of pipelines takes their mean."""
+        pipes = self.resumed.get("gradients", [])
+        if len(pipes) != self.replicas:
+            mean = {where: _mean([pipe[where] for pipe in pipes]) for where in ("before", "rest")}
+            pipes = [mean] * self.replicas
+        mine = pipes[self.global_rank // self.depth]
+        found = [(p, mine[self._lies_before(p)].get(name)) for name, p in self._named()]
+        self.turns.place.stage.go_on_with([None if g is None else g.to(p, copy=True) for p, g in found])
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        """The parameters of this stage, in its own order."""
+        names = {id(p): name for name, p in self.trainer.lightning_module.named_parameters()}
+        return [(names[id(p)], p) for p in self.turns.place.stage.parameters]
+
+    def _lies_before(self, parameter: Tensor) -> str:
+        return "before" if self.index == 0 and self.turns.parts.is_outside(parameter) else "rest"
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
         """Read by all ranks."""
@@ -92,3 +124,8 @@ class PipeSaving(PipelineShown):
         checkpoint = foreign.read(load, checkpoint_path, self.name)
         self.resumed = checkpoint.get(KEY, {}) if self.fitting else {}
         return checkpoint
+
+
+def _mean(pipes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    names = {name for pipe in pipes for name in pipe}
+    return {name: sum(pipe[name] for pipe in pipes if name in pipe) / len(pipes) for name in names}  # type: ignore[misc]

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async.data.stream import StatefulStream, Stream, Streams, is_stateful, length_of, source_of
+from tests.strategies.ranks import run
 
 N = 20
 
@@ -246,3 +247,37 @@ def test_batches_of_an_epoch(limit: float, batches: int) -> None:
     assert streams.batches(limit) == batches
     streams.watch(Plain())
     assert streams.batches(limit) == (limit if isinstance(limit, int) else None)
+
+
+class Nowhere(IterableDataset[int]):
+    """A data set that does not know where it is."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(N))
+
+
+def _in_four_runs(data: Any, workers: int, every: int) -> list[int]:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    seen, mark = list[int](), None
+    for drawn in (4, 1, 5, 2):
+        loader = StatefulDataLoader(data(), batch_size=None, num_workers=workers, snapshot_every_n_steps=every)
+        stream = StatefulStream(loader)
+        stream.go_to(mark)
+        batches = iter(stream)
+        for _ in range(drawn):
+            seen.append(int(next(batches)))
+            stream.trained()
+        mark = stream.bookmark()
+    return seen
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore:'set_vital'", "ignore::ResourceWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("data", [Nowhere, Cursor])
+@pytest.mark.parametrize(("workers", "every"), [(0, 1), (1, 3), (1, 1)])
+def test_a_loader_of_torchdata_that_goes_on_twice_leaves_nothing_out(data: Any, workers: int, every: int) -> None:
+    """Its own states would: what it skipped the first time it would skip twice the second time."""
+    pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+    (seen,) = run(1, _in_four_runs, data, workers, every)  # workers leave a signal handler
+    assert seen == list(range(12))

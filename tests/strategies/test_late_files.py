@@ -12,7 +12,7 @@ import pytest
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from lightning_async.strategies.late_files import LateFiles
+from lightning_async.strategies.late_files import MOST, LateFiles
 
 SAVE = "5f0c"
 
@@ -67,12 +67,13 @@ class Rank:
         self.late = LateFiles(cast(Any, SimpleNamespace(checkpoint_io=self.io, office=office)))
         self.flags = office.flags
 
-    def saves(self) -> None:
-        self.io.save_checkpoint({}, "old")
+    def saves(self, save: str = SAVE, old: str = "old") -> None:
+        self.io.save_checkpoint({}, old)
         self.io.save_checkpoint({}, "own")
-        self.late.tell(SAVE)
-        self.late.write_main(SAVE, (0, 1), lambda: self.io.save_checkpoint({}, "main"))
-        self.late.behind(lambda: self.inner.remove_checkpoint("old"))
+        self.late.tell(save)
+        self.late.write_main(save, (0, 1), lambda: self.io.save_checkpoint({}, "main"))
+        self.late.queued()
+        self.late.behind(lambda: self.inner.remove_checkpoint(old))
 
     def finish(self) -> BaseException | None:
         return _end(self.late.finish())
@@ -170,6 +171,35 @@ def test_a_run_that_failed_waits_for_nobody(rank: Rank, monkeypatch: pytest.Monk
     rank.late.leave()
     assert rank.finish() is None
     assert rank.inner.written == ["old", "own"]
+
+
+def test_where_a_disk_hangs_the_next_save_waits_behind_the_fourth(rank: Rank, caplog: pytest.LogCaptureFixture) -> None:
+    """Each that is not written yet holds all of its tensors in memory. Rank 1's disk hangs."""
+    for number in range(MOST):
+        assert not list(rank.late.room())
+        rank.saves(f"save{number}", old=f"old{number}")
+    assert not caplog.messages
+    waiting = rank.late.room()
+    assert next(waiting) == next(waiting) == "one of the 4 checkpoints that wait in memory to be written"
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(
+        "4 checkpoints wait in memory to be written: look at the disks. This save waits"
+    )
+    rank.board.propose("written/save0/1", b"+")
+    _end(waiting)
+    assert next(rank.late.room(), None) is None
+    assert "main" in rank.inner.written
+    for number in range(MOST):
+        rank.board.propose(f"written/save{number}/1", b"+")
+
+
+def test_who_waits_for_a_disk_hears_that_a_write_went_wrong(rank: Rank) -> None:
+    for number in range(MOST):
+        rank.saves(f"save{number}", old=f"old{number}")
+    waiting = rank.late.room()
+    next(waiting)
+    rank.late._stuck = TimeoutError("rank 1 did not say that its part of the checkpoint is written")
+    assert _end(waiting) is None, "the save that follows says it to all"
 
 
 def test_without_a_late_writer_all_is_done_at_once() -> None:

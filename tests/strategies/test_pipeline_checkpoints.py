@@ -93,6 +93,56 @@ def test_a_run_goes_on_in_mid_epoch(tmp_path: Path) -> None:
     assert rest[0][0] == whole[0][0]
 
 
+class SavesAt(Callback):
+    """All save behind this batch of the first epoch."""
+
+    def __init__(self, file: str, batch: int) -> None:
+        self.file, self.batch = file, batch
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx + 1) == (0, self.batch):
+            trainer.save_checkpoint(self.file)
+
+
+def _adds_up(devices: int, replicas: int, file: str, batch: int, resume: bool) -> Any:
+    warnings.filterwarnings("ignore", MISSING)
+    lit = Piped(schedule="step")
+    callbacks = [] if resume else [SavesAt(file, batch)]
+    t = trainer(devices, knobs={"replicas": replicas}, callbacks=callbacks, accumulate_grad_batches=4)
+    t.fit(lit, loader(4, shuffle=True), loader(20), ckpt_path=file if resume else None)
+    return weights(lit), lit.losses, t.global_step
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore:.*not resumable")
+@pytest.mark.parametrize(("devices", "replicas", "batch"), [(3, 1, 6), (4, 2, 3), (2, 1, 7), (3, 1, 4)])
+def test_a_run_goes_on_between_two_updates(devices: int, replicas: int, batch: int, tmp_path: Path) -> None:
+    """The gradients that were added up to the next one are in the file."""
+    file = str(tmp_path / "x.ckpt")
+    through = run(devices, _adds_up, devices, replicas, file, batch, False)
+    pipes = torch.load(file, weights_only=True)["delayed_pipeline"]["gradients"]
+    names = {name for name, _ in Piped().named_parameters()} if batch % 4 else set()
+    assert [{*pipe["before"], *pipe["rest"]} for pipe in pipes] == [names] * replicas
+    assert all(gradient.any() for pipe in pipes for part in pipe.values() for gradient in part.values())
+    rest = run(devices, _adds_up, devices, replicas, file, batch, True)
+    last = devices // replicas - 1
+    assert rest[last][1] == through[last][1][batch:]
+    assert [(end[0], end[2]) for end in rest] == [(end[0], end[2]) for end in through]
+
+
+def _with_fewer(file: str, devices: int, batch: int) -> Any:
+    return _adds_up(devices, 1, file, batch, True)
+
+
+def test_gradients_that_were_added_up_go_on_in_other_stages(tmp_path: Path) -> None:
+    """Of two pipelines, in one of three stages: what a step takes is their mean."""
+    file = str(tmp_path / "x.ckpt")
+    run(4, _adds_up, 4, 2, file, 3, False)
+    ends = run(3, _with_fewer, file, 3, 3)
+    assert ends[0][0] == ends[1][0] == ends[2][0]
+    assert ends[0][2] == ends[2][2]
+
+
 class Raises(Callback):
     """Wishes to save what is there after an exception."""
 

@@ -170,6 +170,18 @@ class DrawsByHand(Draws):
             optimizer.step()
 
 
+class StepsInPairs(DrawsByHand):
+    """Two steps in each of its first four batches; then it adds up the gradients of three."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        self.manual_backward(Draws.training_step(self, batch, batch_idx))
+        for _ in range(2 if batch_idx < 4 else batch_idx % 3 == 0):
+            optimizer.step()
+        if batch_idx < 4 or batch_idx % 3 == 0:
+            optimizer.zero_grad()
+
+
 class BehindValidation(Saves):
     """Saves once, behind the first validation of the second epoch."""
 
@@ -194,12 +206,13 @@ def _adds_up(
     save: list[L.Callback],
     path: str | None,
     size: int,
+    epochs: int = 3,
 ) -> Any:
     """The losses of batches of this size, and the end."""
     seed()
     lit = module()
     saves = any(isinstance(one, ModelCheckpoint) for one in save)
-    t = trainer(n, knobs=knobs, callbacks=save, enable_checkpointing=saves, max_epochs=3, **more)
+    t = trainer(n, knobs=knobs, callbacks=save, enable_checkpointing=saves, max_epochs=epochs, **more)
     with suppress(SIGTERMException):
         t.fit(lit, stream(rank(), n, size), held_out(), ckpt_path=path)
     return lit.losses, (weights(lit), plain([o.state_dict() for o in t.optimizers]), t.global_step)
@@ -228,6 +241,24 @@ def test_a_run_that_was_saved_between_two_steps_goes_on_to_the_bit(
         names = set()  # Lightning clears gradients before a validation, but for those that it adds up by itself
     for own in files_of(Path(path)).values():
         assert set(own["parts"]["stepping"]["gradients"]) == names
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:Using ModelCheckpoint with manual optimization")
+def test_a_save_that_comes_past_its_step_and_between_two_others_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """The multiple of `every_n_train_steps` was passed before the meeting, behind which gradients were added up."""
+    save: Any = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=7)
+    knobs = {"mode": "none", "balance": "equal", "meet_every": 48}
+    through = run(2, _adds_up, 2, StepsInPairs, knobs, {}, [save], None, 4, 1)
+    path = tmp_path / "step=8.ckpt"
+    for own in files_of(path).values():
+        gradients = own["parts"]["stepping"]["gradients"]
+        assert set(gradients) == {name for name, _ in Draws().named_parameters()}
+        assert any(bool(gradient.any()) for gradient in gradients.values())
+    resumed = run(2, _adds_up, 2, StepsInPairs, knobs, {}, [save], str(path), 4, 1)
+    for (losses, end), (rest, other) in zip(through, resumed, strict=True):
+        assert len(losses) == 10
+        assert rest == losses[6:]
+        assert other == end
 
 
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty")

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from lightning_async import AsyncGlobalStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
 from lightning_async.progress.progress import Progress
-from tests.strategies import piped
-from tests.strategies.lit import Lit, Numbers, loader, trainer
+from tests.strategies import piped, resumable
+from tests.strategies.lit import Lit, Numbers, loader, trainer, weights
 from tests.strategies.ranks import run
 
 JOB = "4711"
@@ -136,6 +136,48 @@ def test_the_same_under_other_strategies(slurm: Path, strategy: str, rank: int) 
     assert again["steps"] == also["steps"] == 40
     assert again["end"] == also["end"]
     assert 2 * (40 - at) - (again["batches"] + also["batches"]) in (0, 1), "it went on from where it was saved"
+
+
+class WarnedInMidEpoch(L.Callback):
+    """Gets the signal once, in the second epoch, if it is this rank; remembers how many batches lay before the save."""
+
+    def __init__(self, rank: int | None) -> None:
+        self.rank = rank
+        self.saved: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.global_rank, trainer.current_epoch, batch_idx) == (self.rank, 1, 2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: Any) -> None:
+        self.saved.append(len(module.losses))
+
+
+def adding_up(folder: Path, rank: int | None) -> dict[str, Any]:
+    """Ten batches an epoch, which are one step; ranks train alone, so that they go on to the bit."""
+    me, watch = int(os.environ["RANK"]), WarnedInMidEpoch(rank)
+    resumable.seed()
+    lit, knobs = resumable.Draws(), {"mode": "none", "balance": "equal"}
+    t = trainer(2, knobs=knobs, callbacks=[watch], max_epochs=3, accumulate_grad_batches=100, **queue(folder))
+    t.fit(lit, resumable.stream(me, 2), resumable.held_out())
+    return {"saved": watch.saved, "losses": lit.losses, "end": weights(lit)}
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_job_that_was_warned_between_two_steps_goes_on_to_the_bit(slurm: Path, rank: int) -> None:
+    """Wherever the other rank stopped for the save: what was added up by then is in the files."""
+    through = run(2, adding_up, slurm, rank)
+    (file,) = slurm.glob("hpc_ckpt_*.ckpt")
+    assert 12 < through[rank]["saved"][0] < 20, "in mid-epoch"
+    gradients = resumable.files_of(file)[rank]["parts"]["stepping"]["gradients"]
+    assert set(gradients) == {name for name, _ in resumable.Draws().named_parameters()}
+    assert any(bool(gradient.any()) for gradient in gradients.values())
+    for one, again in zip(through, run(2, adding_up, slurm, None), strict=True):
+        (at,) = one["saved"]
+        assert len(one["losses"]) == 30
+        assert again["losses"] == one["losses"][at:]
+        assert again["end"] == one["end"]
 
 
 def warn_who_waits(rank: int) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_async import SpeedFaults
+from lightning_async import AsyncStrategy, SpeedFaults
 from lightning_async.data.resume import State, unite
 from tests.strategies.lit import INPUTS, TARGETS, Lit, Numbers, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
@@ -191,10 +191,15 @@ class Bookmarked:
 
 
 class ByEpoch(Callback):
-    """What was trained on in each epoch."""
+    """What was trained on in each epoch, and after how many batches of all there were validations."""
 
     def __init__(self) -> None:
         self.epochs: list[list[int]] = []
+        self.validations: list[int] = []
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if not trainer.sanity_checking and isinstance(trainer.strategy, AsyncStrategy):
+            self.validations.append(trainer.strategy.clock.progress.agreed.batches)
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         self.epochs.append(module.seen)
@@ -212,6 +217,16 @@ class Sized(Numbers):
         return super().__iter__()
 
 
+class Whole(IterableDataset[Any]):
+    """24 batches of two on rank 0 and 12 on rank 1; every iterator begins where the first began."""
+
+    def __len__(self) -> int:
+        return 48 if os.environ["RANK"] == "0" else 24
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(Numbers(len(self)))
+
+
 class Short(Sized):
     """One that has less than it says, on rank 0."""
 
@@ -219,7 +234,28 @@ class Short(Sized):
         return int(self.length) + (20 if os.environ["RANK"] == "0" else 0)
 
 
+class Scheduled(Lit):
+    """It has a schedule that goes by epochs."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=1.0)]
+
+
+class Few(IterableDataset[Any]):
+    """So many samples an epoch on each rank, which always begin anew."""
+
+    def __init__(self, *lengths: float) -> None:
+        self.length = lengths[int(os.environ["RANK"])]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(Numbers(self.length))
+
+
 LOADERS: dict[str, Any] = {
+    "both anew": lambda: DataLoader(Whole(), batch_size=2),
+    "few": lambda: DataLoader(Few(float("inf"), 6), batch_size=2),
+    "exact": lambda: DataLoader(Few(float("inf"), 4, 12), batch_size=2),
     "data set": lambda: DataLoader(Numbers(float("inf")), batch_size=2),
     "live": lambda: DataLoader(Live(), batch_size=2),
     "anew": lambda: DataLoader(Anew(), batch_size=2),
@@ -241,9 +277,10 @@ def _limited(
     path: str | None = None,
     validates: int | float = 1.0,
     limit: int | float = 6,
+    accumulate: int = 1,
 ) -> dict[str, Any]:
     torch.manual_seed(0)
-    lit, by_epoch = Lit(lr=0.001), ByEpoch()
+    lit, by_epoch = Scheduled(lr=0.001), ByEpoch()
     saver = [ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_epochs=1)] if folder else []
     pace = [SpeedFaults(step_seconds=0.002, slow={1: slow})] if slow > 1 else []
     t = trainer(
@@ -251,12 +288,20 @@ def _limited(
         callbacks=[*pace, by_epoch, *saver],
         max_epochs=4,
         limit_train_batches=limit,
+        accumulate_grad_batches=accumulate,
         enable_checkpointing=folder is not None,
         val_check_interval=validates,
         strategy=strategy,
     )
     t.fit(lit, LOADERS[kind](), loader(40, shuffle=False), ckpt_path=path)
-    return {"epochs": by_epoch.epochs, "end": weights(lit), "step": t.global_step}
+    stepped = lit.lr_schedulers().last_epoch  # type: ignore[union-attr]
+    return {
+        "epochs": by_epoch.epochs,
+        "end": weights(lit),
+        "step": t.global_step,
+        "scheduled": stepped,
+        "validations": by_epoch.validations,
+    }
 
 
 def _flat(end: dict[str, Any]) -> list[int]:
@@ -315,6 +360,50 @@ def test_no_sample_of_a_limited_epoch_is_lost_on_any_rank(slow: float) -> None:
         seen = _flat(end)
         assert seen == list(range(len(seen)))
         assert len(end["epochs"]) == 4
+
+
+@pytest.mark.few(2)
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize("kind", ["few", "unlike", "sized"])
+@pytest.mark.parametrize(("slow", "accumulate"), [(1.0, 4), (4.0, 1), (1.0, 1), (4.0, 4)])
+def test_what_a_stream_lacks_of_a_limited_epoch_the_others_train_on(kind: str, slow: float, accumulate: int) -> None:
+    """Twelve batches an epoch, of which rank 1 has three; or of 24 batches of the one and 12 of the other; or of 24
+    batches of each, of which the one that was a little faster before ends in the middle of an epoch."""
+    limit = 0.25 if kind == "sized" else 6
+    ends = run(2, _limited, 2, kind, None, slow, None, None, 1.0, limit, accumulate)
+    assert ends[0]["end"] == ends[1]["end"]
+    epochs = zip(*(end["epochs"] for end in ends), strict=True)
+    assert [len(one) + len(other) for one, other in epochs] == [24] * 4
+    lengths = {"few": None, "unlike": (48, 24), "sized": (48, 48)}[kind]
+    for rank, end in enumerate(ends):
+        seen, period = ([_flat(end)], lengths[rank]) if lengths else (end["epochs"], 48)
+        assert all(part == [index % period for index in range(len(part))] for part in seen)
+        assert end["scheduled"] == 4
+        assert end["step"] == 4 * -(-6 // accumulate)
+
+
+def test_a_stream_that_ends_with_its_part_steps_its_schedules_too() -> None:
+    """Rank 2 has the six batches that are its part; rank 1 has two of them, so the epoch is not over there."""
+    ends = run(3, _limited, 3, "exact", None)
+    assert [sum(map(len, epoch)) for epoch in zip(*(end["epochs"] for end in ends), strict=True)] == [36] * 4
+    assert [(end["scheduled"], end["step"]) for end in ends] == [(4, 24)] * 3
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize(
+    ("every", "limit", "points"),
+    [(5, 1.0, [10, 20, 30]), (6, 1.0, [12, 24, 36]), (4, 15, [8, 16, 24]), (5, 15, [10, 20, 30])],
+)
+def test_all_validate_at_the_same_batches_of_streams_of_unlike_lengths(
+    every: int, limit: int | float, points: list[int]
+) -> None:
+    """36 batches an epoch, 24 of the one and 12 of the other; or 30 of them."""
+    ends = run(2, _limited, 2, "both anew", None, 1.0, None, None, every, limit)
+    assert ends[0]["validations"] == ends[1]["validations"]
+    length = 36 if limit == 1.0 else 30
+    assert ends[0]["validations"] == [epoch * length + point for epoch in range(4) for point in points]
+    assert ends[0]["end"] == ends[1]["end"]
 
 
 @pytest.mark.few(3)

@@ -131,7 +131,7 @@ STREAMS = Scene(
         differs(
             "IterableDataset",
             "with `__len__` and `limit_train_batches=0.5`",
-            "that part of each rank's own, added up: so many batches of all ranks",
+            "that part of each rank's own, added up: so many batches of all ranks. Streams must be equally long",
             lambda a, b: (
                 alike(a["known part"], b["known part"]) and a["known part"].batches + b["known part"].batches == 20
             ),
