@@ -1,7 +1,7 @@
 """What a rank really holds in the midst of a run: every tensor's memory once, and the memory that links share.
 
-Not counted: what was there before the fit, weights, gradients and optimizers. Shared memory is mapped at both of its ends, so
-each has half of it.
+Not counted: what was there before the fit, weights, gradients and optimizers. Shared memory is mapped at both of its
+ends, so each has half of it.
 """
 
 from __future__ import annotations
