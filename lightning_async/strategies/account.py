@@ -12,7 +12,7 @@ module on the meta device will do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,8 @@ from lightning_async.algorithms.sign_wire import SMALL
 from lightning_async.algorithms.sync_global import SyncGlobal
 from lightning_async.algorithms.sync_ring import SyncRing
 from lightning_async.algorithms.topology import neighbours, onward, partner
+from lightning_async.pipeline.edge import DEPTH
+from lightning_async.pipeline.stash import Semantics
 from lightning_async.replica import ALIGNMENT
 from lightning_async.transport.header import WIRE_BYTES
 from lightning_async.transport.line import AHEAD, WINDOW
@@ -279,6 +281,22 @@ def _sheets(
     if late:  # the service: its parts, a mean, nothing, its rest, also as it was told at the last meeting
         return Account(2 * total, (members + 2) * mine + 3 * rest + 2 * wire + 2 * mine, wire)
     return Account(rest + (total - mine) + members * mine + total, 2 * wire, wire)
+
+
+def staged(weights: int, state: int, ranks: int, *, held: int, semantics: Semantics, edges: Sequence[int]) -> Account:
+    """One stage of a pipeline, without the activations inside of it: those are the user's, for each batch held.
+
+    Args:
+        weights: Bytes of the stage's own.
+        state: Bytes of the whole module, which all get at the start.
+        ranks: How many ranks there are.
+        held: Batches that the stage holds at most; each goes back to the weights that it went forward with.
+        semantics: "stash" alone keeps old weights.
+        edges: Bytes of one batch as it goes from stage to stage, at each end of this one that has a neighbour.
+    """
+    old = max(0, held - 1) * weights if semantics == "stash" else 0
+    host = rounds(state, ranks) + linked(ranks - 1, ranks - 1) + 2 * DEPTH * sum(edges)
+    return Account(old, host, sum(edges), "a batch")
 
 
 def _every(steps: int) -> str:

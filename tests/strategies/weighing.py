@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_async import DelayedPipelineStrategy
 from lightning_async.strategies.account import Account
 from lightning_async.transport.shared import Memory
 from tests.strategies.lit import trainer
 
 WIDTH = 1000
 BATCHES = 10
+BATCH = 2
 
 
 class Wide(L.LightningModule):
@@ -39,6 +41,19 @@ class Wide(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters(), lr=1e-4)
+
+
+class Long(Wide):
+    """As many in three blocks, for three stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh()) for _ in range(3)]
+        self.first, self.net = torch.nn.Linear(8, WIDTH), torch.nn.Sequential(*blocks)
+        self.head = torch.nn.Linear(WIDTH, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.head(self.net(self.first(batch[0]))).square().mean()  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -61,7 +76,14 @@ class Scales(L.Callback):
         self.sent: dict[tuple[int, int], tuple[int, int]] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.said, self.line = trainer.strategy.account, trainer.strategy._first_line()
+        self.line = trainer.strategy._first_line()
+        self.said = self.account(trainer.strategy)
+
+    def account(self, strategy: Any) -> Account:
+        """What it says of this rank, or of the one that holds the most."""
+        if isinstance(strategy, DelayedPipelineStrategy):
+            return strategy.accounts_of_stages(edge=BATCH * WIDTH * 4)[strategy.index]
+        return strategy.account  # type: ignore[no-any-return]
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.current_epoch < 2 or self.held:
@@ -88,9 +110,9 @@ def memory() -> dict[int, Tensor]:
 def weigh(make: Callable[[], Any], optimizer: Callable[..., Any] = torch.optim.SGD) -> Weighed:
     """One rank's part of a short fit."""
     gc.freeze()  # what the parent had is not looked at; and a strategy sets nothing aside where somebody has
-    members, scales, module = int(os.environ["WORLD_SIZE"]), Scales(), Wide(optimizer)
-    strategy = make()
+    members, scales, strategy = int(os.environ["WORLD_SIZE"]), Scales(), make()
+    module = Long() if isinstance(strategy, DelayedPipelineStrategy) else Wide(optimizer)
     t = trainer(members, strategy=strategy, callbacks=[scales], max_epochs=3)
-    data = TensorDataset(torch.randn(members * BATCHES * 2, 8))
-    t.fit(module, DataLoader(data, batch_size=2))
+    data = TensorDataset(torch.randn(members * BATCHES * BATCH, 8))
+    t.fit(module, DataLoader(data, batch_size=BATCH))
     return Weighed(scales.held, scales.sent, scales.said, scales.line, 4 * sum(p.numel() for p in module.parameters()))
