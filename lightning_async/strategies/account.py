@@ -13,7 +13,7 @@ module on the meta device will do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -36,13 +36,11 @@ from lightning_async.algorithms.topology import neighbours, onward, partner
 from lightning_async.pipeline.edge import DEPTH
 from lightning_async.pipeline.stash import Semantics
 from lightning_async.replica import ALIGNMENT
+from lightning_async.transport.cluster import PIECE
 from lightning_async.transport.header import WIRE_BYTES
 from lightning_async.transport.line import AHEAD, WINDOW
 from lightning_async.transport.rounds import OWNERS, SHORT
 from lightning_async.transport.shared import PLACES
-
-PIECE = 4 << 20
-"""The longest piece of a long body (`fragment_bytes` of the carrier)."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +93,19 @@ class Account:
         host: See above.
         wire: See above.
         when: How often that is sent, in words.
+        longest: The longest message.
     """
 
     device: int = 0
     host: int = 0
     wire: int = 0
     when: str = "between meetings"
+    longest: int = 0
 
-    def plus(self, *, device: int = 0, host: int = 0) -> Account:
+    def plus(self, *, device: int = 0, host: int = 0, longest: int = 0) -> Account:
         """With more."""
-        return Account(self.device + device, self.host + host, self.wire, self.when)
+        device, host = self.device + device, self.host + host
+        return replace(self, device=device, host=host, longest=max(self.longest, longest))
 
 
 def model_of(parameters: Iterable[nn.Parameter], **more: int | frozenset[int]) -> Model:
@@ -132,10 +133,12 @@ def account(algorithm: Algorithm, model: Model, members: int, *, inner: int = 1,
     averaged = algorithm.averaged_over(members) > 1
     device = model.nbytes * (int(model.narrow) + model.adam * averaged)
     host = rounds(model.nbytes, members) + linked(links, links if near is None else min(near, links))
+    longest = -(-model.nbytes // min(OWNERS, members)) if members > 1 else 0
     if inner > 1:
+        longest = model.nbytes
         device += model.nbytes
         host += inside(model.nbytes, inner)
-    return found.plus(device=device, host=host)
+    return found.plus(device=device, host=host, longest=longest)
 
 
 def linked(links: int, near: int) -> int:
@@ -180,14 +183,14 @@ def gossip(algorithm: Gossip, model: Model, members: int) -> Account:
         asking = [r for r in ranks if r and 0 in onward(algorithm.topology, ranks, r)]
         both = 2 if asked and asking else 1 if asked else 0
         host = 2 * (len(asked) + len(asking)) * size
-        return Account(model.nbytes, settled.host + host, both * size, when)
+        return Account(model.nbytes, settled.host + host, both * size, when, size)
     around = neighbours(algorithm.topology, ranks, 0)
     if isinstance(algorithm, PushSum):
         turns = range(max(1, len(around)))
         out = {p for turn in turns if (p := partner(algorithm.topology, ranks, 0, turn)) is not None}
-        return Account(2 * model.nbytes, settled.host + 2 * len(out) * size, min(1, len(out)) * size, when)
+        return Account(2 * model.nbytes, settled.host + 2 * len(out) * size, min(1, len(out)) * size, when, size)
     if isinstance(algorithm, SyncRing):
-        return Account(2 * model.nbytes, settled.host + 2 * len(around) * size, len(around) * size, when)
+        return Account(2 * model.nbytes, settled.host + 2 * len(around) * size, len(around) * size, when, size)
     return settled
 
 
@@ -208,7 +211,7 @@ def served(algorithm: AsyncGlobal | CyclicDelay, model: Model, members: int) -> 
     mail += ((members > 1) + mirrored) * image  # MIRROR
     device = model.nbytes * (4 if gradients else 2)
     wire = round((owners - 1) * pushed + (members - 1) * _answered(algorithm) * part)
-    return Account(device, round(servers + mail), wire, _period(algorithm))
+    return Account(device, round(servers + mail), wire, _period(algorithm), image)
 
 
 def _pushed(algorithm: AsyncGlobal | CyclicDelay, model: Model) -> int:
@@ -256,7 +259,9 @@ def signs(algorithm: LazySign, model: Model, members: int) -> Account:
     if algorithm.warm_up:
         first = _sheets(algorithm, model, members, gather, late, whole=True)
     device = vectors * model.nbytes + algorithm.threads * block + now.device + first.device
-    return Account(device, max(now.host, first.host) + late * block, now.wire, "a step")
+    return Account(
+        device, max(now.host, first.host) + late * block, now.wire, "a step", max(now.longest, first.longest)
+    )
 
 
 def _sheets(
@@ -274,7 +279,7 @@ def _sheets(
     )
     total, mine, others = sum(part.nbytes for part in parts), parts[0].nbytes, members - 1
     if gather:
-        return Account(members * total, 2 * others * total, others * total)
+        return Account(members * total, 2 * others * total, others * total, longest=total)
     blocks = parts[0].blocks
     rest = (blocks[-1].stop - blocks[0].start) * model.itemsize if blocks else 0
     wire = total - mine + others * mine

@@ -52,7 +52,14 @@ from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.members import Inner, check_inner, ranks_of_a_member
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office, check_backend
-from lightning_async.strategies.refusals import refuse, refuse_inner, refuse_module, refuse_run, refuse_unmade
+from lightning_async.strategies.refusals import (
+    refuse,
+    refuse_inner,
+    refuse_length,
+    refuse_module,
+    refuse_run,
+    refuse_unmade,
+)
 from lightning_async.strategies.shown import Shown
 from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.stepping import Stepping
@@ -178,6 +185,7 @@ class AsyncStrategy(Shown):
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_run(self)
             self._look_at_optimizers()
+            refuse_length(self.account.longest, self.name)
             if self.is_global_zero:
                 rank_zero_info(self._first_line())
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_async import (
     AsyncGlobalStrategy,
@@ -18,7 +19,9 @@ from lightning_async import (
 from lightning_async.algorithms.pairwise import ANSWER, ASK
 from lightning_async.algorithms.shards import ANSWER as SERVED
 from lightning_async.algorithms.shards import PUSH
-from lightning_async.strategies.account import account, model_of, short
+from lightning_async.strategies import refusals
+from lightning_async.strategies.account import Model, account, model_of, short
+from lightning_async.transport.cluster import LONGEST
 from lightning_async.transport.mail import CONTRIBUTION, FIRST_FREE_KIND, RESULT
 from tests.strategies.ranks import run
 from tests.strategies.weighing import Weighed, weigh
@@ -141,3 +144,24 @@ def test_bytes_for_people() -> None:
         "1 GB",
         "4 GB",
     ]
+
+
+def too_long() -> str:
+    refusals.LONGEST = 8_000_000  # type: ignore[attr-defined]  # for this forked process
+    with pytest.raises(MisconfigurationException) as refused:
+        weigh(GossipRingStrategy)
+    weigh(lambda: GossipRingStrategy(wire="bf16"))
+    return str(refused.value)
+
+
+def test_a_message_that_no_link_takes_is_refused_before_the_first_step() -> None:
+    for said in run(2, too_long):
+        assert "a message of 0.00805 GB would be sent, and a link takes up to 0.008 GB: halve it by wire='bf16'" in said
+
+
+def test_a_billion_parameters_go_over_a_link_and_more_than_that_in_shards() -> None:
+    billion = Model((10**9,))
+    assert account(GossipRingStrategy().algorithm, billion, 4).longest == 4 * 10**9 < LONGEST
+    more = Model((4 * 10**9,))
+    assert account(GossipRingStrategy().algorithm, more, 8).longest > LONGEST
+    assert account(AsyncGlobalStrategy().algorithm, more, 8).longest == 2 * 10**9
