@@ -85,6 +85,7 @@ def node_of(line: str, folder: str) -> dict[int, dict[str, Any]]:
     return agent(node, words)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("line", ["static.sh", "c10d.sh"])
 def test_torchrun(line: str, tmp_path: Path) -> None:
     nodes = run(2, node_of, line, str(tmp_path))
