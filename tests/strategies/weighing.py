@@ -68,7 +68,7 @@ class Weighed:
 
 
 class Scales(L.Callback):
-    """Weighs the rank near the end of the third epoch: two meetings are over."""
+    """Weighs the rank as the third epoch begins: two meetings are over."""
 
     def __init__(self) -> None:
         self.held = 0
