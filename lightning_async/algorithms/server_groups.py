@@ -65,9 +65,7 @@ class Groups:
         self._optimizer, self._pieces = optimizer, _pieces(optimizer, places)
         self.now = [{name: value for name, value in group.items() if name != "params"} for group in _groups(optimizer)]
         self.hear(numbers(optimizer))
-        stepped, vector = _stepped(optimizer, slice(0, 64))
-        (state,) = list(stepped.state.values()) or [{}]
-        self.remembered = [n for n, one in state.items() if isinstance(one, Tensor) and one.shape == vector.shape]
+        self.remembered = remembered(optimizer)
 
     def within(self, begin: int, end: int) -> list[Piece]:
         """The pieces of a part of the vector, counted from its beginning."""
@@ -143,6 +141,13 @@ def _twin(optimizer: Optimizer, parameters: Sequence[list[nn.Parameter]]) -> Opt
     for group in groups:
         group |= {name: False for name in ("capturable", "differentiable") if name in group}
     return type(optimizer)(groups, **options)
+
+
+def remembered(optimizer: Optimizer) -> list[str]:
+    """The names of what an optimizer remembers of each element."""
+    stepped, vector = _stepped(optimizer, slice(0, 64))
+    (state,) = list(stepped.state.values()) or [{}]
+    return [n for n, one in state.items() if isinstance(one, Tensor) and one.shape == vector.shape]
 
 
 def _stepped(optimizer: Optimizer, part: slice) -> tuple[Optimizer, Tensor]:

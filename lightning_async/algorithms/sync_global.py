@@ -48,7 +48,7 @@ class SyncGlobal(Algorithm):
     ) -> None:
         self.local_steps, self.in_step = local_steps, local_steps is not None
         self.outer, self.outer_lr, self.outer_momentum, self.wire = outer, outer_lr, outer_momentum, wire
-        self._make_outer = outer_rule(outer, lr=outer_lr, momentum=outer_momentum)
+        self.make_outer = outer_rule(outer, lr=outer_lr, momentum=outer_momentum)
         check_wire(wire)
         if wire == "sign":
             raise ValueError(
@@ -70,7 +70,7 @@ class SyncGlobal(Algorithm):
         """All have the same weights: the first W."""
         self._mass, self._rounds = mass, rounds
         self._weights = replica.weights()
-        self._rule = self._make_outer(self._weights)
+        self._rule = self.make_outer(self._weights)
         heritage, self.heritage = self.heritage[:1], ()
         for state in heritage:  # those of all members are the same
             if state.get("method") == type(self).__name__:

@@ -29,12 +29,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
+from lightning_async.algorithms.adam import SecondMoment
 from lightning_async.algorithms.algorithm import Algorithm, no_shrink
 from lightning_async.data.balance import meant_by
 from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
 from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
+from lightning_async.strategies.account import Account, account, model_of, short
 from lightning_async.strategies.averages import Averages, miss_no_step
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.checkpoints import Checkpoints
@@ -42,6 +44,7 @@ from lightning_async.strategies.clock import Clock
 from lightning_async.strategies.consensus import Consensus
 from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.feeding import Feeding
+from lightning_async.strategies.first_line import bound, costs, statistics
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.inner_layer import InnerLayer
 from lightning_async.strategies.knobs import AtMeeting, StartMethod, check_lightnings, check_word
@@ -50,7 +53,14 @@ from lightning_async.strategies.members import Inner, check_inner, ranks_of_a_me
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office, check_backend
 from lightning_async.strategies.one_thread import spare_the_threads
-from lightning_async.strategies.refusals import refuse, refuse_inner, refuse_module, refuse_run, refuse_unmade
+from lightning_async.strategies.refusals import (
+    refuse,
+    refuse_inner,
+    refuse_length,
+    refuse_module,
+    refuse_run,
+    refuse_unmade,
+)
 from lightning_async.strategies.shown import Shown
 from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.stepping import Stepping
@@ -176,8 +186,14 @@ class AsyncStrategy(Shown):
         )
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_run(self)
-            self.stepping.look_at(self.optimizers)
-            rank_zero_info(self._first_line())
+            self._look_at_optimizers()
+            refuse_length(self.account.longest, self.name)
+            if self.is_global_zero:
+                rank_zero_info(self._first_line())
+
+    def _look_at_optimizers(self) -> None:
+        """These are the run's."""
+        self.stepping.look_at(self.optimizers)
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]  # no DDP wrapper
         """Flatten the weights and make all replicas equal to rank 0's."""
@@ -216,6 +232,17 @@ class AsyncStrategy(Shown):
     def on_exception(self, exception: BaseException) -> None:
         """Lightning's own word that this rank stops."""
         self.give_up(exception)
+
+    @property
+    def account(self) -> Account:
+        """What a member holds on its device and in host memory, and sends; known from `setup` on."""
+        model = model_of((p for p, _ in self.replica.places), **self._beside())
+        near = self.num_processes - 1
+        return account(self.algorithm, model, self.members, inner=self.office.size, near=near)
+
+    def _beside(self) -> dict[str, Any]:
+        """What of `account.Model` goes by the optimizers, or by names."""
+        return {"adam": sum(SecondMoment.concerns(o) for o in self.optimizers)}
 
     # -- the batch -----------------------------------------------------------------------------------------------------
 
@@ -318,9 +345,11 @@ class AsyncStrategy(Shown):
         return size
 
     def _first_line(self) -> str:
-        size = self.replica.numel * self.replica.flat.element_size()
         each = "" if self.office.size == 1 else f" of {self.office.size} ranks each"
+        size = short(self.replica.numel * self.replica.flat.element_size())
+        adopt = "adopt the consensus" if self.at_meeting == "adopt" else "keep their own weights"
         return (
-            f"{self.name}: {self.members} members{each}, {size / 1e6:.3g} MB of weights each, data by "
-            f"{self.feeding.balance!r}, at meetings they {self.at_meeting} the consensus"
-        ).replace("keep the consensus", "keep their own weights")
+            f"{self.name}: {self.members} members{each}, {size} of weights each, data by {self.feeding.balance!r}, at "
+            f"meetings they {adopt}; {bound(self.algorithm, self.members)}; {costs(self.account, self.root_device)}; "
+            f"{statistics(self.trainer)}"
+        )

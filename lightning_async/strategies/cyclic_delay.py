@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_async.algorithms.compensation import How
 from lightning_async.algorithms.cyclic_delay import CyclicDelay
-from lightning_async.algorithms.server_groups import check_elementwise
+from lightning_async.algorithms.server_groups import check_elementwise, remembered
 from lightning_async.algorithms.turn_knobs import Push, Token
 from lightning_async.algorithms.turn_server import Scale
 from lightning_async.data.share import Balance
@@ -148,12 +147,17 @@ class CyclicDelayStrategy(AsyncStrategy):
             precision_plugin=precision_plugin,
         )
 
-    def setup(self, trainer: Trainer) -> None:
+    def _look_at_optimizers(self) -> None:
         """Refuse what a server cannot step, and hand it the optimizer."""
-        super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and self.algorithm.push == "gradient":
+        super()._look_at_optimizers()
+        if self.algorithm.push == "gradient":
             self._refuse()
             self.algorithm.optimizer = self.optimizers[0]
+
+    def _beside(self) -> dict[str, Any]:
+        """Also what the server's optimizers remember."""
+        names = remembered(self.optimizers[0]) if self.algorithm.push == "gradient" else []
+        return {**super()._beside(), "remembered": len(names) + ("exp_avg_sq" in names)}
 
     @property
     def taken_over(self) -> str:

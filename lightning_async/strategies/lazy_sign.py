@@ -176,6 +176,12 @@ class LazySignStrategy(AsyncStrategy):
             self._refuse_for_gradients(trainer)
         _check_names(trainer.lightning_module, self.exact)
 
+    def _beside(self) -> dict[str, Any]:
+        """Also which parameters travel whole."""
+        names = {id(p): name for name, p in self.trainer.lightning_module.named_parameters()}
+        found = (i for i, (p, _) in enumerate(self.replica.places) if _matches(names.get(id(p), ""), self.exact))
+        return {**super()._beside(), "whole": frozenset(found)}
+
     def on_train_start(self) -> None:
         """The algorithm learns which parameters have those names."""
         names = {id(p): name for name, p in self.trainer.lightning_module.named_parameters()}

@@ -150,9 +150,16 @@ class Parts:
         """Whether it is outside of the blocks."""
         return self._stage_of.get(id(parameter), OUTSIDE) == OUTSIDE
 
+    def nbytes(self, stage: int) -> int:
+        """The weights that a stage holds at first, wherever they are: both ends have what is outside of the blocks."""
+        return sum(p.numel() * p.element_size() for p in self.module.parameters() if self._is_at(stage, p))
+
     def _is_here(self, parameter: Tensor) -> bool:
+        return self._is_at(self.index, parameter)
+
+    def _is_at(self, index: int, parameter: Tensor) -> bool:
         stage = self._stage_of.get(id(parameter), OUTSIDE)
-        return stage == self.index or (stage == OUTSIDE and self.index in (0, self.last))
+        return stage == index or (stage == OUTSIDE and index in (0, self.last))
 
     def _drop(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
         gone = {id(p) for p in parameters}

@@ -21,12 +21,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_async.pipeline import partition
+from lightning_async.pipeline import partition, schedule
 from lightning_async.pipeline.compensate import Compensate
 from lightning_async.pipeline.edge import Wire
 from lightning_async.pipeline.stash import Semantics
 from lightning_async.strategies import compat, whole, words
+from lightning_async.strategies.account import Account, short, staged
 from lightning_async.strategies.alike import creed, plan
+from lightning_async.strategies.first_line import statistics
 from lightning_async.strategies.handover import Handover
 from lightning_async.strategies.measuring import measured
 from lightning_async.strategies.metrics import LedMetrics
@@ -122,7 +124,8 @@ class PipeSetup(PipeBatches):
         if self.fitting:
             self.turns.parts.keep_own(self.optimizers)
         self.turns.begin(fitting=self.fitting)
-        rank_zero_info(self._first_line())
+        if self.fitting and self.is_global_zero:
+            rank_zero_info(self._first_line())
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]  # no DDP wrapper
         """Make all ranks equal to rank 0, and keep the weights of the own stage."""
@@ -238,10 +241,33 @@ class PipeSetup(PipeBatches):
         """Lightning's own word that this rank stops."""
         self.give_up(exception)
 
+    def accounts_of_stages(self, *, edge: int = 0) -> list[Account]:
+        """What each stage holds, first to last; `edge`: bytes of a batch as it goes from stage to stage."""
+        module = self.trainer.lightning_module
+        state = sum(p.numel() * p.element_size() for p in module.state_dict().values() if isinstance(p, Tensor))
+        limits = [stash_limit(stage, self.depth, self.order) for stage in range(self.depth)]
+        return [
+            staged(
+                self.turns.parts.nbytes(stage),
+                state,
+                self.world_size,
+                held=held,
+                semantics=self.semantics,
+                edges=[edge] * (2 if 0 < stage < self.depth - 1 else 1),
+            )
+            for stage, held in enumerate(limits)
+        ]
+
     def _first_line(self) -> str:
-        own = sum(p.numel() * p.element_size() for p in self.turns.parts.own())
         held = [stash_limit(stage, self.depth, self.order) for stage in range(self.depth)]
+        accounts = self.accounts_of_stages()
+        weights = ", ".join(short(self.turns.parts.nbytes(stage)) for stage in range(self.depth))
+        old = ", ".join(short(one.device) for one in accounts)
+        late = ", ".join(str(schedule.delay(stage, self.depth)) for stage in range(self.depth))
         return (
-            f"{self.name}: {self.depth} stages, {self.replicas} replicas; the last stage has {own / 1e6:.3g} MB of "
-            f"weights; batches held by the stages, first to last: {', '.join(map(str, held))} ({self.semantics})"
+            f"{self.name}: {self.depth} stages, {self.replicas} replicas, all read the same batches; first to last, "
+            f"stages have {weights} of weights and {old} of old ones on {self.root_device.type}, their gradients are "
+            f"{late} batches late, and they hold {', '.join(map(str, held))} batches ({self.semantics}); each has "
+            f"{short(max(one.host for one in accounts))} in host memory, and 8 times what a batch is between stages "
+            f"for each neighbour; {statistics(self.trainer)}"
         )

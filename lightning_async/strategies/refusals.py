@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch.optim import Optimizer
 
 from lightning_async.strategies import compat
+from lightning_async.transport.cluster import LONGEST
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
@@ -132,3 +133,13 @@ def _callback_conflicts(callback: object) -> Iterator[str]:
         )
     if "SpikeDetection" in kinds:
         yield "`SpikeDetection` compares losses of all ranks at every step; leave it out, or use it with `ddp`"
+
+
+def refuse_length(nbytes: int, name: str) -> None:
+    """Raise for a model of which a message would be longer than a link takes."""
+    if nbytes > LONGEST:
+        raise MisconfigurationException(
+            f"strategy={name!r}: a message of {nbytes / 1e9:.3g} GB would be sent, and a link takes up to "
+            f"{LONGEST / 1e9:.3g} GB: halve it by wire='bf16', or use strategy='async_global', whose shards are as "
+            "many as members (up to 8), so that each message is a part of the weights"
+        )

@@ -26,6 +26,11 @@ from lightning_async.transport.service import Loop, ServiceThread
 from lightning_async.transport.slots import Here, Inbox, Slots
 from lightning_async.transport.traffic import Count
 
+LONGEST = 4 << 30
+"""Bytes of the longest body that a member takes."""
+PIECE = 4 << 20
+"""Bytes of the longest piece in which a body travels."""
+
 
 class ClusterCarrier:
     """One member's mail and board in a real run. See `mail.Carrier` for what each method promises.
@@ -60,8 +65,8 @@ class ClusterCarrier:
         silence: float = 2.0,
         patience: float = 30.0,
         late: float | None = None,
-        max_bytes: int = 4 << 30,
-        fragment_bytes: int = 4 << 20,
+        max_bytes: int = LONGEST,
+        fragment_bytes: int = PIECE,
         connect_timeout: float = 30.0,
         interface: str | None = None,
         shared_memory: bool = True,

@@ -1,0 +1,167 @@
+"""What a run says before its first step that it will hold and send is what it then holds and sends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_async import (
+    AsyncGlobalStrategy,
+    CyclicDelayStrategy,
+    DelayedPipelineStrategy,
+    GossipRingStrategy,
+    LazySignStrategy,
+)
+from lightning_async.algorithms.pairwise import ANSWER, ASK
+from lightning_async.algorithms.shards import ANSWER as SERVED
+from lightning_async.algorithms.shards import PUSH
+from lightning_async.strategies import refusals
+from lightning_async.strategies.account import Model, account, model_of, short
+from lightning_async.transport.cluster import LONGEST
+from lightning_async.transport.mail import CONTRIBUTION, FIRST_FREE_KIND, RESULT
+from tests.strategies.ranks import run
+from tests.strategies.weighing import Weighed, weigh
+
+CASES: dict[str, tuple[int, Callable[[], Any]]] = {
+    "pairwise, 2": (2, GossipRingStrategy),
+    "pairwise, 3": (3, GossipRingStrategy),
+    "pairwise, bf16": (3, lambda: GossipRingStrategy(wire="bf16")),
+    "pairwise, exponential": (4, lambda: GossipRingStrategy(topology="exponential")),
+    "push_sum": (3, lambda: GossipRingStrategy(mode="push_sum")),
+    "sync": (3, lambda: GossipRingStrategy(mode="sync")),
+    "none": (2, lambda: GossipRingStrategy(mode="none")),
+    "pairwise, inner": (4, lambda: GossipRingStrategy(inner_size=2)),
+    "async_global": (3, lambda: AsyncGlobalStrategy(local_steps=4, balance="equal")),
+    "async_global, bf16": (2, lambda: AsyncGlobalStrategy(local_steps=4, balance="equal", wire="bf16")),
+    "async_global, sign": (2, lambda: AsyncGlobalStrategy(local_steps=4, balance="equal", wire="sign")),
+    "async_global, momentum": (2, lambda: AsyncGlobalStrategy(local_steps=4, balance="equal", outer_momentum=0.9)),
+    "async_global, sync": (3, lambda: AsyncGlobalStrategy(mode="sync", local_steps=4)),
+    "cyclic_delay": (3, CyclicDelayStrategy),
+    "cyclic_delay, delta": (2, lambda: CyclicDelayStrategy(push="delta")),
+    "lazy_sign, gather": (2, LazySignStrategy),
+    "lazy_sign, slices": (3, LazySignStrategy),
+    "lazy_sign, innovation": (3, lambda: LazySignStrategy(rule="innovation")),
+    "lazy_sign, deadline": (3, lambda: LazySignStrategy(deadline=1.0)),
+    "lazy_sign, warm_up": (2, lambda: LazySignStrategy(warm_up=1000)),
+    "lazy_sign, whole": (2, lambda: LazySignStrategy(compressor="none")),
+}
+ADAM = {"pairwise, 2", "cyclic_delay", "cyclic_delay, delta"}
+ROUNDED = {"async_global, bf16", "async_global, sign"}
+"""The last answers before a meeting are as long as the weights there, so their mean says nothing of the others."""
+
+
+def exchanged(weighed: Weighed, case: str) -> float:
+    """The bytes of one exchange: of gossip to one peer, whoever's turn it is; else to all."""
+    kinds = {CONTRIBUTION + 2, RESULT + 2} if case == "async_global, sync" else {ASK, ANSWER}
+    if case.startswith(("async_global", "cyclic_delay")) and case != "async_global, sync":
+        kinds = {PUSH} if case in ROUNDED else {PUSH, SERVED}
+    sizes = {kind: [size / n for (_, k), (n, size) in weighed.sent.items() if k == kind] for kind in kinds}
+    turns = case.startswith("p")  # pairwise, push_sum
+    return sum(sum(each) / (len(each) if turns else 1) for each in sizes.values() if each)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("case", CASES)
+def test_a_member_holds_and_sends_what_it_says(case: str) -> None:
+    members, make = CASES[case]
+    found = run(members, weigh, make, torch.optim.Adam if case in ADAM else torch.optim.SGD)
+    said = found[0].said
+    assert max(one.held for one in found) == pytest.approx(said.device + said.host, rel=0.05)
+    if case in ROUNDED:
+        answers = found[0].weights / members / 2
+        assert exchanged(found[0], case) + answers == pytest.approx(said.wire, rel=0.05)
+    else:
+        assert exchanged(found[0], case) == pytest.approx(said.wire, rel=0.05)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("semantics", ["stash", "recompute"])
+def test_a_stage_holds_and_sends_what_it_says(semantics: Any) -> None:
+    found = run(3, weigh, lambda: DelayedPipelineStrategy(stages="net", semantics=semantics))
+    for one in found:
+        assert one.held == pytest.approx(one.said.device + one.said.host, rel=0.05)
+        sizes = {
+            peer: [size / n for (p, kind), (n, size) in one.sent.items() if p == peer and kind >= FIRST_FREE_KIND]
+            for peer, _ in one.sent
+        }
+        assert sum(max(each, default=0) for each in sizes.values()) == pytest.approx(one.said.wire, rel=0.05)
+
+
+SIZES: dict[str, Callable[[], Any]] = {
+    "gossip_ring": GossipRingStrategy,
+    "async_global": AsyncGlobalStrategy,
+    "cyclic_delay": CyclicDelayStrategy,
+    "lazy_sign": LazySignStrategy,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_of_a_billion_parameters_it_says_what_the_table_says(name: str) -> None:
+    """By a module on the meta device, for four members; `docs/launching.md` has the table."""
+    with torch.device("meta"):
+        module = torch.nn.Sequential(*(torch.nn.Linear(8192, 8192) for _ in range(15)))
+    model = model_of(module.parameters(), remembered=1 if name == "cyclic_delay" else 0)
+    w, n = sum(p.numel() for p in module.parameters()) * 4, 4
+    assert w > 4e9
+    s, r, links = w / 32, 4 * w * 3 / 4, 3 * 17.9e6
+    device, host, wire = {
+        "gossip_ring": (w, 2 * r + 4 * w, 2 * w),
+        "async_global": (2 * w, r + 3 * w * 7 / 4 + 6 * w / 4, 2 * w * 3 / 4),
+        "cyclic_delay": (4 * w, r + 3 * w * 7 / 4 + 6 * 2 * w / 4, 2 * w * 3 / 4),
+        "lazy_sign": (2 * w + w / 4 + 3 * s, r + 4 * s * 3 / 4, 2 * s * 3 / 4),
+    }[name]
+    said = account(SIZES[name]().algorithm, model, n)
+    assert said.device == pytest.approx(device, rel=0.05)
+    assert said.host == pytest.approx(host + links, rel=0.05)
+    assert said.wire == pytest.approx(wire, rel=0.05)
+
+
+def test_the_first_line_says_it_all() -> None:
+    line = run(2, weigh, GossipRingStrategy)[0].line
+    assert "\n" not in line
+    for words in (
+        "gossip_ring: 2 members, ",
+        "data by 'claim'",
+        "what is later than 1000 steps is sent back",
+        "a member holds 8.0",
+        " MB in host memory, and sends 8.0",
+        "every 2 steps",
+        "no statistics",
+    ):
+        assert words in line
+
+
+def test_bytes_for_people() -> None:
+    assert [short(n) for n in (0, 999, 1000, 8_080_004, 999_900_000, 4e9)] == [
+        "0 bytes",
+        "999 bytes",
+        "1 kB",
+        "8.08 MB",
+        "1 GB",
+        "4 GB",
+    ]
+
+
+def too_long() -> str:
+    refusals.LONGEST = 8_000_000  # type: ignore[attr-defined]  # for this forked process
+    with pytest.raises(MisconfigurationException) as refused:
+        weigh(GossipRingStrategy)
+    weigh(lambda: GossipRingStrategy(wire="bf16"))
+    return str(refused.value)
+
+
+def test_a_message_that_no_link_takes_is_refused_before_the_first_step() -> None:
+    for said in run(2, too_long):
+        assert "a message of 0.00805 GB would be sent, and a link takes up to 0.008 GB: halve it by wire='bf16'" in said
+
+
+def test_a_billion_parameters_go_over_a_link_and_more_than_that_in_shards() -> None:
+    billion = Model((10**9,))
+    assert account(GossipRingStrategy().algorithm, billion, 4).longest == 4 * 10**9 < LONGEST
+    more = Model((4 * 10**9,))
+    assert account(GossipRingStrategy().algorithm, more, 8).longest > LONGEST
+    assert account(AsyncGlobalStrategy().algorithm, more, 8).longest == 2 * 10**9

@@ -1,0 +1,260 @@
+"""The files of `examples/launch` do what `docs/launching.md` says: each is read as its launcher reads it, and run.
+
+What a launcher starts as processes is forked here, with the environment that the launcher gives it: that takes
+milliseconds where a new interpreter takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import select
+import signal
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import yaml
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
+
+from tests.strategies.ranks import run
+
+LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch"
+ROOT = LAUNCH.parents[1]
+JOB = "4711"
+OTHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID")
+OTHERS += ("TORCHELASTIC_USE_AGENT_STORE",)
+"""What torchrun would set, and `Forked` does."""
+pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*not resumable", "ignore:.*fork")
+
+
+def train(argv: list[str], *callbacks: L.Callback) -> dict[str, Any]:
+    """The script, in this process. All nodes are this host."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    main = runpy.run_path(str(LAUNCH / "train.py"), run_name="train")["main"]
+    t = main(argv, callbacks)
+    weights = [float(x) for p in t.lightning_module.parameters() for x in p.detach().flatten()]
+    environment = type(t.strategy.cluster_environment).__name__
+    return {"environment": environment, "rank": t.global_rank, "steps": t.global_step, "weights": weights}
+
+
+def ran(found: list[dict[str, Any]], environment: str, ranks: int) -> None:
+    """All ranks are there, each once, and hold the same."""
+    assert {one["environment"] for one in found} == {environment}
+    assert sorted(one["rank"] for one in found) == list(range(ranks))
+    assert all(one["steps"] == 60 and one["weights"] == found[0]["weights"] for one in found)
+
+
+def words_of(script: str, program: str, environment: Mapping[str, str]) -> list[str]:
+    """What the shell gives the program that a script calls."""
+    told = subprocess.run(
+        ["sh", "-c", f'{program}() {{ printf "%s\\0" "$@"; }}; . "$0"', str(LAUNCH / script)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+    return told.stdout.decode().split("\0")[:-1]
+
+
+# -- torchrun --------------------------------------------------------------------------------------------------------
+
+
+def agent(node: str, words: list[str]) -> dict[int, dict[str, Any]]:
+    """One node: torchrun's own agent by torchrun's own reading of its line, which forks its ranks."""
+    for name in OTHERS:
+        os.environ.pop(name, None)
+    config, _, argv = config_from_args(parse_args(words))
+    program = [str(word) for word in argv if str(word).endswith(".py") or argv.index(word)]
+    arguments = program[program.index("examples/launch/train.py") + 1 :]
+    quick = replace(config, start_method="fork", monitor_interval=0.05)
+    return elastic_launch(quick, train)(arguments)
+
+
+def node_of(line: str, folder: str) -> dict[int, dict[str, Any]]:
+    """Node 0 hosts the rendezvous, as a rank of `Forked` that holds its port."""
+    node, port = os.environ["RANK"], os.environ["MASTER_PORT"]
+    told = {"NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OUT": folder}
+    words = words_of(line, "torchrun", told | {"RENDEZVOUS": f"127.0.0.1:{port}"})
+    return agent(node, words)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("line", ["static.sh", "c10d.sh"])
+def test_torchrun(line: str, tmp_path: Path) -> None:
+    nodes = run(2, node_of, line, str(tmp_path))
+    found = [one for node in nodes for one in node.values()]
+    ran(found, "TorchElasticEnvironment", 4)
+
+
+# -- SLURM -----------------------------------------------------------------------------------------------------------
+
+
+class Queue:
+    """A SLURM of one host: its `srun` gives the test its words and environment, and ends when the test says so."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.asked, self.answer = folder / "asked", folder / "answer"
+        for pipe in (self.asked, self.answer):
+            os.mkfifo(pipe)
+        self._tool(
+            "srun", f'{{ env -0; printf "\\0\\0"; printf "%s\\0" "$@"; }} > {self.asked}\nread code < {self.answer}'
+        )
+        self._tool("scontrol", f'echo "$@" >> {folder}/requeued')
+        lines = re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", (LAUNCH / "job.sbatch").read_text(), re.MULTILINE)
+        self.options = dict(lines)
+
+    def _tool(self, name: str, body: str) -> None:
+        path = self.folder / name
+        path.write_text(f"#!/bin/sh\n{body}\nexit ${{code:-0}}\n")
+        path.chmod(0o755)
+
+    @property
+    def tasks(self) -> int:
+        """All of the job."""
+        return int(self.options["nodes"]) * int(self.options["ntasks-per-node"])
+
+    def environment(self) -> dict[str, str]:
+        """What a batch script finds."""
+        return {
+            "PATH": f"{self.folder}:{os.environ['PATH']}",
+            "OUT": str(self.folder / "run"),
+            "SLURM_JOB_ID": JOB,
+            "SLURM_JOB_NAME": self.options["job-name"],
+            "SLURM_NNODES": self.options["nodes"],
+            "SLURM_NTASKS": str(self.tasks),
+            "SLURM_NTASKS_PER_NODE": self.options["ntasks-per-node"],
+            "SLURM_CPUS_PER_TASK": "1",
+            "SLURM_NODELIST": "127.0.0.1",
+        }
+
+    def submit(self, told: bool) -> list[dict[str, Any]]:
+        """Run the script to its end; `told`: the signal comes in mid-run."""
+        batch = subprocess.Popen(
+            ["bash", str(LAUNCH / "job.sbatch")], env={**os.environ, **self.environment()}, cwd=ROOT
+        )
+        try:
+            environment, words = self._srun()
+            assert words[:2] == ["--wait=0", "--kill-on-bad-exit=0"]
+            assert words[2:4] == ["python", "examples/launch/train.py"]
+            sent = self.options["signal"].partition("@")[0] if told else None
+            found = run(self.tasks, task, environment, words[4:], sent)
+            self.answer.write_text("0\n")
+            assert batch.wait(60) == 0
+        finally:
+            batch.kill()
+            batch.wait()
+        return found
+
+    def _srun(self) -> tuple[dict[str, str], list[str]]:
+        """What srun was called with."""
+        pipe, said = os.open(self.asked, os.O_RDONLY | os.O_NONBLOCK), b""
+        try:
+            while select.select([pipe], [], [], 60)[0] and (more := os.read(pipe, 1 << 16)):
+                said += more
+        finally:
+            os.close(pipe)
+        assert said, "srun was not called"
+        variables, _, words = said.decode().partition("\0\0\0")
+        return dict(v.split("=", 1) for v in variables.split("\0")), words.split("\0")[:-1]
+
+
+class Told(L.Callback):
+    """Gets the job's signal in its tenth batch; remembers where it saved. One task is enough, whichever is first."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name, self.batches, self.saved, self.began = name, 0, list[int](), -1
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.began = trainer.global_step
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches += 1
+        if self.batches == 10 and self.name is not None:
+            os.kill(os.getpid(), signal.Signals[f"SIG{self.name}"])
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        self.saved.append(trainer.global_step)
+
+
+def task(environment: dict[str, str], words: list[str], name: str | None) -> dict[str, Any]:
+    """One task of a step, as srun starts it."""
+    number, each, port = int(os.environ["RANK"]), int(environment["SLURM_NTASKS_PER_NODE"]), os.environ["MASTER_PORT"]
+    for other in OTHERS:
+        os.environ.pop(other)
+    place = {"SLURM_PROCID": number, "SLURM_LOCALID": number % each, "SLURM_NODEID": number // each}
+    os.environ |= environment | {"MASTER_PORT": port} | {k: str(v) for k, v in place.items()}
+    told = Told(name if number == 1 else None)
+    return train(words, told) | {"saved": told.saved, "began": told.began}
+
+
+def test_a_job_of_slurm_is_queued_anew_and_goes_on(tmp_path: Path) -> None:
+    """The batch script itself is run by bash, with what SLURM tells it by its own `#SBATCH` lines."""
+    queue = Queue(tmp_path)
+    assert "requeue" in queue.options
+    first = queue.submit(told=True)
+    ran(first, "SLURMEnvironment", queue.tasks)
+    assert len({tuple(one["saved"]) for one in first}) == 1
+    (at,) = first[0]["saved"]
+    assert 0 < at < 60
+    assert (tmp_path / "requeued").read_text() == f"requeue {JOB}\n", "by one rank, once"
+    again = queue.submit(told=False)
+    ran(again, "SLURMEnvironment", queue.tasks)
+    assert {one["began"] for one in again} == {at}, "it went on from where it was saved"
+
+
+# -- Kubernetes, LSF -------------------------------------------------------------------------------------------------
+
+
+def pod(containers: list[dict[str, Any]], out: str) -> dict[str, Any]:
+    """One pod, as the operator starts it: with its number, and the address of the first one."""
+    container, number = containers[int(os.environ["RANK"])], os.environ["RANK"]
+    operators = {"RANK": number, "WORLD_SIZE": str(len(containers)), "MASTER_PORT": os.environ["MASTER_PORT"]}
+    for other in OTHERS:
+        os.environ.pop(other)
+    os.environ |= {v["name"]: v["value"] for v in container["env"]} | operators | {"MASTER_ADDR": "127.0.0.1"}
+    assert container["command"] == ["python", "examples/launch/train.py"]
+    return train([word.replace("/shared", out) for word in container["args"]])
+
+
+def test_the_pods_of_a_pytorchjob(tmp_path: Path) -> None:
+    job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert list(replicas) == ["Master", "Worker"]
+    containers = []
+    for spec in replicas.values():
+        inside = spec["template"]["spec"]
+        assert [c["name"] for c in inside["containers"]] == ["pytorch"], "the operator looks for this name"
+        volumes = {volume["name"] for volume in inside["volumes"]}
+        assert {mount["name"] for c in inside["containers"] for mount in c["volumeMounts"]} == volumes
+        containers += inside["containers"] * spec["replicas"]
+    ran(run(len(containers), pod, containers, str(tmp_path)), "KubeflowEnvironment", 2)
+
+
+def step(words: list[str], hosts: str) -> dict[str, Any]:
+    """One task of a jsrun step on this host, which stands for both."""
+    number, port = os.environ["RANK"], os.environ["MASTER_PORT"]
+    for other in OTHERS:
+        os.environ.pop(other)
+    jsm = {"JSM_NAMESPACE_RANK": number, "JSM_NAMESPACE_LOCAL_RANK": number, "JSM_NAMESPACE_SIZE": "2"}
+    os.environ |= {**jsm, "LSB_JOBID": JOB, "LSB_DJOB_RANKFILE": hosts, "MASTER_PORT": port}
+    return train(words)
+
+
+def test_a_step_of_lsf(tmp_path: Path) -> None:
+    """By the variables alone, of one host with two tasks: there is no LSF here."""
+    name = os.uname().nodename
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"launcher\n{name}\n{name}\n")
+    words = words_of("job.lsf", "jsrun", {"OUT": str(tmp_path)})
+    at = words.index("examples/launch/train.py")
+    assert words[at - 1 : at + 5] == ["python", "examples/launch/train.py", "--nodes", "2", "--devices", "2"]
+    ran(run(2, step, ["--nodes", "1", "--devices", "2", *words[at + 5 :]], str(hosts)), "LSFEnvironment", 2)
