@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.arrival import Arrival
+from lightning_async.data.dealt import Dealt
 from lightning_async.strategies.facts import Recorded, about, digest, knobs_of_groups, start
 from lightning_async.transport import chance
 from lightning_async.transport.mail import Carrier, Wait
@@ -129,6 +130,11 @@ class Recording:
         if self._scribe is not None:
             length = {} if batches is None else {"batches": batches}
             self._note("epoch", {"epoch": epoch, "data": size, **length, "chance": self._news_of_chance()})
+
+    def dealt(self, dealt: Dealt | None) -> None:
+        """What is to come in this epoch, for an audit; None: nobody knows."""
+        if self._scribe is not None and dealt is not None:
+            self._scribe.note("dealt", dealt.plain())
 
     def fetched(self, batch: Any) -> None:
         """These samples are fetched; they may be trained on later, or, at a sudden end, never."""
