@@ -171,6 +171,7 @@ class Stats(Callback):
             vars(self).pop(hook, None)
         self.end(trainer)
         Journal.close(trainer)
+        self._journal = None  # what `validate` logs later is no part of this fit
 
     def _note_logged(self, trainer: Trainer, *, behind: str) -> None:
         """Losses and the like, for the report. Read on every rank: Lightning may compute what is read."""

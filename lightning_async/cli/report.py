@@ -53,11 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
         story = tell(arguments.path, arguments.fit)
         folder = arguments.out or arguments.path / "report"
         pictures = draw(story, folder)
+        file = folder / "report.html"
+        file.write_text(page(story, pictures), encoding="utf-8")
     except WrongInput as wrong:
         print(f"lightning-async: {wrong}", file=sys.stderr)
         return 2
-    file = folder / "report.html"
-    file.write_text(page(story, pictures), encoding="utf-8")
+    except OSError as error:
+        print(f"lightning-async: {error}: say by --out where the page may be written", file=sys.stderr)
+        return 2
     print(file)
     return 0
 

@@ -130,6 +130,14 @@ def test_what_was_logged_is_noted_when_it_was(tmp_path: Path) -> None:
     assert logged == [word for epoch in range(3) for word in ({"val_loss": 5.0}, {"loss": float(epoch)})]
 
 
+def test_what_comes_behind_a_fit_is_none_of_it(tmp_path: Path) -> None:
+    t = small(callbacks=[DelayStats(folder=str(tmp_path))], limit_val_batches=1)
+    t.fit(Logs())
+    before = journal(tmp_path)
+    t.validate(BoringModel(), verbose=False)
+    assert journal(tmp_path) == before
+
+
 def test_it_knows_of_which_run_it_is(tmp_path: Path) -> None:
     small(callbacks=[DelayStats(folder=str(tmp_path))]).fit(BoringModel())
     assert (tell(tmp_path).strategy, tell(tmp_path).world) == ("single_device", 1)

@@ -247,6 +247,14 @@ def test_nothing_to_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "there is no folder" in capsys.readouterr().err
 
 
+def test_where_nothing_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"run": 1, "group": "run", "step": 0, "epoch": 0, "at": 0.0, "words": {"strategy": "ddp", "world": 2}}
+    (tmp_path / "meetings.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "report").write_text("no folder")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "say by --out where the page may be written" in capsys.readouterr().err
+
+
 def test_without_matplotlib(
     ordinary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
