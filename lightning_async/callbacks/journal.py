@@ -1,6 +1,6 @@
 """The journal of a run: what all ranks told at each meeting, a line of JSON each, in one file that rank 0 writes.
 
-    {"run": 1, "group": "run", "step": 0, "epoch": 0, "at": 0.0, "words": {"strategy": "gossip_ring", "world": 2}}
+    {"run": 1, "group": "run", "step": 0, "epoch": 0, "at": 0.0, "words": {"strategy": "gossip_ring", ...}}
     {"run": 1, "group": "delay", "step": 240, "epoch": 3, "at": 12.5, "words": {"0": ..., "1": ...}}
     {"run": 1, "group": "logged", "step": 240, "epoch": 3, "at": 12.6, "words": {"val_loss": 0.31}}
 
@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
+
+from lightning_async.callbacks.watched import watched
 
 NAME = "meetings.jsonl"
 MANY = 64  # lines that are kept back: a minute of sketches
@@ -77,7 +79,9 @@ class Journal:
         """The training starts: the clock counts from the first call on."""
         if self._began is None:
             self._began = time.monotonic()
-            words = {"strategy": _name(trainer.strategy), "world": trainer.world_size}
+            seen = watched(trainer)
+            members = trainer.world_size if seen is None else seen.members
+            words = {"strategy": _name(trainer.strategy), "world": trainer.world_size, "members": members}
             self.write("run", trainer.global_step, trainer.current_epoch, words)
 
     def logged(self, step: int, epoch: int, values: Mapping[str, float], *, behind: str) -> None:

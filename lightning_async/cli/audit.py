@@ -95,7 +95,7 @@ def _accounts(story: Story) -> Iterator[Finding]:
     for name in names:
         checked = 0
         for number, meeting in enumerate(story.accounts, 1):
-            if len(meeting) < story.world:
+            if len(meeting) < (story.members or story.world):
                 continue  # who died took its part along
             checked += 1
             have, should = (sum(word[name][at] for word in meeting.values()) for at in (0, 1))
@@ -163,5 +163,6 @@ def _weights(story: Story) -> Finding:
     for number, found in enumerate(zip(*digests, strict=False), 1):
         if len(set(found)) > 1:
             return Finding("weights", False, f"the ranks left meeting {number} with different weights")
-    met = min(map(len, digests))
-    return Finding("weights", True if met else None, f"equal on all ranks after {many(met, 'meeting')}")
+    if not (met := min(map(len, digests))):
+        return Finding("weights", None, "no consensus was recorded: there was no meeting, or no replica to be equal")
+    return Finding("weights", True, f"equal on all ranks after {many(met, 'meeting')}")

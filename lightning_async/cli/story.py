@@ -59,6 +59,7 @@ class Story:
         losses: What was logged, by name, and the losses of all batches as "training loss".
         links: By sender and receiver: bytes and messages of each kind.
         accounts: By meeting and rank: what it had and should have had, by name.
+        members: How many tell at meetings, where that is known: of a member of several ranks one does.
         logs: The event record, if there is one.
     """
 
@@ -76,6 +77,7 @@ class Story:
     losses: dict[str, Points] = field(default_factory=dict)
     links: dict[tuple[int, int], dict[str, tuple[float, float]]] = field(default_factory=dict)
     accounts: list[dict[int, dict[str, tuple[int, int]]]] = field(default_factory=list)
+    members: int | None = None
     logs: dict[int, Log] = field(default_factory=dict)
 
     @property
@@ -147,6 +149,7 @@ def of_journal(lines: Iterable[Mapping[str, Any]]) -> Story:
             story.sketches.append((line["at"], words["rms"]))
         elif group == "run":
             story.strategy, story.world = words["strategy"], max(story.world, words["world"])
+            story.members = words.get("members")
         elif group in _READ:
             by_rank = {int(rank): word for rank, word in words.items()}
             story.world = max(story.world, 1 + max(by_rank, default=0))
@@ -210,7 +213,7 @@ def of_record(logs: Mapping[int, Log], story: Story) -> Story:
     """What every rank wrote down; it replaces what the journal only sums up."""
     header = logs[0].header
     story.world, story.strategy, story.knobs = len(logs), header.get("strategy", ""), header.get("knobs", {})
-    story.logs, story.pieces, story.accounts = dict(logs), {}, []
+    story.logs, story.pieces, story.accounts, story.members = dict(logs), {}, [], len(logs)
     story.delays = {}
     story.steps, story.samples, story.fates = Counter(), Counter(), Counter()
     story.spread = []

@@ -79,6 +79,11 @@ class PipelineShown(Pipes):
         return self.office.traffic()
 
     @property
+    def members(self) -> int:
+        """Each rank is one."""
+        return self.world_size
+
+    @property
     def inherited(self) -> float:
         """The part of a gradient's delay by which it was shrunk already on its way here."""
         if self.index >= self.depth - 2:  # from the last stage, where nothing is late

@@ -88,7 +88,9 @@ def test_what_a_sampler_of_the_users_own_gives_to_a_pipeline_is_not_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(1, fit, 1, "drawn_again", "delayed_pipeline", {"record": str(tmp_path), "stages": "layer"})
-    assert "?       samples: the sampler is the user's own" in audited(tmp_path, capsys)[1]
+    said = audited(tmp_path, capsys)[1]
+    assert "?       samples: the sampler is the user's own" in said
+    assert "?       weights: no consensus was recorded" in said
 
 
 def late(logs: dict[int, list[Any]]) -> None:
@@ -173,6 +175,17 @@ def test_nothing_could_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert status == 2
         assert "nothing of this could be checked" in said
     assert audited(journaled(tmp_path, 3), capsys, "--max-delay", "9")[0] == 0
+
+
+def test_of_a_member_of_several_ranks_one_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = {"trained": [9, 9, 72], "seconds": 1.0, "exchange": 0.1, "waited": 0.2, "idle": 0.5, "until": 1.0}
+    word = {**trained, "compute": 0.7, "skipped": 0, "accounts": {"mass": [5, 5]}, "delays": pack(DelayMetric(4))}
+    line = {"run": 1, "step": 9, "epoch": 0, "at": 1.5}
+    met = {**line, "group": "delay", "words": {"0": word, "2": word}}
+    for members, kept in ((2, "kept    mass: the same at 1 meeting"), (4, "?       mass: the same at 0 meetings")):
+        began = {**line, "group": "run", "words": {"strategy": "gossip_ring", "world": 4, "members": members}}
+        (tmp_path / "meetings.jsonl").write_text(json.dumps(began) + "\n" + json.dumps(met) + "\n")
+        assert kept in audited(tmp_path, capsys)[1]
 
 
 @pytest.mark.parametrize("latest", [255, 256, 263, 271, 5000])
