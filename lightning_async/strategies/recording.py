@@ -6,7 +6,7 @@
     header    who, of which run; seed, versions, threads; the strategy and its knobs; what the Trainer was told
     events    what the algorithm asked its carrier and was told, and the samples and the loss of each batch
     notes     what the optimizers and the random generators were told; digests of the weights, to be compared with;
-              for people: when each step ended, what arrived and how late, the accounts at meetings
+              for people: what an epoch deals out, when each step ended, what arrived and how late, the accounts
 
 That is all a replay needs: weights and gradients follow from it. A replay calls the same methods (`replaying`): what is
 written here is looked up there.
