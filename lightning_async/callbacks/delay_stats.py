@@ -117,6 +117,10 @@ class DelayStats(Stats):
         figures = self.total.figures() if self._strategy is not None else {}
         if self._strategy is not None:
             figures["skipped"] = float(sum(word["skipped"] for word in words.values()))
+        if self._strategy is not None and self._world <= self.by_rank:
+            figures |= _by_sender(self.total, self._world)
+        if not any(word["trained"][0] for word in words.values()):
+            return {**self.figures, **figures}  # nobody trained since the last meeting: what it said of rates holds
         if all(word["split"] for word in words.values()):
             figures |= self._work(words)
         if self._world <= self.by_rank:
@@ -153,9 +157,6 @@ class DelayStats(Stats):
     def _by_rank(self, words: Mapping[int, Any]) -> Figures:
         found: Figures = {}
         for rank in range(self._world):
-            if self._strategy is not None and self.total is not None:
-                peer = self.total.figures(rank)
-                found |= {f"from{rank}/{name}": peer[name] for name in OF_A_PEER}
             word = words.get(rank)
             if word is not None:
                 rates = {"steps_per_second": word["trained"][1], "samples_per_second": word["trained"][2]}
@@ -187,6 +188,15 @@ class DelayStats(Stats):
     def _batch_ended(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._watch is not None:
             self._watch.batch_ended(batch)
+
+
+def _by_sender(total: DelayMetric, world: int) -> Figures:
+    """Of the messages that each rank sent."""
+    found: Figures = {}
+    for rank in range(world):
+        peer = total.figures(rank)
+        found |= {f"from{rank}/{name}": peer[name] for name in OF_A_PEER}
+    return found
 
 
 def _each(word: Mapping[str, Any], seconds: float) -> float:

@@ -157,7 +157,12 @@ class SpeedFaults(Callback):
     def _check_schedules(self) -> None:
         for rank, entries in self.schedule.items():
             begins = [begin for begin, _ in entries]
-            if not begins or begins[0] < 0 or any(b <= a for a, b in pairwise(begins)):
+            if (
+                not all(isinstance(begin, int) for begin in begins)
+                or not begins
+                or begins[0] < 0
+                or any(b <= a for a, b in pairwise(begins))
+            ):
                 raise ValueError(f"`schedule` must hold batches from 0 that grow, got {begins} for rank {rank}")
             for begin, factor in entries:
                 if not (0 < factor < math.inf):

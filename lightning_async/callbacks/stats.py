@@ -117,17 +117,17 @@ class Stats(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What the epoch before has logged is there, on every rank."""
-        self._note_logged(trainer)
+        self._note_logged(trainer, behind="epoch")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What the validation has logged is there."""
         if not trainer.sanity_checking:
-            self._note_logged(trainer)
+            self._note_logged(trainer, behind="validation")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The clock starts."""
         if self._journal is not None:
-            self._journal.start()
+            self._journal.start(trainer)
         self.begin(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,7 +140,7 @@ class Stats(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take away what was put in place."""
-        self._note_logged(trainer)
+        self._note_logged(trainer, behind="epoch")
         self._end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -171,12 +171,13 @@ class Stats(Callback):
             vars(self).pop(hook, None)
         self.end(trainer)
         Journal.close(trainer)
+        self._journal = None  # what `validate` logs later is no part of this fit
 
-    def _note_logged(self, trainer: Trainer) -> None:
+    def _note_logged(self, trainer: Trainer, *, behind: str) -> None:
         """Losses and the like, for the report. Read on every rank: Lightning may compute what is read."""
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         if self._journal is not None:
-            self._journal.logged(trainer.global_step, trainer.current_epoch, found)
+            self._journal.logged(trainer.global_step, trainer.current_epoch, found, behind=behind)
 
 
 def check_by_rank(by_rank: object) -> None:

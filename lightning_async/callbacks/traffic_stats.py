@@ -97,7 +97,7 @@ class TrafficStats(Stats):
             self._under_way[rank] = self._under_way.get(rank, 0.0) + sum(word["under_way"].values())
         hidden, under_way = sum(self._hidden.values()), sum(self._under_way.values())
         return {
-            "occupancy": max(shares, default=0.0),
+            "occupancy": max(shares, default=self.figures.get("occupancy", 0.0)),  # a meeting right behind another
             "hidden_seconds": hidden,
             "hidden_share": hidden / under_way if under_way else 0.0,
         }

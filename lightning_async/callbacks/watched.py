@@ -69,6 +69,10 @@ class Watched(Protocol):
         """The delay among equal, healthy ranks."""
 
     @property
+    def members(self) -> int:
+        """How many members the ranks form: one of each tells at meetings."""
+
+    @property
     def skipped(self) -> int:
         """How many exchanges were left out, because the one before was still under way."""
 

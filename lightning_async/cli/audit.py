@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning_async.cli.inputs import add_fit
 from lightning_async.cli.story import Story, counts_samples, tell, trained
 from lightning_async.cli.tell import many
+from lightning_async.data.dealt import Dealt
 from lightning_async.strategies.course import WrongInput
 
 DESCRIPTION = "Check a finished run against what it promised: delays within the bound, masses and samples conserved."
@@ -94,7 +95,7 @@ def _accounts(story: Story) -> Iterator[Finding]:
     for name in names:
         checked = 0
         for number, meeting in enumerate(story.accounts, 1):
-            if len(meeting) < story.world:
+            if len(meeting) < (story.members or story.world):
                 continue  # who died took its part along
             checked += 1
             have, should = (sum(word[name][at] for word in meeting.values()) for at in (0, 1))
@@ -114,36 +115,44 @@ def _samples(story: Story) -> Iterator[Finding]:
         return
     logs = [log for log in story.logs.values() if counts_samples(log)]
     begun = [log.notes_of("epoch") for log in logs]
-    epochs = {note["epoch"]: note["data"] for notes in begun for note in notes}
-    counts: dict[int, Counter[Any]] = {epoch: Counter() for epoch in epochs}
+    counts: dict[int, Counter[Any]] = {note["epoch"]: Counter() for notes in begun for note in notes}
     for notes, log in zip(begun, logs, strict=True):
         for note, batches in zip(notes, trained(log), strict=False):
             counts[note["epoch"]].update(sample for batch in batches for sample in batch)
     if not any(counts.values()):
         yield Finding("samples", None, "the record names none (a stream)")
         return
-    yield _once(story, epochs, counts)
+    known = [dict(zip((note["epoch"] for note in notes), log.notes_of("dealt"), strict=False))
+             for notes, log in zip(begun, logs, strict=True)]  # fmt: skip
+    dealt = {epoch: Dealt(**one) for each in known for epoch, one in each.items()}
+    if not dealt.keys() >= counts.keys():
+        yield Finding("samples", None, "the sampler is the user's own: what an epoch should have is not known")
+        return
+    yield _once(story, dealt, dict(sorted(counts.items())))
 
 
-def _once(story: Story, epochs: dict[int, int], counts: dict[int, Counter[Any]]) -> Finding:
+def _once(story: Story, dealt: Mapping[int, Dealt], counts: Mapping[int, Counter[Any]]) -> Finding:
     """Whole epochs: each sample once. The first of a resumed run and the last of a stopped one are parts."""
-    whole, deaths = 0, any(not log.finished for log in story.logs.values())
-    equal = story.knobs.get("balance") == "equal"
-    header = story.logs[0].header
-    for epoch, size in epochs.items():
-        counted = counts[epoch]
-        twice = sum(n - 1 for n in counted.values() if n > 1)
-        if twice and not deaths and not (equal and twice < story.world):
+    whole, deaths, before = 0, any(not log.finished for log in story.logs.values()), Counter[Any]()
+    resumed = bool((story.logs[0].first("start") or {}).get("resumed"))
+    alike = any(one.samples > one.unlike for one in dealt.values())
+    for epoch, counted in counts.items():
+        due = dealt[epoch]
+        twice = counted.total() - len(counted)
+        if twice > due.samples - due.unlike + due.again and not deaths:
             sample, n = counted.most_common(1)[0]
             return Finding("samples", False, f"in epoch {epoch} sample {sample} was trained on {n} times")
-        missing = size - len(counted)
-        part = epoch == min(epochs) and bool((story.logs[0].first("start") or {}).get("resumed"))
-        if missing and not part and epoch != max(epochs) and header.get("limit", 1.0) == 1.0:
-            return Finding("samples", False, f"in epoch {epoch} {missing} of {size} samples were not trained on")
-        whole += not missing
+        whose = len(before) if due.grows else due.unlike
+        missing = len(before.keys() - counted.keys()) if due.grows else due.unlike - len(counted)
+        part = epoch == min(counts) and resumed
+        if missing > due.missing and not part and epoch != max(counts):
+            return Finding("samples", False, f"in epoch {epoch} {missing} of {whose} samples were not trained on")
+        whole += missing <= due.missing
+        before = counted
     again = "; those of ranks that ended early were repeated" if deaths else ""
+    drawn = " (as often as the sampler drew it)" if alike else ""
     return Finding(
-        "samples", True, f"each once in {whole} of {many(len(epochs), 'epoch')}, none twice in the others{again}"
+        "samples", True, f"each once{drawn} in {whole} of {many(len(counts), 'epoch')}, none twice in the others{again}"
     )
 
 
@@ -154,5 +163,6 @@ def _weights(story: Story) -> Finding:
     for number, found in enumerate(zip(*digests, strict=False), 1):
         if len(set(found)) > 1:
             return Finding("weights", False, f"the ranks left meeting {number} with different weights")
-    met = min(map(len, digests))
-    return Finding("weights", True if met else None, f"equal on all ranks after {many(met, 'meeting')}")
+    if not (met := min(map(len, digests))):
+        return Finding("weights", None, "no consensus was recorded: there was no meeting, or no replica to be equal")
+    return Finding("weights", True, f"equal on all ranks after {many(met, 'meeting')}")

@@ -53,11 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
         story = tell(arguments.path, arguments.fit)
         folder = arguments.out or arguments.path / "report"
         pictures = draw(story, folder)
+        file = folder / "report.html"
+        file.write_text(page(story, pictures), encoding="utf-8")
     except WrongInput as wrong:
         print(f"lightning-async: {wrong}", file=sys.stderr)
         return 2
-    file = folder / "report.html"
-    file.write_text(page(story, pictures), encoding="utf-8")
+    except OSError as error:
+        print(f"lightning-async: {error}: say by --out where the page may be written", file=sys.stderr)
+        return 2
     print(file)
     return 0
 
@@ -78,10 +81,16 @@ def page(story: Story, pictures: Mapping[str, Path]) -> str:
 def headlines(story: Story) -> Iterator[str]:
     """What to know at a glance."""
     steps, samples = story.steps.total(), story.samples.total()
+    if not (steps or story.links or story.spread or story.losses):
+        yield "nothing was told: the run ended before its first meeting"
+        return
     if story.end:
         rate = f", {samples / story.end:.0f} samples/s" if samples else ""
         yield f"{many(steps, 'step')} of all ranks, {many(samples, 'sample')} in {story.end:.1f} s{rate}"
     shares = _shares(story, sorted(story.pieces))
+    for rank, log in story.logs.items():
+        if not log.finished:
+            yield f"rank {rank}'s log ends early: it was stopped, failed or was killed"
     if not story.split:
         yield "who worked and who waited is not known: on a GPU, a synchronous step cannot be told apart"
     elif sum(shares):
@@ -111,7 +120,9 @@ def _figure(name: str, file: Path) -> str:
 
 
 def _table(story: Story) -> str:
-    """One row a rank."""
+    """One row a rank, where any of them told of its steps."""
+    if not story.steps.total():
+        return ""
     seconds = _seconds(story)
     slow = stragglers(seconds) if story.split else ()
     head = ("rank", "steps", "samples", "work a step, ms", "compute", "exchange", "waiting")

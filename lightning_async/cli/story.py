@@ -59,6 +59,7 @@ class Story:
         losses: What was logged, by name, and the losses of all batches as "training loss".
         links: By sender and receiver: bytes and messages of each kind.
         accounts: By meeting and rank: what it had and should have had, by name.
+        members: How many tell at meetings, where that is known: of a member of several ranks one does.
         logs: The event record, if there is one.
     """
 
@@ -76,6 +77,7 @@ class Story:
     losses: dict[str, Points] = field(default_factory=dict)
     links: dict[tuple[int, int], dict[str, tuple[float, float]]] = field(default_factory=dict)
     accounts: list[dict[int, dict[str, tuple[int, int]]]] = field(default_factory=list)
+    members: int | None = None
     logs: dict[int, Log] = field(default_factory=dict)
 
     @property
@@ -96,13 +98,10 @@ def tell(folder: Path, fit: int | None = None) -> Story:
             f"there is neither an event record ({log_name(0, fit or 1)}, of `record=...`) nor a journal ({NAME}, of "
             f"DelayStats and its kind) in {folder}"
         )
-    if not named and fit is not None:
-        raise WrongInput(
-            f"there is no event record of fit {fit} in {folder}, and a journal tells of the newest run only: leave out "
-            "--fit, or record the run (`record=...`)"
-        )
+    if not named and records:
+        raise WrongInput(f"there is no event record of fit {fit} in {folder}: leave out --fit to read the newest one")
     if not named:
-        return of_journal(_newest_run(journals[-1]))
+        return of_journal(_run(journals[-1], fit))
     record = named[-1].parent
     if len({path.parent for path in named}) > 1:
         print(f"{record} is read, the newest of several records below {folder} (name its folder for another)")
@@ -114,6 +113,20 @@ def tell(folder: Path, fit: int | None = None) -> Story:
 def _age(path: Path) -> tuple[int, int, str]:
     """Sorts by when a file was last written to, the newest last; at the same moment, a later fit is newer."""
     return path.stat().st_mtime_ns, len(path.name), path.name
+
+
+def _run(journal: Path, fit: int | None) -> list[dict[str, Any]]:
+    """The lines of this fit, or of the newest one, of those in a journal."""
+    lines = read(journal)
+    runs = sorted({line["run"] for line in lines})
+    if not runs:
+        raise WrongInput(f"there is no whole line in {journal}: the run ended before it could tell anything")
+    if fit is not None and fit not in runs:
+        there = ", ".join(map(str, runs))
+        raise WrongInput(f"there is no event record of fit {fit}, and the journal {journal} tells of {there}")
+    if fit is None and len(runs) > 1:
+        print(f"fit {runs[-1]} is read, the newest of {', '.join(map(str, runs))} (--fit N for another)", flush=True)
+    return [line for line in lines if line["run"] == (runs[-1] if fit is None else fit)]
 
 
 def _newest_run(journal: Path) -> list[dict[str, Any]]:
@@ -134,7 +147,10 @@ def of_journal(lines: Iterable[Mapping[str, Any]]) -> Story:
                 story.losses.setdefault(name, []).append((line["at"], value))
         elif group == "sketch":
             story.sketches.append((line["at"], words["rms"]))
-        else:
+        elif group == "run":
+            story.strategy, story.world = words["strategy"], max(story.world, words["world"])
+            story.members = words.get("members")
+        elif group in _READ:
             by_rank = {int(rank): word for rank, word in words.items()}
             story.world = max(story.world, 1 + max(by_rank, default=0))
             _READ[group](story, by_rank, line["at"])
@@ -197,7 +213,7 @@ def of_record(logs: Mapping[int, Log], story: Story) -> Story:
     """What every rank wrote down; it replaces what the journal only sums up."""
     header = logs[0].header
     story.world, story.strategy, story.knobs = len(logs), header.get("strategy", ""), header.get("knobs", {})
-    story.logs, story.pieces, story.accounts = dict(logs), {}, []
+    story.logs, story.pieces, story.accounts, story.members = dict(logs), {}, [], len(logs)
     story.delays = {}
     story.steps, story.samples, story.fates = Counter(), Counter(), Counter()
     story.spread = []

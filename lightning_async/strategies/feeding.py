@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader
 from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.data.balance import Balance, knobs_of, name_of, refuse_unknown
 from lightning_async.data.counts import epoch_batches, limited, samples_in
+from lightning_async.data.dealt import Dealt, dealt
 from lightning_async.data.kept import KeptShare
 from lightning_async.data.loader import counts_samples, drops_last, is_shareable, samples_per_batch, shared_loader
 from lightning_async.data.opening import usable
-from lightning_async.data.order import Order
+from lightning_async.data.order import Items, Order
 from lightning_async.data.ranges import Range, Rest
 from lightning_async.data.resume import Interrupted, State, as_ranges, as_tensor
 from lightning_async.data.share import Share, make_share
@@ -73,6 +74,7 @@ class Feeding:
         self._memory: dict[str, Any] = {}
         self._in_mid_epoch = False
         self._tell_epoch: Callable[[int], None] | None = None
+        self._tell_dealt: Callable[[Dealt], None] | None = None
 
     @property
     def mass(self) -> int:
@@ -122,6 +124,7 @@ class Feeding:
         recording, size = office.recording, size_of(loader)
         self.share = self._share(office, size)
         self._tell_epoch = lambda number: recording.epoch(number, size)
+        self._tell_dealt = recording.dealt if recording.on else None
         return shared_loader(
             loader,
             self.share,
@@ -198,7 +201,8 @@ class Feeding:
         self.under_way = False
         self.share = self._kept = self._total = self._usual = None
         self.batches = self.samples = 0
-        self._begun, self._by_sample, self._tell_epoch = True, False, None
+        self._begun, self._by_sample = True, False
+        self._tell_epoch = self._tell_dealt = None
         self._streams.clear()
         self._in_mid_epoch = False
         self._interrupted = Interrupted(rank_zero_warn)
@@ -255,8 +259,22 @@ class Feeding:
                 f"{left} samples are left of epoch {order.epoch}: some come again, so that each rank has a batch"
             )
         span, items = self._span(self._total), order.items
+        if self._tell_dealt is not None:
+            self._tell_dealt(self._dealt(items[:span], left))
         self.share.begin_epoch(order.epoch, total=self._total, digest=order.digest, done=done, limit=span, items=items)
         self.share.rewind()
+
+    def _dealt(self, items: Items, left: int) -> Dealt:
+        kept = self.balance == "incremental" and knobs_of(self._balance).partition == "kept"
+        return dealt(
+            items,
+            members=self._world,
+            batch=self._batch,
+            drop_last=self._drop_last,
+            equal=self.balance == "equal",
+            rest=left,
+            grows=kept,
+        )
 
     @property
     def _unit(self) -> int:

@@ -39,7 +39,8 @@ class PipeBatches(Resting):
 
     timelines: dict[int, Timeline]
     _fresh = False
-    _trained_alone = 0
+    _stepped = -1
+    _here = 0
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -74,7 +75,7 @@ class PipeBatches(Resting):
     def on_train_start(self) -> None:
         """Right before the first batch."""
         self._garbage.set_aside()
-        self._trained_alone = 0
+        self.batches_alone, self._stepped = 0, -1
         self.recording.start(self)
         if self.piped:
             self.begun = True
@@ -88,7 +89,7 @@ class PipeBatches(Resting):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Note what the batch is, while it is here; its samples are counted once, on the last stage."""
         if self.last and self.trainer.training:
-            self.samples += samples_in(batch) or 0
+            self._here = samples_in(batch) or 0
         if self._turns is not None and self.index in (0, self.depth - 1):
             self.turns.stamp = stamp_of(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
@@ -97,6 +98,7 @@ class PipeBatches(Resting):
         """See `turns`."""
         step = partial(super().training_step, *args, **kwargs)
         self.set_off()
+        self.samples, self._here = self.samples + self._here, 0
         self._note_knobs()
         return self.turns.train(step, self.precision_plugin.train_step_context) if self.piped else step()
 
@@ -134,7 +136,11 @@ class PipeBatches(Resting):
             self.turns.average()
             return result
 
-        return super().optimizer_step(optimizer, closure_then_average if self.piped else closure, model, **kwargs)
+        taken = super().optimizer_step(optimizer, closure_then_average if self.piped else closure, model, **kwargs)
+        batch = self.turns.batches if self.piped else self.batches_alone
+        self.updates += batch != self._stepped  # with several optimizers too, a batch is one step
+        self._stepped = batch
+        return taken
 
     def step_now(self, optimizer: Optimizer) -> None:
         """The step of a stage before the last: its gradients are there. Hooks and clipping as ever."""
@@ -148,8 +154,8 @@ class PipeBatches(Resting):
         if self.last:
             recording.loss(outputs)
         recording.batch()
-        self._trained_alone += not self.piped
-        step = self.turns.batches if self.piped else self._trained_alone
+        self.batches_alone += not self.piped
+        step = self.turns.batches if self.piped else self.batches_alone
         self.office.mail.at(step)
         recording.stepped(step, self.held)
 

@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_async.data.dealt import dealt_in_turn
 from lightning_async.data.loader import is_shareable, remade
 from lightning_async.pipeline.schedule import Pass
 from lightning_async.strategies.facts import digest
@@ -81,6 +82,7 @@ class StageRecording(Recording):
 
         def began() -> None:
             self.epoch(trainer.current_epoch, size, batches=length)
+            self.dealt(dealt_in_turn(loader, cut=trainer.limit_train_batches != 1.0))
 
         return remade(loader, _Noted(batches, began, self.fetched, done))
 

@@ -18,7 +18,7 @@ from lightning_async.pipeline.curvature import Tell
 from lightning_async.pipeline.edge import ACTIVATIONS, GRADIENTS
 from lightning_async.pipeline.place import Shrink
 from lightning_async.pipeline.replicas import AVERAGES
-from lightning_async.progress.tally import ZERO, Tally
+from lightning_async.progress.tally import Tally
 from lightning_async.strategies.office import CALLBACKS
 from lightning_async.strategies.own_state import Part
 from lightning_async.strategies.pipes import Pipes
@@ -38,7 +38,9 @@ class PipelineShown(Pipes):
         healthy_delay: All delay is shrunk: it is structural.
         shrinks: What the factors of `shrink` multiply.
         skipped: Nothing is ever left out.
-        samples: How many samples this rank has seen, if it holds the last stage.
+        samples: How many samples this rank has trained on, if it holds the last stage.
+        updates: How many steps this rank took by itself: on the last stage, where no gradient comes late.
+        batches_alone: How many batches it has trained on in this fit, if there is one stage only.
     """
 
     order: schedule.Order
@@ -49,7 +51,7 @@ class PipelineShown(Pipes):
     shrinks = "gradients"
     skipped = 0
 
-    samples = 0
+    samples = updates = batches_alone = 0
     _law: float | Shrink = 1.0
     _resting = True
 
@@ -75,6 +77,11 @@ class PipelineShown(Pipes):
     def traffic(self) -> Mapping[Any, Any]:
         """Bytes and messages by peer and kind, counted by the carrier."""
         return self.office.traffic()
+
+    @property
+    def members(self) -> int:
+        """Each rank is one."""
+        return self.world_size
 
     @property
     def inherited(self) -> float:
@@ -141,4 +148,6 @@ class PipelineShown(Pipes):
     def _trained(self) -> Tally:
         """Batches and updates of this stage; samples are counted once, on the last one."""
         turns = self._turns
-        return ZERO if turns is None else Tally(turns.batches, turns.place.updates, self.samples)
+        if turns is None:
+            return Tally(self.batches_alone, self.updates, self.samples)
+        return Tally(turns.batches, self.updates + turns.place.updates, self.samples)

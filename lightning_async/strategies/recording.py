@@ -6,7 +6,7 @@
     header    who, of which run; seed, versions, threads; the strategy and its knobs; what the Trainer was told
     events    what the algorithm asked its carrier and was told, and the samples and the loss of each batch
     notes     what the optimizers and the random generators were told; digests of the weights, to be compared with;
-              for people: when each step ended, what arrived and how late, the accounts at meetings
+              for people: what an epoch deals out, when each step ended, what arrived and how late, the accounts
 
 That is all a replay needs: weights and gradients follow from it. A replay calls the same methods (`replaying`): what is
 written here is looked up there.
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.arrival import Arrival
+from lightning_async.data.dealt import Dealt
 from lightning_async.strategies.facts import Recorded, about, digest, knobs_of_groups, start
 from lightning_async.transport import chance
 from lightning_async.transport.mail import Carrier, Wait
@@ -129,6 +130,11 @@ class Recording:
         if self._scribe is not None:
             length = {} if batches is None else {"batches": batches}
             self._note("epoch", {"epoch": epoch, "data": size, **length, "chance": self._news_of_chance()})
+
+    def dealt(self, dealt: Dealt | None) -> None:
+        """What is to come in this epoch, for an audit; None: nobody knows."""
+        if self._scribe is not None and dealt is not None:
+            self._scribe.note("dealt", dealt.plain())
 
     def fetched(self, batch: Any) -> None:
         """These samples are fetched; they may be trained on later, or, at a sudden end, never."""

@@ -107,3 +107,40 @@ def test_a_pipeline_with_adam_is_slowed_in_its_learning_rate() -> None:
     assert [factor for _, factor in ends[1]["arrivals"]] == [1.0] * len(ends[1]["arrivals"])
     assert ends[0]["figures"]["shrink"]["min"] == pytest.approx(0.25)
     assert ends[0]["said"]
+
+
+class Told(DelayStats):
+    """Keeps what every rank told at each meeting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[Any] = []
+
+    def conclude(self, words: Any) -> Any:
+        self.words.append(words)
+        return super().conclude(words)
+
+
+def _told(n: int) -> dict[str, Any]:
+    told, traffic = Told(), TrafficStats()
+    t = trainer(n, strategy=DelayedPipelineStrategy(stages="net"), callbacks=[told, traffic], max_epochs=2)
+    t.fit(piped.Piped(), piped.loader(), piped.loader())
+    trained = [[word[rank]["trained"] for word in told.words] for rank in range(n)]
+    return {"trained": trained, "figures": told.figures, "traffic": traffic.figures}
+
+
+def test_stages_count_all_their_steps_and_a_rest_without_any_tells_no_rates() -> None:
+    n = 2
+    found = run(n, _told, n)[0]
+    batches, samples = 2 * len(piped.loader()), 2 * len(piped.loader().dataset)  # type: ignore[arg-type]
+    for rank, told in enumerate(found["trained"]):
+        assert told[-1] == [0, 0, 0], "behind the last batch the stages rest again"
+        seen = samples if rank == 0 else 0  # counted once, on the last stage
+        assert [sum(one) for one in zip(*told, strict=True)][::2] == [batches, seen]
+        assert 0 < sum(updates for _, updates, _ in told) <= batches
+    assert sum(updates for _, updates, _ in found["trained"][0]) == batches
+    for rank in range(n):
+        assert found["figures"][f"rank{rank}/steps_per_second"] > 0
+        assert found["figures"][f"rank{rank}/compute_share"] > 0
+    assert found["figures"]["compute_share"] > 0
+    assert found["traffic"]["occupancy"] > 0

@@ -52,19 +52,16 @@ class DelayStatsToo(DelayStats):
     shown = ()
 
 
+def small(**options: Any) -> Trainer:
+    """Three batches and no logger."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    short = {"accelerator": "cpu", "devices": 1, "limit_train_batches": 3, "limit_val_batches": 0, "max_epochs": 1}
+    return Trainer(logger=False, **{**quiet, **short, **options})
+
+
 def test_each_fit_of_a_trainer_is_a_run(tmp_path: Path) -> None:
     stats = [DelayStats(folder=str(tmp_path)), DelayStatsToo(folder=str(tmp_path))]
-    t = Trainer(
-        accelerator="cpu",
-        devices=1,
-        limit_train_batches=3,
-        limit_val_batches=0,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=list(stats),
-    )
+    t = small(callbacks=list(stats))
     for epochs in (1, 2):
         t.fit_loop.max_epochs = epochs
         t.fit(BoringModel())
@@ -96,3 +93,59 @@ def test_no_logger_has_a_folder(tmp_path: Path) -> None:
         assert Journal.of(logging_to(Nowhere()), None) is None
     assert Journal.of(logging_to(), None) is None
     assert Journal.of(logging_to(Nowhere()), str(tmp_path)) is not None
+
+
+def test_where_it_cannot_be_written_the_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    stats = DelayStats(folder=str(tmp_path / "file"))
+    t = small(callbacks=[stats])
+    with pytest.warns(UserWarning, match="cannot be written .*: the training goes on without it") as said:
+        t.fit(BoringModel())
+    assert t.global_step == 3
+    assert stats.figures
+    assert len([one for one in said if "cannot be written" in str(one.message)]) == 1
+
+
+def test_a_rehearsal_leaves_no_journal(tmp_path: Path) -> None:
+    small(callbacks=[DelayStats(folder=str(tmp_path))], fast_dev_run=True).fit(BoringModel())
+    assert not list(tmp_path.iterdir())
+
+
+class Logs(BoringModel):
+    """Logs a loss of each epoch and one of each validation; one of them never changes."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("loss", float(self.current_epoch), on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", 5.0)
+
+
+def test_what_was_logged_is_noted_when_it_was(tmp_path: Path) -> None:
+    callbacks = [DelayStats(folder=str(tmp_path)), DelayStatsToo(folder=str(tmp_path))]
+    small(callbacks=callbacks, max_epochs=3, limit_val_batches=1).fit(Logs())
+    words = [line["words"] for line in journal(tmp_path) if line["group"] == "logged"]
+    logged = [{name: value for name, value in word.items() if "loss" in name} for word in words]
+    assert logged == [word for epoch in range(3) for word in ({"val_loss": 5.0}, {"loss": float(epoch)})]
+
+
+def test_what_comes_behind_a_fit_is_none_of_it(tmp_path: Path) -> None:
+    t = small(callbacks=[DelayStats(folder=str(tmp_path))], limit_val_batches=1)
+    t.fit(Logs())
+    before = journal(tmp_path)
+    t.validate(BoringModel(), verbose=False)
+    assert journal(tmp_path) == before
+
+
+def test_it_knows_of_which_run_it_is(tmp_path: Path) -> None:
+    small(callbacks=[DelayStats(folder=str(tmp_path))]).fit(BoringModel())
+    assert (tell(tmp_path).strategy, tell(tmp_path).world) == ("single_device", 1)
+
+
+@pytest.mark.parametrize("spoiled", [b"\xff\xfe\x80\n", b"\0" * 600, b"3\n", b'{"run": 1}\n', b'[1, "a"]\n'])
+def test_what_is_no_line_of_a_journal_is_passed_over(spoiled: bytes, tmp_path: Path) -> None:
+    whole = json.dumps({"run": 1, "group": "logged", "step": 1, "epoch": 0, "at": 0.5, "words": {"a": 1.0}})
+    strange = json.dumps({"run": 1, "group": "weather", "step": 1, "epoch": 0, "at": 0.5, "words": {"a": 1.0}})
+    (tmp_path / "meetings.jsonl").write_bytes(f"{whole}\n{strange}\n".encode() + spoiled)
+    assert tell(tmp_path).losses == {"a": [(0.5, 1.0)]}

@@ -183,6 +183,7 @@ def test_a_rank_that_is_not_there() -> None:
         ({"schedule": {0: [(0, 2.0)]}}, "`slow`, `schedule` and `sigma` act on `step_seconds`, which is 0"),
         ({"schedule": {0: [(5, 2.0), (3, 1.0)]}, "step_seconds": 1.0}, "`schedule` must hold batches from 0 that grow"),
         ({"schedule": {0: []}, "step_seconds": 1.0}, "`schedule` must hold batches from 0 that grow, got"),
+        ({"schedule": {0: [(1.5, 2.0)]}, "step_seconds": 1.0}, r"`schedule` must hold batches from 0 .* got \[1.5\]"),
         ({"schedule": {0: [(0, 0.0)]}, "step_seconds": 1.0}, "`schedule` must hold positive factors, got 0.0 at 0"),
         ({"repeat": 5}, "`repeat` must be an integer of at least 1 and needs a `schedule`, got 5"),
         ({"schedule": {0: [(0, 2.0)]}, "repeat": 1.5, "step_seconds": 1.0}, "`repeat` must be an integer .* got 1.5"),

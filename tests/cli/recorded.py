@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
 SAMPLES = 120
 INPUTS = torch.randn(SAMPLES, 8, generator=torch.Generator().manual_seed(0))
@@ -159,6 +159,25 @@ def poisoned() -> DataLoader[Any]:
 
 def fewer() -> DataLoader[Any]:
     return loader(samples=100)
+
+
+def incomplete() -> DataLoader[Any]:
+    """Neither the ranks nor their batches come out even, and what is left is dropped."""
+    return DataLoader(Data(), batch_size=7, shuffle=True, drop_last=True)
+
+
+def uneven() -> DataLoader[Any]:
+    return loader(samples=SAMPLES - 1)
+
+
+def drawn_again() -> DataLoader[Any]:
+    """A sampler of the user's own, which gives some samples often and others never."""
+    odds = torch.rand(SAMPLES, generator=torch.Generator().manual_seed(1))
+    return DataLoader(Data(), batch_size=4, sampler=WeightedRandomSampler(odds, 90))  # type: ignore[arg-type]
+
+
+def own_batches() -> DataLoader[Any]:
+    return DataLoader(Data(), batch_sampler=[list(range(at, at + 4)) for at in range(0, SAMPLES, 4)])  # type: ignore[arg-type]
 
 
 def stream() -> DataLoader[Any]:

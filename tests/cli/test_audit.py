@@ -12,8 +12,13 @@ import pytest
 
 from lightning_async.arrival import Arrival
 from lightning_async.cli import main
+from lightning_async.data.balance import Incremental
 from lightning_async.metrics import DelayMetric, pack
+from lightning_async.strategies import STRATEGIES, DelayedPipelineStrategy
+from tests.cli import recorded
 from tests.cli.runs import copied, record, write
+from tests.strategies.lit import trainer
+from tests.strategies.ranks import run
 
 Spoil = Callable[[dict[int, list[Any]]], None]
 
@@ -26,6 +31,12 @@ def audited(folder: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> tup
 
 def notes(lines: list[Any], name: str) -> list[Any]:
     return [line for line in lines[1:] if line[1:3] == ["note", name]]
+
+
+def fit(n: int, data: str, method: str, knobs: dict[str, Any]) -> None:
+    """Three epochs over these data."""
+    kind = next(kind for kind in (*STRATEGIES, DelayedPipelineStrategy) if kind.name == method)
+    trainer(n, strategy=kind(**knobs), max_epochs=3).fit(recorded.Net(), getattr(recorded, data)())
 
 
 def test_an_honest_run(ordinary: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +59,40 @@ def test_the_masses_of_push_sum_add_up(mode: str, tmp_path: Path, capsys: pytest
     assert " 0 refused" not in said
 
 
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("data", "method", "knobs"),
+    [
+        ("uneven", "lazy_sign", {}),
+        ("incomplete", "gossip_ring", {}),
+        ("drawn_again", "gossip_ring", {}),
+        ("own_batches", "gossip_ring", {"balance": "equal"}),
+        ("incomplete", "gossip_ring", {"balance": "equal"}),
+        ("uneven", "gossip_ring", {"mode": "sync"}),
+        ("incomplete", "delayed_pipeline", {"stages": "layer"}),
+        ("uneven", "async_global", {"balance": Incremental(parts=3, partition="kept")}),
+        ("incomplete", "cyclic_delay", {"balance": Incremental(parts=3)}),
+    ],
+)
+def test_an_epoch_is_what_its_loader_makes_of_it(
+    data: str, method: str, knobs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(2, fit, 2, data, method, {"record": str(tmp_path), **knobs})
+    status, said = audited(tmp_path, capsys)
+    assert status == 0, said
+    often = " (as often as the sampler drew it)" if data == "drawn_again" else ""
+    assert f"kept    samples: each once{often} in 3 of 3 epochs" in said
+
+
+def test_what_a_sampler_of_the_users_own_gives_to_a_pipeline_is_not_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(1, fit, 1, "drawn_again", "delayed_pipeline", {"record": str(tmp_path), "stages": "layer"})
+    said = audited(tmp_path, capsys)[1]
+    assert "?       samples: the sampler is the user's own" in said
+    assert "?       weights: no consensus was recorded" in said
+
+
 def late(logs: dict[int, list[Any]]) -> None:
     arrival = notes(logs[1], "arrivals")[3][3][0]
     arrival[2] = arrival[3] - 900  # launched long ago
@@ -63,8 +108,9 @@ def twice(logs: dict[int, list[Any]]) -> None:
 
 
 def left_out(logs: dict[int, list[Any]]) -> None:
-    for epoch in notes(logs[0], "epoch") + notes(logs[1], "epoch"):
-        epoch[3]["data"] += 1
+    for dealt in notes(logs[0], "dealt") + notes(logs[1], "dealt"):
+        dealt[3]["samples"] += 1
+        dealt[3]["unlike"] += 1
 
 
 def other_weights(logs: dict[int, list[Any]]) -> None:
@@ -129,6 +175,17 @@ def test_nothing_could_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert status == 2
         assert "nothing of this could be checked" in said
     assert audited(journaled(tmp_path, 3), capsys, "--max-delay", "9")[0] == 0
+
+
+def test_of_a_member_of_several_ranks_one_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = {"trained": [9, 9, 72], "seconds": 1.0, "exchange": 0.1, "waited": 0.2, "idle": 0.5, "until": 1.0}
+    word = {**trained, "compute": 0.7, "skipped": 0, "accounts": {"mass": [5, 5]}, "delays": pack(DelayMetric(4))}
+    line = {"run": 1, "step": 9, "epoch": 0, "at": 1.5}
+    met = {**line, "group": "delay", "words": {"0": word, "2": word}}
+    for members, kept in ((2, "kept    mass: the same at 1 meeting"), (4, "?       mass: the same at 0 meetings")):
+        began = {**line, "group": "run", "words": {"strategy": "gossip_ring", "world": 4, "members": members}}
+        (tmp_path / "meetings.jsonl").write_text(json.dumps(began) + "\n" + json.dumps(met) + "\n")
+        assert kept in audited(tmp_path, capsys)[1]
 
 
 @pytest.mark.parametrize("latest", [255, 256, 263, 271, 5000])

@@ -214,9 +214,21 @@ def test_a_journal_goes_with_its_own_fit_only(ordinary: Path, tmp_path: Path) ->
 
 
 def test_a_fit_is_named_and_nothing_was_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "meetings.jsonl").write_text("")
-    assert main(["report", str(tmp_path), "--fit", "1"]) == 2
-    assert "there is no event record of fit 1" in capsys.readouterr().err
+    journal = tmp_path / "meetings.jsonl"
+    journal.write_text("")
+    for command in ("report", "audit"):
+        assert main([command, str(tmp_path), "--fit", "1"]) == 2
+        assert f"there is no whole line in {journal}" in capsys.readouterr().err
+    line = {"group": "run", "step": 0, "epoch": 0, "at": 0.0, "words": {"strategy": "ddp", "world": 2}}
+    rows = ({**line, "run": 1}, {**line, "run": 2, "words": {"strategy": "gossip_ring", "world": 3}})
+    journal.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tell(tmp_path, 1).strategy == "ddp"
+    assert list(headlines(tell(tmp_path, 1))) == ["nothing was told: the run ended before its first meeting"]
+    assert not capsys.readouterr().out
+    assert tell(tmp_path).world == 3
+    assert capsys.readouterr().out == "fit 2 is read, the newest of 1, 2 (--fit N for another)\n"
+    assert main(["report", str(tmp_path), "--fit", "3"]) == 2
+    assert "there is no event record of fit 3" in capsys.readouterr().err
 
 
 def _recorded(ordinary: Path, folder: Path, seconds: int, fit: int = 1, whole: bool = True) -> None:
@@ -233,6 +245,14 @@ def test_nothing_to_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "there is neither an event record" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"run": 1, "group": "run", "step": 0, "epoch": 0, "at": 0.0, "words": {"strategy": "ddp", "world": 2}}
+    (tmp_path / "meetings.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "report").write_text("no folder")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "say by --out where the page may be written" in capsys.readouterr().err
 
 
 def test_without_matplotlib(

@@ -23,7 +23,7 @@ from tests.strategies.lit import Lit, Numbers, loader, trainer
 from tests.strategies.ranks import run
 
 EVENTS = {"batch", "at", "post", "take", "folded", "free", "lost", "members", "propose", "decided", "meet", "finish"}
-NOTES = {"epoch", "fetched", "start", "off", "fetching", "clock", "knobs0", "weights", "own", "consensus"}
+NOTES = {"dealt", "epoch", "fetched", "start", "off", "fetching", "clock", "knobs0", "weights", "own", "consensus"}
 FOR_PEOPLE = {"time", "arrivals", "accounts", "spread", "traffic"}
 NUMBERS = {"lr", "momentum", "dampening", "weight_decay"}
 
