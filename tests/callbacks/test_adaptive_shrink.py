@@ -121,7 +121,8 @@ def _saved_and_resumed(folder: str, n: int, world_then: int) -> dict[str, Any]:
     saved = ModelCheckpoint(folder, filename="it")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        t = trainer(n, enable_checkpointing=True, callbacks=[shrink, faults, saved], max_epochs=2 - (n == world_then))
+        more = {"knobs": {"period": 1}, "max_epochs": 2 - (n == world_then)}
+        t = trainer(n, enable_checkpointing=True, callbacks=[shrink, faults, saved], **more)
         path = f"{folder}/it.ckpt" if n != world_then else None
         before: dict[str, Any] = {}
 

@@ -383,9 +383,11 @@ def test_what_a_stream_lacks_of_a_limited_epoch_the_others_train_on(kind: str, s
 
 
 def test_a_stream_that_ends_with_its_part_steps_its_schedules_too() -> None:
-    """Rank 2 has the six batches that are its part; rank 1 has two of them, so the epoch is not over there."""
+    """Rank 2 has the six batches that are its part; rank 1 has two of them, so the epoch is not over there. Where the
+    others both go on and a single batch is left, each of them takes one."""
     ends = run(3, _limited, 3, "exact", None)
-    assert [sum(map(len, epoch)) for epoch in zip(*(end["epochs"] for end in ends), strict=True)] == [36] * 4
+    for epoch in zip(*(end["epochs"] for end in ends), strict=True):
+        assert 36 <= sum(map(len, epoch)) <= 38
     assert [(end["scheduled"], end["step"]) for end in ends] == [(4, 24)] * 3
 
 
