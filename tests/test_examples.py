@@ -76,6 +76,7 @@ def test_bytes_of_a_step(script: Script) -> None:
     assert "bytes a step" in said
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mode", ["async", "sync"])
 def test_global_weights(mode: str, script: Script) -> None:
     said = script("async_global.py", "--mode", mode, "--devices", "2", "--epochs", "1", "--start-method", "fork")

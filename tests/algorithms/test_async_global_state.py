@@ -134,7 +134,7 @@ def test_a_replay_is_the_run_to_the_bit(knobs: dict[str, Any]) -> None:
         assert torch.equal(again[rank][2], images)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("speeds", [(1, 1, 1), (1, 1, 10)])
 @pytest.mark.parametrize("wire", ["fp32", "bf16", "sign"])
 def test_on_real_links_one_sample_moves_w_equally_and_nobody_waits(wire: Any, speeds: tuple[int, ...]) -> None:

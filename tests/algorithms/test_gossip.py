@@ -238,7 +238,7 @@ def test_a_death_stops_sync_with_a_sentence() -> None:
         run([1] * 4, mode="sync", faults=lambda cluster: cluster.kill(1, at=1.0), cluster={"silence": 0.3})
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mode", ASYNC)
 @pytest.mark.parametrize("n", [3, 4, 8, 16])
 def test_replicas_agree_in_the_end(n: int, mode: str) -> None:

@@ -211,7 +211,7 @@ def test_a_deadline_that_never_comes_waits_for_all() -> None:
 # -- on real links -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("deadline", [0.0, 0.003, 30.0])
 def test_on_real_links_it_counts_once_too(deadline: float) -> None:
     """In a random order of steps, in which rank 2 has its turn a fifth as often."""

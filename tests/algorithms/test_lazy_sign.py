@@ -47,7 +47,7 @@ def mean_rest(some: list[Member], k: int) -> Tensor:
 # -- the laws ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", KEEPING)
 @pytest.mark.parametrize(("n", "carrier"), [(2, "virtual"), (3, "virtual"), (3, "real")])

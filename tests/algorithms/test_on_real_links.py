@@ -21,7 +21,7 @@ N, SIZE = 3, 64
 STARTS = torch.randn(N, SIZE, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("speeds", [(1, 1, 1), (1, 1, 10)])
 @pytest.mark.parametrize("wire", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["pairwise", "push_sum"])

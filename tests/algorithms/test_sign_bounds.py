@@ -63,7 +63,7 @@ def sheet(numbers: int) -> int:
     return numbers // 8 + 8 * (numbers // BLOCK)
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("carrier", LIVES)
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", ["always", "accumulate", "periodic", "paper", "innovation"])

@@ -61,7 +61,7 @@ def _slopes(method: str, slopes: list[float]) -> dict[str, float]:
     return shrink.figures
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_what_goes_against_the_fresh_is_shrunk(method: str) -> None:
     """The sender is named; to who does not move, nothing goes against anything."""

@@ -100,6 +100,7 @@ def _logged(folder: str, bar: type[Callback]) -> dict[str, Any]:
 GROUPS = ("delay", "shrink", "traffic", "spread")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
 def test_every_logger_and_both_bars(bar: type[Callback], tmp_path: Any) -> None:
     if bar is RichProgressBar:

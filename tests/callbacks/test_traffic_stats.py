@@ -169,6 +169,7 @@ def _compressed(method: str) -> tuple[dict[str, float], dict[int, Any]]:
     return stats.figures, words
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["fp32", "bf16", "lazy_sign"])
 def test_compression_is_what_numbers_would_take_over_what_they_took(method: str) -> None:
     found, words = run(2, _compressed, method)[0]

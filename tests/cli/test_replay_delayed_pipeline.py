@@ -52,7 +52,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Said:
     return replay
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("n", "module", "options"),
     [

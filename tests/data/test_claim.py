@@ -14,7 +14,7 @@ from lightning_async.data.share import make_share
 from tests.data.epoch_bench import Clock, FakeBoard, Member, at_once, begin, crew, gap, run
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("ahead", [0, 1, 8])
 @pytest.mark.parametrize("slowness", [1, 4, 10])
 @pytest.mark.parametrize("seconds", [0.1, 1.0])
@@ -95,6 +95,7 @@ def test_law_holds_for_any_speeds_and_batch_sizes(first: int) -> None:
             assert all(m.trained for m in members), f"seed {seed}: a member had no batch"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("first", range(0, 45, 15))
 def test_what_the_dead_left_is_repeated_or_reported(first: int) -> None:
     for seed in range(first, first + 15):

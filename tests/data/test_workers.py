@@ -43,7 +43,7 @@ def apart(members: list[Member]) -> float:
     return max(ends) - min(ends)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("beat", [0.02, 0.5])
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 2), (4, 1), (4, 2), (4, 8)])
 def test_nobody_is_more_than_its_look_ahead_behind(workers: int, prefetch: int, beat: float) -> None:

@@ -173,7 +173,7 @@ def anything(seed: int) -> World:
     return world
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("first", range(0, 400, 50))
 def test_in_any_world_who_asks_is_heard_soon_and_all_count_the_same(first: int) -> None:
     for seed in range(first, first + 50):

@@ -53,7 +53,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("devices", "knobs"), CASES)
 def test_all_ranks_end_equal_and_every_sample_is_seen_once(devices: int, knobs: dict[str, Any]) -> None:
     in_step = knobs.get("mode") == "sync" and knobs.get("local_steps") != "epoch"

@@ -174,7 +174,7 @@ def _ema(mode: str, at_meeting: str, folder: str) -> dict[str, Any]:
     return {"trace": trace, "end": weights(lit), "val": float(t.callback_metrics["val"])}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize(("mode", "at_meeting"), MODES)
 def test_ema_is_validated_saved_and_left_equal_on_all_ranks(mode: str, at_meeting: str, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ STAGES = [
 ]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("dead", "at", "when"), STAGES)
 def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(dead: int, at: int, when: str, tmp_path: Path) -> None:
     with Forked(2, _dies, str(tmp_path), dead, at, 60.0, store=True) as forked:
@@ -124,7 +124,7 @@ def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path: Path) -> None:
     assert_nothing_over(tmp_path)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("dead", "at"), [(0, 2), (0, 1), (2, 0)])
 def test_those_who_live_finish_the_save(dead: int, at: int, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def _fills(folder: str, full: int, what: str) -> Any:
     t.fit(Draws(), samples(), held_out())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("full", "what"), [(0, "index"), (0, "rank0"), (1, "rank1"), (0, "x.ckpt")])
 def test_a_full_disk_on_one_rank_is_raised_on_all_and_the_old_checkpoint_stays(
     full: int, what: str, tmp_path: Path
@@ -282,7 +282,7 @@ def _lags(folder: str, slow: list[int], options: dict[str, Any]) -> tuple[str, l
     return saved.best_model_path, inner.early
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("slow", [[0], [1], [0, 1]])
 @pytest.mark.parametrize(
     "options", [{"save_top_k": 1}, {"save_top_k": 1, "filename": "same", "enable_version_counter": False}]
@@ -391,7 +391,7 @@ def _fills_later(path: str, full: int, what: str) -> None:
     trainer(2, plugins=[io], callbacks=[Later(path, io, arm)]).fit(Draws(), samples(), held_out())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("full", "what"), [(1, "rank1"), (0, "rank0"), (0, "x.ckpt")])
 def test_a_disk_that_was_full_later_is_raised_on_all_and_the_old_checkpoint_stays(
     full: int, what: str, tmp_path: Path

@@ -167,6 +167,7 @@ def limited(limit: Any) -> dict[str, Any]:
     return fit(max_epochs=2, limit_train_batches=limit)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("limit", "steps"), [(10, 10), (0.5, 15)])
 def test_a_limited_epoch(limit: Any, steps: int) -> None:
     found = both(limited, limit)
@@ -271,6 +272,7 @@ def one_stops(validate: bool) -> dict[str, Any]:
     return fit(Stopping(), max_epochs=50, **({} if validate else {"limit_val_batches": 0}))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("validate", [True, False])
 def test_one_rank_that_wants_to_stop_stops_all(validate: bool) -> None:
     found = both(one_stops, validate)

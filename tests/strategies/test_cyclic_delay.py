@@ -72,7 +72,7 @@ CASES: list[tuple[int, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("devices", "knobs", "optimizer"), CASES)
 def test_all_ranks_end_equal_and_what_was_computed_was_pushed_once(
     devices: int, knobs: dict[str, Any], optimizer: str
@@ -203,6 +203,7 @@ def _through(n: int, knobs: dict[str, Any], path: str, where: str, resume: bool,
     return lit.losses if resume else lit.losses[save.losses :], weights(lit), strategy.steps
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
 @pytest.mark.parametrize(("where", "precision"), [("batch", "32-true"), ("epoch", "32-true"), ("batch", "bf16-true")])
 def test_a_resumed_run_continues_as_if_it_had_not_stopped(where: str, precision: str, tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def _stops(ranks: int, rank: int, knobs: dict[str, Any], at_start: bool = False)
     return t.global_step, weights(lit)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_who_stops_in_mid_epoch_stops_all_after_the_same_batch(rank: int) -> None:
     ends = run(3, _stops, 3, rank, {})
@@ -208,6 +209,7 @@ def test_who_stops_in_mid_epoch_stops_all_after_the_same_batch(rank: int) -> Non
     assert 3 < ends[0][0] <= 3 + 2 * 4 + 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 3])
 def test_who_stops_stops_all_replicas_after_the_same_batch(rank: int) -> None:
     ends = run(4, _stops, 4, rank, {"replicas": 2})

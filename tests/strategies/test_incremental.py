@@ -52,7 +52,7 @@ def _fit(
 ) -> dict[str, Any]:
     rank, lit = int(os.environ["RANK"]), Lit()
     seen = Epochs(dies=rank == dies)
-    callbacks: list[Callback] = [SpeedFaults(step_seconds=0.02, slow={devices - 1: 4.0}), seen]
+    callbacks: list[Callback] = [SpeedFaults(step_seconds=0.01, slow={devices - 1: 4.0}), seen]
     if save is not None:
         callbacks.append(ModelCheckpoint(save, filename="it"))
     if method == "async_global":

@@ -44,6 +44,7 @@ def fit(options: dict[str, Any], strategy: str) -> tuple[set[int], set[str], lis
     return lit.lengths, lit.sentences, lit.seen
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [{}, {"num_workers": 1, "persistent_workers": True}, {"drop_last": True}])
 def test_the_length_of_a_synchronous_run(options: dict[str, Any]) -> None:
     length = math.ceil(SAMPLES / RANKS / 4)

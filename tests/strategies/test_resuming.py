@@ -294,7 +294,7 @@ def test_a_stream_that_does_not_know_where_it_stood_begins_anew(tmp_path: Path) 
     assert run(2, _forgets, path, False) == run(2, _forgets, path, True) == [10, 10]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("at_meeting", ["adopt", "keep"])
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
 def test_a_resumed_run_continues_in_other_precisions(precision: str, at_meeting: str, tmp_path: Path) -> None:

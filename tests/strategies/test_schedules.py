@@ -265,7 +265,7 @@ def reduces(monitor: str, frequency: int, options: dict[str, Any]) -> tuple[list
     return lit.rates, config.scheduler.state_dict()["last_epoch"]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist=True")
 @pytest.mark.parametrize(("frequency", "asked"), [(10, 4), (20, 2), (1, 4)])
 def test_it_is_asked_once_a_meeting_and_all_ranks_reduce_together(frequency: int, asked: int) -> None:

@@ -86,6 +86,7 @@ def _stream(kind: Any, lengths: list[int], slow: float) -> dict[str, Any]:
     return {**says.said, "weights": weights(lit), "seen": lit.seen, "dry": says.dry, "validations": says.validations}
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:`Batches` is not a DataLoader")
 @pytest.mark.parametrize(
     ("kind", "lengths", "slow"), [(Stream, [40, 12], 1.0), (Stream, [12, 40], 5.0), (Batches, [12, 40], 1.0)]
@@ -137,7 +138,7 @@ def test_each_rank_goes_on_with_its_own_stream() -> None:
         assert [*first[rank]["seen"], *second[rank]["seen"]] == list(range(100 * rank, 100 * rank + 40))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 1), (1, 3)])
 def test_an_epoch_goes_on_with_any_number_of_ranks(before: int, after: int) -> None:
     first = run(before, _part, "shared", 7, [], None)
@@ -308,6 +309,7 @@ def _flat(end: dict[str, Any]) -> list[int]:
     return [index for epoch in end["epochs"] for index in epoch]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["data set", "live", "anew"])
 def test_a_limited_epoch_trains_on_what_it_trains_on_under_ddp(kind: str) -> None:
     (theirs,) = run(1, _limited, 1, kind, "ddp")
@@ -362,7 +364,7 @@ def test_no_sample_of_a_limited_epoch_is_lost_on_any_rank(slow: float) -> None:
         assert len(end["epochs"]) == 4
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
 @pytest.mark.parametrize("kind", ["few", "unlike", "sized"])
 @pytest.mark.parametrize(("slow", "accumulate"), [(1.0, 4), (4.0, 1), (1.0, 1), (4.0, 4)])

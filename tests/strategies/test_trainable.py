@@ -78,7 +78,7 @@ def _thaws(mode: str, at_meeting: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
 @pytest.mark.parametrize(("mode", "at_meeting"), MODES)
 def test_a_backbone_thaws_at_a_meeting(mode: str, at_meeting: str) -> None:

@@ -193,7 +193,7 @@ def _chat_on_both(a: End, b: End, count: int, hurries: bool) -> None:
         assert results[end.me][0] == sorted(results[end.peer][1]), "all of it, once"
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("hurries", [False, True])
 def test_thousands_of_random_messages_both_ways(pair: tuple[End, End], hurries: bool) -> None:
     a, b = pair
