@@ -12,9 +12,9 @@ from tests.cli.runs import MODULES, Said, record
 
 @pytest.fixture(scope="session")
 def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks with nothing special."""
+    """A run of two ranks with nothing special, in which each step exchanges."""
     folder = tmp_path_factory.mktemp("runs") / "17"
-    record(folder)
+    record(folder, period=1)
     return folder
 
 
