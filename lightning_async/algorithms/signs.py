@@ -13,7 +13,8 @@ Blocks are small enough for the cache: memory is read once (values, rest) and wr
 of what float32 takes. Sums are pairwise: `torch.linalg.vector_norm(x, 1)` adds up naively on a CPU, and is half of the
 truth at 100 million numbers.
 
-Three ways to the same numbers: NumPy on a CPU, torch anywhere, Triton kernels on a GPU (`signs_triton`).
+Four ways to the same numbers: compiled loops on a CPU (`signs_numba`), NumPy there without a compiler, torch anywhere,
+Triton kernels on a GPU (`signs_triton`).
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def flat(tensor: Tensor) -> Flat:
 def signs_for(like: Tensor, block: int = BLOCK) -> Signs[Flat]:
     """The fastest way for tensors like this one; it has scratch memory for one block, so each thread takes its own."""
     if like.device.type == "cpu":
-        return NumpySigns(block, like.dtype)
+        from lightning_async.algorithms.signs_numba import numba_signs
+
+        return numba_signs(like, block) or NumpySigns(block, like.dtype)
     if like.device.type == "cuda":
         from lightning_async.algorithms.signs_triton import triton_signs
 
@@ -127,7 +130,7 @@ class NumpySigns:
         total = float(sizes.sum())
         if not math.isfinite(total):  # a sum may be too large for float32 where no number is
             total = float(sizes.sum(dtype=torch.float64))
-        return _checked(total / p.size)
+        return checked(total / p.size)
 
     def pack(self, p: Array, bits: Array) -> None:
         """Write the signs of `p`."""
@@ -150,7 +153,7 @@ class NumpySigns:
         numbers = torch.from_numpy(p)
         total = stretch * float(torch.dot(numbers, signs)) / max(1, p.size)
         if not math.isfinite(total):
-            scale = _checked(self._as_it_travels(stretch * self.mean(p)))
+            scale = checked(self._as_it_travels(stretch * self.mean(p)))
             self.shift(source, bits, -scale, out)
             return scale
         scale = self._as_it_travels(total)
@@ -179,7 +182,7 @@ class TorchSigns:
 
     def mean(self, p: Tensor) -> float:
         """The mean of |p|."""
-        return _checked(float(p.abs().mean(dtype=torch.float64))) if p.numel() else 0.0
+        return checked(float(p.abs().mean(dtype=torch.float64))) if p.numel() else 0.0
 
     def pack(self, p: Tensor, bits: Tensor) -> None:
         """Write the signs of `p`."""
@@ -193,7 +196,7 @@ class TorchSigns:
 
     def press(self, p: Tensor, bits: Tensor, source: Tensor, out: Tensor, stretch: float = 1.0) -> float:
         """One after the other."""
-        scale = _checked(float(torch.tensor(stretch * self.mean(p), dtype=p.dtype)))
+        scale = checked(float(torch.tensor(stretch * self.mean(p), dtype=p.dtype)))
         self.pack(p, bits)
         self.shift(source, bits, -scale, out)
         return scale
@@ -213,7 +216,8 @@ def _table() -> Array:
     return np.unpackbits(bytes_, axis=1, bitorder="little") * 2.0 - 1.0
 
 
-def _checked(mean: float) -> float:
+def checked(mean: float) -> float:
+    """A mean, or NotFinite."""
     if not math.isfinite(mean):
         raise NotFinite("there are numbers that are not finite")
     return mean

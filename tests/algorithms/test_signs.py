@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_async.algorithms import signs_numba
 from lightning_async.algorithms.press import Press, Rest, Sum, Values
 from lightning_async.algorithms.sheets import Span, cuts
-from lightning_async.algorithms.signs import Flat, NotFinite, NumpySigns, Signs, TorchSigns, flat, nbytes
+from lightning_async.algorithms.signs import Flat, NotFinite, NumpySigns, Signs, TorchSigns, flat, nbytes, signs_for
+from lightning_async.algorithms.signs_numba import NumbaSigns
 
 SIZES = [0, 1, 7, 8, 9, 255, 256, 1000, 4096]
-WAYS = ["numpy", "torch"]
+WAYS = ["numpy", "torch", "numba"]
 
 
 def numbers(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def signs(way: str, dtype: torch.dtype = torch.float32) -> Signs[Flat]:
-    return TorchSigns() if way == "torch" else NumpySigns(4096, dtype)
+def signs(way: str, dtype: torch.dtype = torch.float32, block: int = 4096) -> Signs[Flat]:
+    if way == "numba":
+        pytest.importorskip("numba", reason="Numba is not installed")
+        return NumbaSigns(block, dtype)
+    return TorchSigns() if way == "torch" else NumpySigns(block, dtype)
 
 
 def seen(way: str, tensor: Tensor) -> Flat:
@@ -109,13 +115,12 @@ def test_signs_come_back_as_they_were(n: int, way: str) -> None:
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_both_ways_write_the_same_bytes(n: int) -> None:
+def test_all_ways_write_the_same_bytes(n: int) -> None:
     p, bits = numbers(n), {way: torch.zeros(nbytes(n), dtype=torch.uint8) for way in WAYS}
     for way in WAYS:
         signs(way).pack(seen(way, p), seen(way, bits[way]))
-    assert torch.equal(bits["numpy"], bits["torch"])
-    expected = np.packbits(p.numpy() >= 0, bitorder="little")
-    assert bits["numpy"].tolist() == expected.tolist()
+    expected = np.packbits(p.numpy() >= 0, bitorder="little").tolist()
+    assert all(written.tolist() == expected for written in bits.values())
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -147,8 +152,27 @@ def test_zeros_send_nothing_and_denormals_survive(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_scale_of_many_numbers_is_right(way: str) -> None:
     p = numbers(1 << 22)
-    by = TorchSigns() if way == "torch" else NumpySigns(1 << 22)
+    by = signs(way, block=1 << 22)
     assert by.mean(seen(way, p)) == pytest.approx(float(p.double().abs().mean()), rel=1e-6)
+
+
+def test_a_disk_on_which_nothing_can_be_kept_is_no_reason_not_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = pytest.importorskip("numba", reason="Numba is not installed")
+    njit = numba.njit
+
+    def full(cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(numba, "njit", full)
+    monkeypatch.setattr(signs_numba, "_made", [])
+    assert signs("numba").mean(np.full(100, -2.0, "f4")) == 2
+
+
+def test_without_numba_numpy_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signs_numba, "numba", None)
+    assert type(signs_for(torch.zeros(8))) is NumpySigns
 
 
 # -- whole sheets ------------------------------------------------------------------------------------------------------
