@@ -50,7 +50,7 @@ def test_the_length_of_a_synchronous_run(options: dict[str, Any]) -> None:
     length = math.ceil(SAMPLES / RANKS / 4)
     fast, slow = run(RANKS, fit, options, "gossip_ring")
     assert fast[0] == slow[0] == {length}
-    assert len(fast[2]) > len(slow[2]), "it bounds the fast rank"
+    assert max(len(fast[2]), len(slow[2])) > 3 * 4 * length, "it bounds the rank that came first"
     assert sorted(fast[2] + slow[2]) == sorted(3 * list(range(SAMPLES)))
     assert all("how many batches this rank has is not known before the epoch is over" in s for s in fast[1] | slow[1])
     assert fast[1]
