@@ -15,6 +15,7 @@ asynchronous local SGD has learnt since (Liu et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -47,6 +48,9 @@ from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Letter, Mail, Wait
 from lightning_async.transport.rounds import Rounds
+
+FOLDED = 1 << 22
+"""Numbers that a step folds, unless one answer has more: some tens of milliseconds of memory's time."""
 
 
 class AsyncGlobal(Algorithm):
@@ -111,6 +115,7 @@ class AsyncGlobal(Algorithm):
         self._beginnings += 1
         self._mass, self._rounds, self._step = mass, rounds, 0
         self._arrivals: list[Arrival] = []
+        self._unfolded: list[Letter] = []
         self._images = torch.empty(0, dtype=torch.uint8)
         self.period = Period(self.local_steps, self.pace)
         self._elsewhere, self._at_home = 0, dict[int, int]()
@@ -149,7 +154,7 @@ class AsyncGlobal(Algorithm):
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Fold what was answered, and push what is due."""
         self._step = step
-        self._pump(replica, mail)
+        self._pump(replica, mail, most=FOLDED)
         self.period.stepped(mail, step)
         for exchange in self.exchanges:
             exchange.samples += self._mass // UNIT
@@ -242,10 +247,13 @@ class AsyncGlobal(Algorithm):
 
     # -- between two steps --------------------------------------------------------------------------------------------
 
-    def _pump(self, replica: Replica, mail: Mail) -> None:
-        """Everything but asking: never waits."""
+    def _pump(self, replica: Replica, mail: Mail, most: float = inf) -> None:
+        """Everything but asking: never waits. What would make a step long is left to the next one."""
         mail.lost()  # what was asked of the dead is asked of others
-        for letter in mail.take(ANSWER):
+        self._unfolded += mail.take(ANSWER)
+        while self._unfolded and most > 0:
+            letter = self._unfolded.pop(0)
+            most -= 0 if letter.message.body is None else letter.message.body.numel()
             for exchange in self.exchanges:
                 if exchange.place == letter.message.reference and exchange.asked:
                     self._fold(exchange, letter, replica)

@@ -111,7 +111,7 @@ class Exchange:
         lost = self._lost(letter) if asked == PULL and self._moved_in else []
         included = asked != PULL or (self._unanswered > 0 and m.samples >= self._unanswered)
         seen = self._pushed.add_(self.base) if included else self._pushed.copy_(self.base)
-        replica.shift(seen.neg_().add_(server), at=self.shard.begin)
+        replica.shift(torch.sub(server, seen, out=seen), at=self.shard.begin)
         if m.weight == NOT_FINITE:
             replica.mend(server, at=self.shard.begin)
         if included:

@@ -16,7 +16,7 @@ from lightning_async.algorithms.sync_global import SyncGlobal
 from lightning_async.algorithms.training import train
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
-from lightning_async.transport.mail import Carrier
+from lightning_async.transport.mail import Carrier, Mail, Wait
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import Program, VirtualCluster
 from tests.algorithms.one_hot import Outcome, run
@@ -61,6 +61,31 @@ def test_one_sample_moves_w_equally_whatever_the_speed(slow: float, knobs: dict[
 def test_one_sample_moves_w_equally_whatever_the_batch_size() -> None:
     outcome = go([1, 1, 4], masses=[3 * UNIT, UNIT, 2 * UNIT])
     torch.testing.assert_close(outcome.sample_weights, torch.tensor([3.0, 1.0, 2.0]) * 3 / 6, rtol=5e-3, atol=0)
+
+
+class Told(AsyncGlobal):
+    """It notes how many answers each step folded."""
+
+    def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
+        self.folds: list[int] = []
+        super().begin(replica, mail, mass, rounds)
+
+    def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        arrivals = yield from super().after_step(replica, mail, step)
+        self.folds.append(len(arrivals))
+        return arrivals
+
+
+@pytest.mark.parametrize(("most", "answers"), [(1, 1), (16, 1), (17, 2), (32, 2), (1000, 4)])
+def test_what_would_make_a_step_long_is_folded_in_the_next(
+    most: int, answers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four shards of 16 numbers are all answered before the next step."""
+    monkeypatch.setattr("lightning_async.algorithms.async_global.FOLDED", most)
+    outcome = run([1.0] * 4, seconds=1.0, make=Told, cluster={"latency": 0.001})
+    assert all(max(member.folds) == answers for member in outcome.algorithms)
+    assert all(member._unfolded == [] for member in outcome.algorithms)
+    torch.testing.assert_close(outcome.sample_weights, torch.ones(4), rtol=1e-4, atol=0)
 
 
 def test_all_members_end_with_the_same_w_to_the_bit() -> None:
