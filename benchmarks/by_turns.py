@@ -83,7 +83,7 @@ def by_turns(work: dict[str, Any], knobs: dict[str, Any], folder: str, order: li
 
 
 class Shift(Callback):
-    """Behind these callbacks in the Trainer's list: takes them out for an epoch, with all that they had put elsewhere."""
+    """Behind these callbacks in the Trainer's list: takes them out for an epoch, with all that they put elsewhere."""
 
     def __init__(self, order: Sequence[bool], others: Sequence[Callback]) -> None:
         self._order, self._others = [*order, True], list(others)
