@@ -57,6 +57,7 @@ class Exchange:
         self._exact = True
         self._unanswered = 0
         self._sent = 0
+        self._empty = False  # whether the last push only says that there is nothing left to push
         self._moved_in = False
         self._mine: list[tuple[int, int, int]] = []  # steps, versions and samples of own arrivals
 
@@ -87,6 +88,7 @@ class Exchange:
                 self._pushed.copy_(codec.decode(body, difference.dtype))
             self.asked, self.step, self._exact = kind, step, codec is EXACT
             self._sent, self.samples = self.samples, 0
+            self._empty = kind == LAST and not self._sent  # but for what was rounded off
 
     def pull(self, mail: Mail, step: int) -> None:
         """Ask for the newest weights."""
@@ -118,7 +120,7 @@ class Exchange:
             self.clean = self.step if self._exact else self.step - 1
         elif self._unanswered:
             self._take_back()
-        arrivals = [self._arrival(letter, asked)] if included else []
+        arrivals = [self._arrival(letter, asked)] if included and not self._empty else []
         self.base.copy_(server)
         self.version, self._unanswered = m.version, 0
         self.pulls += asked == PULL
