@@ -207,7 +207,11 @@ def _in_step() -> None:
     shrink = AdaptiveShrink()
     first = os.environ["RANK"] == "0"
     t = trainer(2, strategy=LazySignStrategy(), callbacks=[shrink], max_epochs=1)
-    with pytest.warns(UserWarning, match="AdaptiveShrink has nothing to say") if first else nullcontext():
+    with (
+        pytest.warns(UserWarning, match="AdaptiveShrink has nothing to say .* leave it out$")
+        if first
+        else nullcontext()
+    ):
         t.fit(Lit(), loader(), loader(40, shuffle=False))
     assert t.strategy.shrink is no_shrink  # type: ignore[attr-defined]
     assert shrink.figures == {}
