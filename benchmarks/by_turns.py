@@ -117,8 +117,8 @@ class Epoch:
 
     @property
     def ends(self) -> float:
-        """What is no part of the steps that are looked at."""
-        return self.whole - self.steps
+        """What it took longer than all steps would at that pace."""
+        return self.whole - self.steps / (LATE - EARLY)
 
 
 def epochs_of(records: Sequence[Record]) -> list[Epoch]:

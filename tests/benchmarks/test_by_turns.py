@@ -39,6 +39,7 @@ def test_what_is_slower_by_a_known_part_comes_out_as_that() -> None:
     records = [_record(starts, 20) for _ in range(2)]
     assert [epoch.whole for epoch in epochs_of(records)] == pytest.approx(lasts[1:-1])
     assert [epoch.steps for epoch in epochs_of(records)] == pytest.approx([1.6] * 4)  # 17 of 20, and not the first
+    assert [epoch.ends for epoch in epochs_of(records)] == pytest.approx([last - 2.0 for last in lasts[1:-1]])
     ratio, cells = told(records, order, 80)
     assert ratio.mean == pytest.approx(1 / 1.1)
     assert ratio.half == pytest.approx(0, abs=1e-9)
