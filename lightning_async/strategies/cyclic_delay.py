@@ -154,6 +154,12 @@ class CyclicDelayStrategy(AsyncStrategy):
             self._refuse()
             self.algorithm.optimizer = self.optimizers[0]
 
+    def on_train_start(self) -> None:
+        """Where members are of unlike size, a batch counts by its samples."""
+        unlike = len({len(ranks) for ranks in self.office.ranks_of_members}) > 1
+        self.algorithm.usual = self.feeding.usual if unlike else None
+        super().on_train_start()
+
     def _beside(self) -> dict[str, Any]:
         """Also what the server's optimizers remember."""
         names = remembered(self.optimizers[0]) if self.algorithm.push == "gradient" else []

@@ -5,7 +5,7 @@
     torchrun started the ranks              its variables say who each is; a list, if there is one, must fit them
     a list, and nobody started them         Lightning starts those of this node; NODE_RANK says which node it is
 
-`devices` and `num_nodes` are what the Trainer of this node is to be told. It would set products of them: nothing is set.
+`devices` and `num_nodes` are what the Trainer of this node is to be told. Products of them, which it sets, do not count.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-LEAVE_IT_OUT = "correct `devices_per_node`, or leave it out: torchrun says it (rendezvous c10d numbers nodes as they come)"
+LEAVE_IT_OUT = (
+    "correct `devices_per_node`, or leave it out: torchrun says it (rendezvous c10d numbers nodes as they come)"
+)
 
 
 class UnevenNodesEnvironment(LightningEnvironment):
@@ -108,7 +110,9 @@ class UnevenNodesEnvironment(LightningEnvironment):
         node, world, here = self.node_rank(), _told("WORLD_SIZE"), _told("LOCAL_WORLD_SIZE")
         said = f"`devices_per_node={listed}`"
         if sum(listed) != world:
-            raise MisconfigurationException(f"{said} makes {sum(listed)} ranks, and torchrun started {world}: {LEAVE_IT_OUT}")
+            raise MisconfigurationException(
+                f"{said} makes {sum(listed)} ranks, and torchrun started {world}: {LEAVE_IT_OUT}"
+            )
         if listed[node] != here or sum(listed[:node]) + self.local_rank() != _told("RANK"):
             raise MisconfigurationException(
                 f"{said} gives node {node} {listed[node]} ranks from rank {sum(listed[:node])} on, and there torchrun "
@@ -117,8 +121,8 @@ class UnevenNodesEnvironment(LightningEnvironment):
 
 
 def _checked(devices: Sequence[int]) -> list[int]:
-    numbers = isinstance(devices, Sequence) and not isinstance(devices, str) and len(devices) > 0
-    if not numbers or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in devices):
+    listed = isinstance(devices, (list, tuple)) and len(devices) > 0
+    if not listed or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in devices):
         raise ValueError(
             f"`devices_per_node` must be a list of integers of at least 1, one a node, or None, got {devices!r}"
         )

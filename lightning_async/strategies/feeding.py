@@ -88,6 +88,11 @@ class Feeding:
         return self._batch
 
     @property
+    def usual(self) -> float:
+        """A batch of a member, in samples, on average over the members."""
+        return float(self._usual or self._batch)
+
+    @property
     def dry(self) -> bool:
         """Whether this rank's loader has nothing more in this epoch, and all that it gave is trained on.
 

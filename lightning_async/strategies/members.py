@@ -36,8 +36,8 @@ def ranks_of_members(inner: Inner | None, inner_size: int | None, nodes: Sequenc
         return tuple(tuple(r for r in range(world) if nodes[r] == node) for node in dict.fromkeys(nodes))
     if world % size:
         raise MisconfigurationException(
-            f"`inner_size={size}` does not divide the {world} ranks of this run: start a multiple of it, choose another "
-            'one, or take `inner="node"`, whose members may be of unlike size'
+            f"`inner_size={size}` does not divide the {world} ranks of this run: start a multiple of it, choose "
+            'another one, or take `inner="node"`, whose members may be of unlike size'
         )
     return tuple(tuple(range(first, first + size)) for first in range(0, world, size))
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy, UnevenNodesEnvironment
 from lightning_async.strategies.members import ranks_of_members, sizes
-from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer, weights
+from tests.strategies.lit import INPUTS, Lit, loader, trainer, weights
 from tests.strategies.ranks import run
 from tests.strategies.test_two_layers import Plain, Watches
 
@@ -117,7 +115,9 @@ def test_without_torchrun_there_must_be_a_list(nobody: pytest.MonkeyPatch) -> No
         with pytest.raises(MisconfigurationException, match="start the ranks by torchrun, or give"):
             ask()
     nobody.setenv("NODE_RANK", "2")
-    with pytest.raises(MisconfigurationException, match="has 2 nodes, and this is node number 2: NODE_RANK counts from 0"):
+    with pytest.raises(
+        MisconfigurationException, match="has 2 nodes, and this is node number 2: NODE_RANK counts from 0"
+    ):
         UnevenNodesEnvironment([4, 2]).node_rank()
 
 
@@ -141,14 +141,20 @@ def test_members_go_by_where_their_ranks_are() -> None:
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-def on_nodes(nodes: list[int] | None, told: bool, strategy: Any, **options: Any) -> L.Trainer:
-    """This rank's Trainer, as torchrun started it on two nodes, which are this host."""
-    os.environ |= {**variables(int(os.environ["RANK"]), NODES), "GLOO_SOCKET_IFNAME": "lo"}
+def on_nodes(nodes: list[int] | None, how: str, strategy: Any, **options: Any) -> L.Trainer:
+    """This rank's Trainer on one of two nodes, which are this host."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if how != "torchrun itself":
+        os.environ |= variables(int(os.environ["RANK"]), NODES)
+    if how == "by a list":
+        os.environ["NODE_RANK"] = os.environ["GROUP_RANK"]
+        for name in TORCHRUN:
+            os.environ.pop(name) if name != "LOCAL_RANK" else None
     environment = UnevenNodesEnvironment(nodes)
-    if told:
-        options["plugins"] = [environment]
-    else:
+    if how == "by the strategy":
         strategy.cluster_environment = environment
+    else:
+        options["plugins"] = [environment]
     return trainer(environment.devices, num_nodes=environment.num_nodes, strategy=strategy, **options)
 
 
@@ -172,18 +178,27 @@ class Sees(L.Callback):
         self.seen["accounts"] = trainer.strategy.accounts()  # type: ignore[attr-defined]
 
 
-def _fit(of: str, knobs: dict[str, Any], nodes: list[int] | None, told: bool, options: dict[str, Any]) -> Any:
+def _fit(of: str, knobs: dict[str, Any], nodes: list[int] | None = None, how: str = "torchrun") -> dict[str, Any]:
     sees, watches = Sees(), Watches()
     strategy = KINDS[of](**knobs)
-    t = on_nodes(nodes, told, strategy, callbacks=[sees, watches], **options)
+    t = on_nodes(nodes, how, strategy, callbacks=[sees, watches])
     t.fit(lit := Lit(), loader(shuffle=False), loader(40, shuffle=False))
     ends = {"weights": weights(lit), "seen": lit.seen, "prints": watches.prints, "step": t.global_step}
     return sees.seen | ends | {"val": float(t.callback_metrics["val"]), "own": strategy.steps}
 
 
-@pytest.mark.parametrize(("nodes", "told"), [(None, True), (NODES, False)])
-def test_every_rank_of_two_and_one_is_a_member(nodes: list[int] | None, told: bool) -> None:
-    ends = run(3, _fit, "gossip_ring", {}, nodes, told, {})
+@pytest.mark.few(1)
+@pytest.mark.parametrize("nodes", [None, NODES])
+@pytest.mark.parametrize("how", ["torchrun", "by the strategy"])
+def test_every_rank_of_two_and_one_is_a_member(nodes: list[int] | None, how: str) -> None:
+    are_members(run(3, _fit, "gossip_ring", {}, nodes, how))
+
+
+def test_and_so_it_is_by_a_list_alone() -> None:
+    are_members(run(3, _fit, "gossip_ring", {}, NODES, "by a list"))
+
+
+def are_members(ends: list[dict[str, Any]]) -> None:
     assert [end["rank"] for end in ends] == [(0, 0, 0, 3), (1, 1, 0, 3), (2, 0, 1, 3)]
     assert [end["sampler"] for end in ends] == [{"num_replicas": 3, "rank": r} for r in range(3)]
     assert {end["members"] for end in ends} == {3}
@@ -201,14 +216,18 @@ def test_every_rank_of_two_and_one_is_a_member(nodes: list[int] | None, told: bo
         ("gossip_ring", {"balance": "equal"}),
         ("gossip_ring", {"balance": "incremental"}),
         ("async_global", {}),
-        ("async_global", {"at_meeting": "keep"}),
+        ("gossip_ring", {"at_meeting": "keep"}),
         ("cyclic_delay", {}),
         ("cyclic_delay", {"push": "delta"}),
     ],
     ids=str,
 )
 def test_nodes_are_members_of_unlike_size(of: str, knobs: dict[str, Any]) -> None:
-    ends = run(3, _fit, of, {"inner": "node", **knobs}, None, True, {})
+    ends = run(3, _fit, of, {"inner": "node", **knobs})
+    are_two(ends, knobs)
+
+
+def are_two(ends: list[dict[str, Any]], knobs: dict[str, Any]) -> None:
     assert [end["mine"] for end in ends] == [(0, 1), (0, 1), (2,)]
     assert {end["members"] for end in ends} == {2}
     assert "2 members of 2 and 1 ranks, " in ends[0]["line"]
@@ -220,3 +239,129 @@ def test_nodes_are_members_of_unlike_size(of: str, knobs: dict[str, Any]) -> Non
     assert len(ends[0]["seen"]) == len(ends[1]["seen"])
     assert all(end["weights"] == ends[0]["weights"] and end["val"] == ends[0]["val"] for end in ends)
     assert {end["steps"] for end in ends} == {end["step"] for end in ends} == {2 * 240 // 12}, "3 ranks of 4 samples"
+
+
+class Slope(Plain):
+    """Its gradient is the mean of the samples, wherever the weights are: what each sample moved adds up."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.5)
+        self.layer = torch.nn.Linear(8, 1, bias=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch[1]).mean()  # type: ignore[no-any-return]
+
+
+class Epochs(L.Callback):
+    """The consensus after each epoch."""
+
+    def __init__(self) -> None:
+        self.weights: list[list[float]] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.weights.append(weights(module))
+
+
+def _slope(of: str, knobs: dict[str, Any]) -> list[float]:
+    torch.manual_seed(0)
+    epochs = Epochs()
+    t = on_nodes(None, "torchrun", KINDS[of](inner="node", balance="equal", **knobs), max_epochs=2, callbacks=[epochs])
+    t.fit(Slope(), loader(shuffle=False), loader(40, shuffle=False))
+    before, after = epochs.weights
+    return [a - b for a, b in zip(after, before, strict=True)]
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("of", "knobs"),
+    [
+        ("gossip_ring", {"mode": "none"}),
+        ("gossip_ring", {"mode": "pairwise"}),
+        ("gossip_ring", {"mode": "push_sum"}),
+        ("async_global", {"attenuation": "none", "local_steps": 1}),
+        ("async_global", {"attenuation": "none", "local_steps": 3}),
+        ("cyclic_delay", {"push": "gradient"}),
+        ("cyclic_delay", {"push": "delta"}),
+    ],
+    ids=str,
+)
+def test_a_sample_moves_the_consensus_equally_whatever_the_size_of_its_member(of: str, knobs: dict[str, Any]) -> None:
+    """15 batches of 8 samples and 30 of 4: a synchronous run of three ranks takes 20 steps of 12.
+
+    Of the second epoch: a server knows what others' pushes weigh from their first ones on.
+    """
+    moved = run(3, _slope, of, knobs, timeout=20)
+    assert moved[0] == pytest.approx((-0.5 * INPUTS.sum(0) / 12).tolist(), rel=1e-3, abs=1e-4)
+
+
+# -- torchrun itself ---------------------------------------------------------------------------------------------------
+
+
+def _agent(inner: bool) -> list[dict[str, Any]]:
+    """One node: torchrun's own agent by its own reading of its line, with another number of ranks on each node."""
+    node, port = os.environ["RANK"], os.environ["MASTER_PORT"]
+    for name in (*TORCHRUN, "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"):
+        os.environ.pop(name, None)
+    line = ["--nnodes=2", f"--nproc-per-node={NODES[int(node)]}", f"--node-rank={node}", "--master-addr=127.0.0.1"]
+    config, _, _ = config_from_args(parse_args([*line, f"--master-port={port}", "script.py"]))
+    quick = replace(config, start_method="fork", monitor_interval=0.05)
+    found = elastic_launch(quick, _fit)("gossip_ring", {"inner": "node"} if inner else {}, None, "torchrun itself")
+    return list(found.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.few(1)
+@pytest.mark.parametrize("inner", [True, False])
+def test_torchrun_starts_two_and_one(inner: bool) -> None:
+    ends = [end for node in run(2, _agent, inner) for end in node]
+    if inner:
+        are_two(ends, {})
+    else:
+        are_members(ends)
+
+
+# -- what is refused, and what goes on ---------------------------------------------------------------------------------
+
+
+def _refused(knobs: dict[str, Any], nodes: list[int] | None) -> str:
+    t = on_nodes(nodes, "torchrun", GossipRingStrategy(**knobs))
+    with pytest.raises(MisconfigurationException) as error:
+        t.fit(Lit(), loader(), loader(40, shuffle=False))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "nodes", "sentence"),
+    [
+        ({"inner": "node", "mode": "sync"}, None, "the members have of 2 and 1 ranks"),
+        ({}, [1, 2], "gives node 0 1 ranks from rank 0 on, and there torchrun started 2 from rank 0 on"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_on_all_ranks(
+    knobs: dict[str, Any], nodes: list[int] | None, sentence: str
+) -> None:
+    said = run(3, _refused, knobs, nodes)
+    assert sentence in said[0]
+    assert len(said) == 3
+
+
+def _saved(folder: str, ending: int, split: list[int], resumed: bool) -> dict[str, Any]:
+    global NODES  # of this forked process
+    NODES = split
+    every = ModelCheckpoint(folder, every_n_train_steps=15, save_top_k=-1, filename="{step}")
+    options: dict[str, Any] = {"callbacks": [every], "enable_checkpointing": True, "max_steps": ending, "max_epochs": 9}
+    t = on_nodes(None, "torchrun", GossipRingStrategy(inner="node", balance="equal", mode="none"), **options)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        path = f"{folder}/step=15.ckpt" if resumed else None
+        t.fit(lit := Lit(), loader(shuffle=False), loader(40, shuffle=False), ckpt_path=path)
+    return {"weights": weights(lit), "told": [str(w.message) for w in told if "to the bit" in str(w.message)]}
+
+
+def test_the_same_nodes_go_on_to_the_bit_and_others_say_that_they_do_not(tmp_path: Path) -> None:
+    whole = run(3, _saved, str(tmp_path), 30, [2, 1], False)
+    again = run(3, _saved, str(tmp_path), 30, [2, 1], True)
+    assert [end["weights"] for end in again] == [end["weights"] for end in whole]
+    assert not any(end["told"] for end in again)
+    other = run(3, _saved, str(tmp_path), 30, [1, 2], True)
+    assert "its members were the ranks 0 1 | 2, and here they are 0 | 1 2" in other[0]["told"][0]
