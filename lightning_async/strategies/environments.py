@@ -5,7 +5,7 @@
     torchrun started the ranks              its variables say who each is; a list, if there is one, must fit them
     a list, and nobody started them         Lightning starts those of this node; NODE_RANK says which node it is
 
-`devices` and `num_nodes` are what the Trainer of this node is to be told. Products of them, which it sets, do not count.
+`devices` and `num_nodes` are what the Trainer of this node is to be told. It sets products of them, which do not count.
 """
 
 from __future__ import annotations

@@ -8,12 +8,14 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
@@ -354,14 +356,13 @@ def _saved(folder: str, ending: int, split: list[int], resumed: bool) -> dict[st
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         path = f"{folder}/step=15.ckpt" if resumed else None
-        t.fit(lit := Lit(), loader(shuffle=False), loader(40, shuffle=False), ckpt_path=path)
-    return {"weights": weights(lit), "told": [str(w.message) for w in told if "to the bit" in str(w.message)]}
+        t.fit(Lit(), loader(shuffle=False), loader(40, shuffle=False), ckpt_path=path)
+    return {"step": t.global_step, "told": [str(w.message) for w in told if "to the bit" in str(w.message)]}
 
 
 def test_the_same_nodes_go_on_to_the_bit_and_others_say_that_they_do_not(tmp_path: Path) -> None:
-    whole = run(3, _saved, str(tmp_path), 30, [2, 1], False)
-    again = run(3, _saved, str(tmp_path), 30, [2, 1], True)
-    assert [end["weights"] for end in again] == [end["weights"] for end in whole]
-    assert not any(end["told"] for end in again)
+    run(3, _saved, str(tmp_path), 15, [2, 1], False)
+    assert all(end == {"step": 30, "told": []} for end in run(3, _saved, str(tmp_path), 30, [2, 1], True))
     other = run(3, _saved, str(tmp_path), 30, [1, 2], True)
+    assert {end["step"] for end in other} == {30}
     assert "its members were the ranks 0 1 | 2, and here they are 0 | 1 2" in other[0]["told"][0]
