@@ -81,6 +81,7 @@ class AsyncStrategy(Shown):
         meet_every: int | None = None,
         grace: float = 10.0,
         interface: str | None = None,
+        staging: int | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
         meeting_timeout: float = 1800.0,
@@ -121,9 +122,10 @@ class AsyncStrategy(Shown):
         check_word("start_method", start_method, get_args(StartMethod))
         check_inner(inner, inner_size)
         self.algorithm, self.at_meeting, self.buffers, self.timeout = algorithm, at_meeting, buffers, timeout
-        self.voice, self.inner, self.inner_size = algorithm, inner, inner_size
+        self.voice, self.inner, self.inner_size, self.staging = algorithm, inner, inner_size, staging
         self.office = Office(
             interface=interface,
+            staging=staging,
             silence=silence,
             patience=patience,
             limit=meeting_timeout,
@@ -239,7 +241,7 @@ class AsyncStrategy(Shown):
         model = model_of((p for p, _ in self.replica.places), **self._beside())
         near = self.num_processes - 1
         inner = max(map(len, self.office.ranks_of_members), default=1)
-        return account(self.algorithm, model, self.members, inner=inner, near=near)
+        return account(self.algorithm, model, self.members, inner=inner, near=near, piece=self.office.piece)
 
     def _beside(self) -> dict[str, Any]:
         """What of `account.Model` goes by the optimizers, or by names."""

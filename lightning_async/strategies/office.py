@@ -25,7 +25,7 @@ from lightning_async.strategies.alike import check_alike
 from lightning_async.strategies.knobs import check_seconds, check_text
 from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
-from lightning_async.transport.cluster import ClusterCarrier
+from lightning_async.transport.cluster import PIECE, ClusterCarrier, piece_of
 from lightning_async.transport.gathering import When
 from lightning_async.transport.layers import LayeredRounds, Speakers
 from lightning_async.transport.mail import Carrier, Wait
@@ -51,6 +51,7 @@ class Office:
     Attributes:
         ranks_of_members: The ranks of each member, the first of which speaks for it; empty: each rank is one. To be set
             before it opens.
+        piece: The longest piece in which a body travels, in bytes.
         shared_memory: Whether long bodies to ranks of this host go through memory; likewise. For measurements.
         siblings: This rank among the ranks of its member, where a member has several.
     """
@@ -63,6 +64,7 @@ class Office:
         self,
         *,
         interface: str | None,
+        staging: int | None = None,
         silence: float,
         patience: float,
         limit: float,
@@ -76,6 +78,7 @@ class Office:
             check_seconds(knob, value)
         if patience < silence:
             raise ValueError(f"`patience` must be at least `silence` ({silence}), got {patience}")
+        self.piece = PIECE if staging is None else piece_of(staging)
         check_text("interface", interface, "the name of a network interface")
         self.interface, self.silence, self.patience, self.limit = interface, silence, patience, limit
         self.recording = Recording(record)
@@ -120,6 +123,7 @@ class Office:
             patience=self.patience,
             late=None if self._count == 1 else math.inf,  # a wait for it has its own bound: `limit`
             interface=self.interface,
+            fragment_bytes=self.piece,
             shared_memory=self.shared_memory,
         )
         self._carrier.start()
