@@ -39,7 +39,7 @@ HEADS = 2 * AHEAD * WIRE_BYTES
 
 
 def link_bytes(piece: int, *, near: bool) -> int:
-    """The host memory of a link, whatever travels on it; `near`: with its half of the memory that both of a host see."""
+    """The host memory of a link, whatever travels on it; `near`: with its half of what both ends on one host see."""
     return HEADS + (WINDOW + PLACES * near) * piece
 
 
