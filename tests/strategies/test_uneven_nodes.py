@@ -19,11 +19,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
-from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy, UnevenNodesEnvironment
+from lightning_async import (
+    AsyncGlobalStrategy,
+    CyclicDelayStrategy,
+    GossipRingStrategy,
+    SpeedFaults,
+    UnevenNodesEnvironment,
+)
 from lightning_async.strategies.members import ranks_of_members, sizes
 from tests.strategies.lit import INPUTS, Lit, loader, trainer, weights
-from tests.strategies.ranks import run
+from tests.strategies.ranks import Forked, run
 from tests.strategies.test_two_layers import Plain, Watches
+from tests.strategies.test_two_layers_ends import Does, die
 
 NODES = [2, 1]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
@@ -366,3 +373,26 @@ def test_the_same_nodes_go_on_to_the_bit_and_others_say_that_they_do_not(tmp_pat
     other = run(3, _saved, str(tmp_path), 30, [1, 2], True)
     assert {end["step"] for end in other} == {30}
     assert "its members were the ranks 0 1 | 2, and here they are 0 | 1 2" in other[0]["told"][0]
+
+
+def _dies(dead: int) -> dict[str, Any]:
+    lit, strategy = Lit(), GossipRingStrategy(inner="node", silence=0.5)
+    t = on_nodes(None, "torchrun", strategy, callbacks=[SpeedFaults(step_seconds=0.004), Does(dead, die)])
+    t.fit(lit, loader(), loader(40, shuffle=False))
+    return {"weights": weights(lit), "seen": lit.seen}
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dead", [2, 1, 0])
+def test_a_node_dies_as_a_member_and_the_other_one_trains_on_all_the_data(dead: int) -> None:
+    with Forked(3, _dies, dead, store=True) as forked:
+        results = forked.results(60)
+    assert results[dead].kind == "gone"
+    if dead < 2:
+        assert f"rank {dead} is dead" in results[1 - dead].error
+        assert "of the same member stops with it" in results[1 - dead].error
+    left = [results[rank] for rank in ((0, 1) if dead == 2 else (2,))]
+    assert all(one.kind is None for one in left), left
+    assert all(one.value["weights"] == left[0].value["weights"] for one in left)
+    assert {index for one in left for index in one.value["seen"]} == set(range(240))
