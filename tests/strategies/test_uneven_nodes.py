@@ -23,6 +23,7 @@ from lightning_async import (
     AsyncGlobalStrategy,
     CyclicDelayStrategy,
     GossipRingStrategy,
+    LazySignStrategy,
     SpeedFaults,
     UnevenNodesEnvironment,
 )
@@ -39,6 +40,7 @@ KINDS: dict[str, Any] = {
     "gossip_ring": GossipRingStrategy,
     "async_global": AsyncGlobalStrategy,
     "cyclic_delay": CyclicDelayStrategy,
+    "lazy_sign": LazySignStrategy,
 }
 
 
@@ -203,8 +205,10 @@ def test_every_rank_of_two_and_one_is_a_member(nodes: list[int] | None, how: str
     are_members(run(3, _fit, "gossip_ring", {}, nodes, how))
 
 
-def test_and_so_it_is_by_a_list_alone() -> None:
-    are_members(run(3, _fit, "gossip_ring", {}, NODES, "by a list"))
+@pytest.mark.few(1)
+@pytest.mark.parametrize("of", ["gossip_ring", "lazy_sign"])
+def test_and_so_it_is_by_a_list_alone(of: str) -> None:
+    are_members(run(3, _fit, of, {}, NODES, "by a list"))
 
 
 def are_members(ends: list[dict[str, Any]]) -> None:
