@@ -19,15 +19,16 @@ def check_world(ranks: int) -> None:
     """Raise if this process is of another world than one of so many ranks."""
     if not dist.is_initialized():
         return
+    world = dist.get_world_size()
     if dist.group.WORLD is _inherited:
         raise RuntimeError(
-            f"this rank was forked from a process that an earlier Trainer had made one of {dist.get_world_size()} ranks, "
-            "and cannot leave that group: give each of the two Trainers a script of its own"
+            f"this rank was forked from a process that an earlier Trainer had made one of {world} ranks, and cannot "
+            "leave that group: give each of the two Trainers a script of its own"
         )
-    if dist.get_world_size() != ranks:
+    if world != ranks:
         raise RuntimeError(
-            f"an earlier Trainer made this process one of {dist.get_world_size()} ranks, and this one asks for {ranks}: "
-            "give each of the two a script of its own, or the same number of ranks"
+            f"an earlier Trainer made this process one of {world} ranks, and this one asks for {ranks}: give each of "
+            "the two a script of its own, or the same number of ranks"
         )
 
 
