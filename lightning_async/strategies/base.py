@@ -160,7 +160,8 @@ class AsyncStrategy(Shown):
         refuse(trainer, self.name)
         self.office.check_network(self.num_nodes)
         self.office.check_complete(self.world_size)
-        check_world(self.num_nodes * self.num_processes)
+        self.set_world_ranks()  # what the cluster's environment says now, and no earlier Trainer's
+        check_world(self.world_size)
         super().setup_environment()
         spare_the_threads()
         fitting = trainer.state.fn == TrainerFn.FITTING
