@@ -66,6 +66,7 @@ from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.stepping import Stepping
 from lightning_async.strategies.voice import voice
 from lightning_async.strategies.whole_files import WholeFiles
+from lightning_async.transport.world import check_world
 
 
 class AsyncStrategy(Shown):
@@ -161,6 +162,8 @@ class AsyncStrategy(Shown):
         refuse(trainer, self.name)
         self.office.check_network(self.num_nodes)
         self.office.check_complete(self.world_size)
+        self.set_world_ranks()  # what the cluster's environment says now, and no earlier Trainer's
+        check_world(self.world_size)
         super().setup_environment()
         spare_the_threads()
         fitting = trainer.state.fn == TrainerFn.FITTING
