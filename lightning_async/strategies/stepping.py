@@ -169,6 +169,9 @@ class Stepping:
             return
         self._stepped = False
         self.taken += 1
+        if strategy.algorithm.takes_gradients:  # it tells the server these numbers now, those of a new epoch too
+            for optimizer in strategy.optimizers:
+                strategy.office.recording.step_with(optimizer, strategy.optimizers)
         mail = strategy.office.mail
         mail.at(self.taken)
         awaited = strategy.algorithm.in_step or strategy.office.size > 1
