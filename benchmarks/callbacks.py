@@ -11,7 +11,7 @@
     control   the same blocks, with callbacks that do nothing at all: what Lightning takes for calling them
 
 Only what happens at every step is switched off in the blocks without; what happens at meetings is told beside it. The
-second part runs one rank 4x slow with and without them, in turns: samples per second, as parts of the own rates' sum.
+second part has one rank 4x slow, and compares whole epochs with them and without, by turns within one run (`by_turns`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -30,11 +28,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
+from benchmarks.by_turns import SURE, by_turns, drawn, told
 from benchmarks.launch import Ranks
-from benchmarks.repeat import Turns, repeat
-from benchmarks.straggler import measure
 from benchmarks.table import Cell, Claim, Role, Row, Table
-from benchmarks.work import Digits, Work, loaders, measuring
+from benchmarks.work import Digits, Record, Work, loaders, measuring
 from lightning_async import GossipRingStrategy, SpeedFaults
 
 N = 2
@@ -49,7 +46,8 @@ HOOKS = (
     "on_train_batch_end",
 )
 COST, SHARE = 0.01, 0.01  # at most so large a part of a step; so large a change of the straggler's figure
-LIMIT = 300.0
+PAIRS = 45  # of epochs of 4 s
+LIMIT = 600.0
 
 
 def run(quick: bool) -> Table:
@@ -103,7 +101,7 @@ def middle(values: Sequence[float]) -> float:
 
 def interval(values: Sequence[float]) -> float:
     """Half of the 95 % interval of the mean."""
-    return 1.96 * stdev(values) / math.sqrt(len(values))
+    return SURE * stdev(values) / math.sqrt(len(values))
 
 
 def switched(work: dict[str, Any], knobs: dict[str, Any], folder: str, measures: bool) -> dict[str, Any]:
@@ -196,18 +194,12 @@ class Switch(Callback):
 
 
 def _straggler() -> tuple[list[Row], Claim]:
-    work = Work(650, 2, step=0.02, slow={3: 4.0}, every=0.0)
-    variants = {
-        "straggler, measured": partial(measure, {}, replace(work, watch=True), 0.0),
-        "straggler": partial(measure, {}, work, 0.0),
-        "straggler, none": partial(measure, {"mode": "none"}, work, 0.0),
-    }
-    turns = repeat(variants, 3)
-    rows = [Row(name, Role.OTHER, _cells(turns, name)) for name in variants]
-    ratio = turns.ratio("straggler, measured", "straggler", "samples/s")
-    kept = abs(ratio.median - 1) <= SHARE
-    return rows, Claim(f"the straggler's figure within {SHARE:.0%} of that without: {ratio}", kept)
-
-
-def _cells(turns: Turns, name: str) -> dict[str, Cell]:
-    return {"samples/s": turns.of(name, "samples/s").median, "own rates": turns.of(name, "own rates").median}
+    work, order = Work(650, step=0.02, slow={3: 4.0}), drawn(PAIRS)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = {**work.arguments({}, Path(folder)), "order": order}
+        with Ranks(by_turns, 4, arguments=arguments) as ranks:
+            records = [Record(**value) for value in ranks.values(timeout=LIMIT)]
+    ratio, cells = told(records, order, work.batches * work.batch)
+    rows = [Row(f"straggler, {name}", Role.OTHER, cells[name]) for name in ("without", "with")]
+    sentence = f"the straggler's figure within {SHARE:.0%} of that without, all of 95 %: {ratio}"
+    return rows, Claim(sentence, ratio.off <= SHARE)

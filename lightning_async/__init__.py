@@ -13,6 +13,7 @@ from lightning_async.strategies import (
     DelayedPipelineStrategy,
     GossipRingStrategy,
     LazySignStrategy,
+    UnevenNodesEnvironment,
     register,
 )
 from lightning_async.version import __version__
@@ -34,5 +35,6 @@ __all__ = [
     "SpeedFaults",
     "SpreadStats",
     "TrafficStats",
+    "UnevenNodesEnvironment",
     "__version__",
 ]

@@ -28,6 +28,7 @@ DISTRIBUTED_PLACES = (
     "transport/cluster.py",
     "transport/gloo.py",
     "transport/header.py",
+    "transport/world.py",
     "strategies/office.py",
     "hooks.py",
 )

@@ -81,6 +81,8 @@ class CyclicDelay(Algorithm):
 
     Attributes:
         optimizer: The user's, before a run begins. The server's are made after it, and go by its numbers at each step.
+        usual: Samples of a batch, on average over the members, where theirs are unlike: then a batch counts by its
+            samples. None: batches count alike.
         refused: Batches whose gradients were not finite: they are not added.
         heritage: The states of all members of another world, which this one goes on from; taken up at the beginning.
     """
@@ -126,6 +128,7 @@ class CyclicDelay(Algorithm):
             check_elementwise(make_optimizer([nn.Parameter(torch.zeros(1))]))
         self._make_optimizer = make_optimizer
         self.optimizer: Optimizer | None = None
+        self.usual: float | None = None
         self.rules = Rules("poly", law("poly", strength), max_delay, "shrink", Moves)
         self.heritage: Sequence[Mapping[str, Any]] = ()
         self._beginnings = 0
@@ -169,6 +172,7 @@ class CyclicDelay(Algorithm):
             blank=lambda number: torch.zeros_like(self.exchanges[number].base, device="cpu"),
             skip=self.token == "skip",
             scale=self.scale,
+            usual=self.usual,
             late=self.late,
             groups=Groups(self._users(replica), replica.places) if self.push == "gradient" else None,
             shards=[exchange.shard for exchange in self.exchanges],

@@ -46,6 +46,7 @@ class Exchange:
         clean: The own step up to which everything is in the server's weights, or was refused.
         samples: Samples since the last push.
         pulls: How often the newest weights came as they were asked for.
+        idle: Whether the next push only says that nothing is left to push: it is no arrival.
     """
 
     def __init__(self, shard: Shard, weights: Tensor, codec: Codec, me: int) -> None:
@@ -57,6 +58,7 @@ class Exchange:
         self._exact = True
         self._unanswered = 0
         self._sent = 0
+        self.idle = self._word = False
         self._moved_in = False
         self._mine: list[tuple[int, int, int]] = []  # steps, versions and samples of own arrivals
 
@@ -87,6 +89,7 @@ class Exchange:
                 self._pushed.copy_(codec.decode(body, difference.dtype))
             self.asked, self.step, self._exact = kind, step, codec is EXACT
             self._sent, self.samples = self.samples, 0
+            self._word, self.idle = self.idle, False
 
     def pull(self, mail: Mail, step: int) -> None:
         """Ask for the newest weights."""
@@ -118,7 +121,7 @@ class Exchange:
             self.clean = self.step if self._exact else self.step - 1
         elif self._unanswered:
             self._take_back()
-        arrivals = [self._arrival(letter, asked)] if included else []
+        arrivals = [self._arrival(letter, asked)] if included and not self._word else []
         self.base.copy_(server)
         self.version, self._unanswered = m.version, 0
         self.pulls += asked == PULL

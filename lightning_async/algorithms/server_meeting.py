@@ -87,6 +87,7 @@ class ServerMeeting:
         yield from self.answered(exchange)
         alone = mail.members() == (mail.me,)
         if self.pausing:
+            exchange.idle = exchange.clean >= self.step
             exchange.clean = min(exchange.clean, self.step - 1)
         for _ in range(TRIES if alone else 1):
             while exchange.clean < self.step:

@@ -89,7 +89,7 @@ class ServerStep:
         for piece, parameter in self._pieces if self.count else ():
             pairs = zip(self._names, self.tensors, strict=False)
             kept: dict[str, Any] = {name: tensor[piece.part] for name, tensor in pairs}
-            steps = torch.tensor(self.count / FINE / share)  # of those that are as long as this one
+            steps = torch.tensor(self.count / FINE / share, dtype=torch.float32)  # of those as long as this one
             self._optimizer.state[parameter] = {"step": steps, **kept}
 
     def _keep(self) -> None:

@@ -65,12 +65,15 @@ class TurnServer(ShardServer):
 
     Attributes:
         scale: What a push counts.
+        usual: Samples of a batch, on average over the members, where theirs are of unlike size: then a batch counts by
+            its samples. None: batches count alike.
         worths: How many batches were in each member's last push.
         late: What is done about late ones.
         handed: The weights that each member was given last, as far as they are needed.
     """
 
     scale: Scale = "sum"
+    usual: float | None = None
     late: Compensation = field(default_factory=Compensation)
     handed: dict[int, Tensor] = field(default_factory=dict)
     outer: Merge = field(init=False)
@@ -95,16 +98,21 @@ class TurnServer(ShardServer):
 
     def _merge(self, letter: Letter, correction: Tensor, gamma: float) -> None:
         """With "mean" each push is a step of its own."""
-        n, batches = len(self.members), letter.message.weight
+        n, batches = len(self.members), letter.message.weight * self._size(letter)
         self.worths[letter.peer] = float(batches)
         among = n * len(self.worths) / sum(self.worths.values())
         share, among = (1.0, 1.0) if self.scale == "mean" else (batches / n, among)
         pace = self.late.pace(max(0, self.version - letter.message.version), n)
-        today = self.late.today(correction, batches, self.weights, self.handed.get(letter.peer))
+        today = self.late.today(correction, letter.message.weight, self.weights, self.handed.get(letter.peer))
         self.outer.arrive(self.weights, today, gamma, n, share=share, among=among, pace=pace)
 
     def _gamma(self, letter: Letter, delay: int) -> float:
         n = len(self.members)
         if self.scale == "mean":
             return 1 / letter.message.weight
-        return (self.rules.law(excess_rounds(delay, n)) if self.scale == "delay" else 1.0) / n
+        return self._size(letter) * (self.rules.law(excess_rounds(delay, n)) if self.scale == "delay" else 1.0) / n
+
+    def _size(self, letter: Letter) -> float:
+        """A batch of this push, in usual ones. (One without batches moves nothing, whatever it counts.)"""
+        m = letter.message
+        return 1.0 if self.usual is None or not m.samples else m.samples / (m.weight * self.usual)

@@ -39,6 +39,7 @@ class TurnService(ShardService):
         first: Who holds the first tokens, by place.
         skip: Whether idle holders are passed over.
         scale: What a push counts.
+        usual: Samples of a batch, on average, where members have unlike ones (see `TurnServer`).
         late: What is done about late ones.
         groups: The user's optimizer; None: pushes are moves.
         shards: How the vector is cut.
@@ -55,12 +56,14 @@ class TurnService(ShardService):
         first: Mapping[int, int],
         skip: bool,
         scale: Scale,
+        usual: float | None = None,
         late: Compensation,
         groups: Groups | None,
         shards: Sequence[Shard],
         **options: Any,
     ) -> None:
         self._scale, self._late, self._skip, self._groups = scale, late, skip, groups
+        self._usual = usual
         self._begins = [shard.begin for shard in shards]
         self.turns = {at: Turns(first[at], skip=skip) for at in owned}
         super().__init__(me, members, owned, mirrored, **options)
@@ -117,4 +120,5 @@ class TurnService(ShardService):
         groups, begin = self._groups, self._begins[number]
         make = Moves if groups is None else lambda part: ServerStep(part, groups, begin)
         rules = replace(self._rules, make_outer=make)
-        return TurnServer(rules, weights, self._members, shrink=self._shrink, scale=self._scale, late=self._late)
+        how: dict[str, Any] = {"shrink": self._shrink, "scale": self._scale, "usual": self._usual, "late": self._late}
+        return TurnServer(rules, weights, self._members, **how)

@@ -35,7 +35,12 @@ FREE_ROUNDS = 10.0
 
 def excess_versions(delay: int, n: int) -> int:
     """By how many versions an arrival is later than in a healthy run of `n` members."""
-    return max(0, delay - 2 * (n - 1))
+    return max(0, delay - in_time(0, n))
+
+
+def in_time(bound: int, n: int) -> int:
+    """The largest delay of an arrival whose excess is within a bound."""
+    return bound + 2 * (n - 1)
 
 
 def excess_rounds(delay: int, n: int) -> float:

@@ -81,6 +81,7 @@ class AdaptiveShrink(Stats):
         self._laws: dict[int, Law] = {}
         self._sums: dict[int, list[float]] = {}
         self._through_lr = self._missed = self._silent = False
+        self._leads = True
         self._latest, self._world, self._inherited = 1.0, 1, 0.0
         self._before: Shrink = no_shrink
         self._rates: dict[int, list[float]] = {}
@@ -100,6 +101,7 @@ class AdaptiveShrink(Stats):
                 "AdaptiveShrink: the strategy's `shrink` is set already: take one of the two out"
             )
         self._laws, self._sums, self._world = {}, {}, trainer.world_size
+        self._leads = trainer.is_global_zero
         self._before = self._strategy.shrink
         self._strategy.shrink = self.factor
         self._strategy.keep("shrink", _Kept(self))
@@ -263,11 +265,12 @@ class _Kept:
         """Go on, if the peers are the same."""
         mine = self._shrink
         if (state["law"], state["world"]) != (mine.law, mine._world):
-            warnings.warn(
-                f"AdaptiveShrink: its state was saved with law={state['law']!r} by {state['world']} ranks, and this is "
-                f"{mine.law!r} with {mine._world}: the law begins anew",
-                stacklevel=2,
-            )
+            if mine._leads:
+                warnings.warn(
+                    f"AdaptiveShrink: its state was saved with law={state['law']!r} by {state['world']} ranks, and "
+                    f"this is {mine.law!r} with {mine._world}: the law begins anew",
+                    stacklevel=2,
+                )
             return
         for peer, one in state["laws"].items():
             mine._laws[int(peer)] = mine._new_law()

@@ -102,6 +102,7 @@ class Stats(Callback):
         if stage != "fit":
             return
         self.figures, self._strategy, self._trainer = {}, watched(trainer), trainer
+        ours = self._strategy is not None
         if self._strategy is not None and not self.sees(self._strategy):
             self._strategy = None
         self._journal = Journal.of(trainer, self.folder)
@@ -109,11 +110,8 @@ class Stats(Callback):
             self._strategy.at_meetings(self.group, self.say, self.hear)
         elif self.needs is not None and trainer.is_global_zero:
             name = type(self).__name__
-            warnings.warn(
-                f"{name} has nothing to say under this strategy: {self.needs}; leave it out, or choose a strategy of "
-                "lightning_async",
-                stacklevel=2,
-            )
+            remedy = "leave it out" if ours else "leave it out, or choose a strategy of lightning_async"
+            warnings.warn(f"{name} has nothing to say under this strategy: {self.needs}; {remedy}", stacklevel=2)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What the epoch before has logged is there, on every rank."""

@@ -1,6 +1,6 @@
 """`lightning-async audit`: a finished run against what it promised; what the logs do not hold is said to be unknown.
 
-    delays     nothing was folded that was later than the bound
+    delays     nothing was folded that was later than the bound; where a server shrinks what is: nothing in full
     accounts   what is conserved (mass) adds up at every meeting, to the last unit
     samples    every sample of an epoch was trained on exactly once
     weights    all ranks left each meeting with the same consensus
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_async.algorithms.weighting import in_time
 from lightning_async.cli.inputs import add_fit
 from lightning_async.cli.story import Story, counts_samples, tell, trained
 from lightning_async.cli.tell import many
@@ -24,6 +25,7 @@ from lightning_async.data.dealt import Dealt
 from lightning_async.strategies.course import WrongInput
 
 DESCRIPTION = "Check a finished run against what it promised: delays within the bound, masses and samples conserved."
+SERVED = ("async_global", "cyclic_delay")
 RECORD = "only an event record tells that (record=...)"
 
 
@@ -65,26 +67,53 @@ def run(arguments: argparse.Namespace) -> int:
 
 def audit(story: Story, max_delay: int | None = None) -> list[Finding]:
     """All findings."""
-    bound = story.knobs.get("max_delay") if max_delay is None else max_delay
+    bound = _promised(story) if max_delay is None else Bound(max_delay, story.delays)
     return [_delays(story, bound), *_accounts(story), *_samples(story), _weights(story)]
 
 
-def _delays(story: Story, bound: int | None) -> Finding:
+class Bound(NamedTuple):
+    """The largest delay of what is bounded.
+
+    Attributes:
+        most: In steps, or versions of a server.
+        bounded: How often each delay came, by sender.
+        how: What is said of an arrival that is bounded.
+    """
+
+    most: int
+    bounded: Mapping[int, Counter[int]]
+    how: str = "folded"
+
+
+def _promised(story: Story) -> Bound | None:
+    """What the strategy's own knobs say. A server's bound is one of excess, and what is later may count less."""
+    most, late = story.knobs.get("max_delay"), story.knobs.get("on_late") or "shrink"
+    if most is None:
+        return None
+    if story.strategy not in SERVED:
+        return Bound(most, story.delays)
+    most = in_time(most, story.members or story.world)
+    return Bound(most, story.in_full, "folded in full") if late == "shrink" else Bound(most, story.delays)
+
+
+def _delays(story: Story, bound: Bound | None) -> Finding:
     folded = sum(counts.total() for counts in story.delays.values())
     if bound is None:
         return Finding("delays", None, "there is no bound to check: give --max-delay")
     if not folded:
         return Finding("delays", None, "nothing was folded")
-    over = [(rank, delay, n) for rank, counts in story.delays.items() for delay, n in counts.items() if delay > bound]
-    latest = max(max(counts) for counts in story.delays.values() if counts)
+    most, how = bound.most, bound.how
+    over = [(delay, rank, n) for rank, counts in bound.bounded.items() for delay, n in counts.items() if delay > most]
     if over:
-        rank, delay, _ = max(over, key=lambda one: one[1])
+        delay, rank, _ = max(over)
         many = sum(n for _, _, n in over)
-        return Finding("delays", False, f"{many} of {folded} were folded over {bound} steps, the latest {delay} steps "
+        return Finding("delays", False, f"{many} of {folded} were {how} over {most} steps, the latest {delay} steps "
                        f"late, from rank {rank}")  # fmt: skip
+    latest = max(max(counts) for counts in story.delays.values() if counts)
+    what = "bound" if how == "folded" else "in full up to"
     refused = story.fates["refused"]
     return Finding(
-        "delays", True, f"{folded} folded, the latest {latest} steps late (bound {bound}), {refused} refused"
+        "delays", True, f"{folded} folded, the latest {latest} steps late ({what} {most}), {refused} refused"
     )
 
 

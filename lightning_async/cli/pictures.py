@@ -18,9 +18,10 @@ from lightning_async.strategies.course import WrongInput
 
 SHADES = {"compute": "#1f4e79", "exchange": "#e69f00", "waiting": "#d2d2d2"}
 LINES = (("#1f4e79", "-", "o"), ("#d55e00", "--", "s"), ("#a6a6a6", ":", "^"), ("#000000", "-.", "D"))
-MAP = "cividis"  # its lightness grows evenly
+MAP = "cividis_r"  # it grows evenly darker: the more, the farther from the white of nothing at all
 DOTS = 110  # an inch
 BINS, PIXELS = 480, 480  # of the timeline, across and down; down, each rank has at least 12
+DECADE = 10  # losses within a factor of this have a linear axis: a logarithmic one would show two numbers
 PANELS = 8  # ranks with a panel of their own
 ABOVE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False}  # a legend beside no curve
 
@@ -83,7 +84,8 @@ def _delay_map(plt: Any, senders: Sequence[int], shares: Any, labels: Sequence[s
     from matplotlib.colors import PowerNorm  # by roots: a few per cent far out are what a straggler's row shows
 
     figure, axes = plt.subplots(figsize=(10, 1.4 + min(8.0, 0.2 * len(senders))))
-    shown = axes.imshow(100 * shares, aspect="auto", cmap=MAP, interpolation="nearest", norm=PowerNorm(0.5, vmin=0))
+    some = np.where(shares > 0, 100 * shares, np.nan)
+    shown = axes.imshow(some, aspect="auto", cmap=MAP, interpolation="nearest", norm=PowerNorm(0.5, vmin=0))
     axes.set(xlabel="delay in steps of the receiver", ylabel="sent by rank")
     axes.set_title("How late messages were", loc="left")
     _thin(axes.yaxis, [str(rank) for rank in senders], 20)
@@ -107,7 +109,8 @@ def learning(plt: Any, story: Story) -> Any:
             _curve(panel, points, color=colour, linestyle=line, marker=mark, label=name)
         panel.set(ylabel="loss")
         panel.legend(ncols=len(LINES), **ABOVE)
-        if all(value > 0 for points in curves.values() for _, value in points):
+        values = [value for points in curves.values() for _, value in points]
+        if min(values) > 0 and max(values) > DECADE * min(values):
             panel.set_yscale("log")
             _plain_log(plt, panel)
     if panels:

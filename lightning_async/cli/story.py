@@ -53,6 +53,7 @@ class Story:
         steps: Batches of each rank.
         samples: Samples of each rank.
         delays: By sender: how often each delay was folded.
+        in_full: The same of what was not shrunk, where each arrival is known.
         fates: How often each fate came.
         spread: Distance of the replicas, at meetings.
         sketches: The same, estimated between them.
@@ -71,6 +72,7 @@ class Story:
     steps: Counter[int] = field(default_factory=Counter)
     samples: Counter[int] = field(default_factory=Counter)
     delays: dict[int, Counter[int]] = field(default_factory=dict)
+    in_full: dict[int, Counter[int]] = field(default_factory=dict)
     fates: Counter[str] = field(default_factory=Counter)
     spread: Points = field(default_factory=list)
     sketches: Points = field(default_factory=list)
@@ -267,6 +269,8 @@ class _Reader:
             self._story.fates[fate] += 1
             if fate in ("folded", "shrunk"):
                 self._story.delays.setdefault(peer, Counter())[folded - launched] += 1
+            if fate == "folded":
+                self._story.in_full.setdefault(peer, Counter())[folded - launched] += 1
 
     def _accounts(self, value: Mapping[str, Any]) -> None:
         while len(self._story.accounts) <= self._meeting:

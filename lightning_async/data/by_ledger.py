@@ -174,7 +174,10 @@ class LedgerShare(Generic[W]):
             return usable(left, members=members, unit=unit)
         if not self._drop_last:
             raise ValueError(f"{left} samples cannot be shared by {members} members: each needs at least one")
-        return 0
+        raise ValueError(
+            f"{left} samples make {left // unit} whole batches of {unit}, and each of {members} members needs one: "
+            "leave out `drop_last=True`, or take smaller batches or fewer ranks"
+        )
 
     def _positions(self, numbers: Iterable[Range]) -> list[Range]:
         return [part for numbered in numbers for part in self._work.numbers.positions(*numbered)]

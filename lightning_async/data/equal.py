@@ -86,6 +86,11 @@ class EqualShare:
         self._opening = Opening(total, span, self._used(len(self._rest)), stamp(digest, done))
         self._handed = Handed()
         self._completed = 0
+        if self._drop_last and not done and not self._goal():
+            raise ValueError(
+                f"{span} samples make no whole batch of {self._batch} for each of {len(self._members)} members: "
+                "leave out `drop_last=True`, or take smaller batches or fewer ranks"
+            )
         self._agreed, self.epoch = False, epoch
         self._desk.propose(f"data/order/{epoch}", self._opening.pack())
 

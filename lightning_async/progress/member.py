@@ -11,7 +11,7 @@ Siblings that looked for themselves would see the others at other moments, and s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,8 @@ from lightning_async.transport.siblings import Siblings
 
 Drive = Callable[[Wait[Any]], Any]
 """Runs a `Wait` to its end."""
+Members = Sequence[Sequence[int]]
+"""The ranks of each member, the first of which speaks for it."""
 
 
 class _Shared(Progress):
@@ -34,13 +36,15 @@ class _Shared(Progress):
     Args:
         desk: The board and who is there.
         siblings: The ranks of the member.
+        members: The ranks of each member of the run.
         drive: Runs a `Wait` to its end.
         knobs: See `Progress`.
     """
 
-    def __init__(self, desk: Desk, siblings: Siblings, drive: Drive, **knobs: Any) -> None:
+    def __init__(self, desk: Desk, siblings: Siblings, members: Members, drive: Drive, **knobs: Any) -> None:
         super().__init__(desk, **knobs)
         self._siblings, self._drive = siblings, drive
+        self._speaker_of = {rank: ranks[0] for ranks in members for rank in ranks}
         self._show()
 
     def steps(self) -> int:
@@ -84,7 +88,7 @@ class ToldProgress(_Shared):
         """All ranks gave their words; members count, with what any of their ranks wishes for."""
         members: dict[int, Report] = {}
         for rank, word in sorted(words.items()):  # a speaker comes before its siblings
-            report, speaker = Report.unpack(word), rank - rank % len(self._siblings.ranks)
+            report, speaker = Report.unpack(word), self._speaker_of[rank]
             if speaker in words:
                 said = members.setdefault(speaker, report)
                 members[speaker] = replace(said, wishes=said.wishes | report.wishes)
@@ -157,8 +161,9 @@ def _unpacked(said: list[Any]) -> Outcome:
     return Outcome(bool(ended), Tally(*now), Due(due), Wish(wishes), Wish(first), tuple(empty))
 
 
-def progress_of(siblings: Siblings | None, drive: Drive) -> Callable[..., Progress]:
+def progress_of(siblings: Siblings | None, members: Members, drive: Drive) -> Callable[..., Progress]:
     """What this rank makes its view of the progress with."""
     if siblings is None:
         return Progress
-    return partial(ToldProgress if siblings.speaks else HeardProgress, siblings=siblings, drive=drive)
+    kind = ToldProgress if siblings.speaks else HeardProgress
+    return partial(kind, siblings=siblings, members=members, drive=drive)

@@ -36,11 +36,8 @@ from lightning_async.algorithms.topology import neighbours, onward, partner
 from lightning_async.pipeline.edge import DEPTH
 from lightning_async.pipeline.stash import Semantics
 from lightning_async.replica import ALIGNMENT
-from lightning_async.transport.cluster import PIECE
-from lightning_async.transport.header import WIRE_BYTES
-from lightning_async.transport.line import AHEAD, WINDOW
+from lightning_async.transport.cluster import PIECE, link_bytes
 from lightning_async.transport.rounds import OWNERS, SHORT
-from lightning_async.transport.shared import PLACES
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,9 @@ def model_of(parameters: Iterable[nn.Parameter], **more: int | frozenset[int]) -
     return Model(tuple(p.numel() for p in trained), dtype.itemsize, narrow, **more)  # type: ignore[arg-type]
 
 
-def account(algorithm: Algorithm, model: Model, members: int, *, inner: int = 1, near: int | None = None) -> Account:
+def account(
+    algorithm: Algorithm, model: Model, members: int, *, inner: int = 1, near: int | None = None, piece: int = PIECE
+) -> Account:
     """What a method holds and sends.
 
     Args:
@@ -127,12 +126,13 @@ def account(algorithm: Algorithm, model: Model, members: int, *, inner: int = 1,
         members: How many members there are.
         inner: How many ranks a member has.
         near: How many other ranks are on the same host, as far as links go there; None: all.
+        piece: The longest piece in which a body travels.
     """
     links = members - 1 + inner - 1
     found = _method(algorithm, model, members)
     averaged = algorithm.averaged_over(members) > 1
     device = model.nbytes * (int(model.narrow) + model.adam * averaged)
-    host = rounds(model.nbytes, members) + linked(links, links if near is None else min(near, links))
+    host = rounds(model.nbytes, members) + linked(links, links if near is None else min(near, links), piece)
     longest = -(-model.nbytes // min(OWNERS, members)) if members > 1 else 0
     if inner > 1:
         longest = model.nbytes
@@ -141,9 +141,9 @@ def account(algorithm: Algorithm, model: Model, members: int, *, inner: int = 1,
     return found.plus(device=device, host=host, longest=longest)
 
 
-def linked(links: int, near: int) -> int:
+def linked(links: int, near: int, piece: int = PIECE) -> int:
     """What links need, of which `near` go through shared memory: each end has made the memory of its direction."""
-    return links * (WINDOW * PIECE + 2 * AHEAD * WIRE_BYTES) + near * PLACES * PIECE
+    return near * link_bytes(piece, near=True) + (links - near) * link_bytes(piece, near=False)
 
 
 def rounds(nbytes: int, members: int) -> int:
@@ -288,7 +288,16 @@ def _sheets(
     return Account(rest + (total - mine) + members * mine + total, 2 * wire, wire)
 
 
-def staged(weights: int, state: int, ranks: int, *, held: int, semantics: Semantics, edges: Sequence[int]) -> Account:
+def staged(
+    weights: int,
+    state: int,
+    ranks: int,
+    *,
+    held: int,
+    semantics: Semantics,
+    edges: Sequence[int],
+    piece: int = PIECE,
+) -> Account:
     """One stage of a pipeline, without the activations inside of it: those are the user's, for each batch held.
 
     Args:
@@ -298,9 +307,10 @@ def staged(weights: int, state: int, ranks: int, *, held: int, semantics: Semant
         held: Batches that the stage holds at most; each goes back to the weights that it went forward with.
         semantics: "stash" alone keeps old weights.
         edges: Bytes of one batch as it goes from stage to stage, at each end of this one that has a neighbour.
+        piece: The longest piece in which a body travels.
     """
     old = max(0, held - 1) * weights if semantics == "stash" else 0
-    host = rounds(state, ranks) + linked(ranks - 1, ranks - 1) + 2 * DEPTH * sum(edges)
+    host = rounds(state, ranks) + linked(ranks - 1, ranks - 1, piece) + 2 * DEPTH * sum(edges)
     return Account(old, host, sum(edges), "a batch")
 
 

@@ -62,6 +62,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         meet_every: Samples of all ranks between two meetings, also in mid-epoch; None: meetings where something is due.
         grace: Seconds that a run which gets a SIGTERM may take to meet once more before it stops.
         interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
+        staging: Bytes of host memory that a link may need, whatever travels on it; None: 17.8 MB.
         silence: Seconds without a heartbeat after which a rank's shard is taken over by another one.
         patience: Seconds without a heartbeat after which a rank is declared dead for good.
         meeting_timeout: The longest a meeting may wait for a living rank, in seconds.
@@ -104,6 +105,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         meet_every: int | None = None,
         grace: float = 10.0,
         interface: str | None = None,
+        staging: int | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
         meeting_timeout: float = 1800.0,
@@ -146,6 +148,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
             meet_every=meet_every,
             grace=grace,
             interface=interface,
+            staging=staging,
             silence=silence,
             patience=patience,
             meeting_timeout=meeting_timeout,

@@ -13,7 +13,7 @@ knobs and an algorithm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, get_args
 
@@ -49,7 +49,7 @@ from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.inner_layer import InnerLayer
 from lightning_async.strategies.knobs import AtMeeting, StartMethod, check_lightnings, check_word
 from lightning_async.strategies.meetings import Meetings
-from lightning_async.strategies.members import Inner, check_inner, ranks_of_a_member
+from lightning_async.strategies.members import Inner, check_inner, ranks_of_members, sizes
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office, check_backend
 from lightning_async.strategies.one_thread import spare_the_threads
@@ -66,6 +66,7 @@ from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.stepping import Stepping
 from lightning_async.strategies.voice import voice
 from lightning_async.strategies.whole_files import WholeFiles
+from lightning_async.transport.world import check_world
 
 
 class AsyncStrategy(Shown):
@@ -81,6 +82,7 @@ class AsyncStrategy(Shown):
         meet_every: int | None = None,
         grace: float = 10.0,
         interface: str | None = None,
+        staging: int | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
         meeting_timeout: float = 1800.0,
@@ -121,9 +123,10 @@ class AsyncStrategy(Shown):
         check_word("start_method", start_method, get_args(StartMethod))
         check_inner(inner, inner_size)
         self.algorithm, self.at_meeting, self.buffers, self.timeout = algorithm, at_meeting, buffers, timeout
-        self.voice, self.inner, self.inner_size = algorithm, inner, inner_size
+        self.voice, self.inner, self.inner_size, self.staging = algorithm, inner, inner_size, staging
         self.office = Office(
             interface=interface,
+            staging=staging,
             silence=silence,
             patience=patience,
             limit=meeting_timeout,
@@ -159,10 +162,12 @@ class AsyncStrategy(Shown):
         refuse(trainer, self.name)
         self.office.check_network(self.num_nodes)
         self.office.check_complete(self.world_size)
+        self.set_world_ranks()  # what the cluster's environment says now, and no earlier Trainer's
+        check_world(self.world_size)
         super().setup_environment()
         spare_the_threads()
         fitting = trainer.state.fn == TrainerFn.FITTING
-        self.office.size = self._ranks_of_a_member() if fitting else 1
+        self.office.ranks_of_members = self._ranks_of_members() if fitting else ()
         self.office.recording.introduce(self)
         self.office.open(self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=fitting)
         self.voice = voice(self.algorithm, self.office.siblings, self.together)
@@ -238,7 +243,8 @@ class AsyncStrategy(Shown):
         """What a member holds on its device and in host memory, and sends; known from `setup` on."""
         model = model_of((p for p, _ in self.replica.places), **self._beside())
         near = self.num_processes - 1
-        return account(self.algorithm, model, self.members, inner=self.office.size, near=near)
+        inner = max(map(len, self.office.ranks_of_members), default=1)
+        return account(self.algorithm, model, self.members, inner=inner, near=near, piece=self.office.piece)
 
     def _beside(self) -> dict[str, Any]:
         """What of `account.Model` goes by the optimizers, or by names."""
@@ -338,14 +344,17 @@ class AsyncStrategy(Shown):
             raise RuntimeError("there is no replica outside of `fit`")
         return self._replica
 
-    def _ranks_of_a_member(self) -> int:
-        size = ranks_of_a_member(self.inner, self.inner_size, node=self.num_processes, world=self.world_size)
-        if size > 1:
-            refuse_inner(self)
-        return size
+    def _ranks_of_members(self) -> tuple[tuple[int, ...], ...]:
+        nodes: Sequence[int] = range(self.world_size)
+        if self.inner == "node":
+            nodes = self.office.nodes(self.node_rank, self.world_size, self.root_device)
+        found = ranks_of_members(self.inner, self.inner_size, nodes)
+        if len(found) < self.world_size:
+            refuse_inner(self, found)
+        return found
 
     def _first_line(self) -> str:
-        each = "" if self.office.size == 1 else f" of {self.office.size} ranks each"
+        each = sizes(self.office.ranks_of_members)
         size = short(self.replica.numel * self.replica.flat.element_size())
         adopt = "adopt the consensus" if self.at_meeting == "adopt" else "keep their own weights"
         return (

@@ -193,6 +193,7 @@ class Checkpoints:
             "save": plan.save,
             "world": strategy.world_size,
             "members": strategy.members,
+            "ranks_of_members": [list(ranks) for ranks in strategy.office.ranks_of_members],
             "ranks": list(ranks),
             "strategy": strategy.name,
             "algorithm": type(strategy.algorithm).__name__,

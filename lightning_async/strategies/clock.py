@@ -135,7 +135,8 @@ class Clock:
         same = (self._restored.get("n"), self._restored.get("steps_of")) == (n, self._steps_of(trainer))
         self._partly = before != epoch and not same
         desk, batch = strategy.office.desk(PROGRESS), feeding.batch
-        make = progress_of(strategy.office.siblings, strategy.office.drive)
+        office = strategy.office
+        make = progress_of(office.siblings, office.ranks_of_members, office.drive)
         sums: dict[str, Any] = {"before": before, "epoch": epoch, "evened": evened}
         self.progress = make(desk, n=n, agenda=agenda, batch=batch, in_step=in_step, **sums)
         self._stretch = (self.progress.steps(), self.progress.steps())

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_async.strategies import words
+from lightning_async.strategies.environments import UnevenNodesEnvironment
 from lightning_async.strategies.office import Office
 from lightning_async.transport import attempts
 from lightning_async.transport.mail import Wait
@@ -47,10 +48,17 @@ class Collectives(DDPStrategy):
     def setup_distributed(self) -> None:
         """All ranks of this attempt find each other, and none of an earlier one. Lightning leaves what is there."""
         if (at := self.cluster_environment) is not None:
+            if isinstance(at, UnevenNodesEnvironment):  # which forked ranks have not asked
+                at.validate_settings(self.num_processes, self.num_nodes)
             me, world, backend = at.global_rank(), at.world_size(), self.process_group_backend
             place = at.main_address, at.main_port
             attempts.join(*place, me, world, device=self.root_device, backend=backend, timeout=self.timeout)
         super().setup_distributed()
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Of all ranks, wherever they are: Lightning counts equally many on each node."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def together(self, waiting: Wait[T]) -> T:
         """Run what waits for the others to its end."""

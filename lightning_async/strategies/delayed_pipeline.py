@@ -54,6 +54,7 @@ class DelayedPipelineStrategy(PipeSetup):
         wire: How tensors travel: "as_is", or float32 as "bf16".
         grace: Seconds that a run which gets a SIGTERM may take to stop after the same batch on all ranks, and save.
         interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
+        staging: Bytes of host memory that a link may need, whatever travels on it; None: 17.8 MB.
         silence: Seconds without a heartbeat after which a rank is no longer written to.
         patience: Seconds without a heartbeat after which a rank is declared dead, which ends the run.
         waiting_timeout: The longest that a stage may wait for one thing, in seconds.
@@ -86,6 +87,7 @@ class DelayedPipelineStrategy(PipeSetup):
         wire: Wire = "as_is",
         grace: float = 10.0,
         interface: str | None = None,
+        staging: int | None = None,
         silence: float = 2.0,
         patience: float = 30.0,
         waiting_timeout: float = 1800.0,
@@ -131,9 +133,10 @@ class DelayedPipelineStrategy(PipeSetup):
         check_knobs(chosen, split=split, shrink=shrink, anneal=anneal, replicas=replicas, baseline=baseline)
         self.stages, self.split, self.semantics, self.order, self.wire = stages, split, semantics, order, wire
         self.compensate, self.anneal, self.replicas, self.baseline = compensate, anneal, replicas, baseline
-        self.clip, self.timeout = clip, timeout
+        self.clip, self.timeout, self.staging = clip, timeout, staging
         self.office = Office(
             interface=interface,
+            staging=staging,
             silence=silence,
             patience=patience,
             limit=waiting_timeout,

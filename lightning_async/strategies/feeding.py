@@ -65,6 +65,7 @@ class Feeding:
         self.share: Share | None = None
         self._kept: tuple[Share, int, bool, int] | None = None
         self._batch, self._drop_last, self._world, self._ranks = 1, False, 1, 1
+        self._speaks = True
         self._usual: Fraction | None = None
         self._total: int | None = None
         self._by_sample = False
@@ -85,6 +86,11 @@ class Feeding:
     def batch(self) -> int:
         """This member's samples of a batch."""
         return self._batch
+
+    @property
+    def usual(self) -> float:
+        """A batch of a member, in samples, on average over the members."""
+        return float(self._usual or self._batch)
 
     @property
     def dry(self) -> bool:
@@ -118,7 +124,7 @@ class Feeding:
                 "set `use_distributed_sampler=False` and give each rank its part of each"
             )
         self._drop_last, self._ranks = drops_last(loader), office.size
-        self._world = office.carrier.world // office.size
+        self._world, self._speaks = office.members, office.speaks
         if office.siblings is not None:
             office.drive(check_loaders_alike(loader, office.siblings))
         recording, size = office.recording, size_of(loader)
@@ -155,10 +161,11 @@ class Feeding:
         return self._streams.watch(loader)
 
     def agree(self, rounds: Rounds) -> Wait[None]:
-        """All ranks made their loaders: what a batch of theirs is on average decides how many an epoch has. Before any
-        of them draws."""
-        words = yield from rounds.agree(str(self._batch).encode(), what="the batch sizes")
-        self._usual = Fraction(sum(int(word) for word in words.values()), len(words))
+        """All ranks made their loaders: what a batch of a member is on average decides how many an epoch has; who
+        speaks for one says it. Before any of them draws."""
+        words = yield from rounds.agree(str(self._batch).encode() if self._speaks else b"", what="the batch sizes")
+        said = [int(word) for word in words.values() if word]
+        self._usual = Fraction(sum(said), len(said)) if said else None
 
     def completed(self, batch: object = None) -> None:
         """A batch was trained on."""

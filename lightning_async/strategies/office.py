@@ -25,7 +25,7 @@ from lightning_async.strategies.alike import check_alike
 from lightning_async.strategies.knobs import check_seconds, check_text
 from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
-from lightning_async.transport.cluster import ClusterCarrier
+from lightning_async.transport.cluster import PIECE, ClusterCarrier, piece_of
 from lightning_async.transport.gathering import When
 from lightning_async.transport.layers import LayeredRounds, Speakers
 from lightning_async.transport.mail import Carrier, Wait
@@ -49,12 +49,14 @@ class Office:
     """Opens and closes with every `fit`, `validate`, `test` or `predict`.
 
     Attributes:
-        size: How many ranks a member has; to be set before it opens.
+        ranks_of_members: The ranks of each member, the first of which speaks for it; empty: each rank is one. To be set
+            before it opens.
+        piece: The longest piece in which a body travels, in bytes.
         shared_memory: Whether long bodies to ranks of this host go through memory; likewise. For measurements.
         siblings: This rank among the ranks of its member, where a member has several.
     """
 
-    size = 1
+    ranks_of_members: tuple[tuple[int, ...], ...] = ()
     shared_memory = True
     siblings: Siblings | None = None
 
@@ -62,6 +64,7 @@ class Office:
         self,
         *,
         interface: str | None,
+        staging: int | None = None,
         silence: float,
         patience: float,
         limit: float,
@@ -75,12 +78,14 @@ class Office:
             check_seconds(knob, value)
         if patience < silence:
             raise ValueError(f"`patience` must be at least `silence` ({silence}), got {patience}")
+        self.piece = PIECE if staging is None else piece_of(staging)
         check_text("interface", interface, "the name of a network interface")
         self.interface, self.silence, self.patience, self.limit = interface, silence, patience, limit
         self.recording = Recording(record)
         self._run: str | None = None
         self._count = 0
         self._members: tuple[int, ...] | None = None
+        self._nodes: tuple[int, ...] | None = None
         self._carrier: ClusterCarrier | None = None
 
     @property
@@ -113,11 +118,12 @@ class Office:
             world=world,
             run=f"{self._run}.{self._count}",
             members=self._members,
-            peers=_first_peers(me, world, self.size),
+            peers=_first_peers(me, self.ranks_of_members or tuple((r,) for r in range(world))),
             silence=self.silence,
             patience=self.patience,
             late=None if self._count == 1 else math.inf,  # a wait for it has its own bound: `limit`
             interface=self.interface,
+            fragment_bytes=self.piece,
             shared_memory=self.shared_memory,
         )
         self._carrier.start()
@@ -133,13 +139,29 @@ class Office:
     def _layered(self, carrier: ClusterCarrier) -> Carrier:
         """The carrier as members see each other on it; where they have several ranks, as their speakers do."""
         self.siblings = None
-        if self.size == 1:
+        if all(len(ranks) == 1 for ranks in self.ranks_of_members):
             return carrier
-        first, speakers = carrier.me - carrier.me % self.size, range(0, carrier.world, self.size)
-        self.siblings = Siblings(carrier, tuple(range(first, first + self.size)))
+        speakers = tuple(ranks[0] for ranks in self.ranks_of_members)
+        self.siblings = Siblings(carrier, next(ranks for ranks in self.ranks_of_members if carrier.me in ranks))
         self.rounds = LayeredRounds(carrier, self.siblings, speakers)
         self.flags.siblings = self.siblings.others
         return cast(Carrier, Speakers(carrier, speakers))
+
+    @property
+    def size(self) -> int:
+        """How many ranks this rank's member has."""
+        return 1 if self.siblings is None else len(self.siblings.ranks)
+
+    @property
+    def members(self) -> int:
+        """How many members the run begins with."""
+        return len(self.ranks_of_members) or self.carrier.world
+
+    def nodes(self, mine: int, world: int, device: torch.device) -> tuple[int, ...]:
+        """The node of each rank: they tell each other once, when all are surely alive."""
+        if self._nodes is None:
+            self._nodes = _nodes(mine, world, device)
+        return self._nodes
 
     @property
     def speaks(self) -> bool:
@@ -180,7 +202,8 @@ class Office:
     def first(self) -> int:
         """The first rank that lives, and speaks for its member: it writes what one rank writes."""
         members = self._carrier.members() if self._carrier is not None else (0,)
-        return next((rank for rank in members if rank % self.size == 0), members[0])
+        speakers = {ranks[0] for ranks in self.ranks_of_members}
+        return next((rank for rank in members if rank in speakers), members[0])
 
     def check_network(self, nodes: int) -> None:
         """Refuse a network by which the others cannot be reached, before anybody waits for them."""
@@ -256,11 +279,20 @@ def check_backend(name: object) -> None:
         raise ValueError(f"`process_group_backend` must be one of {', '.join(map(repr, known))}, or None, got {name!r}")
 
 
-def _first_peers(me: int, world: int, size: int) -> tuple[int, ...]:
+def _first_peers(me: int, members: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
     """To whom links are opened at once: a speaker's neighbours among speakers, and all of its member."""
-    beside = [r for r in range(0, world, size) if abs(r - me) in (size, world - size)] if me % size == 0 else []
-    inside = range(me - me % size, me - me % size + size)
+    speakers = [ranks[0] for ranks in members]
+    inside = next(ranks for ranks in members if me in ranks)
+    at, n = speakers.index(inside[0]), len(speakers)
+    beside = {speakers[at - 1], speakers[(at + 1) % n]} if me == inside[0] else set()
     return tuple(r for r in sorted({*beside, *inside}) if r != me)
+
+
+def _nodes(mine: int, world: int, device: torch.device) -> tuple[int, ...]:
+    found = [torch.full((1,), mine, dtype=torch.int64, device=device) for _ in range(world)]
+    if dist.is_initialized():
+        dist.all_gather(found, found[0].clone())
+    return tuple(int(node) for node in found)
 
 
 def _run_id(device: torch.device) -> str:

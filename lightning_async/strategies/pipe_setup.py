@@ -254,6 +254,7 @@ class PipeSetup(PipeBatches):
                 held=held,
                 semantics=self.semantics,
                 edges=[edge] * (2 if 0 < stage < self.depth - 1 else 1),
+                piece=self.office.piece,
             )
             for stage, held in enumerate(limits)
         ]

@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_async.algorithms.algorithm import no_shrink
 from lightning_async.arrival import Arrival
 from lightning_async.pipeline import schedule
@@ -140,8 +142,13 @@ class PipelineShown(Pipes):
         return {str(rank): json.loads(word) for rank, word in words.items()}
 
     def put_back(self, kept: Mapping[str, Any]) -> None:
-        """This rank's own, if as many ranks have kept something."""
+        """This rank's own, if as many ranks have kept something; else it is no longer that of this stage."""
         mine = kept.get(str(self.global_rank), {}) if len(kept) == self.world_size else {}
+        if lost := sorted(self.telling.parts.keys() & kept.get("0", {}).keys() - mine.keys()):
+            rank_zero_warn(
+                f"strategy={self.name!r}: what callbacks keep ({', '.join(lost)}) was saved by {len(kept)} ranks, and "
+                f"now there are {self.world_size}: it begins anew"
+            )
         for name in self.telling.parts.keys() & mine.keys():
             self.telling.parts[name].load_state_dict(mine[name])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch.optim import Optimizer
 
 from lightning_async.strategies import compat
+from lightning_async.strategies.members import sizes
 from lightning_async.transport.cluster import LONGEST
 
 if TYPE_CHECKING:
@@ -31,8 +32,14 @@ def refuse_run(strategy: AsyncStrategy) -> None:
         refuse_manual(strategy.trainer.lightning_module, strategy.name)
 
 
-def refuse_inner(strategy: AsyncStrategy) -> None:
-    """Raise for what members of several ranks cannot do."""
+def refuse_inner(strategy: AsyncStrategy, members: Sequence[Sequence[int]]) -> None:
+    """Raise for what members of several ranks cannot do; where all go in step, for members of unlike size."""
+    if strategy.algorithm.in_step and len({len(ranks) for ranks in members}) > 1:
+        raise MisconfigurationException(
+            f"strategy={strategy.name!r}: the members have{sizes(members)}, so their batches are of unlike size, and "
+            "with equal shares they would take unlike numbers of steps, where all go in step: leave `inner` out, take "
+            "nodes of one size, or a mode in which nobody waits"
+        )
     if strategy.office.recording.on:
         raise MisconfigurationException(
             f"strategy={strategy.name!r}: `record` writes what each rank hears from the others, and not yet what the "

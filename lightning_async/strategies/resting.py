@@ -35,6 +35,9 @@ class Resting(PipeSaving):
 
     def rest(self, *, drain: bool = False) -> None:
         """All stages are after the same batch; all know what the last one logged, and whether to stop."""
+        if not self.piped and self.fitting:  # nobody to rest with: its callbacks hear what they say themselves
+            self.telling.arrive()
+            self.together(self.tell())
         if not self.meeting:
             return
         turns, trainer = self.turns, self.trainer

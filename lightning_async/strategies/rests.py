@@ -43,6 +43,11 @@ class Rests(Callback):
         if any(_saves_now(trainer, callback) for callback in compat.callbacks(trainer)):
             self.strategy.rest()
 
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """One stage alone waits for nobody's hooks; several rest behind those of all (`_watch_loop`)."""
+        if not self.strategy.piped:
+            self.strategy.rest()
+
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         """All validate the same weights: those after the same batch."""
         self.strategy.rest()

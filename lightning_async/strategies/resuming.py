@@ -132,6 +132,8 @@ class Resuming:
             return f"it was saved by {world} ranks, and there are {strategy.world_size}"
         if (members := shared.get("members", world)) != strategy.members:  # older versions had members of one rank
             return f"its {world} ranks were {members} members, and here they are {strategy.members}"
+        if (grouped := _grouped(shared)) not in ("", here := _grouped(vars(strategy.office))):
+            return f"its members were the ranks {grouped}, and here they are {here}"
         dead = ", ".join(str(rank) for rank in range(world) if rank not in ranks)
         return f"rank {dead} had died before it was saved" if dead else ""
 
@@ -153,7 +155,13 @@ class Resuming:
 def another_world(strategy: AsyncStrategy, shared: dict[str, Any]) -> bool:
     """Whether the same strategy saved, on other ranks or members."""
     saved, mine = (shared["world"], shared.get("members", shared["world"])), (strategy.world_size, strategy.members)
-    return shared["strategy"] == strategy.name and saved != mine
+    others = saved != mine or _grouped(shared) not in ("", _grouped(vars(strategy.office)))
+    return shared["strategy"] == strategy.name and others
+
+
+def _grouped(shared: dict[str, Any]) -> str:
+    """Which ranks were one member, for people; "" where it was not saved, or went without saying."""
+    return " | ".join(" ".join(map(str, ranks)) for ranks in shared.get("ranks_of_members", ()))
 
 
 def refuse_newer(shared: dict[str, Any], path: str) -> None:

@@ -72,7 +72,7 @@ class Shown(Saving):
     @property
     def members(self) -> int:
         """How many members the run begins with: each is a rank, or several that step together."""
-        return self.world_size // self.office.size
+        return len(self.office.ranks_of_members) or self.world_size
 
     @property
     def healthy_delay(self) -> int:

@@ -89,7 +89,7 @@ class Stepping:
 
     def with_exchange(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, after which the algorithm sees the gradients: of all ranks of the member, if it has several."""
-        if self._strategy.office.siblings is not None:
+        if self._strategy.office.size > 1:
             closure = self._then_average(closure)
         return closure if self._strategy.algorithm.takes_gradients else self._then_exchange(closure)
 
@@ -169,9 +169,12 @@ class Stepping:
             return
         self._stepped = False
         self.taken += 1
+        if strategy.algorithm.takes_gradients:  # it tells the server these numbers now, those of a new epoch too
+            for optimizer in strategy.optimizers:
+                strategy.office.recording.step_with(optimizer, strategy.optimizers)
         mail = strategy.office.mail
         mail.at(self.taken)
-        awaited = strategy.algorithm.in_step or strategy.office.siblings is not None
+        awaited = strategy.algorithm.in_step or strategy.office.size > 1
         after = strategy.voice.after_step(strategy.replica, mail, self.taken)
         self._exchange(after, "together" if awaited else "later")
         strategy.office.recording.stepped(self.taken, strategy.replica)

@@ -20,9 +20,13 @@ from lightning_async.transport.checks import check_kind, check_message, check_pe
 from lightning_async.transport.control import Control
 from lightning_async.transport.gathering import When
 from lightning_async.transport.gloo import Clients, keys_of
+from lightning_async.transport.header import WIRE_BYTES
+from lightning_async.transport.line import AHEAD, WINDOW
 from lightning_async.transport.links import Links
 from lightning_async.transport.mail import Letter, Loss, Message, Service
+from lightning_async.transport.pieces import LEAST
 from lightning_async.transport.service import Loop, ServiceThread
+from lightning_async.transport.shared import PLACES
 from lightning_async.transport.slots import Here, Inbox, Slots
 from lightning_async.transport.traffic import Count
 
@@ -30,6 +34,21 @@ LONGEST = 4 << 30
 """Bytes of the longest body that a member takes."""
 PIECE = 4 << 20
 """Bytes of the longest piece in which a body travels."""
+HEADS = 2 * AHEAD * WIRE_BYTES
+"""Bytes of the headers of a link, those that stand ready and those under way."""
+
+
+def link_bytes(piece: int, *, near: bool) -> int:
+    """The host memory of a link, whatever travels on it; `near`: with its half of what both ends on one host see."""
+    return HEADS + (WINDOW + PLACES * near) * piece
+
+
+def piece_of(staging: object) -> int:
+    """The longest pieces for which a link needs no more than `staging` bytes of host memory."""
+    least = link_bytes(LEAST, near=True)
+    if not isinstance(staging, int) or isinstance(staging, bool) or staging < least:
+        raise ValueError(f"`staging` must be an integer of at least {least} (bytes), or None, got {staging!r}")
+    return min(PIECE, (staging - HEADS) // (WINDOW + PLACES) // LEAST * LEAST)
 
 
 class ClusterCarrier:

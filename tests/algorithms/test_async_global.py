@@ -395,6 +395,7 @@ def test_a_bound_that_is_kept_by_waiting_is_kept(bound: int) -> None:
     for r in range(n):
         assert max(a.delay for a in arrivals(outcome, r)) <= bound + 2 * (n - 1)
         assert all(a.fate is Fate.FOLDED for a in arrivals(outcome, r))
+        assert all(a.samples > 0 for a in arrivals(outcome, r))  # a word that nothing is left to push is no arrival
     assert outcome.trained[0].waits > 0
     assert outcome.trained[3].waits == 0
 

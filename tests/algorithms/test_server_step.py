@@ -67,6 +67,25 @@ def test_an_heir_with_its_tensors_and_count_goes_on_to_the_bit(make: MakeOptimiz
     assert torch.equal(weights, heirs)
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
+def test_what_a_forward_pass_in_another_thread_computes_with_changes_nothing(
+    make: MakeOptimizer, default: torch.dtype
+) -> None:
+    """Lightning's "bf16-true" sets torch's default dtype in it, for all threads."""
+    plain, beside = start(), start()
+    mine, other = rule(make, plain), rule(make, beside)
+    for i, gradient in enumerate(GRADIENTS):
+        share = 0.3 if i % 2 else 0.7
+        mine.arrive(plain, gradient, 0.5, 2, share=share)
+        torch.set_default_dtype(default if i % 3 else torch.float32)
+        try:
+            other.arrive(beside, gradient, 0.5, 2, share=share)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(plain, beside)
+
+
 def test_each_group_has_its_own_numbers_and_what_is_in_none_stays() -> None:
     parts = [nn.Parameter(start()[16 * i : 16 * i + 16].clone()) for i in range(4)]
     groups = [{"params": [parts[0], parts[2]], "weight_decay": 0.5}, {"params": [parts[1]], "lr": 0.01}]

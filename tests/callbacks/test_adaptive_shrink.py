@@ -144,12 +144,9 @@ def test_its_state_is_saved_and_another_world_begins_anew(tmp_path: Path) -> Non
     state = torch.load(file, weights_only=True)["parts"]["shrink"]
     assert state == first[1]["ended"]
     others = run(3, _saved_and_resumed, str(tmp_path), 3, 2)
-    for end in others:
-        assert end["began"]["laws"] == {}
-        assert end["said"] == [
-            "AdaptiveShrink: its state was saved with law='relative' by 2 ranks, and this is 'relative' with 3: the "
-            "law begins anew"
-        ]
+    said = "AdaptiveShrink: its state was saved with law='relative' by 2 ranks, and this is 'relative' with 3: the law "
+    assert [end["began"]["laws"] for end in others] == [{}] * 3
+    assert [end["said"] for end in others] == [[f"{said}begins anew"], [], []]  # once for all
 
 
 def test_a_state_of_the_same_goes_on() -> None:
@@ -210,7 +207,11 @@ def _in_step() -> None:
     shrink = AdaptiveShrink()
     first = os.environ["RANK"] == "0"
     t = trainer(2, strategy=LazySignStrategy(), callbacks=[shrink], max_epochs=1)
-    with pytest.warns(UserWarning, match="AdaptiveShrink has nothing to say") if first else nullcontext():
+    with (
+        pytest.warns(UserWarning, match="AdaptiveShrink has nothing to say .* leave it out$")
+        if first
+        else nullcontext()
+    ):
         t.fit(Lit(), loader(), loader(40, shuffle=False))
     assert t.strategy.shrink is no_shrink  # type: ignore[attr-defined]
     assert shrink.figures == {}

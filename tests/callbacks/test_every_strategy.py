@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_async import (
     AdaptiveShrink,
@@ -121,9 +122,10 @@ class Told(DelayStats):
         return super().conclude(words)
 
 
-def _told(n: int) -> dict[str, Any]:
+def _told(n: int, validates: bool = True) -> dict[str, Any]:
     told, traffic = Told(), TrafficStats()
-    t = trainer(n, strategy=DelayedPipelineStrategy(stages="net"), callbacks=[told, traffic], max_epochs=2)
+    limit = {} if validates else {"limit_val_batches": 0}
+    t = trainer(n, strategy=DelayedPipelineStrategy(stages="net"), callbacks=[told, traffic], max_epochs=2, **limit)
     t.fit(piped.Piped(), piped.loader(), piped.loader())
     trained = [[word[rank]["trained"] for word in told.words] for rank in range(n)]
     return {"trained": trained, "figures": told.figures, "traffic": traffic.figures}
@@ -144,3 +146,35 @@ def test_stages_count_all_their_steps_and_a_rest_without_any_tells_no_rates() ->
         assert found["figures"][f"rank{rank}/compute_share"] > 0
     assert found["figures"]["compute_share"] > 0
     assert found["traffic"]["occupancy"] > 0
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_one_stage_alone_tells_itself(validates: bool) -> None:
+    found = run(1, _told, 1, validates)[0]
+    batches, samples = 2 * len(piped.loader()), 2 * len(piped.loader().dataset)  # type: ignore[arg-type]
+    assert [sum(one) for one in zip(*found["trained"][0], strict=True)] == [batches, batches, samples]
+    assert [told[0] for told in found["trained"][0] if told[0]] == [batches / 2] * 2, "at the end of each epoch"
+    assert found["figures"]["rank0/samples_per_second"] > 0
+    assert found["figures"]["compute_share"] > 0
+    assert found["figures"]["straggler"] == -1
+    assert found["figures"]["arrived"] == 0
+    assert found["traffic"]["bytes_sent"] == 0
+
+
+def _with_more_stages(n: int, folder: str, path: str | None) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        saved = ModelCheckpoint(folder, filename="it")
+        options = {"enable_checkpointing": True, "callbacks": [AdaptiveShrink(), saved], "limit_val_batches": 0}
+        strategy = DelayedPipelineStrategy(stages="net")
+        t = trainer(n, strategy=strategy, max_epochs=1 if path is None else 2, **options)
+        t.fit(piped.Piped(), piped.loader(), ckpt_path=path)
+    return [str(w.message) for w in caught if "anew" in str(w.message)]
+
+
+def test_a_law_of_other_stages_begins_anew_and_says_so_once(tmp_path: Path) -> None:
+    assert run(2, _with_more_stages, 2, str(tmp_path), None) == [[], []]
+    assert run(3, _with_more_stages, 3, str(tmp_path), str(tmp_path / "it.ckpt")) == [
+        ["strategy='delayed_pipeline': what callbacks keep (shrink) was saved by 2 ranks, and now there are 3: it "
+         "begins anew"], [], []
+    ]  # fmt: skip

@@ -79,6 +79,11 @@ def test_delays_are_those_of_all_arrivals(gossip: Any) -> None:
     assert shrink["mean"] == pytest.approx(np.mean(1 / (1 + 0.1 * delays)))
     assert shrink["min"] == pytest.approx(1 / (1 + 0.1 * delays.max()))
     assert shrink["count"] == len(arrivals)
+    assert shrink["excess_mean"] == pytest.approx(delays.mean())  # `healthy` is 0 here
+    for peer in range(3):
+        of_peer = np.array([a.delay for a in arrivals if a.peer == peer])
+        assert shrink[f"from{peer}/mean"] == pytest.approx(np.mean(1 / (1 + 0.1 * of_peer)))
+        assert shrink[f"from{peer}/excess_mean"] == pytest.approx(of_peer.mean())
 
 
 def test_steps_and_samples_are_those_of_each_rank(gossip: Any, ddp: Any) -> None:
@@ -112,10 +117,18 @@ def test_the_slow_one_is_named(gossip: Any, ddp: Any) -> None:
         assert ends[0]["stragglers"] == tuple(slow)
         assert found["straggler"] == slow[0] == len(work) - 1
         for rank, word in words.items():
-            spent = [word[name] for name in ("compute", "exchange", "waited", "idle")]
-            for name, share in (("compute", spent[0]), ("exchange", spent[1]), ("wait", spent[2] + spent[3])):
-                assert found[f"rank{rank}/{name}_share"] == pytest.approx(share / sum(spent))
-            assert found[f"rank{rank}/idle_seconds"] == spent[3]
+            mine = [word[name] for name in ("compute", "exchange", "waited", "idle")]
+            for name, share in (("compute", mine[0]), ("exchange", mine[1]), ("wait", mine[2] + mine[3])):
+                assert found[f"rank{rank}/{name}_share"] == pytest.approx(share / sum(mine))
+            assert found[f"rank{rank}/idle_seconds"] == mine[3]
+        spent = np.array(
+            [[word[name] for name in ("compute", "exchange", "waited", "idle")] for word in words.values()]
+        )
+        shares = spent.sum(0) / spent.sum()
+        assert found["compute_share"] == pytest.approx(shares[0])
+        assert found["exchange_share"] == pytest.approx(shares[1])
+        assert found["wait_share"] == pytest.approx(shares[2] + shares[3])
+        assert found["idle_seconds"] == spent[:, 3].max()
     assert found["rank0/wait_share"] > found["rank1/wait_share"]
     assert found["gain"] > 1.1
     assert found["gain"] == pytest.approx((1 / work).sum() / (len(work) / step))

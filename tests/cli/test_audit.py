@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lightning_async import SpeedFaults
 from lightning_async.arrival import Arrival
 from lightning_async.cli import main
 from lightning_async.data.balance import Incremental
@@ -91,6 +92,67 @@ def test_what_a_sampler_of_the_users_own_gives_to_a_pipeline_is_not_known(
     said = audited(tmp_path, capsys)[1]
     assert "?       samples: the sampler is the user's own" in said
     assert "?       weights: no consensus was recorded" in said
+
+
+def _bounded(n: int, folder: str, method: str, knobs: dict[str, Any]) -> None:
+    kind = next(kind for kind in STRATEGIES if kind.name == method)
+    faults = SpeedFaults(step_seconds=0.002, slow={n - 1: 8.0})
+    t = trainer(n, strategy=kind(record=folder, max_delay=1, **knobs), callbacks=[faults], max_epochs=2)
+    t.fit(recorded.Net())
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("method", "knobs"),
+    [
+        ("async_global", {"on_late": "shrink"}),
+        ("async_global", {"on_late": "drop"}),
+        ("async_global", {"on_late": "wait"}),
+        ("cyclic_delay", {}),
+        ("gossip_ring", {}),
+        ("gossip_ring", {"mode": "push_sum"}),
+    ],
+    ids=str,
+)
+def test_a_tight_bound_is_kept_as_the_method_promises(
+    method: str, knobs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(3, _bounded, 3, str(tmp_path), method, knobs)
+    status, said = audited(tmp_path, capsys)
+    assert status == 0, said
+    assert "kept    delays: " in said
+
+
+@pytest.mark.parametrize(
+    ("strategy", "on_late", "fate", "broken"),
+    [
+        ("async_global", "shrink", "shrunk", False),
+        ("async_global", "shrink", "folded", True),
+        ("async_global", "drop", "shrunk", True),
+        ("async_global", "drop", "refused", False),
+        ("cyclic_delay", None, "shrunk", False),
+        ("cyclic_delay", None, "folded", True),
+        ("gossip_ring", None, "shrunk", True),
+    ],
+)
+def test_what_is_late_by_a_version_too_many(
+    strategy: str, on_late: str | None, fate: str, broken: bool, ordinary: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Two members have 2 versions between two pushes that are in time; in gossip a delay is none of versions."""
+    logs = copied(ordinary, tmp_path / "run")
+    bound = 500
+    for lines in logs.values():
+        lines[0]["strategy"] = strategy
+        lines[0]["knobs"] |= {"max_delay": bound, "on_late": on_late}
+    arrival = notes(logs[1], "arrivals")[3][3][0]
+    arrival[2], arrival[6] = arrival[3] - bound - (0 if strategy == "gossip_ring" else 2), "folded"
+    write(tmp_path / "run", logs)
+    assert audited(tmp_path / "run", capsys)[0] == 0
+    arrival[2], arrival[6] = arrival[2] - 1, fate
+    write(tmp_path / "run", logs)
+    status, said = audited(tmp_path / "run", capsys)
+    assert status == broken, said
 
 
 def late(logs: dict[int, list[Any]]) -> None:

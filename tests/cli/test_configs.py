@@ -15,7 +15,7 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from lightning_async.callbacks import SpeedFaults
+from lightning_async.callbacks import DelayStats, SpeedFaults
 from lightning_async.cli.configs import names, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* has nothing to say under this strategy")  # here: on one device
@@ -102,6 +102,16 @@ def test_all_files_of_callbacks_compose(
     shown = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
     assert sorted(c["class_path"].rpartition(".")[2] for c in shown) == sorted(map(_class_name, every))
     assert len(shown) == len(every) == 5
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("name", [n for n in names() if n.startswith("strategies/")])
+def test_all_files_of_callbacks_run_together(name: str, fit: Callable[..., Trainer]) -> None:
+    every = [n for n in names() if n.startswith("callbacks/")]
+    trainer = fit(*configs(name, *every))
+    assert {*map(_class_name, every)} <= {type(callback).__name__ for callback in callbacks_of(trainer)}
+    (stats,) = (callback for callback in callbacks_of(trainer) if isinstance(callback, DelayStats))
+    assert stats.figures["rank0/samples_per_second"] > 0
 
 
 def test_one_that_measures_stands_once(fit: Callable[..., Trainer]) -> None:

@@ -74,8 +74,22 @@ def test_colours_differ_in_lightness() -> None:
         assert all(b - a > 0.12 for a, b in pairwise([*lightness, 1.0]))
 
 
-def test_the_map_grows_evenly_lighter() -> None:
+def test_the_more_the_darker_and_nothing_is_white(drawn: Any) -> None:
     lightness = matplotlib.colormaps[MAP](np.linspace(0, 1, 64))[:, :3] @ GREY
-    steps = np.diff(lightness)
+    steps = -np.diff([1.0, *lightness])
     assert (steps > 0).all()
-    assert steps.max() < 2.5 * steps.mean()
+    assert steps[1:].max() < 2.5 * steps[1:].mean()
+    for name in ("delays", "traffic"):
+        figure, _ = drawn(name, invented(16))
+        (image,) = figure.axes[0].images
+        seen, blank = np.asarray(image.get_array(), dtype=float), np.ma.getmaskarray(image.get_array())
+        assert blank.any()
+        assert (seen[~blank] > 0).all()
+
+
+def test_losses_near_each_other_have_more_than_two_numbers(drawn: Any) -> None:
+    story = invented(2)
+    story.losses = {"val_loss": [(1.0, 0.2), (2.0, 0.1), (3.0, 0.08)]}
+    figure, texts = drawn("learning", story)
+    axis = figure.axes[0].yaxis
+    assert sum(label in texts for label in axis.get_ticklabels(which="both")) > 2

@@ -158,6 +158,15 @@ def test_drop_last_drops_the_same_tail_for_all() -> None:
     assert members[0].share.abandoned() == 0
 
 
+def test_dropping_is_no_reason_to_train_on_nothing() -> None:
+    desk = FakeBoard(Clock(), 3).desks()[0]
+    for total, whole in ((3, 0), (11, 2)):
+        sentence = f"{total} samples make {whole} whole batches of 4, and each of 3 members needs one"
+        for balance in ("claim", "incremental"):
+            with pytest.raises(ValueError, match=sentence):
+                make_share(balance, desk, batch=4, drop_last=True, size=total).begin_epoch(0, total=total)
+
+
 def test_rewound_batches_are_handed_out_again() -> None:
     _, members = crew([1.0])
     share = members[0].share

@@ -39,6 +39,13 @@ def test_drop_last_drops_the_incomplete_batch() -> None:
     assert share.expected_batches() == 2
 
 
+def test_dropping_is_no_reason_to_train_on_nothing() -> None:
+    desk = FakeBoard(Clock(), 2).desks()[0]
+    EqualShare(desk, batch=4, drop_last=True).begin_epoch(0, total=7)
+    with pytest.raises(ValueError, match="6 samples make no whole batch of 4 for each of 2 members"):
+        EqualShare(desk, batch=4, drop_last=True).begin_epoch(0, total=6)
+
+
 def test_rewound_batches_are_handed_out_again() -> None:
     desk = FakeBoard(Clock(), 2).desks()[1]
     share = EqualShare(desk, batch=2)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_async import (
     AsyncGlobalStrategy,
@@ -16,20 +18,25 @@ from lightning_async import (
     GossipRingStrategy,
     LazySignStrategy,
 )
+from lightning_async.algorithms.gossip import Mode
 from lightning_async.algorithms.pairwise import ANSWER, ASK
 from lightning_async.algorithms.shards import ANSWER as SERVED
 from lightning_async.algorithms.shards import PUSH
 from lightning_async.strategies import refusals
-from lightning_async.strategies.account import Model, account, model_of, short
-from lightning_async.transport.cluster import LONGEST
+from lightning_async.strategies.account import Account, Model, account, model_of, short, staged
+from lightning_async.transport.cluster import LONGEST, PIECE, link_bytes, piece_of
 from lightning_async.transport.mail import CONTRIBUTION, FIRST_FREE_KIND, RESULT
+from lightning_async.transport.pieces import LEAST
 from tests.strategies.ranks import run
 from tests.strategies.weighing import Weighed, weigh
 
+STAGING = 2_000_000
+"""Bytes a link, in place of 17.8 MB: with two of them a member of this test holds a third less."""
 CASES: dict[str, tuple[int, Callable[[], Any]]] = {
     "pairwise, 2": (2, GossipRingStrategy),
     "pairwise, 3": (3, GossipRingStrategy),
     "pairwise, bf16": (3, lambda: GossipRingStrategy(wire="bf16")),
+    "pairwise, staging": (3, lambda: GossipRingStrategy(staging=STAGING)),
     "pairwise, exponential": (4, lambda: GossipRingStrategy(topology="exponential")),
     "push_sum": (3, lambda: GossipRingStrategy(mode="push_sum")),
     "sync": (3, lambda: GossipRingStrategy(mode="sync")),
@@ -83,9 +90,10 @@ def test_a_member_holds_and_sends_what_it_says(case: str) -> None:
 
 
 @pytest.mark.few(1)
+@pytest.mark.parametrize("staging", [None, STAGING])
 @pytest.mark.parametrize("semantics", ["stash", "recompute"])
-def test_a_stage_holds_and_sends_what_it_says(semantics: Any) -> None:
-    found = run(3, weigh, lambda: DelayedPipelineStrategy(stages="net", semantics=semantics))
+def test_a_stage_holds_and_sends_what_it_says(semantics: Any, staging: int | None) -> None:
+    found = run(3, weigh, lambda: DelayedPipelineStrategy(stages="net", semantics=semantics, staging=staging))
     for one in found:
         assert one.held == pytest.approx(one.said.device + one.said.host, rel=0.05)
         sizes = {
@@ -101,6 +109,64 @@ SIZES: dict[str, Callable[[], Any]] = {
     "cyclic_delay": CyclicDelayStrategy,
     "lazy_sign": LazySignStrategy,
 }
+
+
+class Allocates(TorchDispatchMode):
+    """The longest tensor that was made, of those that are no mere sizes."""
+
+    longest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for one in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(one, torch.Tensor) and not one.is_meta:
+                self.longest = max(self.longest, one.numel())
+        return found
+
+
+BILLION: dict[str, Callable[..., Any]] = {
+    **{f"gossip_ring {mode}": partial(GossipRingStrategy, mode=mode) for mode in get_args(Mode)},
+    "async_global": AsyncGlobalStrategy,
+    "async_global sync": partial(AsyncGlobalStrategy, mode="sync", local_steps=4),
+    "cyclic_delay gradient": CyclicDelayStrategy,
+    "cyclic_delay delta": partial(CyclicDelayStrategy, push="delta"),
+    "lazy_sign": LazySignStrategy,
+    "lazy_sign deadline": partial(LazySignStrategy, deadline=1.0),
+    "delayed_pipeline": partial(DelayedPipelineStrategy, stages="0"),
+}
+
+
+@pytest.mark.parametrize("name", BILLION)
+def test_the_links_of_a_billion_parameters_fit_the_staging_that_was_given(name: str) -> None:
+    """Beside what the method itself holds, whose rows are in the table, nothing grows with the model."""
+    with Allocates() as made:
+        with torch.device("meta"):
+            module = torch.nn.Sequential(*(torch.nn.Linear(8192, 8192) for _ in range(15)))
+        model = model_of(module.parameters())
+        assert model.nbytes > 4e9
+        said = [of_a_billion(BILLION[name](staging=staging), model) for staging in (STAGING, 2 * STAGING, None)]
+    few, twice, usual = (one.host for one in said)
+    ready = few - 3 * link_bytes(piece_of(STAGING), near=True)
+    assert ready == twice - 3 * link_bytes(piece_of(2 * STAGING), near=True) == usual - 3 * link_bytes(PIECE, near=True)
+    assert 3 * (STAGING - 4 * LEAST) < few - ready <= 3 * STAGING, "four pieces, in whole numbers of the shortest"
+    assert len({(one.device, one.wire) for one in said}) == 1
+    assert made.longest <= 1000, "told by sizes alone"
+
+
+def of_a_billion(strategy: Any, model: Model) -> Account:
+    """Four members, or stages, on one host."""
+    piece = strategy.office.piece
+    if isinstance(strategy, DelayedPipelineStrategy):
+        sizes = {"held": 4, "semantics": strategy.semantics, "edges": [10**6] * 2}
+        return staged(model.nbytes // 4, model.nbytes, 4, piece=piece, **sizes)  # type: ignore[arg-type]
+    return account(strategy.algorithm, model, 4, piece=piece)
+
+
+@pytest.mark.parametrize("staging", [0, 1_314_815, 2e6, True])
+def test_less_than_a_link_needs_is_refused(staging: Any) -> None:
+    assert link_bytes(LEAST, near=True) == 1_314_816
+    with pytest.raises(ValueError, match="`staging` must be an integer of at least 1314816 "):
+        GossipRingStrategy(staging=staging)
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -29,7 +29,14 @@ def office(world: int = 1) -> Any:
     desk: Any = FakeBoard(Clock(), 1).desks()[0]
     desk.world = world
     return SimpleNamespace(
-        carrier=desk, desk=lambda page: desk, drive=at_once, recording=Recording(None), size=1, siblings=None
+        carrier=desk,
+        desk=lambda page: desk,
+        drive=at_once,
+        recording=Recording(None),
+        size=1,
+        members=world,
+        speaks=True,
+        siblings=None,
     )
 
 

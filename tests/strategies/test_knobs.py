@@ -87,6 +87,7 @@ SHARED: dict[str, set[str]] = {
     "meet_every": COUNT | OPTIONAL,
     "grace": AT_LEAST_0 | {"inf"},
     "interface": TEXT | OPTIONAL,
+    "staging": OPTIONAL,
     "silence": ABOVE_0 - {"40.0"},
     "patience": {"3", "40.0", "inf"},
     "meeting_timeout": ABOVE_0 | {"inf"},

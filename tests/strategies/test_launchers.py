@@ -7,6 +7,7 @@ import runpy
 import sys
 import time
 import traceback
+import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -88,3 +89,33 @@ def test_a_fork_that_fails_is_named() -> None:
     t = trainer(2, strategy="gossip_ring_fork")
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="the fifth batch is too much"):
         t.fit(Failing(), loader(), loader(40, shuffle=False))
+
+
+@pytest.mark.parametrize(
+    ("second", "sentence"),
+    [
+        ("gossip_ring", "an earlier Trainer made this process one of 1 ranks, and this one asks for 2"),
+        ("gossip_ring_fork", "forked from a process that an earlier Trainer had made one of 1 ranks"),
+    ],
+)
+def test_a_process_of_another_world_is_told_so(second: str, sentence: str) -> None:
+    """With `ddp` both hang: the group of the first Trainer is taken for the second one's."""
+    mine, theirs = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=_one_rank_then_two, args=(theirs, second))
+    process.start()
+    theirs.close()
+    with mine:
+        said = mine.recv() if mine.poll(LIMIT) else "nothing"
+    process.kill()
+    process.join()
+    assert sentence in said
+
+
+def _one_rank_then_two(said: Connection, second: str) -> None:
+    warnings.simplefilter("ignore")
+    trainer(1, strategy="gossip_ring").fit(Lit(), loader())
+    try:
+        trainer(2, strategy=second).fit(Lit(), loader())
+    except Exception as error:
+        said.send(str(error))
+    os._exit(0)

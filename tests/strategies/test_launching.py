@@ -6,23 +6,30 @@ milliseconds where a new interpreter takes seconds.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
 import select
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import yaml
+from lightning.fabric.plugins.environments import lsf, mpi
+from lightning.pytorch.strategies import StrategyRegistry
+from torch.distributed import FileStore
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
+from lightning_async import GossipRingStrategy
 from tests.strategies.ranks import run
 
 LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch"
@@ -41,7 +48,14 @@ def train(argv: list[str], *callbacks: L.Callback) -> dict[str, Any]:
     t = main(argv, callbacks)
     weights = [float(x) for p in t.lightning_module.parameters() for x in p.detach().flatten()]
     environment = type(t.strategy.cluster_environment).__name__
-    return {"environment": environment, "rank": t.global_rank, "steps": t.global_step, "weights": weights}
+    place = {"rank": t.global_rank, "node": t.node_rank, "member": member_of(t)}
+    return {"environment": environment, **place, "steps": t.global_step, "weights": weights}
+
+
+def member_of(t: L.Trainer) -> tuple[int, ...]:
+    """The ranks of this rank's member."""
+    siblings = t.strategy.office.siblings  # type: ignore[attr-defined]
+    return (t.global_rank,) if siblings is None else siblings.ranks
 
 
 def ran(found: list[dict[str, Any]], environment: str, ranks: int) -> None:
@@ -210,7 +224,7 @@ def test_a_job_of_slurm_is_queued_anew_and_goes_on(tmp_path: Path) -> None:
     assert {one["began"] for one in again} == {at}, "it went on from where it was saved"
 
 
-# -- Kubernetes, LSF -------------------------------------------------------------------------------------------------
+# -- Kubernetes ------------------------------------------------------------------------------------------------------
 
 
 def pod(containers: list[dict[str, Any]], out: str) -> dict[str, Any]:
@@ -239,22 +253,94 @@ def test_the_pods_of_a_pytorchjob(tmp_path: Path) -> None:
     ran(run(len(containers), pod, containers, str(tmp_path)), "KubeflowEnvironment", 2)
 
 
+# -- LSF, MPI ----------------------------------------------------------------------------------------------------------
+
+HOSTS = ["localhost", "127.0.0.1"]
+"""Two hosts, by the names under which this one is known to itself."""
+
+
+def stands_on(host: str, environments: Any) -> None:
+    """This forked process stands on that host, as far as an environment of Lightning's asks."""
+    environments.socket = SimpleNamespace(gethostname=lambda: host)
+
+
 def step(words: list[str], hosts: str) -> dict[str, Any]:
-    """One task of a jsrun step on this host, which stands for both."""
-    number, port = os.environ["RANK"], os.environ["MASTER_PORT"]
+    """One task of a jsrun step."""
+    number, port = int(os.environ["RANK"]), os.environ["MASTER_PORT"]
     for other in OTHERS:
         os.environ.pop(other)
-    jsm = {"JSM_NAMESPACE_RANK": number, "JSM_NAMESPACE_LOCAL_RANK": number, "JSM_NAMESPACE_SIZE": "2"}
-    os.environ |= {**jsm, "LSB_JOBID": JOB, "LSB_DJOB_RANKFILE": hosts, "MASTER_PORT": port}
+    stands_on(HOSTS[number // 2], lsf)
+    os.environ |= {"JSM_NAMESPACE_RANK": str(number), "JSM_NAMESPACE_LOCAL_RANK": str(number % 2)}
+    os.environ |= {"JSM_NAMESPACE_SIZE": "4", "LSB_JOBID": JOB, "LSB_DJOB_RANKFILE": hosts, "MASTER_PORT": port}
     return train(words)
 
 
 def test_a_step_of_lsf(tmp_path: Path) -> None:
-    """By the variables alone, of one host with two tasks: there is no LSF here."""
-    name = os.uname().nodename
+    """By the variables alone, of two hosts with two tasks each: there is no LSF here."""
     hosts = tmp_path / "hosts"
-    hosts.write_text(f"launcher\n{name}\n{name}\n")
+    hosts.write_text("\n".join(["launcher", *(host for host in HOSTS for _ in range(2))]) + "\n")
     words = words_of("job.lsf", "jsrun", {"OUT": str(tmp_path)})
     at = words.index("examples/launch/train.py")
-    assert words[at - 1 : at + 5] == ["python", "examples/launch/train.py", "--nodes", "2", "--devices", "2"]
-    ran(run(2, step, ["--nodes", "1", "--devices", "2", *words[at + 5 :]], str(hosts)), "LSFEnvironment", 2)
+    assert words[at - 1] == "python"
+    found = run(4, step, words[at + 1 :], str(hosts))
+    ran(found, "LSFEnvironment", 4)
+    assert [one["node"] for one in found] == [0, 0, 1, 1]
+
+
+class Comm:
+    """What Lightning uses of an MPI communicator, by a file that all ranks write to."""
+
+    def __init__(self, store: FileStore, name: str, ranks: list[int], me: int) -> None:
+        self.store, self.name, self.ranks, self.me, self.number = store, name, ranks, me, 0
+
+    def Get_size(self) -> int:  # noqa: N802
+        return len(self.ranks)
+
+    def Get_rank(self) -> int:  # noqa: N802
+        return self.ranks.index(self.me)
+
+    def everybodys(self, value: Any) -> list[Any]:
+        self.number += 1
+        key = f"{self.name}/{self.number}"
+        self.store.set(f"{key}/{self.me}", json.dumps(value))
+        return [json.loads(self.store.get(f"{key}/{rank}")) for rank in self.ranks]
+
+    def bcast(self, value: Any, root: int) -> Any:
+        return self.everybodys(value)[root]
+
+    def gather(self, value: Any, root: int) -> list[Any] | None:
+        values = self.everybodys(value)
+        return values if self.Get_rank() == root else None
+
+    def Split(self, color: int) -> Comm:  # noqa: N802
+        colors = self.everybodys(color)
+        ranks = [rank for rank, other in zip(self.ranks, colors, strict=True) if other == color]
+        return Comm(self.store, f"{self.name}/{color}", ranks, self.me)
+
+
+def process_of_mpi(words: list[str], file: str) -> dict[str, Any]:
+    """One process of mpirun, which deals them out to the hosts in turn."""
+    number = int(os.environ["RANK"])
+    os.environ["STANDALONE_PORT"] = os.environ.pop("MASTER_PORT")  # which Lightning takes in place of any free one
+    for other in (*OTHERS, "MASTER_ADDR"):
+        os.environ.pop(other)
+    stands_on(HOSTS[number % 2], mpi)
+    world = Comm(FileStore(file, 4), "world", list(range(4)), number)
+    sys.modules["mpi4py"] = ModuleType("mpi4py")
+    sys.modules["mpi4py"].MPI = SimpleNamespace(COMM_WORLD=world, Comm=Comm)  # type: ignore[attr-defined]
+    mpi._MPI4PY_AVAILABLE = True  # type: ignore[assignment]  # for this forked process
+    StrategyRegistry.register("by_node", GossipRingStrategy, "each node is a member", inner="node")
+    return train(words)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("strategy", ["by_node", "gossip_ring"])
+def test_the_processes_of_mpirun(strategy: str, tmp_path: Path) -> None:
+    """By what Lightning asks `mpi4py`, of two hosts with two processes each: there is no MPI here."""
+    words = ["--nodes", "2", "--devices", "2", "--out", str(tmp_path / "out"), "--strategy", strategy]
+    found = run(4, process_of_mpi, words, str(tmp_path / "world"))
+    ran(found, "MPIEnvironment", 4)
+    assert len({one["node"] for one in found[::2]}) == len({one["node"] for one in found[1::2]}) == 1
+    assert [one["member"] for one in found] == (
+        [(0, 2), (1, 3)] * 2 if strategy == "by_node" else [(0,), (1,), (2,), (3,)]
+    )

@@ -7,6 +7,8 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +17,51 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_async import SpeedFaults
+from lightning_async import (
+    AsyncGlobalStrategy,
+    CyclicDelayStrategy,
+    DelayedPipelineStrategy,
+    GossipRingStrategy,
+    LazySignStrategy,
+    SpeedFaults,
+)
 from tests.strategies.lit import Lit, Numbers, loader, trainer
 from tests.strategies.ranks import Forked, run
 
 SAVED = "saved"
+MINE: dict[str, Any] = {
+    "gossip_ring": GossipRingStrategy,
+    "async_global": AsyncGlobalStrategy,
+    "cyclic_delay": CyclicDelayStrategy,
+    "lazy_sign": LazySignStrategy,
+    "delayed_pipeline": partial(DelayedPipelineStrategy, stages="layer"),
+}
+FREE = ["gossip_ring", "async_global", "cyclic_delay"]
+KILLED = -signal.SIGKILL
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*exists and is not empty", "ignore:.*not resumable", "ignore:rank 1 had no batch in this epoch"
 )
 
 
 class Diary(L.Callback):
-    """Writes down what this rank trains on, and when it saves; survives a SIGKILL."""
+    """Writes down what this rank trains on, and when it saves; survives a SIGKILL.
+
+    The first rank that finds the run at step `kill_at` kills all, wherever they are.
+    """
 
     def __init__(self, folder: Path, part: int, kill_at: int | None) -> None:
         self.folder, self.part, self.kill_at = folder, part, kill_at
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.file = (self.folder / f"{self.part}.{trainer.global_rank}").open("w", buffering=1)
+        (self.folder / f"pid.{trainer.global_rank}").write_text(str(os.getpid()))
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, _: Any, batch: Any, __: int) -> None:
         self.file.write(" ".join(map(str, batch[0].tolist())) + "\n")
         if self.kill_at is not None and trainer.global_step >= self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            pids = {int((self.folder / f"pid.{rank}").read_text()) for rank in range(trainer.world_size)}
+            for pid in sorted(pids, key=os.getpid().__eq__):  # itself last
+                os.kill(pid, signal.SIGKILL)
 
     def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
         self.file.write(f"{SAVED} {trainer.global_step}\n")
@@ -47,7 +71,13 @@ class Diary(L.Callback):
 
 
 def train(
-    folder: Path, part: int, kill_at: int | None, path: str | None, balance: str | None, length: float = math.inf
+    name: str,
+    folder: Path,
+    part: int,
+    kill_at: int | None,
+    path: str | None,
+    balance: str | None,
+    length: float = math.inf,
 ) -> tuple[int, list[int]]:
     """From one's own stream without a `balance`, rank 1's of this length; else from the shared samples."""
     steps: list[int] = []
@@ -55,7 +85,7 @@ def train(
     faults = SpeedFaults(step_seconds=0.01, slow={1: 4.0})
     t = trainer(
         2,
-        knobs={"balance": balance} if balance else {},
+        strategy=MINE[name](**({"balance": balance} if name in FREE and balance else {})),
         callbacks=[Diary(folder, part, kill_at), faults, saver],
         enable_checkpointing=True,
         max_steps=45,
@@ -74,6 +104,19 @@ def train(
     return t.global_step, steps
 
 
+def kill_and_resume(name: str, folder: Path, *data: Any) -> None:
+    """Killed behind the second of the four saves, and resumed from there; all that was to come comes."""
+    with Forked(2, train, name, folder, 1, 26, None, *data) as killed:
+        for process in killed.processes:
+            process.join(60)
+        assert [process.exitcode for process in killed.processes] == [KILLED] * 2
+    assert sorted(p.name for p in folder.glob("*.ckpt")) == ["step=10.ckpt", "step=20.ckpt"]
+    found = run(2, train, name, folder, 2, None, str(folder / "step=20.ckpt"), *data)
+    assert [steps for steps, _ in found] == [45, 45]
+    assert found[0][1] == found[1][1]
+    assert found[0][1][-2:] == [30, 40], "validated where it was to be, after the resume too"
+
+
 def entries(folder: Path, part: int, until: str | None = None, ranks: Sequence[int] = (0, 1)) -> list[int]:
     """What these ranks trained on, up to a save."""
     found: list[int] = []
@@ -85,17 +128,19 @@ def entries(folder: Path, part: int, until: str | None = None, ranks: Sequence[i
     return found
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize("balance", ["claim", "equal"])
-def test_what_was_saved_and_what_came_after_the_resume_make_whole_epochs(tmp_path: Path, balance: str) -> None:
-    with Forked(2, train, tmp_path, 1, 26, None, balance) as killed:
-        for process in killed.processes:
-            process.join(60)
-    assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["step=10.ckpt", "step=20.ckpt"]
-    found = run(2, train, tmp_path, 2, None, str(tmp_path / "step=20.ckpt"), balance)
-    assert [steps for steps, _ in found] == [45, 45]
-    assert found[0][1] == found[1][1]
-    assert found[0][1][-2:] == [30, 40]
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("name", "balance"),
+    [
+        *product(("gossip_ring", "async_global"), ("claim", "equal")),
+        ("lazy_sign", "its own"),
+        *product(("cyclic_delay",), ("equal", "claim")),
+    ],
+)
+def test_what_was_saved_and_what_came_after_the_resume_make_whole_epochs(
+    tmp_path: Path, name: str, balance: str
+) -> None:
+    kill_and_resume(name, tmp_path, balance)
     before, after = entries(tmp_path, 1, f"{SAVED} 20"), entries(tmp_path, 2)
     assert len(before) == 20 * 8
     assert len(after) == 25 * 8
@@ -105,21 +150,41 @@ def test_what_was_saved_and_what_came_after_the_resume_make_whole_epochs(tmp_pat
     assert sum(counts.values()) == 45 * 8
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize("length", [math.inf, 20])
-def test_streams_go_on_where_each_rank_completed_its_last_sample(tmp_path: Path, length: float) -> None:
-    with Forked(2, train, tmp_path, 1, 26, None, None, length) as killed:
-        for process in killed.processes:
-            process.join(60)
-    found = run(2, train, tmp_path, 2, None, str(tmp_path / "step=20.ckpt"), None, length)
-    assert [steps for steps, _ in found] == [45, 45]
-    assert found[0][1] == found[1][1]
-    assert found[0][1][-2:] == [30, 40], "validated where it was to be, after the resume too"
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        *product(("gossip_ring", "cyclic_delay"), (math.inf, 20)),
+        ("lazy_sign", math.inf),
+        *product(("async_global",), (math.inf, 20)),
+    ],
+)
+def test_streams_go_on_where_each_rank_completed_its_last_sample(tmp_path: Path, name: str, length: float) -> None:
+    kill_and_resume(name, tmp_path, None, length)
     trained = []
     for rank in range(2):
         whole = entries(tmp_path, 1, f"{SAVED} 20", [rank]) + entries(tmp_path, 2, None, [rank])
         assert whole == list(range(len(whole))), "each sample of the stream once, none left out"
         trained.append(len(whole))
     assert sum(trained) == 45 * 8
-    assert trained[0] > trained[1], "the fast rank did not wait for the slow one"
+    assert trained[0] > trained[1] or name not in FREE, "the fast rank did not wait for the slow one"
     assert trained[1] == 20 or length > 20
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("balance", [None, "its own"], ids=["stream", "data set"])
+def test_the_stages_of_a_pipeline_go_on_behind_the_last_batch_that_was_saved(
+    tmp_path: Path, balance: str | None
+) -> None:
+    """All stages train on the same batches."""
+    kill_and_resume("delayed_pipeline", tmp_path, balance)
+    before, after = (
+        [entries(tmp_path, part, until, [rank]) for rank in range(2)] for part, until in ((1, f"{SAVED} 20"), (2, None))
+    )
+    assert before[0] == before[1]
+    assert after[0] == after[1]
+    assert (len(before[0]), len(after[0])) == (20 * 4, 25 * 4)
+    if balance is None:
+        assert before[0] + after[0] == list(range(45 * 4))
+    else:
+        assert len({*before[0], *after[0]}) == 45 * 4, "an epoch has 60 batches: none came twice"

@@ -90,6 +90,24 @@ def test_what_is_saved_is_restored_to_the_bit_on_every_rank(
     assert_nothing_over(tmp_path)
 
 
+def _look(kind: Any, path: str, resume: bool) -> dict[str, Any]:
+    seed()
+    save = Saves(path, "validation")
+    slow = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
+    t = trainer(2, strategy=kind(), max_epochs=2, callbacks=[slow] + [save] * (not resume))
+    seen = look_when_put_back(t)
+    t.fit(Draws(), samples(), held_out(), ckpt_path=path if resume else None)
+    return seen[0] if resume else save.seen
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("kind", [AsyncGlobalStrategy, LazySignStrategy, CyclicDelayStrategy])
+def test_so_it_is_with_the_own_state_of_other_methods(kind: Any, tmp_path: Path) -> None:
+    """Shards and their optimizers, what was held back: as they were, though one rank is slow."""
+    path = str(tmp_path / "x.ckpt")
+    assert run(2, _look, kind, path, False) == run(2, _look, kind, path, True)
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("balance", "where"),

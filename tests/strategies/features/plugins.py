@@ -89,7 +89,7 @@ PLUGGED = Scene(
             "plugins",
             "a cluster environment",
             lambda a, b: alike(a["elastic"], b["elastic"]),
-            "torchrun's; SLURM's signals [too](progress.md#checkpoints), LSF, MPI and Kubeflow were not tried",
+            "torchrun's; SLURM's signals [too](progress.md#checkpoints), [others](launching.md)",
         ),
         refused("LayerSync", "", LAYERS, key="layers"),
         refused("TorchSyncBatchNorm", "", LAYERS, key="batchnorm"),

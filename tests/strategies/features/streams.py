@@ -171,7 +171,7 @@ STREAMS = Scene(
         differs(
             "on_train_batch_start",
             "returns -1",
-            "ends the epoch of that rank alone; the others train on what it leaves",
+            "ends the epoch of that rank alone; what it had claimed by then is left out, the rest goes to the others",
             lambda a, b: alike(a["skips"], b["skips"]) and len(a["skips"].validated) == 2,
         ),
     ],
