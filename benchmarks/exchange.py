@@ -26,10 +26,8 @@ N = 4
 STEPS_BEFORE = 5
 SHARE, GROWTH = 0.8, 0.1
 LIMIT = 900.0
-EXCHANGING: Knobs = {"strategy": "async_global", "local_steps": 1, "attenuation": "none"}
 VARIANTS: dict[str, Knobs] = {
-    "async_global": EXCHANGING,
-    "8 shards": {**EXCHANGING, "shards": 8},
+    "async_global": {"strategy": "async_global", "local_steps": 1, "attenuation": "none"},
     "none": NONE,
 }
 

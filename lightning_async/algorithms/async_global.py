@@ -49,8 +49,8 @@ from lightning_async.replica import Replica
 from lightning_async.transport.mail import Letter, Mail, Wait
 from lightning_async.transport.rounds import Rounds
 
-FOLDED = 1 << 22
-"""Numbers that a step folds, unless one answer has more: some tens of milliseconds of memory's time."""
+MOST = 1 << 22
+"""Numbers that a step folds, and pushes, unless one shard has more: some tens of milliseconds of memory's time."""
 
 
 class AsyncGlobal(Algorithm):
@@ -113,7 +113,7 @@ class AsyncGlobal(Algorithm):
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """All have the same weights: those are the server's, version 0."""
         self._beginnings += 1
-        self._mass, self._rounds, self._step = mass, rounds, 0
+        self._mass, self._rounds, self._step, self._me = mass, rounds, 0, mail.me
         self._arrivals: list[Arrival] = []
         self._unfolded: list[Letter] = []
         self._images = torch.empty(0, dtype=torch.uint8)
@@ -154,15 +154,18 @@ class AsyncGlobal(Algorithm):
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Fold what was answered, and push what is due."""
         self._step = step
-        self._pump(replica, mail, most=FOLDED)
+        self._pump(replica, mail, most=MOST)
         self.period.stepped(mail, step)
         for exchange in self.exchanges:
             exchange.samples += self._mass // UNIT
-            if self._is_due(exchange, mail.me):
+        room: float = MOST
+        for exchange in sorted(self.exchanges, key=self._turn):
+            if room > 0 and self._is_due(exchange, mail.me):
                 if exchange.asked and self.on_late == "wait":
                     yield from self._meeting(replica, mail).answered(exchange)
                 if not exchange.asked:
                     self._push(exchange, replica, mail, PUSH)
+                    room -= exchange.base.numel() if exchange.asked else 0
         return self.arrived()
 
     def stop(self, replica: Replica, mail: Mail) -> Wait[None]:
@@ -270,6 +273,10 @@ class AsyncGlobal(Algorithm):
             return False
         early = steps * exchange.shard.number // len(self.exchanges) if exchange.step == 0 else 0
         return self._step - exchange.step >= steps - early
+
+    def _turn(self, exchange: Exchange) -> tuple[int, int]:
+        """Whose last push is oldest goes first; at the beginning each member begins with another shard."""
+        return exchange.step, (exchange.shard.number - self._me) % len(self.exchanges)
 
     def _is_ahead(self, exchange: Exchange) -> bool:
         """A member pushes to itself as often as to the others, where a push is a matter of bytes: else its own shards

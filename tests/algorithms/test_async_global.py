@@ -64,26 +64,32 @@ def test_one_sample_moves_w_equally_whatever_the_batch_size() -> None:
 
 
 class Told(AsyncGlobal):
-    """It notes how many answers each step folded."""
+    """It notes how many answers each step folded, and how many shards it pushed."""
 
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
-        self.folds: list[int] = []
+        self.folds, self.pushes = list[int](), list[int]()
         super().begin(replica, mail, mass, rounds)
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
+        asked = self._asked
         arrivals = yield from super().after_step(replica, mail, step)
         self.folds.append(len(arrivals))
+        self.pushes.append(self._asked - asked + len(arrivals))
         return arrivals
+
+    @property
+    def _asked(self) -> int:
+        return sum(exchange.asked > 0 for exchange in self.exchanges)
 
 
 @pytest.mark.parametrize(("most", "answers"), [(1, 1), (16, 1), (17, 2), (32, 2), (1000, 4)])
-def test_what_would_make_a_step_long_is_folded_in_the_next(
+def test_what_would_make_a_step_long_is_left_to_the_next(
     most: int, answers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four shards of 16 numbers are all answered before the next step."""
-    monkeypatch.setattr("lightning_async.algorithms.async_global.FOLDED", most)
+    monkeypatch.setattr("lightning_async.algorithms.async_global.MOST", most)
     outcome = run([1.0] * 4, seconds=1.0, make=Told, cluster={"latency": 0.001})
-    assert all(max(member.folds) == answers for member in outcome.algorithms)
+    assert all(max(member.folds) == max(member.pushes) == answers for member in outcome.algorithms)
     assert all(member._unfolded == [] for member in outcome.algorithms)
     torch.testing.assert_close(outcome.sample_weights, torch.ones(4), rtol=1e-4, atol=0)
 
