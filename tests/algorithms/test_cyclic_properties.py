@@ -193,7 +193,10 @@ def test_6_from_the_order_of_the_pushes_alone_come_the_same_weights_to_the_bit(c
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_7_on_a_quadratic_it_goes_down_to_the_floor_of_its_noise(carrier: str, token: Any, push: Any) -> None:
-    """L = 1 and a delay of at most n - 1: any learning rate below 1 / (2 n - 1) will do (Agarwal and Duchi 2011)."""
+    """L = 1 and a delay of at most n - 1: any learning rate below 1 / (2 n - 1) will do (Agarwal and Duchi 2011).
+
+    Steps that take no time add up without end on links, while a token is on its way; no theorem bears that.
+    """
     n, noise, sigma = 3, torch.Generator().manual_seed(7), 0.03
     lr = 0.9 / (2 * n - 1)
 
@@ -202,7 +205,9 @@ def test_7_on_a_quadratic_it_goes_down_to_the_floor_of_its_noise(carrier: str, t
         member.parameter.grad = member.parameter.detach() - TARGETS[0] + jitter
 
     make = sgd(lr)
-    _, trained = fit(carrier, n, steps=120, compute=compute, token=token, push=push, make_optimizer=make)
+    _, trained = fit(
+        carrier, n, steps=120, compute=compute, token=token, push=push, make_optimizer=make, max_accumulate=n
+    )
     begin, end = TARGETS[0].square().mean(), (consensus(trained) - TARGETS[0]).square().mean()
     assert end < 1e-3 * begin
     assert end < 2 * sigma**2 * lr / n + 1e-6  # on links the draws meet in any order: every order must pass
