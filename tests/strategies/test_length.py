@@ -39,7 +39,7 @@ class Asks(Lit):
 def fit(options: dict[str, Any], strategy: str) -> tuple[set[int], set[str], list[int]]:
     warnings.simplefilter("ignore")
     lit = Asks()
-    faults = SpeedFaults(step_seconds=0.002, slow={1: 5.0})
+    faults = SpeedFaults(step_seconds=0.01, slow={1: 5.0})
     trainer(RANKS, strategy=strategy, max_epochs=3, callbacks=[faults]).fit(lit, loader(n=SAMPLES, **options))
     return lit.lengths, lit.sentences, lit.seen
 
