@@ -1,6 +1,6 @@
 """The Trainer's counts are taken from it for the time of a run, and become points at which all ranks have come so far.
 
-    max_steps, every_n_train_steps              steps of the run: so many updates of each member
+    max_steps, min_steps, every_n_train_steps   steps of the run: so many updates of each member
     val_check_interval, limit_train_batches     batches of each member; as a float, a part of the epoch
     meet_every                                  samples of all
 
@@ -123,6 +123,8 @@ class Counts:
             yield Item(Due.END_EPOCH, Unit.BATCHES, int(batches), in_epoch=True)
         if trainer.max_steps > 0:
             yield Item(Due.NOTHING, Unit.UPDATES, trainer.max_steps * n, once=True)
+        if trainer.min_steps:  # who was told to stop by then stops there
+            yield Item(Due.NOTHING, Unit.UPDATES, trainer.min_steps * n, once=True)
         for callback in compat.callbacks(trainer):
             if isinstance(callback, ModelCheckpoint) and (every := compat.saves_every(callback)):
                 yield Item(Due.NOTHING, Unit.UPDATES, every * n)
