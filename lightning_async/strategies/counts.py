@@ -113,7 +113,8 @@ class Counts:
             )
 
     def items(self, trainer: Trainer, feeding: Feeding, n: int, total: int | None) -> Iterator[Item]:
-        """What is due when `n` members have come so far together; `total`: the batches of an epoch of all of them."""
+        """What is due when all have come so far together: `n` is what a step of the run counts for, and `total` an
+        epoch's batches of all."""
         if not self.taken:
             return
         if self.cuts(feeding):  # before all that falls on the same batch: who is appointed to it fetches no further one
