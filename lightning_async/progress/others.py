@@ -92,9 +92,11 @@ class Others:
         gone = (report for rank, report in self._met.items() if rank not in here)
         return self._taken + sum(report.tally.updates for report in (*here.values(), *gone))
 
-    def weight(self, mine: Report) -> int:
-        """What a batch of each living member counts for, together."""
-        return sum(report.weight for report in self.listen(mine).values())
+    @property
+    def weight(self) -> int:
+        """What a batch of each member that is there counts for, together, by their words at the last meeting."""
+        members = set(self._desk.members())
+        return sum(report.weight for rank, report in self._met.items() if rank in members)
 
     def stuck(self, mine: Report) -> tuple[int, int] | None:
         """Who has nothing more to train on while this member is in a step that takes all of them; and after how many

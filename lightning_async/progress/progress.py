@@ -179,8 +179,8 @@ class Progress:
 
     def _steps(self, others: int) -> int:
         if self._in_step:
-            weight = self._others.weight(self._report()) - self._weight
-            others = self._others.elsewhere(Unit.UPDATES) + self.own.updates * weight
+            weights = self._others.weight - self._weight
+            others = self._others.elsewhere(Unit.UPDATES) + self.own.updates * weights
         if self._meeting:
             return self.agreed.updates // self.n
         count = others + self.own.updates * self._weight

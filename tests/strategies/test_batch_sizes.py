@@ -33,17 +33,37 @@ class Seen(L.Callback):
         self.saved.append((trainer.global_step, len(module.seen)))
 
 
+class Meets(L.Callback):
+    """After which of its batches this rank meets the others."""
+
+    def __init__(self) -> None:
+        self.at: list[int] = []
+        self.meetings = 1  # before the first batch
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        progress = trainer.strategy.clock.progress  # type: ignore[attr-defined]
+        if progress.meetings != self.meetings:
+            self.meetings = progress.meetings
+            self.at.append(progress.own.batches)
+
+
 def fit(sizes: tuple[int, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Fit with a batch size for each rank, of a shared data set or of streams."""
     options = {"slow": {1: 4.0}, "stream": False, "mine": GossipRingStrategy, "knobs": {}, "path": None, **options}
     slow, stream, mine, knobs, path = (options.pop(name) for name in ("slow", "stream", "mine", "knobs", "path"))
     size, seen, module = sizes[int(os.environ["RANK"])], Seen(), Lit()
     faults = SpeedFaults(step_seconds=0.006, slow=slow)
-    callbacks = [*options.pop("callbacks", []), faults, seen]
+    callbacks, meets = [*options.pop("callbacks", []), faults, seen], Meets()
     data = torch.utils.data.DataLoader(Numbers(10**6), batch_size=size) if stream else loader(size)
-    one = trainer(len(sizes), strategy=mine(**knobs), callbacks=callbacks, **options)
+    one = trainer(len(sizes), strategy=mine(**knobs), callbacks=[*callbacks, meets], **options)
     one.fit(module, data, loader(40, shuffle=False), ckpt_path=path)
-    return {"step": one.global_step, "seen": len(module.seen), "validated": seen.validated, "saved": seen.saved}
+    return {
+        "step": one.global_step,
+        "seen": len(module.seen),
+        "validated": seen.validated,
+        "saved": seen.saved,
+        "met": meets.at,
+    }
 
 
 def samples_at(found: list[dict[str, Any]], what: str = "validated") -> list[tuple[int, int]]:
@@ -98,6 +118,13 @@ def test_a_step_of_a_shared_data_set(slow: dict[int, float]) -> None:
     assert first == (5, 80)
     assert second[0] == 10
     assert 160 <= second[1] < 160 + 12
+
+
+def test_those_who_step_together_meet_after_as_many_of_their_steps_whatever_their_batches() -> None:
+    """`meet_every` is in samples of all: after four steps of 16."""
+    options = {"mine": LazySignStrategy, "stream": True, "knobs": {"meet_every": 64}, "max_steps": 10, **LONG}
+    found = run(2, fit, (4, 12), options)
+    assert found[0]["met"] == found[1]["met"] == [4, 8, 10]
 
 
 def saves(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
