@@ -103,6 +103,18 @@ def test_of_sizes_none_of_which_divides_the_other_one_smaller_batch_too_many_at_
     assert all(10 * step <= samples < 10 * step + 4 for step, samples in met)
 
 
+@pytest.mark.few(1)
+@pytest.mark.parametrize(("sizes", "over"), [((4, 12), 0), ((6, 4), 2)], ids=str)
+def test_a_limit_ends_the_epochs_of_streams_after_so_many_batches_of_each(sizes: tuple[int, int], over: int) -> None:
+    options = {"slow": {0: 4.0}, "stream": True, "max_epochs": 2, "limit_train_batches": 7}
+    found = run(2, fit, sizes, options)
+    assert {one["step"] for one in found} == {14}
+    (first, half), (last, whole) = samples_at(found)
+    assert (first, last) == (7, 14)
+    assert 0 <= half - 7 * sum(sizes) <= over
+    assert 0 <= whole - half - 7 * sum(sizes) <= over
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize("slow", [{}, {0: 4.0}, {1: 4.0}], ids=str)
 def test_a_step_of_a_shared_data_set(slow: dict[int, float]) -> None:
