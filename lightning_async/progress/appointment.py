@@ -4,7 +4,8 @@
                        member 1   |- - -|- - -|- - -| 3
 
 It is made a little ahead, from counts and speeds as known then; each member keeps its own part without looking at the
-others. The parts add up to the target exactly, unless somebody has already gone past its part. Pure arithmetic.
+others. The parts add up to the target exactly, unless somebody has already gone past its part, or members' batches
+weigh so unlike (2 and 3) that none fits into what is left: then the lightest does one more. Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ class Sight:
         count: Where it is by now, in fractions of what is under way.
         rate: How much it adds in a second; 0 while unknown.
         goes_on: False for one that has ended its epoch, or was not heard of lately.
+        weight: What each of its count counts for in the sum.
     """
 
     count: float
     rate: float
     goes_on: bool = True
+    weight: int = 1
 
     def least(self, seconds: float) -> int:
         """The first count at which it can still stop when it hears of it so much later."""
@@ -48,8 +51,8 @@ class Appointment:
 
     Attributes:
         unit: What is counted.
-        target: The sum that was aimed at; 0 for "as soon as possible".
-        parts: The count at which each member stops.
+        target: The sum that was aimed at, of what all counts weigh; 0 for "as soon as possible".
+        parts: The count of its own at which each member stops.
     """
 
     unit: Unit
@@ -88,9 +91,14 @@ def appoint(unit: Unit, target: int, sights: Mapping[int, Sight], latency: float
     """
     parts = {rank: sight.least(latency) for rank, sight in sights.items()}
     rates = _rates(sights)
-    if rates and sum(parts.values()) + elsewhere < target:
-        _fill(parts, target - elsewhere, {rank: sights[rank].count for rank in rates}, rates)
+    if rates and weigh(parts, sights) + elsewhere < target:
+        _fill(parts, target - elsewhere, sights, rates)
     return Appointment(unit, target, parts)
+
+
+def weigh(parts: Mapping[int, int], sights: Mapping[int, Sight]) -> int:
+    """What these parts count for together."""
+    return sum(part * sights[rank].weight for rank, part in parts.items())
 
 
 def _rates(sights: Mapping[int, Sight]) -> dict[int, float]:
@@ -100,21 +108,31 @@ def _rates(sights: Mapping[int, Sight]) -> dict[int, float]:
     return {rank: sight.rate or usual for rank, sight in sights.items() if sight.goes_on}
 
 
-def _fill(parts: dict[int, int], target: int, counts: Mapping[int, float], rates: Mapping[int, float]) -> None:
+def _fill(parts: dict[int, int], target: int, sights: Mapping[int, Sight], rates: Mapping[int, float]) -> None:
     """Raise the parts of those that go on to the target: first to one moment, then one by one, the soonest first."""
-    fixed = sum(part for rank, part in parts.items() if rank not in rates)
 
     def by(seconds: float) -> dict[int, int]:
-        return {rank: max(parts[rank], math.floor(counts[rank] + rate * seconds)) for rank, rate in rates.items()}
+        ahead = {rank: math.floor(sights[rank].count + rate * seconds) for rank, rate in rates.items()}
+        return {**parts, **{rank: max(parts[rank], part) for rank, part in ahead.items()}}
+
+    def next_end(rank: int) -> tuple[float, int]:
+        return (parts[rank] + 1 - sights[rank].count) / rates[rank], rank
 
     low, high = 0.0, (target + len(rates)) / min(rates.values())
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if fixed + sum(by(middle).values()) <= target else (low, middle)
+        low, high = (middle, high) if weigh(by(middle), sights) <= target else (low, middle)
     parts.update(by(low))
-    queue = [((parts[rank] + 1 - counts[rank]) / rate, rank) for rank, rate in rates.items()]
+    left = target - weigh(parts, sights)
+    queue = [next_end(rank) for rank in rates]
     heapq.heapify(queue)
-    for _ in range(target - sum(parts.values())):
+    while left and queue:
         _, rank = queue[0]
+        if sights[rank].weight > left:
+            heapq.heappop(queue)
+            continue
         parts[rank] += 1
-        heapq.heapreplace(queue, ((parts[rank] + 1 - counts[rank]) / rates[rank], rank))
+        left -= sights[rank].weight
+        heapq.heapreplace(queue, next_end(rank))
+    if left:
+        parts[min(rates, key=lambda rank: sights[rank].weight)] += 1

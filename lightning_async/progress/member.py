@@ -94,7 +94,7 @@ class ToldProgress(_Shared):
                 members[speaker] = replace(said, wishes=said.wishes | report.wishes)
         outcome = super().settle({rank: report.pack() for rank, report in members.items()})
         self._show()
-        self._say("what all agreed on", [_packed(outcome), self.agreed, self.epoch, self.evened])
+        self._say("what all agreed on", [_packed(outcome), self.agreed, self.epoch, self.evened, self.taken])
         return outcome
 
     def _wished(self) -> Wish:
@@ -140,7 +140,7 @@ class HeardProgress(_Shared):
 
     def settle(self, words: Mapping[int, bytes]) -> Outcome:
         """What all agreed on, as the speaker heard it."""
-        outcome, agreed, epoch, self.evened = self._say("what all agreed on")
+        outcome, agreed, epoch, self.evened, self.taken = self._say("what all agreed on")
         self.agreed, self.epoch = Tally(*agreed), Tally(*epoch)
         self.meetings += 1
         self.wishes &= ~self._said

@@ -21,22 +21,28 @@ class Others:
 
     Args:
         desk: The board and who is there.
-        before: What an earlier part of the run did.
+        before: What an earlier part of the run did, as the run counts it.
+        taken: How many updates members took in it.
     """
 
-    def __init__(self, desk: Desk, before: Tally) -> None:
+    def __init__(self, desk: Desk, before: Tally, taken: int) -> None:
         self._desk = desk
-        self._before = before
+        self._before, self._taken = before, taken
         self._began: float | None = None
-        self._met: dict[int, Tally] = {}
+        self._met: dict[int, Report] = {}
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._reports: dict[int, Report] = {}
 
     def met(self, reports: Mapping[int, Report]) -> Tally:
         """What all said of themselves at a meeting; returns the sum of the run."""
         self._began = self._desk.now() if self._began is None else self._began
-        self._met |= {rank: report.tally for rank, report in reports.items()}
-        return total([self._before, *self._met.values()])
+        self._met |= reports
+        return total([self._before, *(report.weighed for report in self._met.values())])
+
+    @property
+    def taken(self) -> int:
+        """How many updates members had taken when they met."""
+        return self._taken + sum(report.tally.updates for report in self._met.values())
 
     def even_out(self, updates: int) -> None:
         """From here on the run counts so many updates more."""
@@ -72,13 +78,25 @@ class Others:
 
     def told(self, unit: Unit, mine: Report) -> int:
         """What all the others have done at least, by their own words."""
-        others = (report.tally for rank, report in self.listen(mine).items() if rank != self._desk.me)
+        others = (report.weighed for rank, report in self.listen(mine).items() if rank != self._desk.me)
         return total(others)[unit] + self.elsewhere(unit)
 
     def about(self, unit: Unit, mine: Report) -> int:
         """What all the others have done by now, as far as one can foresee it."""
-        ahead = sum(sight.count for rank, sight in self.sights(unit, mine).items() if rank != self._desk.me)
-        return int(ahead) + self.elsewhere(unit)
+        others = (sight for rank, sight in self.sights(unit, mine).items() if rank != self._desk.me)
+        return int(sum(sight.count * sight.weight for sight in others)) + self.elsewhere(unit)
+
+    def told_taken(self, mine: Report) -> int:
+        """How many updates members have taken at least, this one's included."""
+        here = self.listen(mine)
+        gone = (report for rank, report in self._met.items() if rank not in here)
+        return self._taken + sum(report.tally.updates for report in (*here.values(), *gone))
+
+    @property
+    def weight(self) -> int:
+        """What a batch of each member that is there counts for, together, by their words at the last meeting."""
+        members = set(self._desk.members())
+        return sum(report.weight for rank, report in self._met.items() if rank in members)
 
     def stuck(self, mine: Report) -> tuple[int, int] | None:
         """Who has nothing more to train on while this member is in a step that takes all of them; and after how many
@@ -92,7 +110,7 @@ class Others:
     def elsewhere(self, unit: Unit) -> int:
         """What nobody who is there did: the earlier part of the run, and the dead up to their last meeting."""
         members = set(self._desk.members())
-        gone = total(tally for rank, tally in self._met.items() if rank not in members)
+        gone = total(report.weighed for rank, report in self._met.items() if rank not in members)
         return self._before.plus(gone)[unit]
 
     def _age(self, rank: int, now: float) -> float:

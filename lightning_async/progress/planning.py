@@ -48,8 +48,8 @@ def on_the_way(
     found: list[tuple[float, Unit, int]] = []
     for unit, point in agenda.points(now, epoch):
         seen = sights(unit)
-        rate = sum(sight.rate for sight in seen.values() if sight.goes_on)
-        left = point - elsewhere(unit) - sum(sight.count for sight in seen.values())
+        rate = sum(sight.rate * sight.weight for sight in seen.values() if sight.goes_on)
+        left = point - elsewhere(unit) - sum(sight.count * sight.weight for sight in seen.values())
         found.append((left / rate if rate else 0.0 if left <= 0 else float("inf"), unit, point))
     if not found:
         return None
@@ -62,14 +62,14 @@ def at_once(agenda: Agenda, now: Tally, epoch: Tally, reports: Mapping[int, Repo
     found: list[tuple[float, Appointment]] = []
     for unit, point in agenda.points(now, epoch):
         sights = {rank: report.sight(unit, age=0.0, live=True) for rank, report in reports.items()}
-        rates = [sight.rate for sight in sights.values() if sight.goes_on]
-        if not rates:
+        going = [sight for sight in sights.values() if sight.goes_on]
+        if not going:
             continue
-        known, left = min(rates) > 0, point - now[unit]
-        batches = left / sum(report.batch if unit == Unit.SAMPLES else 1 for report in reports.values())
-        ahead = left / sum(rates) if known else batches
+        known, left = min(sight.rate for sight in going) > 0, point - now[unit]
+        batches = left / sum(report.batch if unit == Unit.SAMPLES else report.weight for report in reports.values())
+        ahead = left / sum(sight.rate * sight.weight for sight in going) if known else batches
         if ahead <= (lead(reports) if known else FEW):
-            elsewhere = now[unit] - total(report.tally for report in reports.values())[unit]
+            elsewhere = now[unit] - total(report.weighed for report in reports.values())[unit]
             found.append((ahead, appoint(unit, point, sights, 0.0, elsewhere)))
     return min(found, key=lambda one: one[0])[1] if found else None
 
@@ -81,7 +81,7 @@ def in_the_dark(agenda: Agenda, now: Tally, epoch: Tally, reports: Mapping[int, 
         return {}
     parts: dict[Unit, int] = {}
     for unit, point in agenda.points(now, epoch):
-        part = (point - now[unit]) // len(going)
+        part = (point - now[unit]) // sum(report.weighs(unit) for report in going)
         parts[unit] = min(part, parts.get(unit, part))
     return parts
 
@@ -89,12 +89,17 @@ def in_the_dark(agenda: Agenda, now: Tally, epoch: Tally, reports: Mapping[int, 
 def in_equal_parts(
     agenda: Agenda, now: Tally, epoch: Tally, reports: Mapping[int, Report], batch: int
 ) -> Appointment | None:
-    """All stop after the same of their steps: one that went on would wait for one that stopped."""
+    """All stop after the same of their steps: one that went on would wait for one that stopped.
+
+    `batch`: samples of a batch of the weight 1.
+    """
+    weight = sum(report.weight for report in reports.values())
     found: list[tuple[float, Unit, int, int]] = []
     for unit, point in agenda.points(now, epoch):
-        each = -(-(point - now[unit]) // len(reports))
+        each = -(-(point - now[unit]) // weight)
         found.append((each / (batch if unit == Unit.SAMPLES else 1), unit, point, each))
     if not found:
         return None
     _, unit, point, each = min(found)
-    return Appointment(unit, point, {rank: report.tally[unit] + each for rank, report in reports.items()})
+    own = {rank: report.weight if unit == Unit.SAMPLES else 1 for rank, report in reports.items()}
+    return Appointment(unit, point, {rank: report.tally[unit] + each * own[rank] for rank, report in reports.items()})

@@ -62,13 +62,15 @@ class Progress:
 
     Args:
         desk: The board and who is there.
-        n: How many members the run began with; a step of the run is n updates.
+        n: What a step of the run counts for: the members that it began with, each with its weight.
         agenda: What is due, and when.
         batch: This member's samples of a batch.
+        weight: What each of its batches and updates counts for: 1 where all members' batches are alike.
         in_step: Whether all members take their steps together: then one's own count is everybody's.
         before: What an earlier part of the run did, scaled to `n` members.
         epoch: What had been done when the epoch began.
         evened: How many updates of `before` were counted, but not taken; negative for taken, but not counted.
+        taken: How many updates members took in it, whatever they weigh; None: as many as were counted.
 
     Attributes:
         length: How many steps of the run the epoch under way has; 0 where it is not known. None are counted beyond.
@@ -82,10 +84,12 @@ class Progress:
         n: int,
         agenda: Agenda,
         batch: int = 1,
+        weight: int = 1,
         in_step: bool = False,
         before: Tally | None = None,
         epoch: Tally | None = None,
         evened: int = 0,
+        taken: int | None = None,
     ) -> None:
         self.n = n
         self.agenda = agenda
@@ -93,15 +97,16 @@ class Progress:
         self.agreed = self.before
         self.epoch = epoch or Tally()
         self.evened = evened
+        self.taken = self.before.updates - evened if taken is None else taken
         self.length = self.whole = 0
         self.own = Tally()
         self.ended = False
         self.wishes = Wish.NOTHING
         self.meetings = 0
         self._desk = desk
-        self._batch = batch
+        self._batch, self._weight = batch, weight
         self._in_step = in_step
-        self._others = Others(desk, self.before)
+        self._others = Others(desk, self.before, self.taken)
         self._stops = Stops(desk, self._others, agenda, in_step=in_step)
         self._pace = Pace()
         self._rates = (0.0, 0.0, 0.0)
@@ -165,15 +170,20 @@ class Progress:
         if self._meeting:
             return self.agreed.minus(evened)
         mine = self._report()
-        done = (self.own[unit] + self._others.told(unit, mine) for unit in Unit)
+        done = (mine.weighed[unit] + self._others.told(unit, mine) for unit in Unit)
         return Tally(*map(max, self.agreed, done)).minus(evened)
+
+    def told_taken(self) -> int:
+        """The updates of it, one by one and not weighed."""
+        return self.taken if self._meeting else max(self.taken, self._others.told_taken(self._report()))
 
     def _steps(self, others: int) -> int:
         if self._in_step:
-            others = self._others.elsewhere(Unit.UPDATES) + self.own.updates * (len(self._desk.members()) - 1)
+            weights = self._others.weight - self._weight
+            others = self._others.elsewhere(Unit.UPDATES) + self.own.updates * weights
         if self._meeting:
             return self.agreed.updates // self.n
-        count = others + self.own.updates
+        count = others + self.own.updates * self._weight
         for unit, point in self.agenda.points(self.agreed, self.epoch):
             there = self.agreed.updates + int((point - self.agreed[unit]) * self._updates_for_one(unit))
             count = min(count, there - self.n)
@@ -185,7 +195,8 @@ class Progress:
 
     def _updates_for_one(self, unit: Unit) -> float:
         """How many steps of an optimizer go with one of this unit, as seen here."""
-        return self.own.updates / self.own[unit] if self.own[unit] and unit != Unit.UPDATES else 1.0
+        own = self.own.times(self._weight)
+        return own.updates / own[unit] if own[unit] and unit != Unit.UPDATES else 1.0
 
     # -- meetings ---------------------------------------------------------------------------------------------------
 
@@ -204,6 +215,7 @@ class Progress:
         reports = {rank: Report.unpack(word) for rank, word in words.items()}
         last, kept = self.agreed, {report.kept for report in reports.values()}
         now = done = self._others.met(reports)
+        self.taken = self._others.taken
         if len(kept) == 1:  # all did their parts of one appointment: its point is reached, even if a death left less
             unit, target = next(iter(kept))
             now = now.at_least(Unit(unit), target)
@@ -254,7 +266,7 @@ class Progress:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _report(self) -> Report:
-        return Report(self.own, self._rates, self.ended, self.wishes, self.meetings, self._batch)
+        return Report(self.own, self._rates, self.ended, self.wishes, self.meetings, self._batch, weight=self._weight)
 
     def _look_around(self) -> None:
         """What the others have told: a little less than they have done, so that the run's steps are never too many."""

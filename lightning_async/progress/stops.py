@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from lightning_async.data.crew import Desk
 from lightning_async.progress import planning
 from lightning_async.progress.agenda import Agenda
-from lightning_async.progress.appointment import Appointment, Sight, soon
+from lightning_async.progress.appointment import Appointment, Sight, soon, weigh
 from lightning_async.progress.call import Call
 from lightning_async.progress.others import Others
 from lightning_async.progress.report import Report
@@ -52,7 +52,7 @@ class Stops:
         self._now, self._epoch = now, epoch
         self._go_on(mine.meetings)
         if self._in_step:
-            self._appointment = planning.in_equal_parts(self._agenda, now, epoch, reports, mine.batch)
+            self._appointment = planning.in_equal_parts(self._agenda, now, epoch, reports, mine.batch // mine.weight)
         else:
             self._appointment = planning.at_once(self._agenda, now, epoch, reports)
         self._began = self._desk.now() if mine.meetings == 1 else self._began
@@ -92,8 +92,7 @@ class Stops:
             lambda unit: self._sights(unit, mine),
             others.elsewhere,
         )
-        in_time = made is not None and sum(made.parts.values()) + others.elsewhere(made.unit) == made.target
-        if made is not None and (in_time or not self._is_dark()):
+        if made is not None and (self._is_in_time(made, mine) or not self._is_dark()):
             self._propose(made)
 
     def ask(self, mine: Report) -> None:
@@ -176,10 +175,16 @@ class Stops:
         if self.appointment is not None:
             return False
         points = self._agenda.points(self._now, self._epoch)
-        if all(mine.tally[unit] + self._others.told(unit, mine) < point for unit, point in points):
+        if all(mine.weighed[unit] + self._others.told(unit, mine) < point for unit, point in points):
             return False
         self.ask(mine)
         return True
+
+    def _is_in_time(self, made: Appointment, mine: Report) -> bool:
+        """Whether nobody has to go past its part, by all that is known."""
+        sights = self._sights(made.unit, mine)
+        over = weigh(made.parts, sights) + self._others.elsewhere(made.unit) - made.target
+        return 0 <= over < min((sight.weight for sight in sights.values() if sight.goes_on), default=1)
 
     def _is_dark(self) -> bool:
         return self._desk.now() - self._began < DARK

@@ -121,8 +121,9 @@ class Clock:
 
     def begin(self, trainer: Trainer) -> None:
         """Training starts, from wherever a checkpoint left it."""
-        strategy, n = self._strategy, self._strategy.members
+        strategy, members = self._strategy, self._strategy.members
         feeding, in_step = strategy.feeding, strategy.algorithm.in_step
+        n = feeding.step_of(members)
         if self._counts.taken and feeding.epoch_batches() is not None:
             trainer.fit_loop.max_batches = float("inf")
         self._written = trainer.global_step
@@ -132,13 +133,14 @@ class Clock:
         agenda = Agenda(self._counts.items(trainer, feeding, n, self._batches_of_all(n)))
         before, epoch = self._earlier(trainer, n)
         evened = int(self._restored.get("evened", 0)) * n // self._restored.get("n", n)
+        taken = self._taken(before.updates - evened, n, members)
         same = (self._restored.get("n"), self._restored.get("steps_of")) == (n, self._steps_of(trainer))
         self._partly = before != epoch and not same
-        desk, batch = strategy.office.desk(PROGRESS), feeding.batch
-        office = strategy.office
+        office, desk = strategy.office, strategy.office.desk(PROGRESS)
         make = progress_of(office.siblings, office.ranks_of_members, office.drive)
-        sums: dict[str, Any] = {"before": before, "epoch": epoch, "evened": evened}
-        self.progress = make(desk, n=n, agenda=agenda, batch=batch, in_step=in_step, **sums)
+        sums: dict[str, Any] = {"before": before, "epoch": epoch, "evened": evened, "taken": taken}
+        weighed: dict[str, int] = {"n": n, "batch": feeding.batch, "weight": feeding.weight}
+        self.progress = make(desk, agenda=agenda, in_step=in_step, **weighed, **sums)
         self._stretch = (self.progress.steps(), self.progress.steps())
         self._log_steps.begin(trainer, self.progress.steps())
         self._logbook.begin(self.progress)
@@ -147,7 +149,7 @@ class Clock:
             self._schedules.take(strategy.lr_scheduler_configs, self.progress.steps())
 
     def _batches_of_all(self, n: int) -> int | None:
-        """The batches of an epoch of all members; None while nobody knows, or one does not.
+        """The batches of an epoch of all members, weighed; None while nobody knows, or one does not. A step weighs `n`.
 
         Streams may be of unlike lengths, and all members must name the same points: where those go by the length of an
         epoch they tell each other. A limit in batches is of all of them together.
@@ -161,7 +163,7 @@ class Clock:
         word = b"" if mine is None else str(mine).encode()
         said = self._strategy.together(self._strategy.office.rounds.agree(word, what="how long their streams are"))
         self._counts.check_alike(feeding, said)
-        known = [sum(map(int, said.values()))] if all(said.values()) else []
+        known = [sum(int(word) * feeding.weight_of(rank) for rank, word in said.items())] if all(said.values()) else []
         return min([*known, *([] if limit is None else [limit])], default=None)
 
     def put_back(self) -> None:
@@ -174,13 +176,20 @@ class Clock:
         self.closing.forget()
 
     def _earlier(self, trainer: Trainer, n: int) -> tuple[Tally, Tally]:
-        """What an earlier part of the run did, as if it had been done by so many members as there are now."""
+        """What an earlier part of the run did, as if it had been done by the members that there are now."""
         state = self._restored
         if not state:
             batches = trainer.fit_loop.epoch_loop.batch_progress
             before = Tally(batches.total.ready * n, trainer.global_step * n)
             return before, before.minus(Tally(batches.current.ready * n))
         return tuple(_scaled(Tally(*state[name]), n, state["n"]) for name in ("agreed", "epoch"))  # type: ignore[return-value]
+
+    def _taken(self, counted: int, n: int, members: int) -> int:
+        """How many updates that took, one by one, as if by so many members as there are now."""
+        state = self._restored
+        if "taken" not in state:
+            return counted * members // n
+        return int(state["taken"]) * members // int(state["members"])
 
     # -- the batch -----------------------------------------------------------------------------------------------------
 
@@ -306,6 +315,7 @@ class Clock:
             return {}
         counts = {name: list(getattr(progress, name)) for name in ("agreed", "epoch")}
         more = {"evened": progress.evened, "steps_of": self._steps_of(self._strategy.trainer)}
+        more |= {"taken": progress.taken, "members": self._strategy.members}
         return {"n": progress.n, "ended": progress.ended, **counts, **more}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -363,5 +373,5 @@ def _was_last(trainer: Trainer) -> None:
 
 
 def _scaled(tally: Tally, n: int, before: int) -> Tally:
-    """The counts that `n` members have at the same step of the run."""
+    """The counts at the same step of the run where one counts for `n`."""
     return Tally(tally.batches * n // before, tally.updates * n // before, tally.samples)

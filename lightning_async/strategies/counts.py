@@ -1,6 +1,6 @@
 """The Trainer's counts are taken from it for the time of a run, and become points at which all ranks have come so far.
 
-    max_steps, every_n_train_steps              steps of the run: so many updates of each member
+    max_steps, min_steps, every_n_train_steps   steps of the run: so many updates of each member
     val_check_interval, limit_train_batches     batches of each member; as a float, a part of the epoch
     meet_every                                  samples of all
 
@@ -113,7 +113,8 @@ class Counts:
             )
 
     def items(self, trainer: Trainer, feeding: Feeding, n: int, total: int | None) -> Iterator[Item]:
-        """What is due when `n` members have come so far together; `total`: the batches of an epoch of all of them."""
+        """What is due when all have come so far together: `n` is what a step of the run counts for, and `total` an
+        epoch's batches of all."""
         if not self.taken:
             return
         if self.cuts(feeding):  # before all that falls on the same batch: who is appointed to it fetches no further one
@@ -123,6 +124,8 @@ class Counts:
             yield Item(Due.END_EPOCH, Unit.BATCHES, int(batches), in_epoch=True)
         if trainer.max_steps > 0:
             yield Item(Due.NOTHING, Unit.UPDATES, trainer.max_steps * n, once=True)
+        if trainer.min_steps:  # who was told to stop by then stops there
+            yield Item(Due.NOTHING, Unit.UPDATES, trainer.min_steps * n, once=True)
         for callback in compat.callbacks(trainer):
             if isinstance(callback, ModelCheckpoint) and (every := compat.saves_every(callback)):
                 yield Item(Due.NOTHING, Unit.UPDATES, every * n)

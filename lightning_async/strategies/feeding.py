@@ -6,6 +6,7 @@ of a checkpoint        Lightning makes its loaders    after each batch          
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence, Sized
 from fractions import Fraction
@@ -67,6 +68,7 @@ class Feeding:
         self._batch, self._drop_last, self._world, self._ranks = 1, False, 1, 1
         self._speaks = True
         self._usual: Fraction | None = None
+        self._batches_of: dict[int, int] = {}
         self._total: int | None = None
         self._by_sample = False
         self._begun = True
@@ -86,6 +88,19 @@ class Feeding:
     def batch(self) -> int:
         """This member's samples of a batch."""
         return self._batch
+
+    @property
+    def weight(self) -> int:
+        """What a batch of this member counts for in the run: 1, unless members' batches are unlike (`tally.py`)."""
+        return self._batch // self._grain
+
+    def weight_of(self, rank: int) -> int:
+        """What a batch of the member that this rank speaks for counts for."""
+        return self._batches_of.get(rank, self._batch) // self._grain
+
+    def step_of(self, members: int) -> int:
+        """What a step of the run counts for: a batch of each of so many members."""
+        return int((self._usual or self._batch) * members / self._grain)
 
     @property
     def usual(self) -> float:
@@ -164,7 +179,8 @@ class Feeding:
         """All ranks made their loaders: what a batch of a member is on average decides how many an epoch has; who
         speaks for one says it. Before any of them draws."""
         words = yield from rounds.agree(str(self._batch).encode() if self._speaks else b"", what="the batch sizes")
-        said = [int(word) for word in words.values() if word]
+        self._batches_of = {rank: int(word) for rank, word in words.items() if word}
+        said = self._batches_of.values()
         self._usual = Fraction(sum(said), len(said)) if said else None
 
     def completed(self, batch: object = None) -> None:
@@ -207,6 +223,7 @@ class Feeding:
         """The run is over."""
         self.under_way = False
         self.share = self._kept = self._total = self._usual = None
+        self._batches_of = {}
         self.batches = self.samples = 0
         self._begun, self._by_sample = True, False
         self._tell_epoch = self._tell_dealt = None
@@ -282,6 +299,11 @@ class Feeding:
             rest=left,
             grows=kept,
         )
+
+    @property
+    def _grain(self) -> int:
+        """The largest number of samples that divides all members' batches."""
+        return math.gcd(self._batch, *self._batches_of.values())
 
     @property
     def _unit(self) -> int:

@@ -1,7 +1,7 @@
 """The logbook: how far the run has come goes to the Trainer's loggers, beside what the module logs.
 
     progress/samples    samples that all ranks have trained on
-    progress/updates    optimizer steps that all ranks have taken
+    progress/updates    optimizer steps that all ranks have taken, each counted once
     progress/batch      samples of a step of the run, since the last meeting: the effective batch
 
 An entry is made where Lightning logs a step, and at every meeting. At a meeting it is exact; in between it is what the
@@ -46,5 +46,5 @@ class Logbook:
         if since.updates > 0:
             self._batch = since.samples * progress.n / since.updates
         self._step = step
-        entry = {"samples": float(done.samples), "updates": float(done.updates), "batch": self._batch}
+        entry = {"samples": float(done.samples), "updates": float(progress.told_taken()), "batch": self._batch}
         compat.log(trainer, {f"progress/{name}": value for name, value in entry.items()}, step)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from lightning_async.progress.appointment import Appointment, Sight, appoint, soon
+from lightning_async.progress.appointment import Appointment, Sight, appoint, soon, weigh
 from lightning_async.progress.tally import Unit
 
 
@@ -37,6 +38,30 @@ def test_each_unit_goes_to_whom_it_ends_soonest_with(seed: int) -> None:
     free = [rank for rank in sights if parts[rank] > sights[rank].least(0.0)]
     one_more = min(ends[rank] + 1 / sight.rate for rank, sight in sights.items())
     assert all(ends[rank] <= one_more + 1e-6 for rank in free), "no unit would have ended sooner with somebody else"
+
+
+@pytest.mark.few(8)
+@pytest.mark.parametrize("seed", range(200))
+def test_parts_weigh_the_target_or_less_than_one_more_of_the_lightest(seed: int) -> None:
+    rng = random.Random(seed)
+    weights = rng.choice([[1, 3], [2, 3], [1, 1, 2], [4, 6, 9]])
+    sights = {rank: replace(sight, weight=rng.choice(weights)) for rank, sight in crew(rng).items()}
+    latency = rng.choice([0.0, 0.3])
+    least = weigh({rank: sight.least(latency) for rank, sight in sights.items()}, sights)
+    target = least + rng.randint(0, 400)
+    parts = appoint(Unit.UPDATES, target, sights, latency).parts
+    going = [sight.weight for sight in sights.values() if sight.goes_on]
+    over = weigh(parts, sights) - target
+    assert 0 <= over < min(going) if going else parts == {rank: sight.least(latency) for rank, sight in sights.items()}
+    assert all(parts[rank] >= sight.least(latency) for rank, sight in sights.items())
+
+
+def test_unlike_weights_by_hand() -> None:
+    slow, fast = Sight(0, 1.0), Sight(0, 3.0, weight=3)
+    assert appoint(Unit.BATCHES, 20, {0: slow, 1: fast}, 0.0).parts == {0: 2, 1: 6}
+    assert appoint(Unit.BATCHES, 22, {0: slow, 1: fast}, 0.0).parts == {0: 4, 1: 6}, "three would be too many"
+    assert appoint(Unit.BATCHES, 22, {0: replace(slow, goes_on=False), 1: fast}, 0.0).parts == {0: 0, 1: 8}
+    assert appoint(Unit.BATCHES, 6, {0: replace(fast, weight=2), 1: fast}, 0.0).parts == {0: 2, 1: 1}, "one too many"
 
 
 def test_a_list_schedule_by_hand() -> None:

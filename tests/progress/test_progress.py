@@ -46,12 +46,15 @@ def member(
     wish: tuple[int, Wish] | None = None,
     end: int | None = None,
     deaf: float = 0.0,
+    weights: tuple[int, ...] = (),
 ) -> Generator[float | str, None, Met]:
     """Train for so many meetings; `wish`: at this batch; `end`: the epoch's last batch of this member."""
     carrier = cluster.carriers[rank]
     rounds = Rounds(carrier)
     desk = Deaf(cluster, rank, until=deaf)
-    progress = Progress(desk, n=len(cluster.carriers), agenda=agenda, batch=8)
+    weights = weights or (1,) * len(cluster.carriers)
+    samples = 8 * weights[rank]
+    progress = Progress(desk, n=sum(weights), agenda=agenda, batch=samples, weight=weights[rank])
     progress.settle((yield from rounds.agree(progress.word())))
     met: Met = []
     steps = [0]
@@ -60,9 +63,11 @@ def member(
         if not progress.ended:
             progress.batch_started()
             yield seconds
-            progress.batch_ended(updates=1, samples=8)
+            progress.batch_ended(updates=1, samples=samples)
             done[rank] = progress.own
-            told = zip(progress.told(), total(done.values()), strict=True)
+            weighed = total(one.times(weights[of]) for of, one in done.items())
+            told = [*zip(progress.told(), weighed, strict=True)]
+            told += [(progress.told_taken(), sum(one.updates for one in done.values()))]
             assert all(a <= b for a, b in told) or len(carrier.members()) < carrier.world, "never more than was done"
             progress.ended = progress.own.batches == end
             steps.append(progress.steps())
@@ -156,6 +161,24 @@ def test_any_speeds_any_points(seed: int) -> None:
         over = min(outcome.now[i.unit] % i.every / (8 if i.unit == Unit.SAMPLES else 1) for i in items)
         slack = n if any(i.unit == Unit.SAMPLES for i in items) else 0
         assert over <= slack, f"seed {seed}: {outcome} for {items}"
+
+
+@pytest.mark.few(6)
+@pytest.mark.parametrize("seed", range(24))
+def test_any_speeds_any_weights(seed: int) -> None:
+    """Batches of 8 to 32 samples: a point is passed by less than the lightest of them that goes on."""
+    rng = random.Random(seed)
+    n = rng.randint(2, 5)
+    weights = tuple(rng.choice([(1, 3), (2, 3), (1, 2, 4)][seed % 3]) for _ in range(n))
+    items = [Item(Due.VALIDATE, unit, sum(weights) * rng.randint(1, 300)) for unit in (Unit.BATCHES, Unit.UPDATES)]
+    seconds = [rng.choice([0.01, 0.1, 0.5, 3.0]) for _ in range(n)]
+    cluster = VirtualCluster(n, latency=rng.choice([1e-4, 0.05]))
+    outcomes = agreed(run(Agenda(items), seconds, meetings=6, cluster=cluster, weights=weights))
+    assert sum(outcome.due == Due.VALIDATE for outcome in outcomes) >= len(outcomes) - 1, "one in the dark at most"
+    for outcome in outcomes:
+        assert outcome.now.samples == 8 * outcome.now.batches
+        if outcome.due:
+            assert min(outcome.now[i.unit] % i.every for i in items) < min(weights), f"{outcome} for {items}"
 
 
 @pytest.mark.few(2)

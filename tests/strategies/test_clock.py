@@ -280,6 +280,26 @@ def test_one_rank_that_wants_to_stop_stops_all(validate: bool) -> None:
     assert len(found[0]["validated"]) == (1 if validate else 0) + (found[0]["epoch"] - 1 if validate else 0)
 
 
+class StopsEarly(Lit):
+    """Wants to stop from its first batch on."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.trainer.should_stop = True
+
+
+def at_least(mine: type[AsyncStrategy]) -> dict[str, Any]:
+    return fit(StopsEarly(), max_epochs=-1, min_steps=70, strategy=mine())  # 30 steps an epoch
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("mine", [GossipRingStrategy, LazySignStrategy])
+def test_an_early_stop_comes_at_the_last_of_min_steps(mine: type[AsyncStrategy]) -> None:
+    found = both(at_least, mine)
+    assert found[0]["global_step"] == 70
+    assert found[0]["batches"] + found[1]["batches"] == 2 * 70
+    assert found[0]["validated"] == [30, 60, 70], "as under ddp, which validates where it stops"
+
+
 class Skipping(Lit):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         return -1 if self.trainer.global_rank == 0 and batch_idx == 5 else None
@@ -498,7 +518,8 @@ def test_bad_grace(grace: Any) -> None:
 
 def due(every: int, *, shared: bool = True, length: int | None = 500, **options: Any) -> list[Any]:
     """What the counts of a Trainer ask for whose ranks have so many batches in an epoch."""
-    told = {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "check_val_every_n_epoch": 1, **options}
+    told = {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "check_val_every_n_epoch": 1}
+    told |= {"min_steps": None, **options}
     one: Any = SimpleNamespace(max_steps=-1, callbacks=[], fast_dev_run=False, val_check_interval=every, **told)
     feeding: Any = SimpleNamespace(share=object() if shared else None, epoch_batches=lambda: length, limit=1.0)
     counts = Counts(None)
