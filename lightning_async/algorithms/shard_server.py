@@ -219,6 +219,7 @@ def version_of(image: Tensor) -> int:
 
 
 def integers(image: Tensor, at: int, count: int) -> list[int]:
+    """So many numbers of an image, from this byte on."""
     found: list[int] = image[at : at + 8 * count].clone().view(torch.int64).tolist()
     return found
 

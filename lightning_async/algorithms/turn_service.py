@@ -118,13 +118,13 @@ class TurnService(ShardService):
 
     def _note_holders(self) -> None:
         for at, turns in self.turns.items():
-            self.owned[at].server.holder = turns.holder
+            _server(self.owned[at]).holder = turns.holder
 
     def _put(self, letter: Letter) -> Answers:
         """At a meeting nobody is passed over and nobody bids, so who has the token is all that the turns are."""
         answers = [*super()._put(letter)]
         for at, owned in self.owned.items():
-            if (holder := owned.server.holder) is not None:
+            if (holder := _server(owned).holder) is not None:
                 self.turns[at] = Turns(holder, skip=self._skip)
                 answers.append((holder, Message(TOKEN, reference=at)))
         return answers
@@ -139,3 +139,8 @@ class TurnService(ShardService):
         rules = replace(self._rules, make_outer=make)
         how: dict[str, Any] = {"shrink": self._shrink, "scale": self._scale, "usual": self._usual, "late": self._late}
         return TurnServer(rules, weights, self._members, **how)
+
+
+def _server(owned: Owned) -> TurnServer:
+    assert isinstance(owned.server, TurnServer)  # `_new` makes no others
+    return owned.server
