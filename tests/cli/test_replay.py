@@ -194,7 +194,6 @@ def _through(folder: str, kind: Any, knobs: dict[str, Any], precision: Any, resu
 
 
 @pytest.mark.few(2)
-@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("kind", "knobs", "precision"),
     [
