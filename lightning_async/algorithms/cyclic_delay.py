@@ -259,12 +259,13 @@ class CyclicDelay(Algorithm):
             "step": self._step,
             "refused": self.refused,
             "images": self._images,
+            "rates": self._own.told_rates,
             "versions": [exchange.version for exchange in self.exchanges],
             "pushes": [exchange.step for exchange in self.exchanges],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of the same method, on the weights of that meeting."""
+        """Go on from a state of the same method, on the weights of that meeting. Who had a token is given it again."""
         mine = {"method": type(self).__name__, "shards": len(self.exchanges), "push": self.push}
         for name, now in mine.items():
             if state.get(name) != now:
@@ -275,8 +276,9 @@ class CyclicDelay(Algorithm):
         self._step, self._taken.refused = state["step"], state["refused"]
         for exchange, version, pushes in zip(self.exchanges, state["versions"], state["pushes"], strict=True):
             exchange.version, exchange.step, exchange.clean = version, pushes, self._step
+            exchange.token = exchange.token if "rates" not in state else 0  # older images name no holder
         self._images = state["images"].clone()
-        self._own.put(self._images)
+        self._own.put(self._images, state.get("rates"))
 
     def _inherit(self, states: Sequence[Mapping[str, Any]], flat: Tensor, mail: Mail, service: TurnService) -> None:
         """Go on from the states of all members of another world: what the server's optimizers remember is cut anew.
@@ -337,7 +339,8 @@ class CyclicDelay(Algorithm):
     def _bid(self, exchange: TokenExchange | DeltaExchange, mail: Mail) -> None:
         """Once for each batch, and when others are heard than before."""
         bid = (self._step, mail.live())
-        if self.token == "strict" or exchange.has_token or exchange.asked or exchange.bidden == bid:
+        through = self._paused and exchange.clean >= self._step  # nothing is left to push until all have met
+        if self.token == "strict" or through or exchange.has_token or exchange.asked or exchange.bidden == bid:
             return
         heard = torch.tensor(bid[1], dtype=torch.int64)
         if mail.post(exchange.owner, Message(BID, heard, reference=exchange.place)):

@@ -1,7 +1,7 @@
 """What a member tells its own service, by mail like everybody else: who lives, what it takes over, what it gives up.
 
 member's step:  NEWS  TAKE  RETIRE  --in order, as far as the slots are free-->  shard_service  (never waits)
-meeting:        SHOW  <-- all its shards as bytes            a run that goes on:  PUT --> they are that
+meeting:        SHOW  <-- all its shards as bytes            a run that goes on:  RATES  PUT --> they are that
 """
 
 from __future__ import annotations
@@ -74,8 +74,16 @@ class OwnService:
             self._rates, told = now, True
         return told
 
-    def put(self, images: Tensor) -> None:
-        """A run goes on: the service's shards are these."""
+    @property
+    def told_rates(self) -> Tensor:
+        """The numbers that the service goes by; none: it was never told any."""
+        return torch.empty(0, dtype=torch.float64) if self._rates is None else self._rates
+
+    def put(self, images: Tensor, rates: Tensor | None = None) -> None:
+        """A run goes on: the service's shards are these, and it goes by the numbers that it was told last."""
+        if rates is not None and rates.numel():
+            self._rates = rates
+            self._commands.append((self._mail.me, Message(RATES, rates)))
         self._commands.append((self._mail.me, Message(PUT, images)))
         self.tell()
 

@@ -191,18 +191,18 @@ class ShardServer:
         worths = torch.tensor(list(self.worths.values()), dtype=torch.float64)
         return torch.cat([part.view(torch.uint8) for part in (whole, worths, self.weights, *self.outer.tensors)])
 
-    def become(self, image: Tensor) -> None:
-        """Be what an image says."""
-        head = _integers(image, 0, 8 + len(self.counts))
+    def become(self, image: Tensor) -> int:
+        """Be what an image says; how many of its bytes that were."""
+        head = integers(image, 0, 8 + len(self.counts))
         self.version, self.orphaned, self.outer.count = head[:3]
         self.counts = dict(zip(self.counts, head[8:], strict=True))
         at, maps = 8 * len(head), []
         for length in head[4:8]:
-            numbers = _integers(image, at, 2 * length)
+            numbers = integers(image, at, 2 * length)
             maps.append(dict(zip(numbers[::2], numbers[1::2], strict=True)))
             at += 16 * length
         self.bases, self.pausing, self.pushed, self.paces = maps
-        ranks = _integers(image, at, head[3])
+        ranks = integers(image, at, head[3])
         at += 8 * head[3]
         self.worths = dict(zip(ranks, image[at : at + 8 * head[3]].clone().view(torch.float64).tolist(), strict=True))
         at += 8 * head[3]
@@ -210,14 +210,16 @@ class ShardServer:
             size = tensor.numel() * tensor.element_size()
             tensor.copy_(image[at : at + size].clone().view(tensor.dtype))
             at += size
+        return at
 
 
 def version_of(image: Tensor) -> int:
     """The version that an image is of."""
-    return _integers(image, 0, 1)[0]
+    return integers(image, 0, 1)[0]
 
 
-def _integers(image: Tensor, at: int, count: int) -> list[int]:
+def integers(image: Tensor, at: int, count: int) -> list[int]:
+    """So many numbers of an image, from this byte on."""
     found: list[int] = image[at : at + 8 * count].clone().view(torch.int64).tolist()
     return found
 

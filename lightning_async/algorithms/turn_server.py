@@ -15,15 +15,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_async.algorithms.compensation import Compensation
 from lightning_async.algorithms.outer import Sum
-from lightning_async.algorithms.shard_server import ShardServer
+from lightning_async.algorithms.shard_server import ShardServer, integers
 from lightning_async.algorithms.weighting import excess_rounds
 from lightning_async.transport.mail import Letter
 
 Scale = Literal["sum", "mean", "delay"]
+NOBODY = -1
 
 
 class Merge(Protocol):
@@ -70,12 +72,14 @@ class TurnServer(ShardServer):
         worths: How many batches were in each member's last push.
         late: What is done about late ones.
         handed: The weights that each member was given last, as far as they are needed.
+        holder: Who has its token, as `turns` says; None: nobody, or it is not known.
     """
 
     scale: Scale = "sum"
     usual: float | None = None
     late: Compensation = field(default_factory=Compensation)
     handed: dict[int, Tensor] = field(default_factory=dict)
+    holder: int | None = None
     outer: Merge = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,10 +92,18 @@ class TurnServer(ShardServer):
         if self.late.how == "dc":
             self.handed[peer] = self.weights.clone()
 
-    def become(self, image: Tensor) -> None:
+    def image(self) -> Tensor:
+        """See `ShardServer`; and who has the token."""
+        holder = torch.tensor([NOBODY if self.holder is None else self.holder])
+        return torch.cat([super().image(), holder.view(torch.uint8)])
+
+    def become(self, image: Tensor) -> int:
         """Be what an image says. What was handed out before is not known."""
-        super().become(image)
+        at = super().become(image)
+        (holder,) = integers(image, at, 1) or [NOBODY]  # older images name none
+        self.holder = None if holder == NOBODY else holder
         self._hand_to_all()
+        return at + 8
 
     def _hand_to_all(self) -> None:
         self.handed = dict.fromkeys(self.members, self.weights.clone()) if self.late.how == "dc" else {}

@@ -6,6 +6,7 @@
     TAKE: a shard is ours now -->                                    TOKEN of the new generation
 
     RATES of the own member   -->  the optimizers' numbers are those of run progress
+    PUT of the own member     -->  a run goes on: TOKEN to whoever had it
 
 All else is `shard_service`; the shards themselves are `turn_server`.
 """
@@ -67,10 +68,13 @@ class TurnService(ShardService):
         self._begins = [shard.begin for shard in shards]
         self.turns = {at: Turns(first[at], skip=skip) for at in owned}
         super().__init__(me, members, owned, mirrored, **options)
+        self._note_holders()
 
     def __call__(self, letter: Letter) -> Answers:
         """Do what the letter asks for, and give the tokens that are free then."""
-        return [*self._served(letter), *self._tokens()]
+        answers = [*self._served(letter), *self._tokens()]
+        self._note_holders()
+        return answers
 
     def _served(self, letter: Letter) -> Answers:
         m = letter.message
@@ -112,6 +116,19 @@ class TurnService(ShardService):
             if granted is not None:
                 yield granted, Message(TOKEN, reference=at)
 
+    def _note_holders(self) -> None:
+        for at, turns in self.turns.items():
+            _server(self.owned[at]).holder = turns.holder
+
+    def _put(self, letter: Letter) -> Answers:
+        """At a meeting nobody is passed over and nobody bids, so who has the token is all that the turns are."""
+        answers = [*super()._put(letter)]
+        for at, owned in self.owned.items():
+            if (holder := _server(owned).holder) is not None:
+                self.turns[at] = Turns(holder, skip=self._skip)
+                answers.append((holder, Message(TOKEN, reference=at)))
+        return answers
+
     def anew(self, weights: Tensor) -> TurnServer:
         """A server of some weights, for who cuts shards anew."""
         return self._new(weights, 0)
@@ -122,3 +139,8 @@ class TurnService(ShardService):
         rules = replace(self._rules, make_outer=make)
         how: dict[str, Any] = {"shrink": self._shrink, "scale": self._scale, "usual": self._usual, "late": self._late}
         return TurnServer(rules, weights, self._members, **how)
+
+
+def _server(owned: Owned) -> TurnServer:
+    assert isinstance(owned.server, TurnServer)  # `_new` makes no others
+    return owned.server

@@ -266,6 +266,7 @@ class AsyncStrategy(Shown):
 
     def on_train_start(self) -> None:
         """The loader is known, the checkpoint is restored: the algorithm begins."""
+        self.checkpoints.before_algorithm()
         self.voice.begin(self.replica, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
         self.checkpoints.put_back()
         if self.feeding.share is None:

@@ -98,6 +98,10 @@ class Checkpoints:
         """The training loader is about to be made: restore what has to be there before its iterator."""
         self._resuming.before_loader()
 
+    def before_algorithm(self) -> None:
+        """The algorithm is about to begin: it does on the weights of the checkpoint, to the bit."""
+        self._resuming.before_algorithm()
+
     def put_back(self) -> None:
         """The algorithm has begun: restore what is left, right before the first batch."""
         self._begun = True

@@ -158,9 +158,8 @@ class CyclicDelayStrategy(AsyncStrategy):
             self.algorithm.optimizer = self.optimizers[0]
 
     def on_train_start(self) -> None:
-        """Where members are of unlike size, a batch counts by its samples."""
-        unlike = len({len(ranks) for ranks in self.office.ranks_of_members}) > 1
-        self.algorithm.usual = self.feeding.usual if unlike else None
+        """A batch counts by its samples: members, or batches, may be of unlike size."""
+        self.algorithm.usual = self.feeding.usual
         super().on_train_start()
 
     def _beside(self) -> dict[str, Any]:

@@ -69,13 +69,17 @@ class Resuming:
         if self._between_epochs and (state := self._waiting.get("parts", {}).pop("random", None)) is not None:
             all_parts(self._strategy, self._parts)["random"].load_state_dict(state)
 
+    def before_algorithm(self) -> None:
+        """Restore weights and buffers as they were: of half-precision ones the module shows no more than roundings."""
+        strategy = self._strategy
+        if self._waiting and strategy.at_meeting == "keep":
+            self._waiting = strategy.together(self._with_masses_of_now(self._waiting))
+        put_back_tensors(strategy, self._waiting)
+
     def put_back(self) -> None:
         """Restore what could not be restored before, once."""
         strategy, own = self._strategy, self._waiting
         self._waiting = {}
-        if own and strategy.at_meeting == "keep":
-            own = strategy.together(self._with_masses_of_now(own))
-        put_back_tensors(strategy, own)
         if "steps" in own:
             strategy.stepping.taken = own["steps"]
             strategy.office.mail.at(strategy.steps)

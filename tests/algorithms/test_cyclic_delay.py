@@ -15,10 +15,10 @@ from lightning_async.algorithms.cyclic_delay import CyclicDelay
 from lightning_async.algorithms.images import gathered
 from lightning_async.algorithms.server_groups import Groups
 from lightning_async.algorithms.server_step import ServerStep
-from lightning_async.algorithms.shards import cut
+from lightning_async.algorithms.shards import BID, LAST, cut
 from lightning_async.algorithms.turn_server import TurnServer
 from lightning_async.arrival import Fate
-from lightning_async.transport.mail import Carrier
+from lightning_async.transport.mail import Carrier, Message
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import Program, VirtualCluster
 from tests.algorithms.legs import through_a_file
@@ -275,40 +275,83 @@ def test_chance_kills_and_freezes_and_nobody_hangs(token: Any) -> None:
 # -- meetings ----------------------------------------------------------------------------------------------------------
 
 
-def legs(member: Member, carrier: Carrier, count: int, *, anew: bool) -> Program:
+def legs(member: Member, carrier: Carrier, count: int, *, anew: bool, fall: float = 1.0, **knobs: Any) -> Program:
+    """So many meetings; with `anew` another object goes on from each. Behind each the rate falls, of which the servers
+    hear when their own member has taken a step."""
     algorithm, step = member.algorithm, 0
     rounds = Rounds(carrier)
     algorithm.begin(member.replica, carrier, UNIT, rounds)
     for leg in range(count):
         if leg and anew:
             state = through_a_file(algorithm.state_dict())
-            algorithm = CyclicDelay(make_optimizer=lambda p: optim.Adam(p, 0.05), token="strict", max_accumulate=1)
+            algorithm = CyclicDelay(**knobs)
             algorithm._beginnings = leg
+            algorithm.optimizer = member.algorithm.optimizer
             algorithm.begin(member.replica, carrier, UNIT, rounds)
             algorithm.load_state_dict(state)
+        yield from rounds.barrier()
         if leg:
             algorithm.resume(member.replica, adopted=True)
         for _ in range(12):
             step += 1
-            yield STEP
+            yield STEP * (1 + 0.618 * member.rank)  # no two at the same time, which chance would put in order
             member.compute(step)
             yield from algorithm.before_step(member.replica, carrier, step)
             carrier.at(step)
             yield from algorithm.after_step(member.replica, carrier, step)
         result = yield from algorithm.meet(member.replica, carrier)
+        member.replica.stand_in(result)
+        member.replica.stay()
+        yield from rounds.barrier()
+        if algorithm.optimizer is not None:
+            algorithm.optimizer.param_groups[0]["lr"] *= fall
     member.algorithm = algorithm
     return result
 
 
-def test_a_new_algorithm_goes_on_from_a_state_as_the_old_one_would() -> None:
-    ends = []
+ADAM: dict[str, Any] = {"make_optimizer": lambda parameters: optim.Adam(parameters, 0.05)}
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("knobs", [{"max_accumulate": 1}, {}, {"scale": "delay", "shards": 1}], ids=str)
+@pytest.mark.parametrize("n", [3, 1])
+@pytest.mark.parametrize("token", TOKENS)
+def test_a_new_algorithm_goes_on_from_a_state_as_the_old_one_would(token: Any, n: int, knobs: dict[str, Any]) -> None:
+    """Mirrors go to and fro at other times, so there are none. Whose turn comes behind a second meeting is chance."""
+    ends, options, count = [], {**knobs, "token": token, "mirror_every": 10**6}, 3 if n == 1 else 2
     for anew in (False, True):
-        virtual = VirtualCluster(1)
-        member = Member(
-            0, counting=False, make_optimizer=lambda p: optim.Adam(p, 0.05), token="strict", max_accumulate=1
-        )
-        ends.append(virtual.run({0: legs(member, virtual.carriers[0], 3, anew=anew)})[0])
+        virtual = VirtualCluster(n, latency=0.003, jitter=0.0)
+        members = [Member(rank, counting=False, **ADAM, **options) for rank in range(n)]
+        lives = {
+            m.rank: legs(m, virtual.carriers[m.rank], count, anew=anew, fall=0.5, **ADAM, **options) for m in members
+        }
+        ends.append(virtual.run(lives)[0])
     assert torch.equal(ends[0], ends[1])
+
+
+class Listening:
+    """A carrier that counts the bids that leave behind the last push."""
+
+    def __init__(self, carrier: Carrier) -> None:
+        self._carrier, self.late, self._last = carrier, 0, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._carrier, name)
+
+    def post(self, peer: int, message: Message) -> bool:
+        """See `Mail.post`."""
+        self._last = self._last or message.kind == LAST
+        self.late += self._last and message.kind == BID
+        return self._carrier.post(peer, message)
+
+
+def test_who_has_nothing_left_at_a_meeting_says_of_no_batch_that_it_waits() -> None:
+    """Its word might come when all have met, and shorten the turn of another."""
+    virtual = VirtualCluster(3)
+    members = [Member(rank, counting=False, shards=1) for rank in range(3)]
+    carriers = [Listening(carrier) for carrier in virtual.carriers]
+    virtual.run({m.rank: m.life(carriers[m.rank], 20, STEP * (1 + m.rank)) for m in members})  # type: ignore[arg-type]
+    assert [carrier.late for carrier in carriers] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("token", TOKENS)

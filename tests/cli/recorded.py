@@ -56,6 +56,13 @@ class Counting(Net):
         return super().training_step(batch, batch_idx) / batches
 
 
+class Unlike(Net):
+    """Batches of another size on each rank."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Data(), batch_size=2 + 4 * self.global_rank, shuffle=True)
+
+
 class Plateau(Net):
     """BatchNorm, Adam, validation with random numbers, and a learning rate that goes by it."""
 

@@ -399,3 +399,43 @@ class With(Lit):
 def test_what_does_not_go_together_is_refused(module: Any, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(MisconfigurationException, match=sentence):
         trainer(1, strategy=CyclicDelayStrategy(), **options).fit(module, loader(), loader(40, shuffle=False))
+
+
+# -- unlike batches ----------------------------------------------------------------------------------------------------
+
+
+class Counting(Lit):
+    """Each rank moves a number of its own, by as much for every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved, self.batches = torch.nn.Parameter(torch.zeros(2)), 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.batches += 1
+        return -self.moved[self.global_rank]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([self.moved], 1.0)
+
+
+def _unlike(push: str) -> tuple[int, list[float]]:
+    torch.manual_seed(0)
+    lit, rank = Counting(), int(os.environ["RANK"])
+    for name, parameter in lit.named_parameters():
+        parameter.requires_grad_(name == "moved")
+    strategy = CyclicDelayStrategy(push=push)  # type: ignore[arg-type]
+    trainer(2, strategy=strategy, max_epochs=1, callbacks=[SpeedFaults(step_seconds=0.002)]).fit(
+        lit, loader(2 + 4 * rank), loader(40, shuffle=False)
+    )
+    return lit.batches, lit.moved.tolist()
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("push", ["gradient", "delta"])
+def test_a_sample_counts_the_same_in_batches_of_unlike_size(push: str) -> None:
+    """Two ranks with batches of 2 and 6: a usual one has 4, and counts a half. (The last one counts as a whole one.)"""
+    (first, moved), (second, same) = run(2, _unlike, push)
+    assert 0 <= 2 * first + 6 * second - 240 <= 1 + 5
+    assert moved == same
+    assert moved == pytest.approx([first * 2 / 4 / 2, second * 6 / 4 / 2], rel=1e-5)
