@@ -107,8 +107,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_a_whole_checkpoint(
 ) -> None:
     with Forked(2, _dies, str(tmp_path), dead, at, 60.0, DiesWriting, store=True) as forked:
         forked.processes[dead].join(30)
-    (part,) = tmp_path.rglob("*.part")
-    assert what in part.name
+    assert any(what in part.name for part in tmp_path.rglob("*.part"))  # and perhaps of others, killed with it
     main = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert main["epoch"] == 0
     assert all(own["save"] == main["lightning_async"]["save"] for own in files_of(tmp_path / "x.ckpt").values())
