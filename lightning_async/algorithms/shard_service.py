@@ -93,9 +93,7 @@ class ShardService:
         self._me, self._members, self._rules, self._codec = me, members, rules, codec
         self._every, self._shrink, self._blank = mirror_every, shrink, blank
         self._next = next_of(me, members)
-        self.owned = {
-            at: Owned(self._new(weights.clone(), shard_of(at)), Mirroring(self._early)) for at, weights in owned.items()
-        }
+        self.owned = {at: Owned(self._new(weights.clone(), shard_of(at))) for at, weights in owned.items()}
         self._mirrors = {
             shard_of(at): (at, self._new(weights.clone(), shard_of(at)).image()) for at, weights in mirrored.items()
         }
@@ -172,11 +170,6 @@ class ShardService:
     @property
     def _most(self) -> int:
         return ROUNDS * len(self._members) if self._every is None else self._every
-
-    @property
-    def _early(self) -> int:
-        """The first mirrors leave by turns: all at once, they would make the same step of all members long."""
-        return self._most // 2 * self._members.index(self._me) // len(self._members)
 
     def _keep(self, letter: Letter) -> Answers:
         m = letter.message

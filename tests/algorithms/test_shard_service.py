@@ -58,17 +58,6 @@ def test_who_does_not_own_a_shard_says_so() -> None:
     assert (whom, answer.weight, answer.echo, answer.body) == (2, NOT_HERE, 5, None)
 
 
-def test_the_first_mirrors_of_a_world_leave_by_turns() -> None:
-    """One for half of all arrivals that may be in none; the owners' are a quarter of that apart."""
-    leave = []
-    for me in range(4):
-        one, step = service(me, mirror_every=32), 0
-        while not any(message.kind == MIRROR for _, message in one(letter((me + 1) % 4, step))):
-            step += 1
-        leave.append(step + 1)
-    assert leave == [16, 12, 8, 4]
-
-
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_what_would_be_too_much_in_no_mirror_is_held_and_answered_when_the_mirror_is_there(most: int) -> None:
     one, answered, travelling = service(mirror_every=most), list[int](), list[Message]()
