@@ -189,7 +189,12 @@ class ShardServer:
         rows = [number for one in maps for pair in sorted(one.items()) for number in pair]
         whole = torch.tensor([*head, *self.counts.values(), *rows, *self.worths], dtype=torch.int64)
         worths = torch.tensor(list(self.worths.values()), dtype=torch.float64)
-        return torch.cat([part.view(torch.uint8) for part in (whole, worths, self.weights, *self.outer.tensors)])
+        parts = (whole, worths, self.weights, *self.outer.tensors, *self._more())
+        return torch.cat([part.view(torch.uint8) for part in parts])
+
+    def _more(self) -> tuple[Tensor, ...]:
+        """What stands behind all that in an image."""
+        return ()
 
     def become(self, image: Tensor) -> int:
         """Be what an image says; how many of its bytes that were."""

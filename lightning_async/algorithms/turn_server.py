@@ -92,10 +92,9 @@ class TurnServer(ShardServer):
         if self.late.how == "dc":
             self.handed[peer] = self.weights.clone()
 
-    def image(self) -> Tensor:
-        """See `ShardServer`; and who has the token."""
-        holder = torch.tensor([NOBODY if self.holder is None else self.holder])
-        return torch.cat([super().image(), holder.view(torch.uint8)])
+    def _more(self) -> tuple[Tensor, ...]:
+        """Who has the token."""
+        return (torch.tensor([NOBODY if self.holder is None else self.holder]),)
 
     def become(self, image: Tensor) -> int:
         """Be what an image says. What was handed out before is not known."""
