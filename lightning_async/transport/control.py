@@ -215,7 +215,7 @@ class Control:
             self._brisk_until = time.monotonic() + BRISK_FOR
             self._news()
         if due or rang:
-            self._read(store)
+            self._read(store, said=int(said))
         soon = self._look()
         if self._rings:
             self._write(store)
@@ -234,7 +234,7 @@ class Control:
         beat = Beat(self._count, self._wants, self._notes.get(self.me))
         store.set(f"beat/{self.me}", beat.pack())
 
-    def _read(self, store: Keys) -> None:
+    def _read(self, store: Keys, said: int) -> None:
         self._beaten = time.monotonic()
         self._due = self._beaten + (self._soon if self._beaten < self._soon_until else self._beat)
         self._write(store)
@@ -248,6 +248,8 @@ class Control:
         self.roll.look({k: beat.count for k, beat in beats.items()}, flags)
         if self.roll.declare(store):
             self._ring(store, self.roll.peers)
+        if self.roll.shrinks:  # who left may have said why just before
+            self._requests.answer(store, said=said, anew=True)
         if self.roll.settle():
             self._news()
 

@@ -68,6 +68,11 @@ class Roll:
         """Why each member died that did; not those that left."""
         return {k: why for k, why in list(self.reasons.items()) if k in self.peers and why != LEFT.decode()}
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether somebody is gone of whom that is not public yet."""
+        return any(k in self.reasons for k in self.members)
+
     def broken(self, peer: int, broken: bool) -> None:
         """Whether the connection to `peer` was closed by the other side and is not up again."""
         (self._broken.add if broken else self._broken.discard)(peer)

@@ -275,6 +275,27 @@ def test_what_was_said_by_one_that_died_before_it_counted_it_is_heard(store: Sto
         until(lambda: room.all[0].decided("key") == b"last words")
 
 
+def test_why_one_left_is_known_when_it_is_known_that_it_left(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Room(store, 2) as room:
+        here, there = room.all
+        assert here.decided("stop") is None
+        until(lambda: "stop" in here._requests._looked)
+        read, seen = here._read, []
+
+        def late(*args: Any, **knobs: Any) -> None:
+            if there in room.all:  # between two looks of this member: the other one says why, and leaves
+                room.all.remove(there)
+                there.propose("stop", b"1")
+                until(lambda: there.decided("stop"))
+                assert there.stop(5.0)
+            read(*args, **knobs)
+            seen.append((here.members(), here.decided("stop")))
+
+        monkeypatch.setattr(here, "_read", late)
+        until(lambda: seen)
+        assert seen[0] == ((0,), b"1")
+
+
 def test_tickets_go_to_one_member_each(store: Store) -> None:
     with Room(store, 3) as room:
         for turn in range(20):
