@@ -60,7 +60,7 @@ def test_the_masses_of_push_sum_add_up(mode: str, tmp_path: Path, capsys: pytest
     assert " 0 refused" not in said
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("data", "method", "knobs"),
     [
@@ -101,7 +101,7 @@ def _bounded(n: int, folder: str, method: str, knobs: dict[str, Any]) -> None:
     t.fit(recorded.Net())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("method", "knobs"),
     [

@@ -42,7 +42,6 @@ def test_a_real_run_equals_its_replay_to_the_bit(tmp_path: Path, said: Said) -> 
 
 
 @pytest.mark.few(2)
-@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("n", "module", "knobs", "options"),
     [
@@ -193,7 +192,7 @@ def _through(folder: str, kind: Any, knobs: dict[str, Any], precision: Any, resu
     t.fit(recorded.Epochs(), ckpt_path=f"{folder}/saved/epoch=0.ckpt" if resumed else None)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "knobs", "precision"),
     [

@@ -73,7 +73,7 @@ def exchanged(weighed: Weighed, case: str) -> float:
     return sum(sum(each) / (len(each) if turns else 1) for each in sizes.values() if each)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("case", CASES)
 def test_a_member_holds_and_sends_what_it_says(case: str) -> None:
     members, make = CASES[case]

@@ -113,7 +113,7 @@ def _with_fault(fault: str, rank: int) -> dict[str, Any]:
     return {"weights": weights(lit), "fates": fates, "seen": lit.seen, **mine}
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_death_costs_the_arrivals_since_the_last_mirror(rank: int) -> None:
     with Forked(3, _with_fault, "die", rank, store=True) as forked:

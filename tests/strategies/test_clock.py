@@ -319,7 +319,7 @@ def logged(folder: Path, slow: int) -> dict[str, Any]:
     return fit(slow=slow, seconds=0.02, max_steps=100, max_epochs=-1, logger=logger, log_every_n_steps=10)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("slow", [0, 1])
 def test_rank_0_logs_each_multiple_once_be_it_slow_or_fast(tmp_path: Path, slow: int) -> None:
     both(logged, tmp_path, slow)

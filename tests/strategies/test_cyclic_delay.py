@@ -176,6 +176,7 @@ def test_with_fp16s_scaler_one_rank_is_plain_training_to_the_bit(push: str, opti
     assert mine[2] > 3  # also where the scale has grown too large
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings(SCALED)
 @pytest.mark.parametrize("token", ["skip", "strict"])
 def test_what_the_scaler_skips_is_not_pushed_but_counted(token: str) -> None:

@@ -65,6 +65,7 @@ def test_popen_by_name_and_a_child_that_fails_is_named_by_rank_0(tmp_path: Path)
     assert "PeerFailedError: rank 1 stopped: ValueError: the fifth batch is too much" in said
 
 
+@pytest.mark.few(0)
 def test_spawn_gives_the_caller_the_consensus(tmp_path: Path) -> None:
     code, said = script("gossip_ring_spawn", "works", tmp_path)
     assert code == 0, said[-2000:]

@@ -13,6 +13,7 @@ from benchmarks.hosts import Hosts
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.few(0)
 @pytest.mark.netns
 def test_two_nodes_by_torchrun(tmp_path: Path) -> None:
     logs = [(tmp_path / f"node{i}.log") for i in range(2)]

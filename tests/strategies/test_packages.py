@@ -163,6 +163,7 @@ def limited(make: Any, folder: Path, workers: int, path: str | None) -> list[int
     return lit.seen
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("package", ["litdata", "torchdata"])
 def test_a_limited_epoch_of_a_package_loses_nothing(package: str, workers: int, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def _true(precision: str, mode: str, at_meeting: str, folder: str) -> Any:
     return weights(lit), str(strategy.replica.flat.dtype), [str(p.dtype) for p in lit.parameters()]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("precision", "mode", "at_meeting"), TRUE)
 def test_half_precision_weights(precision: str, mode: str, at_meeting: str, tmp_path: Path) -> None:
     (first, flat, dtypes), (second, _, _) = run(2, _true, precision, mode, at_meeting, str(tmp_path))
@@ -125,7 +125,7 @@ def _scaled(mode: str) -> Any:
     return weights(lit), strategy.skipped_steps, strategy.steps, still.moved
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step")
 @pytest.mark.parametrize("mode", MODES)
 def test_steps_that_the_scaler_skips_are_counted_and_harm_nobody(mode: str) -> None:
@@ -155,7 +155,7 @@ def _scheduled(mode: str) -> Any:
     return weights(lit), strategy.steps
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_schedule_of_accumulation(mode: str) -> None:
     (first, steps), (second, also_steps) = run(2, _scheduled, mode)
@@ -182,7 +182,7 @@ def _clipped(mode: str) -> Any:
     return weights(lit), lit.norms
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_ranks_own_gradient_is_clipped(mode: str) -> None:
     (first, norms), (second, also_norms) = run(2, _clipped, mode)

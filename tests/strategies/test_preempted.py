@@ -128,7 +128,7 @@ def entries(folder: Path, part: int, until: str | None = None, ranks: Sequence[i
     return found
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "balance"),
     [
@@ -150,7 +150,7 @@ def test_what_was_saved_and_what_came_after_the_resume_make_whole_epochs(
     assert sum(counts.values()) == 45 * 8
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "length"),
     [

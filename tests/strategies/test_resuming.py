@@ -100,7 +100,7 @@ def _look(kind: Any, path: str, resume: bool) -> dict[str, Any]:
     return seen[0] if resume else save.seen
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [AsyncGlobalStrategy, LazySignStrategy, CyclicDelayStrategy])
 def test_so_it_is_with_the_own_state_of_other_methods(kind: Any, tmp_path: Path) -> None:
     """Shards and their optimizers, what was held back: as they were, though one rank is slow."""
@@ -236,7 +236,7 @@ def _adds_up(
     return lit.losses, (weights(lit), plain([o.state_dict() for o in t.optimizers]), t.global_step)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("module", "accumulate"), [(Draws, 4), (DrawsByHand, 1)])
 @pytest.mark.parametrize(("at_meeting", "mode"), [("adopt", "none"), ("keep", "none"), ("adopt", "sync")])
 def test_a_run_that_was_saved_between_two_steps_goes_on_to_the_bit(

@@ -132,6 +132,7 @@ def of_members() -> tuple[int | None, int, int, float]:
     return ended(module, one)
 
 
+@pytest.mark.few(0)
 def test_so_do_members_of_several_ranks() -> None:
     assert run(4, of_members) == at_its_end("onecycle", 3 * 7) * 2
 

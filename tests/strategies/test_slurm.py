@@ -120,7 +120,7 @@ def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slur
     assert 2 * (60 - at) - (again["batches"] + also["batches"]) in (0, 1), "it went on from where it was saved"
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("strategy", ["async_global", "lazy_sign"])
 def test_the_same_under_other_strategies(slurm: Path, strategy: str, rank: int) -> None:

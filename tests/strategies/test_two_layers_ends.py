@@ -122,7 +122,7 @@ def _trains(folder: str, knobs: dict[str, Any]) -> int:
     return t.current_epoch
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_sigterm_to_any_rank_stops_all(rank: int, tmp_path: Path) -> None:
     with Forked(4, _trains, str(tmp_path), {}) as forked:

@@ -67,7 +67,7 @@ def _others(path: str, knobs: dict[str, Any]) -> tuple[list[float], list[str]]:
     return weights(lit), [str(w.message) for w in caught if "does not go on to the bit" in str(w.message)]
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [

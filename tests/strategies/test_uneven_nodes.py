@@ -219,7 +219,7 @@ def are_members(ends: list[dict[str, Any]]) -> None:
     assert all(end["weights"] == ends[0]["weights"] and end["val"] == ends[0]["val"] for end in ends)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("of", "knobs"),
     [
@@ -284,7 +284,7 @@ def _slope(of: str, knobs: dict[str, Any]) -> list[float]:
     return [a - b for a, b in zip(after, before, strict=True)]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("of", "knobs"),
     [

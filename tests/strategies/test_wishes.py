@@ -82,6 +82,7 @@ def test_one_rank_that_is_told_to_stop_stops_all(mode: str, rank: int, tmp_path:
         assert not any(one["asked"][:-1]), "until the meeting it is a wish, and the rank trains on"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_in_step_that_are_told_to_end_meet_and_save(rank: int, tmp_path: Path) -> None:
     found = run(2, wished, "sync", rank, terminate, tmp_path)
