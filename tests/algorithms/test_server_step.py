@@ -124,3 +124,34 @@ BAD: list[tuple[MakeOptimizer, str]] = [
 def test_what_cannot_serve_is_refused_with_a_sentence(make: MakeOptimizer, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         check_elementwise(make([nn.Parameter(torch.zeros(4, 4))]))
+
+
+LIMITS = {  # momentum: of the learning rate times the curvature; in step, n - 1 pushes late, and 2 (n - 1); 4 ranks
+    0.0: (2.0, 1.78, 0.96),
+    0.9: (3.8, 0.135, 0.068),
+}
+
+
+def grows(momentum: float, rate: float, n: int, late: int) -> bool:
+    """Whether a parabola of curvature 1 is left for good, by gradients of so many versions before."""
+    whole = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    weights = whole.detach().clone()
+    server = ServerStep(weights, Groups(optim.SGD([whole], rate, momentum=momentum), [(whole, 0)]))
+    seen = [weights.clone()] * (late + 1)
+    heights = []
+    for _ in range(1500):
+        server.arrive(weights, seen[-1 - late], 1 / n, n)
+        seen = [*seen[-late:], weights.clone()] if late else [weights.clone()]
+        heights.append(abs(float(weights)))
+        if heights[-1] > 1e3:
+            return True
+    return max(heights[-300:]) > max(heights[300:600])
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("late", [0, 3, 6])
+@pytest.mark.parametrize("momentum", LIMITS)
+def test_late_gradients_bear_smaller_rates_and_far_smaller_ones_under_momentum(momentum: float, late: int) -> None:
+    limit, n = LIMITS[momentum][late // 3], 4 if late else 1
+    assert not grows(momentum, 0.97 * limit, n, late)
+    assert grows(momentum, 1.03 * limit, n, late)
