@@ -63,10 +63,10 @@ VARIANTS: Mapping[str, Mapping[str, Knobs]] = {
     },
     "cyclic_delay": {
         "cyclic_delay": {"strategy": "cyclic_delay"},
-        "strict": {"strategy": "cyclic_delay", "token": "strict"},
-        "delta": {"strategy": "cyclic_delay", "push": "delta"},
-        "lr": {"strategy": "cyclic_delay", "compensation": "lr"},
-        "dc": {"strategy": "cyclic_delay", "compensation": "dc"},
+        "gradient": {"strategy": "cyclic_delay", "push": "gradient"},
+        "strict": {"strategy": "cyclic_delay", "push": "gradient", "token": "strict"},
+        "lr": {"strategy": "cyclic_delay", "push": "gradient", "compensation": "lr"},
+        "dc": {"strategy": "cyclic_delay", "push": "gradient", "compensation": "dc"},
         "none": NONE,
     },
 }

@@ -1,9 +1,9 @@
-"""One optimizer for all: each process pushes its gradients when it is its turn, and adds them up while it waits.
+"""Global weights by turns: each process pushes what its steps have moved when it is its turn, and steps on meanwhile.
 
     python examples/cyclic_delay.py                     two processes on this machine, half a minute
     python examples/cyclic_delay.py --slow 4            the second one 4x slower: the first pushes more batches at once
     python examples/cyclic_delay.py --token strict      the ring is never left, and all wait for their turn's answer
-    python examples/cyclic_delay.py --push delta        each process steps by itself, and pushes what it moved
+    python examples/cyclic_delay.py --push gradient     gradients are pushed, and one optimizer steps for all
 
 At the end it says how many samples were in a push: with that many more a fast process makes use of its time.
 The task is scikit-learn's handwritten digits, as in gossip_ring.py.
@@ -45,15 +45,15 @@ class Digits(LightningModule):
         self.log("val_accuracy", (logits.argmax(1) == labels).float().mean(), sync_dist=True, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The learning rate is ddp's: a push of one batch is one n-th of a synchronous step."""
+        """The learning rate is ddp's: what a batch moves counts one n-th."""
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
 def main() -> None:
     """Train, say how good it has become, and how much was in a push."""
-    parser = argparse.ArgumentParser(description="Digits on several processes, with one optimizer for all.")
+    parser = argparse.ArgumentParser(description="Digits on several processes, which push by turns.")
     parser.add_argument("--token", default="skip", choices=["skip", "strict"])
-    parser.add_argument("--push", default="gradient", choices=["gradient", "delta"])
+    parser.add_argument("--push", default="delta", choices=["delta", "gradient"])
     parser.add_argument("--devices", type=int, default=2, help="processes on this machine (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the data (default: %(default)s)")
     parser.add_argument("--slow", type=float, default=1.0, help="how much slower the last process is")

@@ -85,7 +85,7 @@ def test_global_weights(mode: str, script: Script) -> None:
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("arguments", [(), ("--token", "strict"), ("--push", "delta")], ids=str)
+@pytest.mark.parametrize("arguments", [(), ("--token", "strict"), ("--push", "gradient")], ids=str)
 def test_turns(arguments: tuple[str, ...], script: Script) -> None:
     said = script("cyclic_delay.py", *arguments, "--devices", "2", "--epochs", "1", "--start-method", "fork")
     assert "validation loss" in said

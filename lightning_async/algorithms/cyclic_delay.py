@@ -66,7 +66,7 @@ class CyclicDelay(Algorithm):
     Args:
         make_optimizer: Builds the user's optimizer, as for synchronous training; None: `optimizer` is given later, or
             never, with push="delta".
-        push: What adds up: "gradient", or "delta" (what own steps moved).
+        push: What adds up: "delta" (what own steps moved), or "gradient".
         token: "skip": idle holders are passed over; "strict": the ring is never left, and members wait.
         scale: What a push counts: "sum" (each batch one n-th), "mean" (each push as one batch), or "delay" (as "sum",
             and less if it is later than in a healthy run).
@@ -94,7 +94,7 @@ class CyclicDelay(Algorithm):
         *,
         make_optimizer: MakeOptimizer | None = None,
         token: Token = "skip",
-        push: Push = "gradient",
+        push: Push = "delta",
         scale: Scale = "sum",
         strength: float | None = None,
         compensation: How = "none",

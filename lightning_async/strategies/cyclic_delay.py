@@ -1,4 +1,4 @@
-"""`cyclic_delay`: ranks push gradients by turns, and add up what they compute while they wait for theirs."""
+"""`cyclic_delay`: ranks push to global weights by turns, and add up what they learn while they wait for theirs."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from lightning_async.strategies.members import Inner
 
 
 class CyclicDelayStrategy(AsyncStrategy):
-    """Cyclic updates with dynamic delay (Hu et al. 2018): the user's optimizer steps global weights, by turns.
+    """Cyclic updates with dynamic delay (Hu et al. 2018): ranks push to global weights by turns.
 
-    Each rank adds up its gradients until it has the token, pushes their sum, and pulls the newest weights: a fast rank
-    puts more batches into a push. The optimizer steps on the server, which all ranks are together; theirs do not, but
-    with push="delta", where each rank's own optimizer steps and what it moved is pushed.
+    What a rank learns adds up until it has the token; then it pushes the sum, and pulls the newest weights: a fast rank
+    puts more batches into a push. That is what its own optimizer moved, or, with push="gradient", gradients, by which
+    the user's optimizer steps on the server, which all ranks are together.
 
     Args:
         token: "skip" (nobody waits; who has nothing ready is passed over), or "strict" (the paper's: the ring is never
             left, no push is more than n - 1 versions late, and ranks wait for their turn's answer).
-        push: What adds up: "gradient", or "delta" (what local optimizer steps moved; any optimizer will do).
+        push: What adds up: "delta" (what local optimizer steps moved; any optimizer will do), or "gradient" (the
+            paper's; under momentum or Adam it bears learning rates far below `ddp`'s only).
         scale: What a push counts: "sum" (each batch one n-th, as with `ddp`), "mean" (each push as one whole step), or
             "delay" (as "sum", and less if it is later than in a healthy run).
         strength: How much less with scale="delay": (1 + excess rounds)^-strength; None: 0.5.
@@ -81,7 +82,7 @@ class CyclicDelayStrategy(AsyncStrategy):
         self,
         *,
         token: Token = "skip",
-        push: Push = "gradient",
+        push: Push = "delta",
         scale: Scale = "sum",
         strength: float | None = None,
         compensation: How = "none",

@@ -284,7 +284,7 @@ def legs(member: Member, carrier: Carrier, count: int, *, anew: bool, fall: floa
     for leg in range(count):
         if leg and anew:
             state = through_a_file(algorithm.state_dict())
-            algorithm = CyclicDelay(**knobs)
+            algorithm = CyclicDelay(**{"push": "gradient", **knobs})
             algorithm._beginnings = leg
             algorithm.optimizer = member.algorithm.optimizer
             algorithm.begin(member.replica, carrier, UNIT, rounds)

@@ -84,7 +84,7 @@ def test_cyclic_updates_push_all_that_was_computed(token: Any) -> None:
 
     programs = {
         r: train(
-            CyclicDelay(make_optimizer=lambda p: torch.optim.SGD(p, 1.0), token=token),
+            CyclicDelay(push="gradient", make_optimizer=lambda p: torch.optim.SGD(p, 1.0), token=token),
             Replica([parameters[r]]),
             world.carriers[r],
             steps=steps[r],

@@ -34,8 +34,8 @@ class Member:
 
     def __init__(self, rank: int, *, counting: bool, **knobs: Any) -> None:
         self.rank, self.counting = rank, counting
-        make = knobs.pop("make_optimizer", sgd())
-        self.algorithm = CyclicDelay(make_optimizer=None if knobs.get("push") == "delta" else make, **knobs)
+        make, push = knobs.pop("make_optimizer", sgd()), knobs.pop("push", "gradient")
+        self.algorithm = CyclicDelay(make_optimizer=None if push == "delta" else make, push=push, **knobs)
         self.parameter = nn.Parameter(torch.zeros(SIZE, dtype=torch.float64))
         self.replica, self.optimizer = Replica([self.parameter]), make([self.parameter])
         self.computed = 0

@@ -46,8 +46,8 @@ class Slope(L.LightningModule):
 
 STRATEGIES: dict[str, Any] = {
     "async_global": lambda: AsyncGlobalStrategy(balance="equal"),
-    "cyclic, gradients": lambda: CyclicDelayStrategy(balance="equal"),
-    "cyclic, moves": lambda: CyclicDelayStrategy(balance="equal", push="delta"),
+    "cyclic, gradients": lambda: CyclicDelayStrategy(balance="equal", push="gradient"),
+    "cyclic, moves": lambda: CyclicDelayStrategy(balance="equal"),
     "pairwise": lambda: GossipRingStrategy(balance="equal"),
     "push_sum": lambda: GossipRingStrategy(balance="equal", mode="push_sum"),
 }

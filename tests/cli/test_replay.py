@@ -197,7 +197,7 @@ def _through(folder: str, kind: Any, knobs: dict[str, Any], precision: Any, resu
     ("kind", "knobs", "precision"),
     [
         (GossipRingStrategy, {"mode": "push_sum", "at_meeting": "keep"}, "32-true"),
-        (CyclicDelayStrategy, UNMIRRORED, "32-true"),
+        (CyclicDelayStrategy, {"push": "gradient", **UNMIRRORED}, "32-true"),
         (AsyncGlobalStrategy, {"outer_momentum": 0.5, "outer_lr": 0.7, **UNMIRRORED}, "32-true"),
         (LazySignStrategy, {"rule": "innovation"}, "32-true"),
         (GossipRingStrategy, {"mode": "pairwise", "at_meeting": "adopt"}, "32-true"),
@@ -205,9 +205,9 @@ def _through(folder: str, kind: Any, knobs: dict[str, Any], precision: Any, resu
         (GossipRingStrategy, {"mode": "pairwise", "at_meeting": "adopt"}, "bf16-true"),
         (AsyncGlobalStrategy, {"local_steps": "speed", "wire": "bf16", "shards": 1, **UNMIRRORED}, "bf16-true"),
         (AsyncGlobalStrategy, {"attenuation": "paper", "on_late": "wait", "max_delay": 2, **UNMIRRORED}, "32-true"),
-        (CyclicDelayStrategy, {"token": "strict", "scale": "delay", **UNMIRRORED}, "bf16-true"),
-        (CyclicDelayStrategy, {"compensation": "dc", "max_accumulate": 3, "warm_up": 20, **UNMIRRORED}, "32-true"),
-        (CyclicDelayStrategy, {"push": "delta", "compensation": "lr", **UNMIRRORED}, "32-true"),
+        (CyclicDelayStrategy, {"push": "gradient", "token": "strict", "scale": "delay", **UNMIRRORED}, "bf16-true"),
+        (CyclicDelayStrategy, {"push": "gradient", "compensation": "dc", "max_accumulate": 3, **UNMIRRORED}, "32-true"),
+        (CyclicDelayStrategy, {"compensation": "lr", **UNMIRRORED}, "32-true"),
         (LazySignStrategy, {}, "bf16-true"),
     ],
 )

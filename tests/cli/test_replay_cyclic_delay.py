@@ -27,12 +27,13 @@ def _fit(n: int, folder: str, module: str, knobs: dict[str, Any], options: dict[
 @pytest.mark.parametrize(
     ("n", "module", "knobs", "options"),
     [
-        (3, "Net", {}, {}),
-        (2, "Plateau", {"token": "strict"}, {}),
+        (3, "Net", {"push": "gradient"}, {}),
+        (2, "Plateau", {"push": "gradient", "token": "strict"}, {}),
         (2, "Unlike", {}, {}),
-        (3, "Net", {"push": "delta", "compensation": "lr", "scale": "delay", "strength": 2.0}, {}),
-        (3, "Net", {"compensation": "dc", "compensation_strength": 0.1, "max_accumulate": 3, "warm_up": 6}, {}),
-        (2, "Epochs", {}, {"max_epochs": 3}),  # the server hears of an epoch's rate in the last batch of the one before
+        (3, "Net", {"compensation": "lr", "scale": "delay", "strength": 2.0}, {}),
+        (3, "Net", {"push": "gradient", "compensation": "dc", "max_accumulate": 3, "warm_up": 6}, {}),
+        # the server hears of an epoch's rate in the last batch of the one before
+        (2, "Epochs", {"push": "gradient"}, {"max_epochs": 3}),
     ],
 )
 def test_whatever_was_trained(

@@ -60,15 +60,15 @@ def _fit(devices: int, knobs: dict[str, Any], optimizer: str, slow: float) -> di
 
 
 CASES: list[tuple[int, dict[str, Any], str]] = [
-    (1, {}, "sgd"),
-    (2, {}, "sgd"),
+    (1, {"push": "gradient"}, "sgd"),
+    (2, {"push": "gradient"}, "sgd"),
     (4, {}, "sgd"),
-    (2, {"token": "strict"}, "sgd"),
-    (3, {"token": "strict", "shards": 1, "max_accumulate": 2}, "adamw"),
-    (4, {"max_accumulate": 1}, "adamw"),
-    (3, {"push": "delta", "max_accumulate": 4, "warm_up": 8}, "adamw"),
-    (3, {"push": "delta", "token": "strict", "compensation": "lr"}, "sgd"),
-    (3, {"compensation": "dc"}, "sgd"),
+    (2, {"push": "gradient", "token": "strict"}, "sgd"),
+    (3, {"push": "gradient", "token": "strict", "shards": 1, "max_accumulate": 2}, "adamw"),
+    (4, {"push": "gradient", "max_accumulate": 1}, "adamw"),
+    (3, {"max_accumulate": 4, "warm_up": 8}, "adamw"),
+    (3, {"token": "strict", "compensation": "lr"}, "sgd"),
+    (3, {"push": "gradient", "compensation": "dc"}, "sgd"),
 ]
 
 
@@ -81,7 +81,7 @@ def test_all_ranks_end_equal_and_what_was_computed_was_pushed_once(
     for end in ends:
         assert (end["weights"], end["val"]) == (ends[0]["weights"], ends[0]["val"])
         assert end["samples"] == end["shards"] * len(end["seen"])
-        assert bool(end["state"]) == (knobs.get("push") == "delta")  # else the rank's own optimizer takes no step
+        assert bool(end["state"]) == (knobs.get("push") != "gradient")  # else the rank's own optimizer takes no step
     seen = Counter(index for end in ends for index in end["seen"])
     assert len(seen) == 240
     assert set(seen.values()) == {2}
@@ -148,7 +148,8 @@ def _scaled(n: int, plain: bool, growth: int, knobs: dict[str, Any], options: di
     torch.manual_seed(1)
     lit = Overflows("adamw")
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=growth)
-    strategy: Any = SingleDeviceStrategy("cpu") if plain else CyclicDelayStrategy(balance="equal", **knobs)
+    knobs = {"push": "gradient", "balance": "equal", **knobs}
+    strategy: Any = SingleDeviceStrategy("cpu") if plain else CyclicDelayStrategy(**knobs)
     plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
     t = trainer(n, strategy=strategy, plugins=plugins, **options)
     t.fit(lit, loader(shuffle=False), loader(40, shuffle=False))
@@ -296,12 +297,12 @@ def _longest(times: list[float]) -> float:
 @pytest.mark.parametrize(
     ("knobs", "fault", "rank"),
     [
-        ({}, "kill", 0),
-        ({"max_accumulate": 2}, "kill", 2),
-        ({"push": "delta"}, "kill", 1),
-        ({}, "freeze", 2),
-        ({"max_accumulate": 2}, "freeze", 0),
-        ({"push": "delta"}, "freeze", 1),
+        ({"push": "gradient"}, "kill", 0),
+        ({"push": "gradient", "max_accumulate": 2}, "kill", 2),
+        ({}, "kill", 1),
+        ({"push": "gradient"}, "freeze", 2),
+        ({"push": "gradient", "max_accumulate": 2}, "freeze", 0),
+        ({}, "freeze", 1),
     ],
 )
 def test_a_holder_is_killed_or_frozen_and_the_others_push_on_within_3_seconds(
@@ -328,14 +329,14 @@ def test_a_holder_is_killed_or_frozen_and_the_others_push_on_within_3_seconds(
 
 
 def test_under_strict_a_death_is_survived() -> None:
-    with Forked(3, _struck, 2, "kill", {"token": "strict"}, store=True) as forked:
+    with Forked(3, _struck, 2, "kill", {"push": "gradient", "token": "strict"}, store=True) as forked:
         results = forked.results(60)
     assert [r.kind for r in results] == [None, None, "gone"], results
     assert results[0].value[0] == results[1].value[0]
 
 
 def test_a_replay_is_told_every_knob() -> None:
-    knobs: dict[str, Any] = {"push": "delta", "scale": "delay", "strength": 2.0, "max_accumulate": 3, "warm_up": 5}
+    knobs: dict[str, Any] = {"push": "gradient", "scale": "delay", "strength": 2.0, "max_accumulate": 3, "warm_up": 5}
     knobs |= {"compensation": "lr", "compensation_strength": 0.25, "token": "strict", "shards": 2, "mirror_every": 7}
     told = knobs_of(CyclicDelayStrategy(**knobs, max_delay=9))
     assert {name: told[name] for name in knobs} == knobs
@@ -350,10 +351,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"compensation": True}, "`compensation` must be one of 'none', 'lr', 'dc', got True"),
     ({"compensation_strength": 1.0}, "`compensation_strength` has no meaning with compensation='none'"),
     (
-        {"compensation": "dc", "compensation_strength": -1},
+        {"compensation": "dc", "compensation_strength": -1, "push": "gradient"},
         "`compensation_strength` must be a number of at least 0, got -1",
     ),
-    ({"compensation": "dc", "push": "delta"}, "compensation='dc' is for gradients"),
+    ({"compensation": "dc"}, "compensation='dc' is for gradients"),
     ({"warm_up": 5}, "`warm_up` needs a `max_accumulate` to grow to"),
     ({"warm_up": 1.5, "max_accumulate": 2}, "`warm_up` must be an integer of at least 0, got 1.5"),
     ({"scale": "max"}, "`scale` must be one of 'sum', 'mean', 'delay', got 'max'"),
@@ -398,8 +399,9 @@ class With(Lit):
     ],
 )
 def test_what_does_not_go_together_is_refused(module: Any, options: dict[str, Any], sentence: str) -> None:
+    strategy = CyclicDelayStrategy(push="gradient")
     with pytest.raises(MisconfigurationException, match=sentence):
-        trainer(1, strategy=CyclicDelayStrategy(), **options).fit(module, loader(), loader(40, shuffle=False))
+        trainer(1, strategy=strategy, **options).fit(module, loader(), loader(40, shuffle=False))
 
 
 # -- unlike batches ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import signal
 import warnings
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -386,9 +387,10 @@ def test_another_world_goes_on_from_the_consensus_and_says_so(
     assert sentence.endswith("The state of the method (masses, turns, steps) and the random states begin anew")
 
 
+CUT_ANEW = "The server's shards are cut anew for the members of now"
 TAKEN_OVER = {
-    "async_global": (AsyncGlobalStrategy, "The server's shards are cut anew for the members of now"),
-    "cyclic_delay": (CyclicDelayStrategy, "The server's shards are cut anew for the members of now"),
+    "async_global": (AsyncGlobalStrategy, CUT_ANEW),
+    "cyclic_delay": (partial(CyclicDelayStrategy, push="gradient"), CUT_ANEW),
     "lazy_sign": (LazySignStrategy, "What ranks had held back (error feedback) is shared out among the ranks of now"),
 }
 

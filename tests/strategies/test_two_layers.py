@@ -116,7 +116,7 @@ KINDS: dict[str, Any] = {
         {"mode": "none", "at_meeting": "keep"},
         {"of": "cyclic_delay", "push": "gradient"},
         {"of": "cyclic_delay", "push": "delta"},
-        {"of": "cyclic_delay", "token": "strict"},
+        {"of": "cyclic_delay", "push": "gradient", "token": "strict"},
         {"mode": "sync"},
         {"of": "async_global", "mode": "sync", "local_steps": 2},
     ],

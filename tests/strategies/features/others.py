@@ -290,7 +290,6 @@ LINES = [
         "`Adafactor`",
         "needs whole tensors",
         works("whole"),
-        cyclic_delay=refused("whole", "use an optimizer that treats each element alone (SGD, Adam or AdamW)"),
     ),
     _line(
         "streams of unequal lengths",
