@@ -26,7 +26,7 @@ from lightning_async.transport.mail import Carrier, Letter, Message, Wait
 TENSOR, PART, MEAN = 9, 10, 11
 """Reserved kinds: what a speaker spreads; what siblings owe each other in an average."""
 WORDS = (8, 12, 13, 14, 15)
-"""What a speaker says, each kind in its turn: as many words as a step has."""
+"""What a speaker says, each kind in its turn: about as many words as a step has."""
 SIBLING_KINDS = {
     **dict.fromkeys(WORDS, "words inside"),
     TENSOR: "weights inside",
