@@ -14,6 +14,7 @@ from lightning_async.strategies import (
     GossipRingStrategy,
     LazySignStrategy,
     UnevenNodesEnvironment,
+    UnevenSLURMEnvironment,
     register,
 )
 from lightning_async.version import __version__
@@ -36,5 +37,6 @@ __all__ = [
     "SpreadStats",
     "TrafficStats",
     "UnevenNodesEnvironment",
+    "UnevenSLURMEnvironment",
     "__version__",
 ]

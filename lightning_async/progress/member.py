@@ -14,18 +14,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from lightning_async.data.crew import Desk
 from lightning_async.progress.agenda import Due
 from lightning_async.progress.progress import Outcome, Progress
 from lightning_async.progress.report import Report, Wish
 from lightning_async.progress.tally import Tally
+from lightning_async.transport.gathering import When
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.siblings import Siblings
 
-Drive = Callable[[Wait[Any]], Any]
-"""Runs a `Wait` to its end."""
+
+class Drive(Protocol):
+    """Runs a `Wait` to its end; its short mail leaves then, or with what follows."""
+
+    def __call__(self, waiting: Wait[Any], *, leaves: When = "together") -> Any:
+        """See `Office.drive`."""
+
+
 Members = Sequence[Sequence[int]]
 """The ranks of each member, the first of which speaks for it."""
 
@@ -60,8 +67,8 @@ class _Shared(Progress):
         steps = self.agreed.updates // self.n
         self._shown = (self._within(steps), steps)
 
-    def _say(self, name: str, value: Any = None) -> Any:
-        return self._drive(self._siblings.word(name, value))
+    def _say(self, name: str, value: Any = None, *, leaves: When = "together") -> Any:
+        return self._drive(self._siblings.word(name, value), leaves=leaves)
 
 
 class ToldProgress(_Shared):
@@ -73,7 +80,7 @@ class ToldProgress(_Shared):
         if wishes := self._wished():
             self.call(wishes)
         self._shown = (Progress.steps(self), Progress.about(self))
-        self._say("the run's steps", self._shown)
+        self._say("the run's steps", self._shown, leaves="later")  # with the next word, whether a meeting follows
 
     def is_last(self) -> bool:
         """See `Progress.is_last`."""

@@ -8,7 +8,7 @@ from lightning_async.strategies.async_global import AsyncGlobalStrategy
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.cyclic_delay import CyclicDelayStrategy
 from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
-from lightning_async.strategies.environments import UnevenNodesEnvironment
+from lightning_async.strategies.environments import UnevenNodesEnvironment, UnevenSLURMEnvironment
 from lightning_async.strategies.gossip_ring import GossipRingStrategy
 from lightning_async.strategies.lazy_sign import LazySignStrategy
 
@@ -41,5 +41,6 @@ __all__ = [
     "GossipRingStrategy",
     "LazySignStrategy",
     "UnevenNodesEnvironment",
+    "UnevenSLURMEnvironment",
     "register",
 ]

@@ -290,7 +290,10 @@ class AsyncStrategy(Shown):
         before = self.feeding.samples
         self.feeding.completed(batch)
         self.stepping.batch_ended()
-        return self.clock.batch_ended(self.trainer, self.feeding.samples - before)
+        meets = self.clock.batch_ended(self.trainer, self.feeding.samples - before)
+        if self.office.size > 1:
+            self.office.send()  # siblings wait for it
+        return meets
 
     @property
     def taken_over(self) -> str:

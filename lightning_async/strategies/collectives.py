@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_async.strategies import words
-from lightning_async.strategies.environments import UnevenNodesEnvironment
+from lightning_async.strategies.environments import UnevenNodesEnvironment, UnevenSLURMEnvironment
 from lightning_async.strategies.office import Office
 from lightning_async.transport import attempts
 from lightning_async.transport.mail import Wait
@@ -48,7 +48,7 @@ class Collectives(DDPStrategy):
     def setup_distributed(self) -> None:
         """All ranks of this attempt find each other, and none of an earlier one. Lightning leaves what is there."""
         if (at := self.cluster_environment) is not None:
-            if isinstance(at, UnevenNodesEnvironment):  # which forked ranks have not asked
+            if isinstance(at, (UnevenNodesEnvironment, UnevenSLURMEnvironment)):  # whom not every launcher has asked
                 at.validate_settings(self.num_processes, self.num_nodes)
             me, world, backend = at.global_rank(), at.world_size(), self.process_group_backend
             place = at.main_address, at.main_port

@@ -4,6 +4,7 @@
 
     torchrun started the ranks              its variables say who each is; a list, if there is one, must fit them
     a list, and nobody started them         Lightning starts those of this node; NODE_RANK says which node it is
+    srun started them                       its variables say who each is, and how many tasks each node has: 4,2
 
 `devices` and `num_nodes` are what the Trainer of this node is to be told. It sets products of them, which do not count.
 """
@@ -11,9 +12,12 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 from collections.abc import Sequence
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 LEAVE_IT_OUT = (
@@ -90,12 +94,7 @@ class UnevenNodesEnvironment(LightningEnvironment):
         """Raise where the Trainer, the list and torchrun say different things."""
         if self.launched and self.devices_per_node is not None:
             self._check_list(self._listed)
-        for knob, given, right in (("devices", num_devices, self.devices), ("num_nodes", num_nodes, self.num_nodes)):
-            if given != right:
-                raise MisconfigurationException(
-                    f"the Trainer of node {self.node_rank()} has {knob}={given}, and UnevenNodesEnvironment knows of "
-                    f"{right}: give the Trainer its `devices` and its `num_nodes`"
-                )
+        _check_trainer(self, num_devices, num_nodes)
 
     @property
     def _listed(self) -> list[int]:
@@ -120,6 +119,100 @@ class UnevenNodesEnvironment(LightningEnvironment):
             )
 
 
+class UnevenSLURMEnvironment(SLURMEnvironment):
+    """Tasks of a SLURM step on nodes that need not have equally many, as `--ntasks` without `--ntasks-per-node` gives.
+
+    Give it to the Trainer, with what it says of this node:
+
+        nodes = UnevenSLURMEnvironment()
+        Trainer(plugins=nodes, devices=nodes.devices, num_nodes=nodes.num_nodes, strategy="gossip_ring")
+
+    Args:
+        auto_requeue: See `SLURMEnvironment`.
+        requeue_signal: See `SLURMEnvironment`.
+    """
+
+    def __init__(self, auto_requeue: bool = True, requeue_signal: signal.Signals | None = None) -> None:
+        # not Lightning's own: it refuses every step without `--ntasks-per-node`
+        self.auto_requeue, self.requeue_signal = auto_requeue, requeue_signal or signal.SIGUSR1
+
+    @staticmethod
+    def detect() -> bool:
+        """It is given to the Trainer, never found."""
+        return False
+
+    @property
+    def main_address(self) -> str:
+        """Where rank 0 is: on the step's first node, which need not be the job's."""
+        if "MASTER_ADDR" not in os.environ and (nodes := os.environ.get("SLURM_STEP_NODELIST")):
+            os.environ["MASTER_ADDR"] = self.resolve_root_node_address(nodes)
+        return super().main_address
+
+    @property
+    def devices(self) -> int:
+        """How many tasks this node has."""
+        return self._listed[self.node_rank()]
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes the step has."""
+        return len(self._listed)
+
+    def world_size(self) -> int:
+        """All tasks of the step."""
+        return _told("SLURM_NTASKS", *SRUN)
+
+    def global_rank(self) -> int:
+        """This task among all."""
+        return _told("SLURM_PROCID", *SRUN)
+
+    def local_rank(self) -> int:
+        """This task among those of its node."""
+        return _told("SLURM_LOCALID", *SRUN)
+
+    def node_rank(self) -> int:
+        """Which of the step's nodes this is."""
+        return _told("SLURM_NODEID", *SRUN)
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Raise where the Trainer and SLURM say different things."""
+        _check_trainer(self, num_devices, num_nodes)
+
+    @property
+    def _listed(self) -> list[int]:
+        """The tasks of each node, from `4(x2),3`; a step may have other ones than its job."""
+        name = next((name for name in TASKS if name in os.environ), TASKS[0])
+        said = os.environ.get(name, "")
+        parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in said.split(",")]
+        found = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+        if not all(parts):
+            why = "is not what SLURM writes there, like 4(x2),3"
+        elif sum(found) != self.world_size():
+            why = f"makes {sum(found)} tasks, and SLURM_NTASKS says {self.world_size()}"
+        elif not 0 <= self.node_rank() < len(found):
+            why = f"has {len(found)} nodes, and this is node number {self.node_rank()}"
+        else:
+            return found
+        raise MisconfigurationException(f"{name}={said} {why}: start the script by srun, and set none of these by hand")
+
+
+TASKS = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+SRUN = ("srun", "start the script by srun")
+
+
+def _check_trainer(
+    environment: UnevenNodesEnvironment | UnevenSLURMEnvironment, num_devices: int, num_nodes: int
+) -> None:
+    """Raise where the Trainer was told other numbers."""
+    e = environment
+    for knob, given, right in (("devices", num_devices, e.devices), ("num_nodes", num_nodes, e.num_nodes)):
+        if given != right:
+            raise MisconfigurationException(
+                f"the Trainer of node {e.node_rank()} has {knob}={given}, and {type(e).__name__} knows of {right}: "
+                "give the Trainer its `devices` and its `num_nodes`"
+            )
+
+
 def _checked(devices: Sequence[int]) -> list[int]:
     listed = isinstance(devices, (list, tuple)) and len(devices) > 0
     if not listed or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in devices):
@@ -129,11 +222,12 @@ def _checked(devices: Sequence[int]) -> list[int]:
     return list(devices)
 
 
-def _told(name: str) -> int:
-    """What torchrun says."""
+def _told(
+    name: str,
+    who: str = "torchrun",
+    remedy: str = "start the ranks by torchrun, or give UnevenNodesEnvironment `devices_per_node`",
+) -> int:
+    """What the launcher says."""
     if name not in os.environ:
-        raise MisconfigurationException(
-            f"{name} is not set, as torchrun would: start the ranks by torchrun, or give UnevenNodesEnvironment "
-            "`devices_per_node`"
-        )
+        raise MisconfigurationException(f"{name} is not set, as {who} would: {remedy}")
     return int(os.environ[name])

@@ -174,9 +174,8 @@ class Stepping:
                 strategy.office.recording.step_with(optimizer, strategy.optimizers)
         mail = strategy.office.mail
         mail.at(self.taken)
-        awaited = strategy.algorithm.in_step or strategy.office.size > 1
         after = strategy.voice.after_step(strategy.replica, mail, self.taken)
-        self._exchange(after, "together" if awaited else "later")
+        self._exchange(after, "together" if strategy.algorithm.in_step else "later")
         strategy.office.recording.stepped(self.taken, strategy.replica)
 
     def _exchange(self, waiting: Wait[list[Arrival]], leaves: When) -> None:

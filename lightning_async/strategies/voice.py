@@ -10,6 +10,7 @@ The algorithm itself knows nothing of siblings; to its peers the member is one r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -130,11 +131,15 @@ class Listener(_Voice):
     def _follow(self, replica: Replica) -> Wait[None]:
         replica.check()
         if (yield from self._siblings.word("whether weights moved")):
-            weights = yield from self._siblings.spread()
-            replica.go_to(weights.to(replica.device))
+            yield from self._siblings.spread(take=partial(_be, replica))
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
         """Nothing."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing: the speaker has it."""
+
+
+def _be(replica: Replica, weights: Tensor) -> Tensor:
+    replica.go_to(weights)
+    return weights

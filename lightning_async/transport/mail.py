@@ -39,7 +39,7 @@ RESULT = 3
 CUT = 6
 """Reserved kind: no body; what is before it on this link was posted before its sender recorded its state for the cut
 `reference`, what is behind it after (cuts)."""
-FIRST_FREE_KIND = 16  # 8 to 11 are for the ranks of one member (siblings)
+FIRST_FREE_KIND = 16  # 8 to 15 are for the ranks of one member (siblings)
 """Algorithms number their own kinds from here; a kind is below 64."""
 KIND_NAMES = {0: "headers", MARKER: "marker", CUT: "cut"}
 KIND_NAMES |= dict.fromkeys((CONTRIBUTION, RESULT, CONTRIBUTION + 2, RESULT + 2), "rounds")

@@ -5,6 +5,8 @@
     average    each rank owns a slice: parts to their owners, the owners' means to all, so all get the same bits;
                also piece by piece: whose turn it is to send or to take is known from the slices
 
+Words have several slots, by turns: so a speaker says the next one before all have heard the last.
+
 Nobody in here is replaced. Who waits for a sibling that died is ended by whoever drives the wait, for the whole member
 ends with each of its ranks. A word has the name of what it is for: ranks that are at different things raise, in place
 of taking one word for another.
@@ -21,9 +23,16 @@ from torch import Tensor
 
 from lightning_async.transport.mail import Carrier, Letter, Message, Wait
 
-WORD, TENSOR, PART, MEAN = range(8, 12)
-"""Reserved kinds: what a speaker says, what it spreads; what siblings owe each other in an average."""
-SIBLING_KINDS = {WORD: "words inside", TENSOR: "weights inside", PART: "gradients inside", MEAN: "gradients inside"}
+TENSOR, PART, MEAN = 9, 10, 11
+"""Reserved kinds: what a speaker spreads; what siblings owe each other in an average."""
+WORDS = (8, 12, 13, 14, 15)
+"""What a speaker says, each kind in its turn: about as many words as a step has."""
+SIBLING_KINDS = {
+    **dict.fromkeys(WORDS, "words inside"),
+    TENSOR: "weights inside",
+    PART: "gradients inside",
+    MEAN: "gradients inside",
+}
 """What they are called where people read them."""
 
 
@@ -39,7 +48,8 @@ class Siblings:
         self.ranks, self.speaker, self.me = ranks, ranks[0], carrier.me
         self.others = tuple(rank for rank in ranks if rank != carrier.me)
         self._carrier = carrier
-        self._number = 0
+        self._number = self._words = 0
+        self._heard = list[Letter]()  # words whose slots are still taken
 
     @property
     def speaks(self) -> bool:
@@ -48,14 +58,18 @@ class Siblings:
 
     def word(self, name: str, value: Any = None) -> Wait[Any]:
         """What the speaker says, in JSON; what its siblings say is not asked for."""
+        kind = WORDS[self._words % len(WORDS)]
+        self._words += 1
         if self.speaks:
             body = torch.frombuffer(bytearray(json.dumps([name, value]).encode()), dtype=torch.uint8)
-            yield from self._post(Message(WORD, body), name)
+            yield from self._post(Message(kind, body), name)
             return value
-        letter = yield from self._letter(WORD, self.speaker, name)
+        letter = yield from self._letter(kind, self.speaker, name)
         assert letter.message.body is not None  # a word always has one
         said, value = json.loads(letter.message.body.numpy().tobytes())
-        self._carrier.folded(letter)
+        self._heard.append(letter)
+        if len(self._heard) > len(WORDS) // 2:  # else the speaker has slots left, and is told with what follows
+            self._give_back()
         if said != name:
             raise RuntimeError(
                 f"the ranks of one member are at different things: rank {self.speaker} at {said!r}, rank {self.me} at "
@@ -63,15 +77,16 @@ class Siblings:
             )
         return value
 
-    def spread(self, tensor: Tensor | None = None) -> Wait[Tensor]:
-        """The speaker's flat tensor, in host memory; its siblings bring none."""
+    def spread(self, tensor: Tensor | None = None, take: Callable[[Tensor], Tensor] = Tensor.clone) -> Wait[Tensor]:
+        """The speaker's flat tensor, in host memory; its siblings bring none, and `take` it: it is theirs for that
+        long."""
         if self.speaks:
             assert tensor is not None  # the speaker brings it
             tensor = tensor.detach().cpu()
             yield from self._post(Message(TENSOR, tensor), "its weights")
             return tensor
         letter = yield from self._letter(TENSOR, self.speaker, "its weights")
-        return self._body(letter)
+        return self._body(letter, take)
 
     def collect(self, tensor: Tensor, weight: int) -> Wait[list[tuple[Tensor, int]]]:
         """Everybody's flat tensor with its weight, in the order of ranks, at the speaker; nothing elsewhere."""
@@ -132,6 +147,7 @@ class Siblings:
 
     def _swap(self, kind: int, outgoing: Mapping[int, Message], senders: tuple[int, ...]) -> Wait[dict[int, Letter]]:
         """Post each its part, and take one letter from each sender."""
+        self._give_back()  # told by what is posted now
         left, came = dict(outgoing), dict[int, Letter]()
         while True:
             left = {rank: message for rank, message in left.items() if not self._carrier.post(rank, message)}
@@ -155,8 +171,14 @@ class Siblings:
             what(letter.message.body)
         self._carrier.folded(letter)
 
-    def _body(self, letter: Letter) -> Tensor:
+    def _give_back(self) -> None:
+        """The slots of the words that were heard are free, in their order."""
+        for letter in self._heard:
+            self._carrier.folded(letter)
+        self._heard.clear()
+
+    def _body(self, letter: Letter, take: Callable[[Tensor], Tensor] = Tensor.clone) -> Tensor:
         body = letter.message.body
-        tensor = torch.empty(0) if body is None else body.clone()
+        tensor = take(torch.empty(0) if body is None else body)
         self._carrier.folded(letter)
         return tensor

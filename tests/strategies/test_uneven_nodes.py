@@ -26,6 +26,7 @@ from lightning_async import (
     LazySignStrategy,
     SpeedFaults,
     UnevenNodesEnvironment,
+    UnevenSLURMEnvironment,
 )
 from lightning_async.strategies.members import ranks_of_members, sizes
 from tests.strategies.lit import INPUTS, Lit, loader, trainer, weights
@@ -149,6 +150,94 @@ def test_members_go_by_where_their_ranks_are() -> None:
     ]
 
 
+def slurm(patch: pytest.MonkeyPatch, rank: int, nodes: list[int], said: str, **more: str) -> None:
+    """What srun sets on this task of a job without `--ntasks-per-node`."""
+    for name, value in {**tasks(rank, nodes), "SLURM_STEP_TASKS_PER_NODE": said, **more}.items():
+        patch.setenv(name, value)
+
+
+def tasks(rank: int, nodes: list[int]) -> dict[str, str]:
+    own = variables(rank, nodes)
+    named = {"PROCID": "RANK", "NTASKS": "WORLD_SIZE", "LOCALID": "LOCAL_RANK", "NODEID": "GROUP_RANK"}
+    return {f"SLURM_{name}": own[of] for name, of in named.items()} | {"SLURM_JOB_ID": "4711"}
+
+
+@pytest.mark.parametrize(
+    ("said", "nodes"),
+    [("4(x2),3", [4, 4, 3]), ("2", [2]), ("3(x2)", [3, 3]), ("1,2(x3),1", [1, 2, 2, 2, 1])],
+)
+def test_slurm_says_how_many_tasks_each_node_has(said: str, nodes: list[int], nobody: pytest.MonkeyPatch) -> None:
+    for rank in range(sum(nodes)):
+        slurm(nobody, rank, nodes, said, SLURM_TASKS_PER_NODE="9(x9)", SLURM_NNODES="9")  # of the job; this is a step
+        environment = UnevenSLURMEnvironment()
+        environment.validate_settings(environment.devices, environment.num_nodes)
+        mine = variables(rank, nodes)
+        told = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+        assert place(environment) == tuple(int(mine[name]) for name in told)
+        assert environment.creates_processes_externally
+        assert environment.auto_requeue
+
+
+def test_ranks_that_slurm_deals_out_in_turn_are_where_they_are(nobody: pytest.MonkeyPatch) -> None:
+    """`--distribution=cyclic`: ranks 0, 2 and 3 are on the first node."""
+    slurm(nobody, 3, [3, 1], "3,1", SLURM_LOCALID="2", SLURM_NODEID="0")
+    assert place(UnevenSLURMEnvironment()) == (3, 4, 2, 0, 3, 2)
+
+
+def test_the_first_rank_is_on_the_first_node_of_the_step(nobody: pytest.MonkeyPatch) -> None:
+    nobody.setenv("MASTER_ADDR", "put back afterwards")
+    nobody.delenv("MASTER_ADDR")
+    slurm(nobody, 0, [2, 1], "2,1", SLURM_NODELIST="a[1-9]", SLURM_STEP_NODELIST="a[4,7]")
+    nobody.setenv("MASTER_PORT", "1")
+    assert UnevenSLURMEnvironment().main_address == "a4"
+    nobody.setenv("MASTER_ADDR", "given")
+    assert UnevenSLURMEnvironment().main_address == "given"
+
+
+@pytest.mark.parametrize(
+    ("variables", "told", "sentence"),
+    [
+        (
+            {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
+            (2, 2),
+            "SLURM_STEP_TASKS_PER_NODE=2(x2) makes 4 tasks, and SLURM_NTASKS",
+        ),
+        (
+            {"SLURM_STEP_TASKS_PER_NODE": "3"},
+            (3, 1),
+            "SLURM_STEP_TASKS_PER_NODE=3 has 1 nodes, and this is node number 1",
+        ),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2;1"}, (1, 2), "SLURM_STEP_TASKS_PER_NODE=2;1 is not what SLURM writes"),
+        ({}, (2, 2), "the Trainer of node 1 has devices=2, and UnevenSLURMEnvironment knows of 1"),
+        ({}, (1, 3), "the Trainer of node 1 has num_nodes=3, and UnevenSLURMEnvironment knows of 2"),
+    ],
+)
+def test_what_does_not_fit_what_slurm_started_is_refused(
+    variables: dict[str, str], told: tuple[int, int], sentence: str, nobody: pytest.MonkeyPatch
+) -> None:
+    slurm(nobody, 2, NODES, "2,1", **variables)
+    with pytest.raises(MisconfigurationException, match=re.escape(sentence)):
+        UnevenSLURMEnvironment().validate_settings(*told)
+
+
+def test_a_trainer_that_was_told_other_numbers_is_refused_before_it_waits(nobody: pytest.MonkeyPatch) -> None:
+    slurm(nobody, 0, NODES, "2,1", GLOO_SOCKET_IFNAME="lo")
+    t = trainer(1, num_nodes=2, strategy=GossipRingStrategy(), plugins=[UnevenSLURMEnvironment()])
+    with pytest.raises(
+        MisconfigurationException, match="of node 0 has devices=1, and UnevenSLURMEnvironment knows of 2"
+    ):
+        t.fit(Lit(), loader())
+
+
+def test_without_srun_there_is_a_sentence(nobody: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        nobody.delenv(name)
+    with pytest.raises(
+        MisconfigurationException, match="SLURM_NTASKS is not set, as srun would: start the script by srun"
+    ):
+        UnevenSLURMEnvironment().world_size()
+
+
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +250,12 @@ def on_nodes(nodes: list[int] | None, how: str, strategy: Any, **options: Any) -
         os.environ["NODE_RANK"] = os.environ["GROUP_RANK"]
         for name in TORCHRUN:
             os.environ.pop(name) if name != "LOCAL_RANK" else None
-    environment = UnevenNodesEnvironment(nodes)
+    environment: UnevenNodesEnvironment | UnevenSLURMEnvironment = UnevenNodesEnvironment(nodes)
+    if how == "SLURM":
+        os.environ |= {**tasks(int(os.environ["RANK"]), NODES), "SLURM_STEP_TASKS_PER_NODE": "2,1"}
+        for name in TORCHRUN:
+            os.environ.pop(name)
+        environment = UnevenSLURMEnvironment()
     if how == "by the strategy":
         strategy.cluster_environment = environment
     else:
@@ -209,6 +303,10 @@ def test_every_rank_of_two_and_one_is_a_member(nodes: list[int] | None, how: str
 @pytest.mark.parametrize("of", ["gossip_ring", "lazy_sign"])
 def test_and_so_it_is_by_a_list_alone(of: str) -> None:
     are_members(run(3, _fit, of, {}, NODES, "by a list"))
+
+
+def test_under_slurm_nodes_are_members_of_unlike_size() -> None:
+    are_two(run(3, _fit, "gossip_ring", {"inner": "node"}, None, "SLURM"), {})
 
 
 def are_members(ends: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning_async.transport.layers import LayeredRounds, Speakers
 from lightning_async.transport.mail import Message, Wait
 from lightning_async.transport.rounds import Rounds
-from lightning_async.transport.siblings import Siblings
+from lightning_async.transport.siblings import WORDS, Siblings
 from lightning_async.transport.virtual import VirtualCluster
 
 Say = Callable[[VirtualCluster, Siblings], Wait[Any]]
@@ -64,6 +64,24 @@ def test_a_word_is_the_speakers_and_so_is_a_tensor() -> None:
 
     ends, _ = members(4, 2, say)
     assert ends == [[first, vector(first).tolist(), None] for first in (0, 0, 2, 2)]
+
+
+def test_a_speaker_says_the_words_of_a_step_before_anybody_has_heard_the_first() -> None:
+    cluster = VirtualCluster(2)
+    speaker, sibling = (Siblings(cluster.carriers[rank], (0, 1)) for rank in (0, 1))
+
+    def say(siblings: Siblings, own: range) -> Wait[list[int]]:
+        heard = []
+        for number in own:
+            heard.append((yield from siblings.word(f"word {number}", number if siblings.speaks else None)))
+        return heard
+
+    one, many = range(len(WORDS)), range(len(WORDS), 4 * len(WORDS))
+    with pytest.raises(StopIteration):
+        next(say(speaker, one))  # nobody runs who could hear it
+    rest = say(speaker, many)
+    assert next(rest) == f"rank 1, of the same member, to hear 'word {len(WORDS)}'"
+    assert cluster.run({0: rest, 1: say(sibling, range(many.stop))}) == {0: [*many], 1: [*one, *many]}
 
 
 def test_ranks_that_are_at_different_things_raise() -> None:
