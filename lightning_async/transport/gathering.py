@@ -4,6 +4,7 @@
     with gathered("later"):    post, folded, post, folded        |  ...  send(): as the next batch begins, whose compute
                                                                     leaves the interpreter to the links' threads
     with gathered("at once"):  folded  --->  in the header of the next post, which its thread writes by itself
+    with answering():          post, folded  --->  a service's thread: one header, which it writes by itself
     long mail, and mail of other threads  ---->  at once: its time on the wire counts, or somebody waits for it
 
 Before the training thread waits, what it has gathered is sent. What it forgets a link tells by itself, with its next
@@ -13,7 +14,7 @@ sign of life.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Literal
 
@@ -31,21 +32,40 @@ class Gathering:
         self._when: When = "together"
         self._stirred: dict[int, threading.Condition] = {}
         self._later: dict[int, threading.Condition] = {}
+        self._answering: dict[int, dict[int, Callable[[], None]]] = {}
 
     @property
     def hurries(self) -> bool:
         """Whether this thread writes what it posts by itself: somebody may have nothing else to do than to wait."""
         return self._when == "at once" and self._owner == threading.get_ident()
 
-    def stir(self, changed: threading.Condition, nbytes: int = 0) -> None:
-        """There is something to send, of so many bytes; called with the condition held."""
-        if nbytes <= SHORT and self._owner == threading.get_ident():
+    def stir(self, changed: threading.Condition, nbytes: int = 0, write: Callable[[], None] | None = None) -> None:
+        """There is something to send, of so many bytes; called with the condition held.
+
+        With `write` whoever answers a letter can send it in this thread.
+        """
+        me = threading.get_ident()
+        if nbytes <= SHORT and self._owner == me:
             self._stirred[id(changed)] = changed
+        elif write is not None and me in self._answering:
+            self._answering[me][id(changed)] = write
         else:
             changed.notify_all()
 
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """What this thread posts or folds inside leaves at the end, on each link in one header that it writes itself."""
+        me = threading.get_ident()
+        stirred = self._answering[me] = {}
+        try:
+            yield
+        finally:
+            del self._answering[me]
+            for write in stirred.values():
+                write()
+
     def sent(self, changed: threading.Condition) -> None:
-        """All that was to be sent on this link has left; for the thread that gathers."""
+        """All that was to be sent on this link has left; called with the condition held."""
         self._stirred.pop(id(changed), None)
         self._later.pop(id(changed), None)
 

@@ -1,6 +1,6 @@
 """A member's service: one thread that gives letters to it in the order of their arrival, and posts what it answers.
 
-    receiver threads --put--> [ letters ] --> service(letter) --> answers --post--> slots of the peers
+    receiver threads --put--> [ letters ] --> service(letter) --> answers --post--> slots of the peers, in one header
     training thread  --loop-->     ^                                |  slot taken, peer silent: they stay
                                    +------- one thread -------------+  in [ owed ], in order, until they can go
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -31,6 +32,7 @@ class ServiceThread:
         me: Whose service it is.
         post: Posts a message, or answers False.
         folded: Gives a letter back.
+        together: A block of this thread whose mail leaves at its end.
         gone: Whether a peer is dead.
         failed: Called with a sentence when the service raises.
     """
@@ -41,11 +43,12 @@ class ServiceThread:
         *,
         post: Callable[[int, Message], bool],
         folded: Callable[[Letter], None],
+        together: Callable[[], AbstractContextManager[None]],
         gone: Callable[[int], bool],
         failed: Callable[[str], None],
     ) -> None:
         self.kinds: set[int] = set()
-        self._folded, self._failed = folded, failed
+        self._folded, self._failed, self._together = folded, failed, together
         self._owed = Owed(post, gone)
         self._me = me
         self._service: Service | None = None
@@ -106,10 +109,11 @@ class ServiceThread:
     def _serve(self, letter: Letter) -> None:
         service = self._service
         assert service is not None  # letters come behind `begin`
-        for peer, message in service(letter):
-            self.kinds.add(message.kind)
-            self._owed.post(peer, message)
-        self._folded(letter)
+        with self._together():
+            for peer, message in service(letter):
+                self.kinds.add(message.kind)
+                self._owed.post(peer, message)
+            self._folded(letter)
 
 
 class Owed:

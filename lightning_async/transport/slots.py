@@ -202,18 +202,18 @@ class Slots:
             self.queue.append(slot)
             hurries = self._here.gathering.hurries
             if not hurries:
-                self._here.gathering.stir(self.changed, nbytes)
+                self._here.gathering.stir(self.changed, nbytes, self.hurry)
         if hurries:
-            self._hurry()
+            self.hurry()
         return True
 
-    def _hurry(self) -> None:
+    def hurry(self) -> None:
         """Send it in this thread, which has the interpreter; if that cannot be, wake the link's own."""
         written = self.write()
         with self.changed:
             if not written:
                 self.changed.notify_all()
-            elif not self.acks:
+            elif not self.acks and not self.queue:
                 self._here.gathering.sent(self.changed)
 
     def _header(self, message: Message, nbytes: int) -> Header:
@@ -239,7 +239,7 @@ class Slots:
                 raise ValueError(f"letter {letter.number} of member {self.peer} was given back already")
             del self._unfolded[kind]
             self.acks.append(letter.number)
-            self._here.gathering.stir(self.changed)
+            self._here.gathering.stir(self.changed, 0, self.hurry)
 
     def idle(self) -> bool:
         """Whether everything posted was folded, and every fold was told."""
