@@ -238,7 +238,7 @@ class ClusterCarrier:
                 self._me,
                 post=self.post,
                 folded=self.folded,
-                together=self._here.gathering.answering,
+                gathering=self._here.gathering,
                 gone=self._is_gone,
                 failed=self._fail_service,
             )

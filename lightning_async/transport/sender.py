@@ -71,10 +71,13 @@ class Sender:
         return partial(self._send_header, Header(GOT)) if self._line.owe or self._slots.acks else None
 
     def short(self) -> Callable[[], None] | None:
-        """The one message that is queued, if it fits into its header; called with the lock held."""
+        """The one message that is queued, if it fits into its header, or only what was folded; called with the lock
+        held."""
         queue, line = self._slots.queue, self._line
-        if line.state != "up" or line.writing or self._outgoing is not None or len(queue) != 1:
+        if line.state != "up" or line.writing or self._outgoing is not None or len(queue) > 1:
             return None
+        if not queue:
+            return partial(self._send_header, Header(GOT)) if self._slots.acks else None
         header = queue[0].header
         if header is None or header.nbytes > INLINE_BYTES:
             return None

@@ -210,10 +210,10 @@ class Slots:
         """Send it in this thread, which has the interpreter; if that cannot be, wake the link's own."""
         written = self.write()
         with self.changed:
-            if not written:
-                self.changed.notify_all()
-            elif not self.acks and not self.queue:
+            if not self.acks and not self.queue:
                 self._here.gathering.sent(self.changed)
+            elif not written:
+                self.changed.notify_all()
 
     def _new_slot(self, kind: int) -> Slot:
         with self.changed:  # the link's thread looks through them after a reconnection
