@@ -1,7 +1,8 @@
 """What an exchange of small shards costs: processor time of a step, by the threads that spend it.
 
-    control   mode="none": the same steps, and not one message; what it has, training and Lightning have
-    other     gossip_ring, whose exchange is one message each way
+    limit     one rank alone with as many steps: no strategy costs less
+    control   mode="none": the same steps, and not one message; beyond it is what an exchange costs
+    other     gossip_ring, which has one exchange in two steps, with one other rank
 
 Four ranks, steps of sleep, a model of 9 kB a shard: all that a step costs is overhead. Processor time counts whatever
 else the machine does much less than seconds do; variants take turns all the same.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -40,14 +42,17 @@ VARIANTS: Mapping[str, Knobs] = {
     "gossip_ring": {},
     "none": {"mode": "none"},
 }
-ROLES = {"gossip_ring": Role.OTHER, "none": Role.CONTROL}
+ALONE = "alone"
+ROLES = {ALONE: Role.LIMIT, "gossip_ring": Role.OTHER, "none": Role.CONTROL}
 
 
 def run(quick: bool) -> Table:
     """All variants, in turns."""
     work = Work(N * (100 if quick else 250), step=0.02)
-    turns = repeat({name: partial(measure, knobs, work) for name, knobs in VARIANTS.items()}, 1 if quick else 4)
-    rows = [Row(name, ROLES.get(name, Role.RESULT), _cells(turns, name)) for name in VARIANTS]
+    variants = {name: partial(measure, knobs, work) for name, knobs in VARIANTS.items()}
+    variants[ALONE] = partial(measure, VARIANTS["none"], replace(work, batches=work.batches // N), 1)
+    turns = repeat(variants, 1 if quick else 4)
+    rows = [Row(name, ROLES.get(name, Role.RESULT), _cells(turns, name)) for name in variants]
     return Table(f"{N} ranks, nothing wrong: milliseconds of processor time of a step of one rank", rows, [])
 
 

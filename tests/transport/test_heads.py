@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -109,6 +110,7 @@ def test_who_does_not_know_the_word_is_not_let_in(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("fault", ["_listening", "_connected", "_accepted"])
 def test_where_it_cannot_be_headers_go_by_the_wire(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
         patch.setattr(heads, fault, lambda *_: None)
