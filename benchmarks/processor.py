@@ -2,7 +2,7 @@
 
     limit     one rank alone with as many steps: no strategy costs less
     control   mode="none": the same steps, and not one message; beyond it is what an exchange costs
-    other     gossip_ring, which has one exchange in two steps, with one other rank
+    other     gossip_ring, over links of the same kind
 
 Four ranks, steps of sleep, a model of 9 kB a shard: all that a step costs is overhead. Processor time counts whatever
 else the machine does much less than seconds do; variants take turns all the same.
