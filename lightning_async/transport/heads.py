@@ -40,18 +40,10 @@ HALF = 16
 """Bytes of the name, and of the word behind it."""
 
 
-class _End(socket.socket):
-    """A socket that is closed when nobody has it any more, and not sooner: a thread may be about to read from it, and
-    its number would be another file's by then."""
-
-    def __del__(self) -> None:
-        self.close()
-
-
 class Heads:
     """One end of the socket."""
 
-    def __init__(self, end: _End) -> None:
+    def __init__(self, end: socket.socket) -> None:
         self._end = end
         self._lock = threading.Lock()
         self._behind: deque[bytes] = deque()
@@ -80,6 +72,9 @@ class Heads:
         with suppress(OSError):
             self._end.shutdown(socket.SHUT_RDWR)
 
+    def __del__(self) -> None:
+        self._end.close()  # not sooner: a thread may be about to read, and the number would be another file's
+
     def _go_on(self) -> bool:
         while self._behind:
             if not self._goes(self._behind[0]):
@@ -100,7 +95,7 @@ class Heads:
 class _Coming:
     """A header that is to be read into this tensor."""
 
-    def __init__(self, end: _End, tensor: Tensor) -> None:
+    def __init__(self, end: socket.socket, tensor: Tensor) -> None:
         self._end, self._place = end, bytes_of(tensor)
 
     def wait(self, timeout: timedelta = timedelta()) -> bool:
@@ -177,9 +172,9 @@ def _listening(secret: bytes) -> socket.socket | None:
     return None
 
 
-def _connected(secret: bytes) -> _End | None:
+def _connected(secret: bytes) -> socket.socket | None:
     with suppress(OSError, AttributeError):
-        end = _End(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             end.connect(_name(secret))
             end.send(secret[HALF:], FLAGS)
@@ -189,13 +184,12 @@ def _connected(secret: bytes) -> _End | None:
     return None
 
 
-def _accepted(listener: socket.socket, secret: bytes) -> _End | None:
+def _accepted(listener: socket.socket, secret: bytes) -> socket.socket | None:
     """The one that knows the word; it has connected already."""
     listener.setblocking(False)
     with suppress(OSError):
         while True:
-            accepted, _ = listener.accept()
-            end = _End(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=accepted.detach())
+            end, _ = listener.accept()
             end.setblocking(True)
             with suppress(OSError):
                 if secrets.compare_digest(end.recv(len(secret), FLAGS), secret[HALF:]):
@@ -204,7 +198,7 @@ def _accepted(listener: socket.socket, secret: bytes) -> _End | None:
     return None
 
 
-def _wide(end: _End) -> _End | None:
+def _wide(end: socket.socket) -> socket.socket | None:
     """It, if it takes a header of any length."""
     if end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= 2 * WIRE_BYTES:
         return end
