@@ -25,7 +25,6 @@ from collections.abc import Callable
 from lightning_async.transport.gloo import Clients, Wire, agree
 from lightning_async.transport.greeting import greet
 from lightning_async.transport.header import AnotherProtocolError, run_number
-from lightning_async.transport.heads import near
 from lightning_async.transport.line import Line
 from lightning_async.transport.pieces import Pieces
 from lightning_async.transport.receiver import Receiver
@@ -119,15 +118,14 @@ class Link:
             if self.state != "opening":
                 return False
             self.line.wire = wire
+        self.receiver.post_ahead()
         greet(self.line, wire)
         way = share(wire, fragment=self.line.pieces.longest, wanted=self._shared_memory)
-        way = near(way, wire, first=rank == 0)
         self.receiver.stand(way)
         with self._slots.changed:
             if self.state != "opening":
                 return False
             self.line.wire, self.line.state = way, "up"
-            self.receiver.post_ahead()
             self._slots.write = self.write_now
             self._receiving.start()
         self._news()

@@ -57,7 +57,7 @@ class Receiver:
         self._incoming: _Incoming | None = None
 
     def post_ahead(self) -> None:
-        """On the wire that headers take; one that came before waits there."""
+        """Before the greeting: a header may follow it at once."""
         self._ahead = [self._line.expect(Page()) for _ in range(AHEAD)]
 
     def stand(self, wire: Connection) -> None:

@@ -19,8 +19,6 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
-import struct
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 
@@ -91,28 +89,29 @@ class Lying:
 class SharedBodies:
     """A wire of which long bodies take another way, in the directions in which that is possible.
 
-    Attributes:
+    Args:
+        wire: The wire.
         out: Where bodies to the peer go.
         into: Where its bodies come.
     """
 
     def __init__(self, wire: Connection, *, out: Memory | None, into: Memory | None) -> None:
-        self._wire, self.out, self.into = wire, out, into
+        self._wire, self._out, self._into = wire, out, into
 
     def send(self, tensor: Tensor, tag: int) -> Pending:
         """See `gloo.Wire`."""
-        if tag != BODY_TAG or self.out is None:
+        if tag != BODY_TAG or self._out is None:
             return self._wire.send(tensor, tag)
-        self.out.write(tensor)
+        self._out.write(tensor)
         return Written()
 
     def receive(self, tensor: Tensor, tag: int) -> Pending:
         """See `gloo.Wire`."""
-        return self._wire.receive(tensor, tag) if tag != BODY_TAG or self.into is None else Lying(self.into, tensor)
+        return self._wire.receive(tensor, tag) if tag != BODY_TAG or self._into is None else Lying(self._into, tensor)
 
     def stand(self, buffer: Tensor, tag: int) -> Standing:
         """See `gloo.Wire`."""
-        return self._wire.stand(buffer, tag) if tag != BODY_TAG or self.into is None else Lying(self.into, buffer)
+        return self._wire.stand(buffer, tag) if tag != BODY_TAG or self._into is None else Lying(self._into, buffer)
 
     def cancel(self) -> None:
         """See `gloo.Wire`."""
@@ -124,9 +123,9 @@ def share(wire: Connection, *, fragment: int, wanted: bool = True) -> Connection
     offered = _made(PLACES * fragment) if wanted else None
     try:
         file, offer = offered or (-1, NONE)
-        theirs = exchanged(wire, offer)
+        theirs = _exchanged(wire, offer)
         into = _opened(theirs, fragment) if wanted else None
-        (welcome, *_) = exchanged(wire, (int(into is not None), 0, 0, 0, 0))
+        (welcome, *_) = _exchanged(wire, (int(into is not None), 0, 0, 0, 0))
         out = Memory(file, fragment) if offered is not None and welcome else None
     finally:
         if offered is not None:
@@ -134,23 +133,13 @@ def share(wire: Connection, *, fragment: int, wanted: bool = True) -> Connection
     return wire if out is None and into is None else SharedBodies(wire, out=out, into=into)
 
 
-def exchanged(wire: Connection, words: tuple[int, ...]) -> tuple[int, ...]:
+def _exchanged(wire: Connection, words: tuple[int, ...]) -> tuple[int, ...]:
     """Ours for theirs."""
     mine, theirs = torch.tensor(words, dtype=torch.int64), torch.zeros(len(words), dtype=torch.int64)
     answer, sent = wire.receive(theirs, OFFER_TAG), wire.send(mine, OFFER_TAG)
     answer.wait()
     sent.wait()
     return tuple(theirs.tolist())
-
-
-def words_of(token: bytes) -> tuple[int, ...]:
-    """Bytes as they travel, eight in a word."""
-    return struct.unpack(f"<{len(token) // 8}q", token)
-
-
-def bytes_of_words(words: Sequence[int]) -> bytes:
-    """The other way."""
-    return struct.pack(f"<{len(words)}q", *words)
 
 
 def _made(size: int) -> tuple[int, tuple[int, int, int, int, int]] | None:
@@ -162,7 +151,7 @@ def _made(size: int) -> tuple[int, tuple[int, int, int, int, int]] | None:
         token = secrets.token_bytes(16)
         os.ftruncate(file, size + len(token))
         os.pwrite(file, token, size)
-        first, second = words_of(token)
+        first, second = (int.from_bytes(half, "little", signed=True) for half in (token[:8], token[8:]))
         return file, (os.getpid(), file, size, first, second)
     return None
 
@@ -170,7 +159,7 @@ def _made(size: int) -> tuple[int, tuple[int, int, int, int, int]] | None:
 def _opened(offer: tuple[int, ...], fragment: int) -> Memory | None:
     """The other one's memory, if it is on this host and as long as ours; the token tells it from any other file."""
     pid, file, size, *halves = offer
-    token = bytes_of_words(halves)
+    token = b"".join(half.to_bytes(8, "little", signed=True) for half in halves)
     if not pid or size != PLACES * fragment:
         return None
     with suppress(OSError):
