@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -95,8 +95,10 @@ class Work:
             return nn.Sequential(*hidden, nn.Linear(sizes[-1], 10))
 
 
-def fit(work: dict[str, Any], knobs: Knobs | None, folder: str | None) -> dict[str, Any]:
-    """Train on this rank; returns `Record` as a dictionary."""
+def fit(
+    work: dict[str, Any], knobs: Knobs | None, folder: str | None, *, more: Sequence[Callback] = ()
+) -> dict[str, Any]:
+    """Train on this rank, with `more` callbacks; returns `Record` as a dictionary."""
     job = Work.read(work)
     strategy = "ddp" if knobs is None else made(knobs)
     if isinstance(strategy, AsyncStrategy):
@@ -109,7 +111,7 @@ def fit(work: dict[str, Any], knobs: Knobs | None, folder: str | None) -> dict[s
         num_nodes=int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"]),
         strategy=strategy,
         max_epochs=job.epochs,
-        callbacks=[recorder, faults, *(measuring(folder) if job.watch else [])],
+        callbacks=[recorder, faults, *(measuring(folder) if job.watch else []), *more],
         num_sanity_val_steps=1,  # what Lightning and torch do at a first time, they do before the clock starts
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -116,7 +117,8 @@ class ShardServer:
             if factor > 0:
                 gamma = self._gamma(letter, delay) * factor
                 self._merge(letter, correction, gamma)
-                self.lately.add(correction, gamma)
+                if self.lately.asked:
+                    self.lately.add(correction, gamma)
             said = round(factor * MILLION)
         self._count(said)
         self.version += 1
@@ -230,8 +232,9 @@ def integers(image: Tensor, at: int, count: int) -> list[int]:
 
 
 def _is_finite(values: Tensor) -> bool:
-    """In one pass and without a copy: the least and the greatest of values with a NaN are NaN."""
-    if not values.numel():
+    """In one pass and without a copy: a sum of values with a NaN or an infinity is none; one that only grew too large
+    is looked at again, and the least and the greatest of values with a NaN are NaN."""
+    if isfinite(values.sum().item()):
         return True
     least, greatest = torch.aminmax(values)
-    return bool(torch.isfinite(least) and torch.isfinite(greatest))
+    return isfinite(least.item()) and isfinite(greatest.item())

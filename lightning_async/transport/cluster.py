@@ -235,7 +235,12 @@ class ClusterCarrier:
             check_kind(kind)
         if self._service is None:
             self._service = ServiceThread(
-                self._me, post=self.post, folded=self.folded, gone=self._is_gone, failed=self._fail_service
+                self._me,
+                post=self.post,
+                folded=self.folded,
+                gathering=self._here.gathering,
+                gone=self._is_gone,
+                failed=self._fail_service,
             )
         self._service.begin(service)
         self._inbox.hand_over(kinds, self._service.put)

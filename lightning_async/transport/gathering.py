@@ -4,6 +4,9 @@
     with gathered("later"):    post, folded, post, folded        |  ...  send(): as the next batch begins, whose compute
                                                                     leaves the interpreter to the links' threads
     with gathered("at once"):  folded  --->  in the header of the next post, which its thread writes by itself
+    with answering():          post, folded  --->  a service's thread: one header, which it writes by itself
+    clerk                      short mail to several links is written by one thread, which has nothing else to do: the
+                               service's, if there is one. One wake-up in place of one for each
     long mail, and mail of other threads  ---->  at once: its time on the wire counts, or somebody waits for it
 
 Before the training thread waits, what it has gathered is sent. What it forgets a link tells by itself, with its next
@@ -13,7 +16,7 @@ sign of life.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Literal
 
@@ -23,29 +26,61 @@ SHORT: Final = 1 << 18
 """Bytes that are on the wire sooner than a step's other mail is written."""
 
 
+_Told = tuple[threading.Condition, Callable[[], None] | None]
+
+
+def nobody(writes: list[Callable[[], None]]) -> bool:
+    """Who writes where nobody has time."""
+    return False
+
+
 class Gathering:
-    """Which links are to be told of mail that is kept back."""
+    """Which links are to be told of mail that is kept back.
+
+    Attributes:
+        clerk: Asked to call these, each of which writes what one link has to send; False: it has no time.
+    """
 
     def __init__(self) -> None:
         self._owner: int | None = None
         self._when: When = "together"
-        self._stirred: dict[int, threading.Condition] = {}
-        self._later: dict[int, threading.Condition] = {}
+        self.clerk: Callable[[list[Callable[[], None]]], bool] = nobody
+        self._stirred: dict[int, _Told] = {}
+        self._later: dict[int, _Told] = {}
+        self._answering: dict[int, dict[int, Callable[[], None]]] = {}
 
     @property
     def hurries(self) -> bool:
         """Whether this thread writes what it posts by itself: somebody may have nothing else to do than to wait."""
         return self._when == "at once" and self._owner == threading.get_ident()
 
-    def stir(self, changed: threading.Condition, nbytes: int = 0) -> None:
-        """There is something to send, of so many bytes; called with the condition held."""
-        if nbytes <= SHORT and self._owner == threading.get_ident():
-            self._stirred[id(changed)] = changed
+    def stir(self, changed: threading.Condition, nbytes: int = 0, write: Callable[[], None] | None = None) -> None:
+        """There is something to send, of so many bytes; called with the condition held.
+
+        With `write` another thread than the link's can send it.
+        """
+        me = threading.get_ident()
+        if nbytes <= SHORT and self._owner == me:
+            self._stirred[id(changed)] = changed, write
+        elif write is not None and me in self._answering:
+            self._answering[me][id(changed)] = write
         else:
             changed.notify_all()
 
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """What this thread posts or folds inside leaves at the end, in one header a link that it writes itself."""
+        me = threading.get_ident()
+        stirred = self._answering[me] = {}
+        try:
+            yield
+        finally:
+            del self._answering[me]
+            for write in stirred.values():
+                write()
+
     def sent(self, changed: threading.Condition) -> None:
-        """All that was to be sent on this link has left; for the thread that gathers."""
+        """All that was to be sent on this link has left; called with the condition held."""
         self._stirred.pop(id(changed), None)
         self._later.pop(id(changed), None)
 
@@ -57,10 +92,14 @@ class Gathering:
 
     def _tell(self) -> None:
         stirred, self._stirred = self._stirred, {}
-        for link, changed in stirred.items():
+        for link in stirred:
             self._later.pop(link, None)
-            with changed:
-                changed.notify_all()
+        writes = [write for _, write in stirred.values() if write is not None]
+        written = len(writes) > 1 and self.clerk(writes)
+        for changed, write in stirred.values():
+            if not written or write is None:
+                with changed:
+                    changed.notify_all()
 
     @contextmanager
     def gathered(self, when: When = "together") -> Iterator[None]:

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, St
 
 CANCEL_TAG = 0
 """Nothing is ever sent under it."""
+_record: Callable[[bool], None] = cast(Any, torch.autograd)._enable_record_function
 
 
 class Keys(Protocol):
@@ -116,18 +117,16 @@ def agree(keys: Keys, where: str, *, rank: int, patient: Callable[[], bool]) -> 
     return keys.compare_set(f"{where}/word", b"", b"go" if there else b"no") == b"go"
 
 
-@contextlib.contextmanager
-def unrecorded() -> Iterator[None]:
-    """No profiler of this thread hears of what is begun here.
+def unrecorded(begin: Callable[..., Work], tensor: Tensor, other: int, tag: int) -> Work:
+    """Begin a transfer of which no profiler of this thread hears.
 
     PyTorchProfiler hears of the end in the thread that waits for it, which is another one: that kills the process.
     """
-    untyped: Any = torch.autograd
-    untyped._enable_record_function(False)
+    _record(False)
     try:
-        yield
+        return begin([tensor], other, tag)
     finally:
-        untyped._enable_record_function(True)
+        _record(True)
 
 
 class Stood:
@@ -157,13 +156,11 @@ class Wire:
 
     def send(self, tensor: Tensor, tag: int) -> Work:
         """Begin to send; keep the work and the tensor until the peer is known to have it, then `wait`."""
-        with unrecorded():
-            return cast(Work, self._group.send([tensor], self._other, tag))
+        return unrecorded(self._group.send, tensor, self._other, tag)
 
     def receive(self, tensor: Tensor, tag: int) -> Work:
         """Post a receive; a longer message than the tensor would end this process."""
-        with unrecorded():
-            return cast(Work, self._group.recv([tensor], self._other, tag))
+        return unrecorded(self._group.recv, tensor, self._other, tag)
 
     def stand(self, buffer: Tensor, tag: int) -> Standing:
         """Post a receive before it is known where what comes belongs."""

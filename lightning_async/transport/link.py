@@ -147,7 +147,7 @@ class Link:
     # whoever posts
 
     def write_now(self) -> bool:
-        """Send the one short message that is queued, in this thread. False: the sender thread has to.
+        """Send the one short message that is queued, or what was folded, in this thread. False: the sender has to.
 
         What ends this thread in the middle, a signal for instance, may leave half of a header behind: then the link is
         made anew, and the greeting tells what has arrived.

@@ -32,7 +32,7 @@ from lightning_async.transport.header import (
     AnotherProtocolError,
     Header,
 )
-from lightning_async.transport.line import AHEAD, WINDOW, Line, Page
+from lightning_async.transport.line import AHEAD, WINDOW, Line, Page, bytes_of
 from lightning_async.transport.shared import BODY_TAG
 
 
@@ -101,7 +101,8 @@ class Receiver:
     def _receive_message(self, header: Header, page: Page) -> None:
         box = self._slots.box(header)
         if header.nbytes <= INLINE_BYTES:
-            box.copy_(page.tensor[HEADER_BYTES : HEADER_BYTES + header.nbytes])
+            if header.nbytes:
+                bytes_of(box)[:] = page.view[HEADER_BYTES : HEADER_BYTES + header.nbytes]
             self._slots.deliver(header, box)
             return
         longest = self._line.pieces.longest

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_async.transport.gloo import Pending
-from lightning_async.transport.header import FOLDS, FRAGMENT, GOT, HEADER_BYTES, INLINE_BYTES, Header
+from lightning_async.transport.header import FOLDS, FRAGMENT, GOT, INLINE_BYTES, Header
 from lightning_async.transport.line import AHEAD, HEAD_TAG, WINDOW, Line, Page
 from lightning_async.transport.shared import BODY_TAG
 from lightning_async.transport.slots import Slot, nothing
@@ -71,10 +71,13 @@ class Sender:
         return partial(self._send_header, Header(GOT)) if self._line.owe or self._slots.acks else None
 
     def short(self) -> Callable[[], None] | None:
-        """The one message that is queued, if it fits into its header; called with the lock held."""
+        """The one message that is queued, if it fits into its header, or only what was folded; called with the lock
+        held."""
         queue, line = self._slots.queue, self._line
-        if line.state != "up" or line.writing or self._outgoing is not None or len(queue) != 1:
+        if line.state != "up" or line.writing or self._outgoing is not None or len(queue) > 1:
             return None
+        if not queue:
+            return partial(self._send_header, Header(GOT)) if self._slots.acks else None
         header = queue[0].header
         if header is None or header.nbytes > INLINE_BYTES:
             return None
@@ -148,10 +151,7 @@ class Sender:
             header.folded = self._slots.told(FOLDS)
         self._told = header.seen
         self._line.write(page, header)
-        message = page.short
-        if inline is not None and inline.numel():
-            message = page.tensor[: HEADER_BYTES + inline.numel()]
-            message[HEADER_BYTES:].copy_(inline)
+        message = page.short if inline is None or not inline.numel() else page.with_body(inline)
         self._sent += 1
         if work is not None:
             self.flying.append((self._sent, page, work))

@@ -1,11 +1,14 @@
 """A member's service: one thread that gives letters to it in the order of their arrival, and posts what it answers.
 
-    receiver threads --put--> [ letters ] --> service(letter) --> answers --post--> slots of the peers
+    receiver threads --put--> [ letters ] --> service(letter) --> answers --post--> slots of the peers, in one header
     training thread  --loop-->     ^                                |  slot taken, peer silent: they stay
-                                   +------- one thread -------------+  in [ owed ], in order, until they can go
+                     --jobs-->     +------- one thread -------------+  in [ owed ], in order, until they can go
 
 An answer that stays is copied, since the service may change meanwhile what it stands on. What is owed to the dead is
 forgotten. The thread waits for a letter, or for news of a slot; while something is owed it also looks by itself.
+
+While it waits it is its member's clerk: it writes what the training thread has gathered for several links. What that
+posts to its own service is gathered, too.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_async.transport.gathering import Gathering
 from lightning_async.transport.mail import Letter, Message, Service
 
 LOOK = 0.2
 """Seconds between looks for a free slot while something is owed."""
+LATEST = 0.5
+"""Seconds between looks for letters of the own member that it forgot to tell of (a link takes `link.PING`)."""
 
 
 class ServiceThread:
@@ -31,6 +37,7 @@ class ServiceThread:
         me: Whose service it is.
         post: Posts a message, or answers False.
         folded: Gives a letter back.
+        gathering: What is gathered of its member's mail.
         gone: Whether a peer is dead.
         failed: Called with a sentence when the service raises.
     """
@@ -41,17 +48,20 @@ class ServiceThread:
         *,
         post: Callable[[int, Message], bool],
         folded: Callable[[Letter], None],
+        gathering: Gathering,
         gone: Callable[[int], bool],
         failed: Callable[[str], None],
     ) -> None:
         self.kinds: set[int] = set()
-        self._folded, self._failed = folded, failed
+        self._folded, self._failed, self._gathering = folded, failed, gathering
         self._owed = Owed(post, gone)
         self._me = me
         self._service: Service | None = None
         self._changed = threading.Condition()
         self._letters: deque[Callable[[], Letter]] = deque()
+        self._jobs: deque[Callable[[], None]] = deque()
         self._stop = self._nudged = False
+        self._idle = True
         self._thread = threading.Thread(target=self._run, name=f"service-{me}", daemon=True)
 
     def begin(self, service: Service) -> None:
@@ -59,12 +69,25 @@ class ServiceThread:
         self._service = service
         if self._thread.ident is None:
             self._thread.start()
+        self._gathering.clerk = self.write
 
     def put(self, letter: Callable[[], Letter]) -> None:
         """A letter has come; it is dated when its turn comes."""
         with self._changed:
             self._letters.append(letter)
-            self._changed.notify()
+            if self._gathering.hurries:
+                self._changed.notify_all()
+            else:
+                self._gathering.stir(self._changed)
+
+    def write(self, jobs: list[Callable[[], None]]) -> bool:
+        """Do this at once, and before anything else; False if it is busy."""
+        with self._changed:
+            if not self._idle or self._stop:
+                return False
+            self._jobs += jobs
+            self._changed.notify_all()
+            return True
 
     def nudge(self) -> None:
         """Something changed: what is owed may go now."""
@@ -90,7 +113,9 @@ class ServiceThread:
 
     def _run(self) -> None:
         try:
-            while (letter := self._next()) is not None or not self._stop:
+            while (letter := self._next()) is not None or self._jobs or not self._stop:
+                while self._jobs:
+                    self._jobs.popleft()()
                 if letter is not None:
                     self._serve(letter())
                 self._owed.pay()
@@ -99,17 +124,22 @@ class ServiceThread:
 
     def _next(self) -> Callable[[], Letter] | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._stop or self._letters or self._nudged, LOOK if self._owed else None)
-            self._nudged = False
+            self._idle = True
+            self._changed.wait_for(self._has_news, LOOK if self._owed else LATEST)
+            self._nudged = self._idle = False
             return self._letters.popleft() if self._letters and not self._stop else None
+
+    def _has_news(self) -> bool:
+        return bool(self._stop or self._letters or self._nudged or self._jobs)
 
     def _serve(self, letter: Letter) -> None:
         service = self._service
         assert service is not None  # letters come behind `begin`
-        for peer, message in service(letter):
-            self.kinds.add(message.kind)
-            self._owed.post(peer, message)
-        self._folded(letter)
+        with self._gathering.answering():
+            for peer, message in service(letter):
+                self.kinds.add(message.kind)
+                self._owed.post(peer, message)
+            self._folded(letter)
 
 
 class Owed:

@@ -79,7 +79,7 @@ class Slot:
         """The first `nbytes` of the kept buffer, which grows when it must."""
         if self.buffer.numel() < nbytes:
             self.buffer = torch.empty(nbytes, dtype=torch.uint8)
-        return self.buffer[:nbytes]
+        return self.buffer if self.buffer.numel() == nbytes else self.buffer[:nbytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +183,7 @@ class Slots:
         nbytes = self.check(message)
         if not self.free(message.kind):
             return False
-        with self.changed:  # the link's thread looks through them after a reconnection
-            slot = self._slots.setdefault(message.kind, Slot())
+        slot = self._slots.get(message.kind) or self._new_slot(message.kind)
         body = None if message.body is None else slot.view(nbytes).view(message.body.dtype)
         header = self._header(message, nbytes)
         if body is not None and message.body is not None:
@@ -202,19 +201,23 @@ class Slots:
             self.queue.append(slot)
             hurries = self._here.gathering.hurries
             if not hurries:
-                self._here.gathering.stir(self.changed, nbytes)
+                self._here.gathering.stir(self.changed, nbytes, self.hurry)
         if hurries:
-            self._hurry()
+            self.hurry()
         return True
 
-    def _hurry(self) -> None:
+    def hurry(self) -> None:
         """Send it in this thread, which has the interpreter; if that cannot be, wake the link's own."""
         written = self.write()
         with self.changed:
-            if not written:
-                self.changed.notify_all()
-            elif not self.acks:
+            if not self.acks and not self.queue:
                 self._here.gathering.sent(self.changed)
+            elif not written:
+                self.changed.notify_all()
+
+    def _new_slot(self, kind: int) -> Slot:
+        with self.changed:  # the link's thread looks through them after a reconnection
+            return self._slots.setdefault(kind, Slot())
 
     def _header(self, message: Message, nbytes: int) -> Header:
         return Header(
@@ -239,7 +242,7 @@ class Slots:
                 raise ValueError(f"letter {letter.number} of member {self.peer} was given back already")
             del self._unfolded[kind]
             self.acks.append(letter.number)
-            self._here.gathering.stir(self.changed)
+            self._here.gathering.stir(self.changed, 0, self.hurry)
 
     def idle(self) -> bool:
         """Whether everything posted was folded, and every fold was told."""
@@ -278,12 +281,15 @@ class Slots:
     def released(self, numbers: tuple[int, ...]) -> None:
         """The peer folded these messages: their slots are free."""
         with self.changed:
-            held = {slot.header.number: slot for slot in self._slots.values() if slot.header is not None}
             for number in numbers:
-                if number not in held:
-                    raise AnotherProtocolError(f"member {self.peer} folded message {number}, which it does not hold")
-                self._free(held[number])
+                self._free(self._holder(number))
         self._news()
+
+    def _holder(self, number: int) -> Slot:
+        for slot in self._slots.values():
+            if slot.header is not None and slot.header.number == number:
+                return slot
+        raise AnotherProtocolError(f"member {self.peer} folded message {number}, which it does not hold")
 
     def box(self, header: Header) -> Tensor:
         """Where the body of an announced message goes; the protocol says that it is free."""
@@ -291,7 +297,10 @@ class Slots:
             raise AnotherProtocolError(f"member {self.peer} announced kind {header.kind} with {header.nbytes} bytes")
         if header.kind in self._unfolded or header.number != self._received + 1:
             raise AnotherProtocolError(f"member {self.peer} sent message {header.number} out of turn")
-        return self._boxes.setdefault(header.kind, Slot()).view(header.nbytes)
+        box = self._boxes.get(header.kind)
+        if box is None:
+            box = self._boxes[header.kind] = Slot()
+        return box.view(header.nbytes)
 
     def deliver(self, header: Header, body: Tensor) -> None:
         """A message is here, whole."""

@@ -1,7 +1,9 @@
 """Short mail of a block is told once, at its end or before a wait; long mail and other threads' at once."""
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from lightning_async.transport import link
 from lightning_async.transport.gathering import SHORT, Gathering
 from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Message
+from lightning_async.transport.sender import Sender
 from tests.transport.cluster_world import ClusterWorld
 from tests.transport.worlds import BUSY
 
@@ -178,5 +181,88 @@ def test_a_word_and_its_answer_are_one_header_each(monkeypatch: pytest.MonkeyPat
         for turn in range(2 * turns):
             say(turn % 2, FIRST_FREE_KIND + turn // 2 % 4)
         assert [headers(0) - before[0], headers(1) - before[1]] == [turns, turns]
+    finally:
+        world.close()
+
+
+def test_who_answers_writes_by_himself_at_the_end_of_the_block_once_for_each_link() -> None:
+    """Whatever was stirred how often, by this thread; others are told."""
+    gathering, told, wrote = Gathering(), Told(), list[str]()
+
+    def stirred(name: str) -> None:
+        with told:
+            gathering.stir(told, SHORT + 1, lambda: wrote.append(name))
+
+    with gathering.answering():
+        stirred("first")
+        stirred("again")
+        assert (told.times, wrote) == (0, [])
+        thread = threading.Thread(target=stirred, args=("other",))
+        thread.start()
+        thread.join(5)
+        assert (told.times, wrote) == (1, [])
+    assert (told.times, wrote) == (1, ["again"])
+    stirred("behind")
+    assert (told.times, wrote) == (2, ["again"])
+
+
+@pytest.mark.parametrize(("links", "has_time"), [(1, True), (2, True), (2, False)])
+def test_a_clerk_writes_for_several_links_if_it_has_time(links: int, has_time: bool) -> None:
+    """For one it would be a detour."""
+    gathering, told, wrote = Gathering(), [Told() for _ in range(links)], list[int]()
+
+    def clerk(writes: list[Callable[[], None]]) -> bool:
+        for write in writes if has_time else []:
+            write()
+        return has_time
+
+    gathering.clerk = clerk
+    with gathering.gathered():
+        for k, changed in enumerate(told):
+            with changed:
+                gathering.stir(changed, 0, lambda k=k: wrote.append(k))  # type: ignore[misc]
+    written = has_time and links > 1
+    assert wrote == (list(range(links)) if written else [])
+    assert [changed.times for changed in told] == [0 if written else 1] * links
+
+
+def test_a_service_answers_in_one_header_which_says_that_the_letter_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "PING", 10 * BUSY)
+    world, ask, answer, turns = ClusterWorld(3), FIRST_FREE_KIND, FIRST_FREE_KIND + 1, 10
+    asker, *servers = world.carriers
+
+    def echo(letter: Letter) -> list[tuple[int, Message]]:
+        return [(letter.peer, Message(answer, letter.message.body))]
+
+    sent: list[int] = []
+    send = Sender._send_header
+
+    def counted(sender: Sender, *args: Any, **kwargs: Any) -> None:
+        sent.append(sender._slots.peer)  # before it leaves: who has the answer finds it counted
+        send(sender, *args, **kwargs)
+
+    monkeypatch.setattr(Sender, "_send_header", counted)
+    letters: list[Letter] = []
+
+    def turn() -> None:
+        with asker.gathered("later"):
+            for letter in letters:
+                asker.folded(letter)
+            letters.clear()
+            assert all(asker.post(server.me, Message(ask, torch.ones(2))) for server in servers)
+        asker.send()
+        world.until(lambda: letters.extend(asker.take(answer)) or len(letters) == len(servers))
+        world.until(lambda: all(asker.free(server.me, ask) for server in servers))
+
+    try:
+        for carrier in world.carriers:
+            carrier.serve([ask], echo)
+        world.until(lambda: all(asker.free(s.me, ask) and s.free(0, ask) for s in servers))
+        for _ in range(2):  # the first header of a peer is answered for its own sake
+            turn()
+        sent.clear()
+        for _ in range(turns):
+            turn()
+        assert sent.count(asker.me) == turns * len(servers)
     finally:
         world.close()
