@@ -202,13 +202,14 @@ class AsyncGlobal(Algorithm):
     # -- a state at a meeting -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The shards that this member owns. The bases are the consensus."""
+        """The shards that this member acts as owner of. The bases are the consensus."""
         return {
             "method": type(self).__name__,
             "shards": len(self.exchanges),
             "outer": self._rule_name(),
             "step": self._step,
             "images": self._images,
+            "owners": [exchange.owner for exchange in self.exchanges],
             "versions": [exchange.version for exchange in self.exchanges],
             "steps": [exchange.step for exchange in self.exchanges],
             "micros": [self.period.micros, self.period.fastest],
@@ -231,7 +232,7 @@ class AsyncGlobal(Algorithm):
         for exchange, version, step in zip(self.exchanges, state["versions"], state["steps"], strict=True):
             exchange.version, exchange.step, exchange.clean = version, step, self._step
         self._images = state["images"].clone()
-        self._own.put(self._images)
+        self._own.put(self._images, at=self.owners.were(state.get("owners"), self.exchanges))
 
     def _inherit(self, states: Sequence[Mapping[str, Any]], flat: Tensor, mail: Mail) -> None:
         """Go on from the states of all members of another world: what the outer rule remembers is cut anew.
@@ -305,9 +306,9 @@ class AsyncGlobal(Algorithm):
 
     def _move(self, exchange: Exchange) -> None:
         """A shard has a new owner."""
-        number, before = exchange.shard.number, exchange.place
+        number = exchange.shard.number
         exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
-        self._own.moved(exchange, before)
+        self._own.moved(exchange)
 
     def _meeting(self, replica: Replica, mail: Mail) -> ServerMeeting:
         return ServerMeeting(

@@ -251,7 +251,7 @@ class CyclicDelay(Algorithm):
     # -- a state at a meeting -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The shards that this member owns, with their optimizers. The bases are the consensus."""
+        """The shards that this member acts as owner of, with their optimizers. The bases are the consensus."""
         return {
             "method": type(self).__name__,
             "shards": len(self.exchanges),
@@ -259,6 +259,7 @@ class CyclicDelay(Algorithm):
             "step": self._step,
             "refused": self.refused,
             "images": self._images,
+            "owners": [exchange.owner for exchange in self.exchanges],
             "rates": self._own.told_rates,
             "versions": [exchange.version for exchange in self.exchanges],
             "pushes": [exchange.step for exchange in self.exchanges],
@@ -278,7 +279,8 @@ class CyclicDelay(Algorithm):
             exchange.version, exchange.step, exchange.clean = version, pushes, self._step
             exchange.token = exchange.token if "rates" not in state else 0  # older images name no holder
         self._images = state["images"].clone()
-        self._own.put(self._images, state.get("rates"))
+        at = self.owners.were(state.get("owners"), self.exchanges)
+        self._own.put(self._images, state.get("rates"), at=at)
 
     def _inherit(self, states: Sequence[Mapping[str, Any]], flat: Tensor, mail: Mail, service: TurnService) -> None:
         """Go on from the states of all members of another world: what the server's optimizers remember is cut anew.
@@ -348,9 +350,9 @@ class CyclicDelay(Algorithm):
 
     def _move(self, exchange: TokenExchange | DeltaExchange) -> None:
         """A shard has a new owner."""
-        number, before = exchange.shard.number, exchange.place
+        number = exchange.shard.number
         exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
-        self._own.moved(exchange, before)
+        self._own.moved(exchange)
 
     def _meeting(self, replica: Replica, mail: Mail) -> ServerMeeting:
         for exchange in () if self._paused else self.exchanges:
