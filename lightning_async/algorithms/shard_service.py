@@ -241,7 +241,7 @@ class ShardService:
 
     def _show(self, letter: Letter) -> Answers:
         """The images of all shards that it owns."""
-        images = {shard_of(at): owned.server.image() for at, owned in self.owned.items()}
+        images = {shard_of(at): owned.server.saved() for at, owned in self.owned.items()}
         return [(self._me, Message(SHOWN, bundle(images)))]
 
     def _put(self, letter: Letter) -> Answers:
@@ -255,7 +255,7 @@ class ShardService:
         answers: list[tuple[int, Message]] = []
         for at, owned in self.owned.items():
             if shard_of(at) in images:
-                owned.server.become(images[shard_of(at)])
+                owned.server.go_on(images[shard_of(at)])
                 owned.server.hear(self._members)
                 owned.mirroring.anew(self._most)
                 answers += self._mirror(owned, at)

@@ -1,4 +1,5 @@
-"""A shard that another member took over is saved by who acts as its owner, once, and goes on as it was, to the bit."""
+"""A shard that another member took over is saved by who acts as its owner, once, and goes on as it was, to the bit: its
+weights, version, books, tokens, what its rule or optimizer remembers, and what a law of shrinking asks for."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ class Member:
 
     def __init__(self, method: str, rank: int, weights: Tensor | None = None) -> None:
         self.rank, self.algorithm = rank, METHODS[method]()
+        self.algorithm.shrink = lambda arrival, correction, fresh: 1.0 if (fresh() or 1.0) > 0 else 0.5
         self.parameter = nn.Parameter(torch.zeros(SIZE) if weights is None else weights.clone())
         self.replica = Replica([self.parameter])
 
