@@ -29,7 +29,7 @@ from lightning_async.algorithms.own_service import OwnService
 from lightning_async.algorithms.owners import Owners
 from lightning_async.algorithms.server_groups import Groups, MakeOptimizer, check_elementwise, numbers
 from lightning_async.algorithms.server_meeting import ServerMeeting
-from lightning_async.algorithms.shard_server import Rules
+from lightning_async.algorithms.shard_server import Rules, version_of
 from lightning_async.algorithms.shard_service import next_of
 from lightning_async.algorithms.shards import (
     ANSWER,
@@ -84,7 +84,8 @@ class CyclicDelay(Algorithm):
         usual: Samples of a batch, on average over the members, where theirs are unlike: then a batch counts by its
             samples. None: batches count alike.
         refused: Batches whose gradients were not finite: they are not added.
-        heritage: The states of all members of another world, which this one goes on from; taken up at the beginning.
+        heritage: The states of all members that saved, if they are others than these, who go on from them; taken up at
+            the beginning.
     """
 
     kinds: ClassVar[Mapping[int, str]] = {**NAMES, TOKEN: "token", BID: "token"}
@@ -283,18 +284,20 @@ class CyclicDelay(Algorithm):
         self._own.put(self._images, state.get("rates"), at=at)
 
     def _inherit(self, states: Sequence[Mapping[str, Any]], flat: Tensor, mail: Mail, service: TurnService) -> None:
-        """Go on from the states of all members of another world: what the server's optimizers remember is cut anew.
+        """Go on from the states of other members: what the server's optimizers remember is cut anew.
 
         Its letter is the first that the own service gets: the others push when all have begun.
         """
         mine = (type(self).__name__, self.push)
-        old = gathered(state["images"] for state in states if (state.get("method"), state.get("push")) == mine)
+        states = [state for state in states if (state.get("method"), state.get("push")) == mine]
+        old = gathered(state["images"] for state in states)
         if not old:
             return
+        among = states[0]["shards"]
         owned = [exchange.shard for exchange in self.exchanges if exchange.owner == mail.me]
-        self._own.put(bundle(recut(old, flat, owned, service.anew, count=max)))
+        self._own.put(bundle(recut(old, among, flat, owned, service.anew, count=max)))
         for exchange in self.exchanges:
-            exchange.version = max(max(state["versions"]) for state in states)
+            exchange.version = max(map(version_of, old.values()))
 
     # -- between two steps --------------------------------------------------------------------------------------------
 

@@ -15,13 +15,14 @@ from lightning_async.algorithms.async_global import AsyncGlobal
 from lightning_async.algorithms.cyclic_delay import CyclicDelay
 from lightning_async.algorithms.images import unbundle
 from lightning_async.algorithms.shard_server import version_of
+from lightning_async.algorithms.shards import shard_of
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Carrier
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import Program, VirtualCluster
 from tests.algorithms.legs import through_a_file
 
-N, SIZE, STEPS, STEP = 5, 160, 90, 0.02
+N, SIZE, STEPS, STEP = 5, 160, 60, 0.02
 
 METHODS: dict[str, Any] = {
     "nesterov": lambda: AsyncGlobal(local_steps=2, outer="nesterov", outer_momentum=0.9, outer_lr=0.2),
@@ -44,7 +45,13 @@ class Member:
         self.replica = Replica([self.parameter])
 
     def begin(self, carrier: Carrier) -> Rounds:
-        rounds = Rounds(carrier)
+        rounds, make = Rounds(carrier), self.algorithm._service
+
+        def kept(*arguments: Any, **options: Any) -> Any:
+            self.service = make(*arguments, **options)
+            return self.service
+
+        self.algorithm._service = kept
         self.algorithm.begin(self.replica, carrier, UNIT, rounds)
         return rounds
 
@@ -62,23 +69,33 @@ class Member:
         return consensus, through_a_file(self.algorithm.state_dict())
 
 
-def saved(method: str, frozen: Frozen = (), dead: int | None = None) -> tuple[Tensor, dict[int, dict[str, Any]]]:
-    """The consensus and each member's state at a meeting, at which whoever was frozen is back."""
+def remembered(members: Sequence[Member]) -> dict[int, list[Tensor]]:
+    """What the rule or the optimizer of each shard knows, at whoever acts as its owner."""
+    outers = {shard_of(at): one.server.outer for m in members for at, one in m.service.owned.items()}
+    return {number: [*outer.tensors, torch.tensor([outer.count])] for number, outer in sorted(outers.items())}
+
+
+def saved(
+    method: str, frozen: Frozen = (), dead: int | None = None
+) -> tuple[Tensor, dict[int, dict[str, Any]], dict[int, list[Tensor]]]:
+    """The consensus, each member's state and what is remembered at a meeting, at which whoever was frozen is back."""
     cluster = VirtualCluster(N, latency=0.005, jitter=1.0, silence=0.3, patience=30.0 if dead is None else 1.0)
     for rank, when, seconds in frozen:
         cluster.freeze(rank, seconds, at=when)
     if dead is not None:
         cluster.kill(dead, at=0.7)
+    members = [Member(method, rank) for rank in range(N)]
 
     def life(member: Member, carrier: Carrier) -> Program:
         rounds = member.begin(carrier)
         yield from rounds.barrier()
         return (yield from member.train(carrier, range(1, STEPS + 1)))
 
-    ends = cluster.run({c.me: life(Member(method, c.me), c) for c in cluster.carriers})
+    ends = cluster.run({c.me: life(members[c.me], c) for c in cluster.carriers})
     first = next(iter(ends.values()))[0]
     assert all(torch.equal(consensus, first) for consensus, _ in ends.values())
-    return first, {rank: state for rank, (_, state) in ends.items()}
+    states = {rank: state for rank, (_, state) in ends.items()}
+    return first, states, remembered([members[rank] for rank in states])
 
 
 def served(states: dict[int, dict[str, Any]]) -> dict[int, Tensor]:
@@ -88,18 +105,13 @@ def served(states: dict[int, dict[str, Any]]) -> dict[int, Tensor]:
     return dict(found)
 
 
-def resumed(
-    method: str, consensus: Tensor, states: dict[int, dict[str, Any]], *, anew: bool = False
-) -> dict[int, tuple[dict[str, Any], Tensor, dict[str, Any]]]:
+def resumed(method: str, consensus: Tensor, states: dict[int, dict[str, Any]]) -> dict[int, tuple[Any, Any, Any]]:
     """What each member of a new run has, right when all go on; the weights and the state at its next meeting."""
     cluster = VirtualCluster(N, latency=0.005, jitter=0.0, silence=0.3)
 
     def life(member: Member, carrier: Carrier) -> Program:
-        if anew:
-            member.algorithm.heritage = list(states.values())
         rounds = member.begin(carrier)
-        if not anew:
-            member.algorithm.load_state_dict(states[member.rank])
+        member.algorithm.load_state_dict(states[member.rank])
         yield from rounds.barrier()
         member.algorithm._images = yield from member.algorithm._own.images()
         begun = through_a_file(member.algorithm.state_dict())
@@ -108,6 +120,20 @@ def resumed(
 
     ends: Any = cluster.run({c.me: life(Member(method, c.me, consensus), c) for c in cluster.carriers})
     return ends
+
+
+def inherited(method: str, n: int, consensus: Tensor, states: dict[int, dict[str, Any]]) -> list[Member]:
+    """The members of a run of so many that has begun where others had saved."""
+    cluster, members = VirtualCluster(n, latency=0.005), [Member(method, rank, consensus) for rank in range(n)]
+
+    def life(member: Member, carrier: Carrier) -> Program:
+        member.algorithm.heritage = list(states.values())
+        rounds = member.begin(carrier)
+        yield from rounds.barrier()
+        yield from member.algorithm._own.images()  # what its service was told has come
+
+    cluster.run({c.me: life(members[c.me], c) for c in cluster.carriers})
+    return members
 
 
 CASES: list[Frozen] = [
@@ -120,11 +146,11 @@ CASES: list[Frozen] = [
 ]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("frozen", CASES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_who_took_a_shard_over_saves_it_and_goes_on_with_it(method: str, frozen: Frozen) -> None:
-    consensus, states = saved(method, frozen)
+    consensus, states, _ = saved(method, frozen)
     images = served(states)
     assert any(number not in unbundle(states[number]["images"]) for number in range(N))  # something was taken over
     assert all(version_of(image) > 0 for image in images.values())
@@ -137,3 +163,54 @@ def test_who_took_a_shard_over_saves_it_and_goes_on_with_it(method: str, frozen:
         version_of(image) > version_of(images[s]) for s, image in served({r: e[2] for r, e in ends.items()}).items()
     )
     assert all(torch.equal(end[1], ends[0][1]) for end in ends.values())
+
+
+def joined(shards: dict[int, list[Tensor]]) -> list[Tensor]:
+    """What is remembered of all elements, in their order."""
+    return [torch.cat(parts) for parts in list(zip(*shards.values(), strict=True))[:-1]]
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("n", [2, 5, 7])
+@pytest.mark.parametrize(("frozen", "dead"), [(CASES[2], None), ((), 0), ((), 3)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_other_members_lose_nothing_of_what_was_taken_over(
+    method: str, frozen: Frozen, dead: int | None, n: int
+) -> None:
+    """Fewer, more, or all of those again of whom one had died before the save."""
+    consensus, states, before = saved(method, frozen, dead)
+    assert sorted(before) == list(range(N))
+    members = inherited(method, n, consensus, states)
+    after = remembered(members)
+    assert sorted(after) == list(range(n))
+    for one, other in zip(joined(after), joined(before), strict=True):
+        assert torch.equal(one, other)
+        assert one.abs().max() > 0
+    if n == N and isinstance(members[0].algorithm, CyclicDelay):
+        assert [shard[-1] for shard in after.values()] == [shard[-1] for shard in before.values()]  # of Adam: steps
+    newest = max(max(state["versions"]) for state in states.values())
+    assert {x.version for m in members for x in m.algorithm.exchanges} == {newest}
+    assert {one.server.version for m in members for one in m.service.owned.values()} == {newest}
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("method", ["adam", "delayed"])
+def test_of_a_shard_that_nobody_saved_nothing_is_remembered_and_of_the_others_all_is(method: str) -> None:
+    """Its owner died when all had met."""
+    consensus, states, before = saved(method)
+    after = remembered(inherited(method, N, consensus, {rank: s for rank, s in states.items() if rank != 2}))
+    for number in range(N):
+        for one, other in zip(after[number][:-1], before[number][:-1], strict=True):
+            assert torch.equal(one, other * (number != 2))
+    if method == "adam":
+        assert [int(after[s][-1]) for s in range(N)] == [int(before[s][-1]) * (s != 2) for s in range(N)]
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("method", ["sgd", "nesterov"])
+def test_an_older_state_that_names_no_owners_is_of_the_first_ones(method: str) -> None:
+    consensus, states, _ = saved(method)
+    older = {rank: {key: s for key, s in state.items() if key != "owners"} for rank, state in states.items()}
+    for rank, (begun, _, _) in resumed(method, consensus, older).items():
+        assert torch.equal(begun["images"], states[rank]["images"])
+        assert begun["owners"] == states[rank]["owners"] == list(range(N))

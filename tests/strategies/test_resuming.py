@@ -411,6 +411,20 @@ def test_another_world_says_what_of_the_method_goes_on(name: str, tmp_path: Path
     assert sentence.endswith("What else the method knew (masses, turns, steps) and the random states begin anew")
 
 
+@pytest.mark.few(1)
+@pytest.mark.parametrize("name", TAKEN_OVER)
+def test_the_world_of_before_a_death_goes_on_with_what_the_living_saved(name: str, tmp_path: Path) -> None:
+    """As with another number of ranks; whose shards nobody saved begin anew."""
+    path = tmp_path / "x.ckpt"
+    run(2, _taken_over, 2, name, str(path), False)
+    main = torch.load(path, weights_only=True)
+    main["lightning_async"]["ranks"] = [1]
+    torch.save(main, path)
+    (sentence,), _ = run(2, _taken_over, 2, name, str(path), True)
+    assert "rank 0 had died before it was saved. All ranks start from the consensus" in sentence
+    assert f"{TAKEN_OVER[name][1]}" in sentence
+
+
 class SeenBySave(Saves):
     """Remembers which samples this rank had trained on."""
 
