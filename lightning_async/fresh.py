@@ -44,7 +44,7 @@ class Lately:
         self.asked = True
         if self._mean is None:
             return None
-        found = math.copysign(1.0, factor) * cosine(late, self._mean)
+        found = math.copysign(1.0, factor) * cosine(late, self._mean.to(late.device))
         if not math.isfinite(found):  # whichever of the two it was: a mean that is no number would stay one
             self._mean = None
             return None
@@ -57,7 +57,19 @@ class Lately:
             return
         if self._mean is None:
             self._mean = torch.zeros_like(direction)
-        self._mean.mul_(self._memory).add_(direction, alpha=factor)
+        self._mean = self._mean.to(direction.device).mul_(self._memory).add_(direction, alpha=factor)
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The running mean, for a checkpoint: empty where nothing has come yet; None: nobody asks."""
+        if not self.asked:
+            return None
+        return torch.empty(0) if self._mean is None else self._mean.detach().cpu().clone()
+
+    def go_on(self, mean: Tensor | None) -> None:
+        """Go on from what was saved."""
+        self.asked = mean is not None
+        self._mean = mean if mean is not None and mean.numel() else None
 
 
 class OwnSteps(Lately):

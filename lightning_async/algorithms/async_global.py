@@ -29,7 +29,7 @@ from lightning_async.algorithms.outer import Rule, outer_rule
 from lightning_async.algorithms.own_service import OwnService
 from lightning_async.algorithms.owners import Owners
 from lightning_async.algorithms.server_meeting import ServerMeeting
-from lightning_async.algorithms.shard_server import OnLate, Rules, ShardServer
+from lightning_async.algorithms.shard_server import OnLate, Rules, ShardServer, version_of
 from lightning_async.algorithms.shard_service import ShardService, next_of
 from lightning_async.algorithms.shards import (
     ANSWER,
@@ -73,7 +73,8 @@ class AsyncGlobal(Algorithm):
 
     Attributes:
         accuracy: Asked before each push: what it counts beside others.
-        heritage: The states of all members of another world, which this one goes on from; taken up at the beginning.
+        heritage: The states of all members that saved, if they are others than these, who go on from them; taken up at
+            the beginning.
     """
 
     kinds: ClassVar[Mapping[int, str]] = NAMES
@@ -202,13 +203,14 @@ class AsyncGlobal(Algorithm):
     # -- a state at a meeting -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The shards that this member owns. The bases are the consensus."""
+        """The shards that this member acts as owner of. The bases are the consensus."""
         return {
             "method": type(self).__name__,
             "shards": len(self.exchanges),
             "outer": self._rule_name(),
             "step": self._step,
             "images": self._images,
+            "owners": [exchange.owner for exchange in self.exchanges],
             "versions": [exchange.version for exchange in self.exchanges],
             "steps": [exchange.step for exchange in self.exchanges],
             "micros": [self.period.micros, self.period.fastest],
@@ -231,22 +233,24 @@ class AsyncGlobal(Algorithm):
         for exchange, version, step in zip(self.exchanges, state["versions"], state["steps"], strict=True):
             exchange.version, exchange.step, exchange.clean = version, step, self._step
         self._images = state["images"].clone()
-        self._own.put(self._images)
+        self._own.put(self._images, at=self.owners.were(state.get("owners"), self.exchanges))
 
     def _inherit(self, states: Sequence[Mapping[str, Any]], flat: Tensor, mail: Mail) -> None:
-        """Go on from the states of all members of another world: what the outer rule remembers is cut anew.
+        """Go on from the states of other members: what the outer rule remembers is cut anew.
 
         Its letter is the first that the own service gets: the others push when all have begun.
         """
         mine = (type(self).__name__, self._rule_name())
-        old = gathered(state["images"] for state in states if (state.get("method"), state.get("outer")) == mine)
+        states = [state for state in states if (state.get("method"), state.get("outer")) == mine]
+        old = gathered(state["images"] for state in states)
         if not old:
             return
+        among = states[0]["shards"]
         owned = [exchange.shard for exchange in self.exchanges if exchange.owner == mail.me]
-        images = recut(old, flat, owned, lambda part: ShardServer(self.rules, part, mail.members()))
+        images = recut(old, among, flat, owned, lambda part: ShardServer(self.rules, part, mail.members()))
         self._own.put(bundle(images))
         for exchange in self.exchanges:
-            exchange.version = max(max(state["versions"]) for state in states)
+            exchange.version = max(map(version_of, old.values()))
 
     # -- between two steps --------------------------------------------------------------------------------------------
 
@@ -305,9 +309,9 @@ class AsyncGlobal(Algorithm):
 
     def _move(self, exchange: Exchange) -> None:
         """A shard has a new owner."""
-        number, before = exchange.shard.number, exchange.place
+        number = exchange.shard.number
         exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
-        self._own.moved(exchange, before)
+        self._own.moved(exchange)
 
     def _meeting(self, replica: Replica, mail: Mail) -> ServerMeeting:
         return ServerMeeting(

@@ -29,7 +29,7 @@ from lightning_async.algorithms.own_service import OwnService
 from lightning_async.algorithms.owners import Owners
 from lightning_async.algorithms.server_groups import Groups, MakeOptimizer, check_elementwise, numbers
 from lightning_async.algorithms.server_meeting import ServerMeeting
-from lightning_async.algorithms.shard_server import Rules
+from lightning_async.algorithms.shard_server import Rules, version_of
 from lightning_async.algorithms.shard_service import next_of
 from lightning_async.algorithms.shards import (
     ANSWER,
@@ -84,7 +84,8 @@ class CyclicDelay(Algorithm):
         usual: Samples of a batch, on average over the members, where theirs are unlike: then a batch counts by its
             samples. None: batches count alike.
         refused: Batches whose gradients were not finite: they are not added.
-        heritage: The states of all members of another world, which this one goes on from; taken up at the beginning.
+        heritage: The states of all members that saved, if they are others than these, who go on from them; taken up at
+            the beginning.
     """
 
     kinds: ClassVar[Mapping[int, str]] = {**NAMES, TOKEN: "token", BID: "token"}
@@ -251,7 +252,7 @@ class CyclicDelay(Algorithm):
     # -- a state at a meeting -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The shards that this member owns, with their optimizers. The bases are the consensus."""
+        """The shards that this member acts as owner of, with their optimizers. The bases are the consensus."""
         return {
             "method": type(self).__name__,
             "shards": len(self.exchanges),
@@ -259,6 +260,7 @@ class CyclicDelay(Algorithm):
             "step": self._step,
             "refused": self.refused,
             "images": self._images,
+            "owners": [exchange.owner for exchange in self.exchanges],
             "rates": self._own.told_rates,
             "versions": [exchange.version for exchange in self.exchanges],
             "pushes": [exchange.step for exchange in self.exchanges],
@@ -278,21 +280,24 @@ class CyclicDelay(Algorithm):
             exchange.version, exchange.step, exchange.clean = version, pushes, self._step
             exchange.token = exchange.token if "rates" not in state else 0  # older images name no holder
         self._images = state["images"].clone()
-        self._own.put(self._images, state.get("rates"))
+        at = self.owners.were(state.get("owners"), self.exchanges)
+        self._own.put(self._images, state.get("rates"), at=at)
 
     def _inherit(self, states: Sequence[Mapping[str, Any]], flat: Tensor, mail: Mail, service: TurnService) -> None:
-        """Go on from the states of all members of another world: what the server's optimizers remember is cut anew.
+        """Go on from the states of other members: what the server's optimizers remember is cut anew.
 
         Its letter is the first that the own service gets: the others push when all have begun.
         """
         mine = (type(self).__name__, self.push)
-        old = gathered(state["images"] for state in states if (state.get("method"), state.get("push")) == mine)
+        states = [state for state in states if (state.get("method"), state.get("push")) == mine]
+        old = gathered(state["images"] for state in states)
         if not old:
             return
+        among = states[0]["shards"]
         owned = [exchange.shard for exchange in self.exchanges if exchange.owner == mail.me]
-        self._own.put(bundle(recut(old, flat, owned, service.anew, count=max)))
+        self._own.put(bundle(recut(old, among, flat, owned, service.anew, count=max)))
         for exchange in self.exchanges:
-            exchange.version = max(max(state["versions"]) for state in states)
+            exchange.version = max(map(version_of, old.values()))
 
     # -- between two steps --------------------------------------------------------------------------------------------
 
@@ -348,9 +353,9 @@ class CyclicDelay(Algorithm):
 
     def _move(self, exchange: TokenExchange | DeltaExchange) -> None:
         """A shard has a new owner."""
-        number, before = exchange.shard.number, exchange.place
+        number = exchange.shard.number
         exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
-        self._own.moved(exchange, before)
+        self._own.moved(exchange)
 
     def _meeting(self, replica: Replica, mail: Mail) -> ServerMeeting:
         for exchange in () if self._paused else self.exchanges:

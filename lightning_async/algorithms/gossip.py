@@ -113,10 +113,12 @@ class Gossip(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         """Mass, ledger and the number of the last step. Rounding leaves no residual: what it cuts off has moved on.
 
+        `lately`: where the own steps went, if a law asks for that.
         `born`: a mass means something beside those of the same run only, so another batch size makes all begin anew.
         """
         mass = {"mass": self.mass, "born": self._born_with}
-        return {"method": type(self).__name__, "step": self._met, **mass, "ledger": self.ledger.state_dict()}
+        known = {"ledger": self.ledger.state_dict(), "lately": self.own_steps.mean}
+        return {"method": type(self).__name__, "step": self._met, **mass, **known}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of the same mode."""
@@ -128,6 +130,7 @@ class Gossip(Algorithm):
         self._step = self._met = state["step"]
         self.mass = state["mass"]
         self.ledger.load_state_dict(state["ledger"])
+        self.own_steps.go_on(state.get("lately"))  # older states have none
 
     def averaged_over(self, n: int) -> int:
         """Over how many members a step is averaged, of `n`."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_async.algorithms.shard_server import ShardServer
+from lightning_async.algorithms.shard_server import ShardServer, version_of
 from lightning_async.algorithms.shards import Shard, cut
 
 
@@ -36,13 +36,20 @@ def unbundle(body: Tensor) -> dict[int, Tensor]:
 
 
 def gathered(bundles: Iterable[Tensor]) -> dict[int, Tensor]:
-    """The images of all members of a world; none where one of them is missing."""
-    images = {number: image for body in bundles for number, image in unbundle(body).items()}
-    return images if sorted(images) == list(range(len(images))) else {}
+    """The images of all members of a world, of each shard the newest one.
+
+    One is missing where its owner died at the meeting of the save, or its file cannot be read.
+    """
+    images: dict[int, Tensor] = {}
+    for number, image in (pair for body in bundles for pair in unbundle(body).items()):
+        if number not in images or version_of(image) > version_of(images[number]):
+            images[number] = image
+    return images
 
 
 def recut(
     old: Mapping[int, Tensor],
+    among: int,
     weights: Tensor,
     shards: Iterable[Shard],
     new: Callable[[Tensor], ShardServer],
@@ -52,16 +59,19 @@ def recut(
     """Images of these shards, made of those of all members of another world.
 
     Args:
-        old: All that those members served.
+        old: What those members served; of a shard that is missing nothing is remembered.
+        among: How many shards they had.
         weights: The consensus.
         shards: The shards that are wanted.
         new: Makes a shard's server of its weights.
-        count: What becomes of what else the outer rules remember, given all their counts: they begin anew.
+        count: What becomes of what else the outer rules of those remember that a shard is made of, given their counts:
+            they begin anew.
     """
-    servers = []
-    for shard in cut(weights.numel(), len(old)):
+    before, servers = cut(weights.numel(), among), []
+    for shard in before:
         server = new(torch.zeros_like(weights[shard.part]))
-        server.become(old[shard.number])
+        if shard.number in old:
+            server.become(old[shard.number])
         servers.append(server)
     whole = [torch.cat(parts) for parts in zip(*(server.outer.tensors for server in servers), strict=True)]
     images = {}
@@ -69,7 +79,8 @@ def recut(
         server = new(weights[shard.part].clone())
         server.version = max(one.version for one in servers)
         server.bases = dict.fromkeys(server.members, server.version)
-        server.outer.count = count([one.outer.count for one in servers])
+        parts = [k for k, one in enumerate(before) if one.begin < shard.end and shard.begin < one.end]
+        server.outer.count = count([servers[k].outer.count for k in parts])
         for mine, all_of_it in zip(server.outer.tensors, whole, strict=True):
             mine.copy_(all_of_it[shard.part])
         images[shard.number] = server.image()

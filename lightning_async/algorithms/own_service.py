@@ -59,9 +59,9 @@ class OwnService:
                 kept.append((peer, message))
         self._commands = kept
 
-    def moved(self, exchange: Exchange, before: int) -> None:
-        """A shard has another place now than `before`: take it over, or forget it."""
-        self._commands.append((self._mail.me, Message(RETIRE, reference=before)))
+    def moved(self, exchange: Exchange) -> None:
+        """A shard has another place now: take it over, or forget it."""
+        self._commands.append((self._mail.me, Message(RETIRE, reference=exchange.place)))
         if exchange.owner == self._mail.me:
             first = exchange.base.cpu().clone()
             take = Message(TAKE, first, version=exchange.version, reference=exchange.place)
@@ -79,12 +79,18 @@ class OwnService:
         """The numbers that the service goes by; none: it was never told any."""
         return torch.empty(0, dtype=torch.float64) if self._rates is None else self._rates
 
-    def put(self, images: Tensor, rates: Tensor | None = None) -> None:
-        """A run goes on: the service's shards are these, and it goes by the numbers that it was told last."""
+    def put(self, images: Tensor, rates: Tensor | None = None, *, at: int = 0) -> None:
+        """A run goes on: the service's shards are these, and it goes by the numbers that it was told last.
+
+        Args:
+            images: The shards.
+            rates: The numbers; None: none were told.
+            at: A place of the generation in which it owns these shards and no others; 0: it owns those that it has.
+        """
         if rates is not None and rates.numel():
             self._rates = rates
             self._commands.append((self._mail.me, Message(RATES, rates)))
-        self._commands.append((self._mail.me, Message(PUT, images)))
+        self._commands.append((self._mail.me, Message(PUT, images, reference=at)))
         self.tell()
 
     def images(self) -> Wait[Tensor]:

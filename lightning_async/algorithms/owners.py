@@ -1,6 +1,6 @@
 """Who owns which shard is decided on the board, generation by generation; the first word written holds, for everybody.
 
-    generation 1    by a formula
+    generation 1    by a formula; in a run that goes on, whoever acted as the owner at the save
     generation g+1  "shard/<run>/<shard>/<g+1>" = the next live member after the owner, proposed by whoever finds the
                     owner silent or is told by it that it does not own the shard
 
@@ -11,6 +11,9 @@ successor, so one that was frozen learns that it is none any more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from lightning_async.algorithms.exchange import Exchange
 from lightning_async.algorithms.shards import RUN, first_owner, place
 from lightning_async.transport.mail import Carrier, founders
 
@@ -36,6 +39,18 @@ class Owners:
         self._generations = [1] * shards
         self._doubted: set[int] = set()
         self._proposed: set[str] = set()
+
+    def were(self, owners: Sequence[int] | None, exchanges: Sequence[Exchange]) -> int:
+        """A run goes on: its first generation is of those who acted as owners at the save.
+
+        Returns a place of that generation; 0 where the save does not say whose it is, as older ones do not.
+        """
+        if owners is None:
+            return 0
+        self._owners = list(owners)
+        for exchange in exchanges:
+            exchange.owner = self.owner(exchange.shard.number)
+        return self.place(0)
 
     def owner(self, shard: int) -> int:
         """Who owns a shard, as far as is known here."""

@@ -4,7 +4,8 @@
                                                <--  ANSWER (W, version, by how much it counted)
 
 It is a function of its arrivals alone: no clock, no thread, no mail. All that it is fits into one vector of bytes: that
-is its mirror, and its part of a checkpoint. An arrival that is not finite moves nothing and still gets its answer.
+is its mirror, and nearly all of its part of a checkpoint. An arrival that is not finite moves nothing and still gets
+its answer.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class ShardServer:
         worths: What each member's last arrival weighed.
         counts: How many arrivals were folded, shrunk, dropped as late, or not finite.
         shrink: Who is asked before an arrival is merged, at that time.
-        lately: Where it was moved lately, for a law that asks; it is no part of the image: an heir begins anew.
+        lately: Where it was moved lately, for a law that asks; it is no part of a mirror: an heir begins anew.
         outer: The merge rule.
     """
 
@@ -197,6 +198,16 @@ class ShardServer:
     def _more(self) -> tuple[Tensor, ...]:
         """What stands behind all that in an image."""
         return ()
+
+    def saved(self) -> Tensor:
+        """Its part of a checkpoint: its image, and behind that where it was moved lately, if a law asks for that."""
+        mean = self.lately.mean
+        return self.image() if mean is None else torch.cat([self.image(), mean.view(torch.uint8)])
+
+    def go_on(self, saved: Tensor) -> None:
+        """Be what was saved."""
+        mean = saved[self.become(saved) :].clone().view(self.weights.dtype)
+        self.lately.go_on(mean if mean.numel() else None)
 
     def become(self, image: Tensor) -> int:
         """Be what an image says; how many of its bytes that were."""

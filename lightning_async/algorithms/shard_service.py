@@ -5,7 +5,7 @@
                                         would be more than m in no mirror waits for that (`mirroring`)
     a place that succeeds a mirror -->  its owner is dead or frozen, and this member is the heir: taken over at once
     TAKE of the own member         -->  the same, where there is no mirror: from the member's own base
-    RETIRE of the own member       -->  somebody else has taken it over meanwhile: forget it
+    RETIRE of the own member       -->  there is a later place: forget all older ones
 
 It is a function of the letters that reach it, in their order (see `mail.Mail.serve`). What it cannot know by letters
 (who lives, who took over) its own member tells it.
@@ -36,6 +36,8 @@ from lightning_async.algorithms.shards import (
     SHOW,
     SHOWN,
     TAKE,
+    before,
+    same_generation,
     shard_of,
     succeeds,
 )
@@ -229,23 +231,35 @@ class ShardService:
         return self.owned.get(at)
 
     def _retire(self, letter: Letter) -> Answers:
-        owned = self.owned.pop(letter.message.reference, None)
-        return [] if owned is None else [_not_here(held) for held in owned.held]
+        """Also of places that this service took over by itself, and its member never knew of."""
+        now = letter.message.reference
+        number = shard_of(now)
+        if (mirror := self._mirrors.get(number)) is not None:  # nobody takes an older place over by it any more
+            self._mirrors[number] = max(mirror[0], before(now)), mirror[1]
+        older = [self.owned.pop(at) for at in [*self.owned] if shard_of(at) == number and at < now]
+        return [_not_here(held) for owned in older for held in owned.held]
 
     def _show(self, letter: Letter) -> Answers:
         """The images of all shards that it owns."""
-        images = {shard_of(at): owned.server.image() for at, owned in self.owned.items()}
+        images = {shard_of(at): owned.server.saved() for at, owned in self.owned.items()}
         return [(self._me, Message(SHOWN, bundle(images)))]
 
     def _put(self, letter: Letter) -> Answers:
-        assert letter.message.body is not None  # images
-        images = unbundle(letter.message.body)
+        m = letter.message
+        assert m.body is not None  # images
+        images = unbundle(m.body)
+        if m.reference:
+            places = [same_generation(number, m.reference) for number in images]
+            blank = {at: Owned(self._new(self._blank(shard_of(at)), shard_of(at))) for at in places}
+            self.owned = {at: self.owned.get(at, blank[at]) for at in places}
+        answers: list[tuple[int, Message]] = []
         for at, owned in self.owned.items():
             if shard_of(at) in images:
-                owned.server.become(images[shard_of(at)])
+                owned.server.go_on(images[shard_of(at)])
                 owned.server.hear(self._members)
                 owned.mirroring.anew(self._most)
-        return []
+                answers += self._mirror(owned, at)
+        return answers
 
     def _without_mirror(self, weights: Tensor, number: int) -> Owned:
         """Taken over."""

@@ -37,9 +37,10 @@ NEWS = FIRST_FREE_KIND + 6
 TAKE = FIRST_FREE_KIND + 7
 """From the member to its own service: this shard is ours now. body, version: the newest weights that the member had."""
 RETIRE = FIRST_FREE_KIND + 8
-"""From the member to its own service: this shard is ours no more."""
+"""From the member to its own service: older places of this shard are nobody's any more. reference: its place now."""
 SHOW, SHOWN, PUT = FIRST_FREE_KIND + 9, FIRST_FREE_KIND + 10, FIRST_FREE_KIND + 11
-"""From the member to its own service: what are our shards? The answer. And: they are this (a run that goes on)."""
+"""From the member to its own service: what are our shards? The answer. And: they are this (a run that goes on).
+Its reference: a place of the generation in which it owns these and no others; 0: it owns those that it has."""
 TOKEN, BID = FIRST_FREE_KIND + 12, FIRST_FREE_KIND + 13
 """From the owner: it is your turn. And to it: a batch has ended without it; body: who is heard."""
 RATES = FIRST_FREE_KIND + 14
@@ -95,6 +96,16 @@ def place(shard: int, generation: int) -> int:
 def shard_of(at: int) -> int:
     """The shard of a place."""
     return at % MOST
+
+
+def same_generation(number: int, at: int) -> int:
+    """The place of another shard in the generation of this place."""
+    return at - shard_of(at) + number
+
+
+def before(at: int) -> int:
+    """The place of the same shard one generation before."""
+    return at - MOST
 
 
 def succeeds(at: int, older: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -125,7 +126,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         check_word("mode", mode, get_args(Mode))
         _check_balance(mode, local_steps, balance)
         self.mode, self.accuracy_weight = mode, accuracy_weight
-        self.quality = Quality(accuracy_weight)
+        self.quality = Quality(accuracy_weight, self._what_is_logged)
         asynchronous = AsyncGlobal(
             local_steps=local_steps,
             pace=pace,
@@ -168,6 +169,8 @@ class AsyncGlobalStrategy(AsyncStrategy):
         self._meetings = 0
         if accuracy_weight != "off":
             algorithm.accuracy = self._accuracy
+        if self.quality.is_metric:
+            self.keep("quality", self.quality)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
         """Also what all old ranks served, if they were more or fewer."""
@@ -199,11 +202,14 @@ class AsyncGlobalStrategy(AsyncStrategy):
     def set_off(self) -> None:
         """After the first meeting: does anybody log what Q is to go by?"""
         if not self.free and self._meetings:
-            self.quality.check_logged(self.trainer)
+            self.quality.check_logged()
         super().set_off()
 
+    def _what_is_logged(self) -> Mapping[str, Any]:
+        return self.trainer.callback_metrics
+
     def _accuracy(self) -> float:
-        return self.office.recording.told("accuracy", self.quality.now(self.trainer))
+        return self.office.recording.told("accuracy", self.quality.now())
 
 
 def _check_balance(mode: Mode, local_steps: LocalSteps, balance: Balance | None) -> None:

@@ -72,6 +72,8 @@ class Checkpoints:
     def save(self, checkpoint: dict[str, Any], filepath: Any, options: Any) -> Wait[None]:
         """Write the main file and every rank's own. Called by all that live, at a meeting."""
         yield from self._late.room()
+        if (progress := self._strategy.clock.progress) is not None and progress.ended:
+            _wait_again(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"])
         written = False
         while not written:
             written = yield from self._attempt(checkpoint, os.fspath(filepath), options)
@@ -215,6 +217,13 @@ class Checkpoints:
         state["data"], state["loaders"] = strategy.feeding.state_dict(), strategy.feeding.loader_states()
         state["parts"] = {name: part.state_dict() for name, part in all_parts(strategy, self.parts).items()}
         return {"version": VERSION, "save": plan.save, "rank": me, "steps": strategy.steps, **state}
+
+
+def _wait_again(batches: dict[str, Any]) -> None:
+    """Of a rank whose batches are over, and others' are not: its epoch is not, which Lightning would take for over if
+    the last batch were still to be counted as completed."""
+    for count in (batches["current"], batches["total"]):
+        count["completed"] = count["processed"]
 
 
 def _tried(write: Callable[[], object]) -> BaseException | None:

@@ -1,4 +1,4 @@
-"""Where a run goes on with another number of ranks, what the old ranks had not sent is shared out among the new ones.
+"""Where a run goes on with other ranks than those that saved, what these had not sent is shared out among the new ones.
 
 saved by 4     rank 0   rank 1   rank 2   rank 3          each file is read by one rank alone, so the sum is kept
                  |        |        |        |

@@ -4,18 +4,18 @@
     "train"      e^-(mean training loss since the last push)
     a name       the newest value that this rank logged under it
 
-A metric that is not there yet counts as 1; one that is never logged is an error, told at the first meeting's end.
+A metric that is not there yet counts as 1; one that is never logged is an error, told at the first meeting's end. A run
+that goes on has the newest value of before until it logs another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 LEAST = 1e-3
@@ -23,14 +23,20 @@ LEAST = 1e-3
 
 
 class Quality:
-    """One member's Q."""
+    """One member's Q.
 
-    def __init__(self, accuracy_weight: str) -> None:
+    Args:
+        accuracy_weight: What it goes by.
+        metrics: All that this rank has logged, by name.
+    """
+
+    def __init__(self, accuracy_weight: str, metrics: Callable[[], Mapping[str, Any]]) -> None:
         if not isinstance(accuracy_weight, str) or not accuracy_weight:
             raise ValueError(
                 f"`accuracy_weight` must be 'off', 'train' or the name of a logged metric, got {accuracy_weight!r}"
             )
-        self.name = accuracy_weight
+        self.name, self._metrics = accuracy_weight, metrics
+        self._before: float | None = None
         self._losses: Tensor | None = None
         self._count = 0
         self._mean = 0.0
@@ -48,21 +54,33 @@ class Quality:
             self._losses = loss.clone() if self._losses is None else self._losses + loss
             self._count += 1
 
-    def now(self, trainer: Trainer) -> float:
+    def now(self) -> float:
         """Q of a push."""
         if self.name == "train":
             return self._by_loss()
-        value = trainer.callback_metrics.get(self.name)
-        return 1.0 if value is None else self._by_metric(float(value))
+        value = self._newest()
+        return 1.0 if value is None else self._by_metric(value)
 
-    def check_logged(self, trainer: Trainer) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The newest value."""
+        return {"name": self.name, "newest": self._newest()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go by what was the newest value of the same metric."""
+        self._before = state["newest"] if state["name"] == self.name else None
+
+    def check_logged(self) -> None:
         """Raise where a metric was named that nobody logs. Called when all that is logged was logged once."""
-        if self.is_metric and self.name not in trainer.callback_metrics:
-            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+        if self.is_metric and self._newest() is None:
+            known = ", ".join(sorted(self._metrics())) or "none"
             raise MisconfigurationException(
                 f"accuracy_weight={self.name!r}: no metric of this name was logged until the first meeting was over "
                 f"(logged: {known}); log it in `training_step` or `validation_step`, or use 'train' or 'off'"
             )
+
+    def _newest(self) -> float | None:
+        value = self._metrics().get(self.name)
+        return self._before if value is None else float(value)
 
     def _by_loss(self) -> float:
         if self._losses is not None and self._count:

@@ -157,10 +157,11 @@ class Resuming:
 
 
 def another_world(strategy: AsyncStrategy, shared: dict[str, Any]) -> bool:
-    """Whether the same strategy saved, on other ranks or members."""
+    """Whether the same strategy saved, on other ranks or members, or without one that had died."""
     saved, mine = (shared["world"], shared.get("members", shared["world"])), (strategy.world_size, strategy.members)
-    others = saved != mine or _grouped(shared) not in ("", _grouped(vars(strategy.office)))
-    return shared["strategy"] == strategy.name and others
+    regrouped = _grouped(shared) not in ("", _grouped(vars(strategy.office)))
+    died = len(shared["ranks"]) < shared["world"]
+    return shared["strategy"] == strategy.name and (saved != mine or regrouped or died)
 
 
 def _grouped(shared: dict[str, Any]) -> str:

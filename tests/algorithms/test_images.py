@@ -49,7 +49,7 @@ def test_cut_anew_nothing_of_the_momentum_is_lost(old: int, new: int) -> None:
     before = images(old)
     bundles = [bundle({number: image}) for number, image in before.items()]
     shards = cut(SIZE, new)
-    after = recut(gathered(bundles), WEIGHTS, shards, server)
+    after = recut(gathered(bundles), old, WEIGHTS, shards, server)
     for shard in shards:
         one = server(torch.zeros(shard.end - shard.begin))
         one.become(after[shard.number])
@@ -58,7 +58,23 @@ def test_cut_anew_nothing_of_the_momentum_is_lost(old: int, new: int) -> None:
         assert (one.version, one.pushed) == (7, {})
 
 
-def test_where_a_shard_is_missing_all_begin_anew() -> None:
-    before = images(3)
-    del before[1]
-    assert gathered([bundle(before)]) == {}
+@pytest.mark.parametrize("missing", range(3))
+def test_where_a_shard_is_missing_its_elements_alone_begin_anew(missing: int) -> None:
+    before, (gone, whole) = images(3), (cut(SIZE, 3)[missing], cut(SIZE, 1))
+    del before[missing]
+    after = recut(gathered([bundle(before)]), 3, WEIGHTS, whole, server)
+    one = server(torch.zeros(SIZE))
+    one.become(after[0])
+    known = MOMENTS.clone()
+    known[:, gone.part] = 0
+    assert torch.equal(one.weights, WEIGHTS)
+    assert all(torch.equal(a, b) for a, b in zip(one.outer.tensors, known, strict=True))
+
+
+def test_of_two_images_of_a_shard_the_newer_one_counts() -> None:
+    """Older files may hold that of an owner whose shard had been taken over."""
+    old, new = server(WEIGHTS), server(MOMENTS[0])
+    old.version, new.version = 5, 6
+    for both in ((old, new), (new, old)):
+        found = gathered(bundle({0: one.image()}) for one in both)
+        assert torch.equal(found[0], new.image())

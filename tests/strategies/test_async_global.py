@@ -22,7 +22,7 @@ from lightning_async.algorithms.shards import MOST, RUN
 from lightning_async.arrival import Fate
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
-from tests.strategies.resumable import Draws, Saves, held_out, samples, seed
+from tests.strategies.resumable import Draws, Saves, files_of, held_out, look_when_put_back, samples, seed
 
 
 def _fit(devices: int, knobs: dict[str, Any], slow: float) -> dict[str, Any]:
@@ -223,6 +223,24 @@ def test_a_resumed_run_with_masters_of_bf16_weights_continues_too(tmp_path: Path
     )
     assert len(through[0]) > 5
     assert through == resumed
+
+
+def _weighed(path: str, resume: bool) -> list[float]:
+    """What a push counts by accuracy: right when all is restored, or else when it was saved."""
+    strategy, save, seen = AsyncGlobalStrategy(accuracy_weight="val"), Saves(path, "epoch", epoch=0), list[float]()
+    t = trainer(1, strategy=strategy, max_epochs=2, callbacks=[] if resume else [save])
+    look_when_put_back(t, lambda _: seen.append(strategy.quality.now()))
+    t.fit(Draws(), samples(), held_out(), ckpt_path=path if resume else None)
+    (own,) = files_of(Path(path)).values()
+    return [*seen, own["parts"]["quality"]["newest"]]
+
+
+def test_until_its_metric_is_logged_again_a_run_that_goes_on_weighs_by_the_last_value(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    ((fresh, _),) = run(1, _weighed, path, False)
+    ((begun, saved),) = run(1, _weighed, path, True)
+    assert fresh == 1
+    assert begun == saved != 1
 
 
 def _with_others(n: int, path: str, resume: bool) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import warnings
 from collections import Counter
 from contextlib import suppress
@@ -210,10 +211,20 @@ class BehindValidation(Saves):
 
 
 class Terminated(L.Callback):
-    """Rank 0 gets a SIGTERM in mid-epoch."""
+    """Rank 0 gets a SIGTERM in mid-epoch; perhaps when rank 1 is at its last batch of 20, behind which it waits."""
+
+    def __init__(self, last: Path | None = None) -> None:
+        self.last = last
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if rank() == 1 and (trainer.current_epoch, batch_idx) == (1, 19) and self.last is not None:
+            self.last.touch()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if rank() == 0 and (trainer.current_epoch, batch_idx) == (1, 3):
+            end = time.monotonic() + 30
+            while self.last is not None and not self.last.exists() and time.monotonic() < end:
+                time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -280,11 +291,15 @@ def test_a_save_that_comes_past_its_step_and_between_two_others_goes_on_to_the_b
         assert other == end
 
 
-@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
-def test_a_run_that_was_terminated_between_two_steps_goes_on_to_the_bit(tmp_path: Path) -> None:
-    """Ranks that train alone, each on its own: wherever each of them was stopped, it goes on as if it had not been."""
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:rank 1 had no batch in this epoch")
+@pytest.mark.parametrize("last", [True, False])
+def test_a_run_that_was_terminated_between_two_steps_goes_on_to_the_bit(last: bool, tmp_path: Path) -> None:
+    """Ranks that train alone, each on its own: wherever each of them was stopped, it goes on as if it had not been.
+    One that had no more batches waits again for the others to end the epoch."""
     knobs, more = {"mode": "none", "at_meeting": "keep", "buffers": "local"}, {"accumulate_grad_batches": 100}
-    save = [Terminated(), ModelCheckpoint(tmp_path, filename="x", save_on_exception=True, every_n_epochs=100)]
+    terminated = Terminated(tmp_path / "last" if last else None)
+    save = [terminated, ModelCheckpoint(tmp_path, filename="x", save_on_exception=True, every_n_epochs=100)]
     through = run(2, _adds_up, 2, Draws, knobs, more, [], None, 2)
     stopped = run(2, _adds_up, 2, Draws, knobs, more, save, None, 2)
     file = tmp_path / "x.ckpt"
@@ -411,6 +426,20 @@ def test_another_world_says_what_of_the_method_goes_on(name: str, tmp_path: Path
     ((sentence,),) = run(1, _taken_over, 1, name, path, True)
     assert f"{TAKEN_OVER[name][1]}" in sentence
     assert sentence.endswith("What else the method knew (masses, turns, steps) and the random states begin anew")
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("name", TAKEN_OVER)
+def test_the_world_of_before_a_death_goes_on_with_what_the_living_saved(name: str, tmp_path: Path) -> None:
+    """As with another number of ranks; whose shards nobody saved begin anew."""
+    path = tmp_path / "x.ckpt"
+    run(2, _taken_over, 2, name, str(path), False)
+    main = torch.load(path, weights_only=True)
+    main["lightning_async"]["ranks"] = [1]
+    torch.save(main, path)
+    (sentence,), _ = run(2, _taken_over, 2, name, str(path), True)
+    assert "rank 0 had died before it was saved. All ranks start from the consensus" in sentence
+    assert f"{TAKEN_OVER[name][1]}" in sentence
 
 
 class SeenBySave(Saves):
