@@ -198,21 +198,19 @@ def compare(job: Job, plain: Arm, depths: Sequence[int], seeds: range) -> tuple[
     }
     alone = {arm.every: replace(plain, every=arm.every) for arm in corrected.values()} if job.parts_matter else {}
     parts = {f"{PLAIN}, M={every}": arm for every, arm in alone.items()}
-    found = _trained(job, {PLAIN: plain} | controls | parts | late | corrected, seeds)
-    rows, claims = [], []
-    for name, scores in found.items():
-        reference = found[PLAIN]
-        if name in corrected and job.parts_matter:
-            reference = found[f"{PLAIN}, M={corrected[name].every}"]
+    found, rows, claims = {}, [], []
+    for name, arm in ({PLAIN: plain} | parts | corrected | late | controls).items():
+        found[name] = train(job, seeds, arm)
+        beside = f"{PLAIN}, M={arm.every}" if name in corrected and job.parts_matter else PLAIN
+        gains = [mine.accuracy - other.accuracy for mine, other in zip(found[name], found[beside], strict=True)]
+        risen = [mine.loss - other.loss for mine, other in zip(found[name], found[beside], strict=True)]
         title = f"{job.name}, {plain.optimizer}: {name}"
         role = Role.RESULT if name in late or name in corrected else Role.CONTROL if name in controls else Role.LIMIT
-        gains = [mine.accuracy - other.accuracy for mine, other in zip(scores, reference, strict=True)]
-        risen = [mine.loss - other.loss for mine, other in zip(scores, reference, strict=True)]
-        rows.append(
-            Row(title, role, {**_means(scores), "gain": mean(gains), "+-": around(gains), "risen": mean(risen)})
-        )
-        if role is Role.RESULT:
-            claims += [within(f"{title}: accuracy", gains), within(f"{title}: loss", [-more for more in risen])]
+        means = _means(found[name])
+        rows.append(Row(title, role, {**means, "gain": mean(gains), "+-": around(gains), "risen": mean(risen)}))
+        told = [within(f"{title}: accuracy", gains), within(f"{title}: loss", [-more for more in risen])]
+        claims += told if role is Role.RESULT else []
+        _tell(title, arm, means, told)
     return rows, claims
 
 
@@ -251,7 +249,16 @@ def _trained(job: Job, arms: dict[str, Arm], seeds: range) -> dict[str, list[Sco
     found = {}
     for name, arm in arms.items():
         found[name] = train(job, seeds, arm)
-        print(
-            f"  {job.name}, {arm.optimizer}, lr {arm.lr:g}: {name}: {_means(found[name])}", file=sys.stderr, flush=True
-        )
+        _tell(f"{job.name}: {name}", arm, _means(found[name]), ())
     return found
+
+
+def _tell(title: str, arm: Arm, means: dict[str, float], claims: Sequence[Claim]) -> None:
+    """How far it is: a table takes minutes."""
+    print(
+        f"  {title}: lr {arm.lr:g}, {means}",
+        *(claim.sentence for claim in claims),
+        sep="\n    ",
+        file=sys.stderr,
+        flush=True,
+    )

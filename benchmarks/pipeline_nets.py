@@ -230,5 +230,5 @@ def jobs() -> list[Job]:
     return [
         Job("convolutional", task.train, task.validation, convolutional, sgd=0.05, adam=3e-3, passes=20, batch=48),
         Job("transformer", pieces, held_out, transformer, sgd=0.3, adam=5e-3, passes=2, batch=12),
-        Job("112 layers", task.train, task.validation, deep, sgd=3e-3, adam=1e-3, passes=14, batch=48),
+        Job("112 layers", task.train, task.validation, deep, sgd=3e-3, adam=1e-3, passes=12, batch=48),
     ]
