@@ -1,14 +1,17 @@
 """What late gradients cost in accuracy: the delayed pipeline beside backpropagation, in pairs of one seed each.
 
-    limit       backpropagation: one stage, no delay, at the best of three learning rates
-    control     backpropagation at a third of it: what a carelessly chosen one costs; and at three times as much
-    results     K stages, a gradient for each batch, shrunk by beta at each hop
+    limit       backpropagation: one stage, no delay
+    control     backpropagation at a third of its learning rate, and at three times as much; and of the last quarter of
+                the blocks only, the others as they were drawn: what early stages are worth
+    results     K stages, a gradient for each batch, shrunk by beta at each hop; and the same batches in M = 2(K - 1)
+                parts, an update for all of them (ADL), forward with predicted weights
 
-Computed by the simulator, which a run on K ranks equals to the bit (a test of the package says so). The networks of all
-seeds go through it at once, each with its own weights and samples (`Copies`): what one of them computes alone, but for
-rounding. Each net with SGD and momentum, and with AdamW (which sees no factor: there it goes on the learning rate);
-learning rates rise over the first tenth and fall to nothing. The last rows take learning rates that are too large,
-where shrinking is said to keep deep pipelines stable.
+All rows of an optimizer have the same learning rate, schedule, updates and samples, and in pairs the same first weights
+and order. With BatchNorm a batch in parts is another network, so there the limit of M parts has as many. Computed by
+the simulator, which a run on K ranks equals to the bit (a test of the package says so). The networks of all seeds go
+through it at once (`pipeline_nets`). Each net with SGD and momentum, and with AdamW (which sees no factor: there it
+goes on the learning rate); learning rates rise over the first tenth and fall to nothing. The last rows take learning
+rates that are too large, where shrinking is said to keep deep pipelines stable.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ at once, each with its own weights and samples: a batch has a dimension for them
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.tasks import CHARACTERS, CONTEXT, characters, digits
 
-SHORT = 32  # characters of a piece
+SHORT = 16  # characters of a piece
 
 
 class Draws:
@@ -224,11 +224,16 @@ def transformer(draws: Draws, width: int = 32, layers: int = 4) -> list[nn.Modul
 
 
 def jobs() -> list[Job]:
-    """What is trained; the learning rates are the best of three for backpropagation."""
+    """What is trained.
+
+    Learning rates are backpropagation's: of 0.001, 0.003, 0.01, ... the smallest with which seeds that are in no table
+    come within half a point of the best. A pipeline's were not looked for.
+    """
     task, text = digits(), characters(6400)
     pieces, held_out = ((x[:, :SHORT], y[:, :SHORT]) for x, y in (text.train, text.validation))
+    pictures = Job("convolutional", task.train, task.validation, convolutional, sgd=0.1, adam=0.01, passes=18, batch=48)
     return [
-        Job("convolutional", task.train, task.validation, convolutional, sgd=0.05, adam=3e-3, passes=20, batch=48),
-        Job("transformer", pieces, held_out, transformer, sgd=0.3, adam=5e-3, passes=2, batch=12),
+        replace(pictures, parts_matter=True),
+        Job("transformer", pieces, held_out, transformer, sgd=0.03, adam=0.01, passes=1, batch=12),
         Job("112 layers", task.train, task.validation, deep, sgd=3e-3, adam=1e-3, passes=12, batch=48),
     ]
