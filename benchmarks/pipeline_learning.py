@@ -202,7 +202,7 @@ def compare(job: Job, plain: Arm, depths: Sequence[int], seeds: range) -> tuple[
     alone = {arm.every: replace(plain, every=arm.every) for arm in corrected.values()} if job.parts_matter else {}
     parts = {f"{PLAIN}, M={every}": arm for every, arm in alone.items()}
     found, rows, claims = {}, [], []
-    for name, arm in ({PLAIN: plain} | parts | corrected | late | controls).items():
+    for name, arm in ({PLAIN: plain} | late | parts | corrected | controls).items():
         found[name] = train(job, seeds, arm)
         beside = f"{PLAIN}, M={arm.every}" if name in corrected and job.parts_matter else PLAIN
         gains = [mine.accuracy - other.accuracy for mine, other in zip(found[name], found[beside], strict=True)]

@@ -229,7 +229,7 @@ def jobs() -> list[Job]:
     Learning rates are backpropagation's: of 0.001, 0.003, 0.01, ... the smallest with which seeds that are in no table
     come within half a point of the best. A pipeline's were not looked for.
     """
-    task, text = digits(), characters(6400)
+    task, text = digits(), characters(3600)
     pieces, held_out = ((x[:, :SHORT], y[:, :SHORT]) for x, y in (text.train, text.validation))
     pictures = Job("convolutional", task.train, task.validation, convolutional, sgd=0.1, adam=0.01, passes=18, batch=48)
     return [
