@@ -207,7 +207,7 @@ class Turns:
     @contextmanager
     def _ahead(self) -> Iterator[None]:
         optimizers = self._strategy.optimizers if self._strategy.compensate == "predict" else []
-        with compensate.predicted(optimizers[0], self._late) if optimizers else nullcontext():
+        with compensate.predicted(optimizers[0], self._late * self._lr) if optimizers else nullcontext():
             yield
 
     def _settle(self, batch: int) -> None:

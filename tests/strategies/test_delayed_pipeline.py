@@ -251,6 +251,14 @@ def test_corrections_change_the_run_but_for_its_last_stage_at_first(knobs: dict[
     assert losses[:2] == bare[:2]  # no earlier stage has stepped yet
 
 
+def test_weights_are_predicted_for_the_steps_that_shrinking_leaves() -> None:
+    """Adam's steps of no length lead nowhere."""
+    bare, ahead = (
+        run(3, _late, {"shrink": 1e-6, "compensate": how}, "adam")[0]["losses"] for how in ("none", "predict")
+    )
+    assert ahead == pytest.approx(bare, rel=1e-4)
+
+
 def test_delays_are_shown() -> None:
     ends = run(3, _fit, 3, {}, {}, {})
     assert ends[0]["delays"] == []
