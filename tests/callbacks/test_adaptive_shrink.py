@@ -136,6 +136,7 @@ def _saved_and_resumed(folder: str, n: int, world_then: int) -> dict[str, Any]:
     return {"began": before, "ended": _Kept(shrink).state_dict(), "said": said, "left": t.strategy.shrink is no_shrink}  # type: ignore[attr-defined]
 
 
+@pytest.mark.few(0)
 def test_its_state_is_saved_and_another_world_begins_anew(tmp_path: Path) -> None:
     first = run(2, _saved_and_resumed, str(tmp_path), 2, 2)
     assert all(end["left"] for end in first)

@@ -103,6 +103,7 @@ def test_in_a_pipeline_it_goes_by_whether_late_gradients_still_point_where_fresh
     assert hasty["min"] < 0.9
 
 
+@pytest.mark.few(0)
 def test_where_a_pipeline_shows_nothing_fresh_it_says_so() -> None:
     ends = run(3, _steps, 0.3, "recompute")
     assert ends[0][0]["min"] == 1

@@ -172,6 +172,7 @@ def _with_more_stages(n: int, folder: str, path: str | None) -> list[str]:
     return [str(w.message) for w in caught if "anew" in str(w.message)]
 
 
+@pytest.mark.few(0)
 def test_a_law_of_other_stages_begins_anew_and_says_so_once(tmp_path: Path) -> None:
     assert run(2, _with_more_stages, 2, str(tmp_path), None) == [[], []]
     assert run(3, _with_more_stages, 3, str(tmp_path), str(tmp_path / "it.ckpt")) == [

@@ -116,6 +116,7 @@ def _killed(folder: str) -> int:
     return int(t.strategy.steps)  # type: ignore[attr-defined]
 
 
+@pytest.mark.few(0)
 def test_a_killed_rank_is_replayed_as_far_as_it_came(tmp_path: Path, said: Said) -> None:
     with Forked(2, _killed, str(tmp_path / "run"), store=True) as ranks:
         assert [result.kind for result in ranks.results()] == [None, "gone"]
@@ -173,6 +174,7 @@ def _interrupted(folder: str, epochs: int) -> None:
     t.fit(recorded.Epochs(), ckpt_path=None if saving else f"{folder}/saved/last.ckpt")
 
 
+@pytest.mark.few(0)
 def test_a_run_that_goes_on_from_each_rank_s_own_state(tmp_path: Path, said: Said) -> None:
     run(2, _interrupted, str(tmp_path), 1)
     run(2, _interrupted, str(tmp_path), 3)

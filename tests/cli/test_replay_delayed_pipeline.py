@@ -78,6 +78,7 @@ def test_whatever_was_trained(n: int, module: str, options: dict[str, Any], tmp_
     assert f"compared: {batches} losses" in words
 
 
+@pytest.mark.few(0)
 def test_what_differs_first_is_named_by_its_stage_and_pass(tmp_path: Path, said: Said) -> None:
     """The first stage's weights differ from its tenth batch on: not the loss is named, which the last stage sees."""
     record(tmp_path / "run")
@@ -99,6 +100,7 @@ def test_other_data_and_other_weights_are_told(tmp_path: Path, said: Said) -> No
     assert "the data set of the run had 60 samples, this one has 40" in words
 
 
+@pytest.mark.few(0)
 def test_a_run_that_went_on_in_mid_epoch_is_replayed_from_its_checkpoint(tmp_path: Path, said: Said) -> None:
     record(tmp_path / "first", max_epochs=1)
     (saved,) = (tmp_path / "saved").glob("*.ckpt")
@@ -129,6 +131,7 @@ def test_the_logs_of_a_run_whose_stage_was_killed_are_replayed_as_far_as_they_ca
     assert "member 1's log ends behind step 9: it was stopped or killed" in words
 
 
+@pytest.mark.few(0)
 def test_one_member_alone_and_the_first_steps(tmp_path: Path, said: Said) -> None:
     record(tmp_path / "run")
     status, words = said(tmp_path / "run", "--until", "5")

@@ -47,6 +47,7 @@ def few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "DOTS", 40)
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("few_pixels")
 @pytest.mark.parametrize("world", [2, 64])
 def test_a_page_of_any_size(world: int, tmp_path: Path) -> None:

@@ -260,6 +260,7 @@ def _with_others(n: int, path: str, resume: bool) -> Any:
     return seen[0], weights(lit)
 
 
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore")
 def test_with_other_ranks_the_shards_are_cut_anew(tmp_path: Path) -> None:
     path = str(tmp_path / "x.ckpt")
@@ -283,6 +284,7 @@ def _fit_with(**knobs: Any) -> str:
     return ""
 
 
+@pytest.mark.few(0)
 def test_a_metric_that_nobody_logs_is_told_after_the_first_meeting() -> None:
     (said,) = run(1, partial(_fit_with, accuracy_weight="accuracy"))
     assert said.startswith("MisconfigurationException: accuracy_weight='accuracy': no metric of this name was logged")

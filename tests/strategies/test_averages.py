@@ -224,7 +224,7 @@ class Epochs(WeightAveraging):
         return epoch_idx is not None
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
 @pytest.mark.parametrize("kind", ["step", "epoch"])
 def test_averages_that_begin_late_or_by_epochs(kind: str) -> None:

@@ -147,6 +147,7 @@ def saves(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     return fit((4, 12), {**more, "callbacks": [saver, EMAWeightAveraging()], **options})
 
 
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*not resumable", "ignore:Experiment logs")
 @pytest.mark.filterwarnings("ignore:`DataLoader` has no state, so this run begins its stream anew")
 def test_saved_logged_and_gone_on_with(tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_a_whole_checkpoint(
     assert_nothing_over(tmp_path)
 
 
+@pytest.mark.few(0)
 def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path: Path) -> None:
     with Forked(2, _dies, str(tmp_path), 0, 2, 60.0, store=True) as forked:
         forked.processes[0].join(30)
@@ -123,7 +124,7 @@ def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path: Path) -> None:
     assert_nothing_over(tmp_path)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("dead", "at"), [(0, 2), (0, 1), (2, 0)])
 def test_those_who_live_finish_the_save(dead: int, at: int, tmp_path: Path) -> None:
@@ -406,6 +407,7 @@ def test_a_disk_that_was_full_later_is_raised_on_all_and_the_old_checkpoint_stay
     assert all(own["save"] == main["lightning_async"]["save"] for own in files_of(tmp_path / "x.ckpt").values())
 
 
+@pytest.mark.few(0)
 def test_files_may_lie_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     options = {"save_top_k": 1}

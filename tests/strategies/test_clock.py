@@ -157,6 +157,7 @@ def test_callbacks_stop_behind_a_validation_in_mid_epoch(
     assert both(_watched_by, "stops", tmp_path, every, mine)[0]["global_step"] == step
 
 
+@pytest.mark.few(0)
 def test_callbacks_act_behind_validations_by_time(tmp_path: Path) -> None:
     found = both(_watched_by, "saves", tmp_path, timedelta(seconds=0.2), GossipRingStrategy)
     assert found[0]["validated"] == found[0]["saved"]
@@ -204,6 +205,7 @@ def late(folder: Path, path: Path | None) -> dict[str, Any]:
     return streamed([10**6, 10**6], options)  # of shared samples the others may leave a rank none
 
 
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*not resumable")
 @pytest.mark.filterwarnings("ignore:`DataLoader` has no state, so this run begins its stream anew")
 def test_a_point_that_was_passed_is_saved_and_validated_once_all_the_same(tmp_path: Path) -> None:
@@ -291,7 +293,7 @@ def at_least(mine: type[AsyncStrategy]) -> dict[str, Any]:
     return fit(StopsEarly(), max_epochs=-1, min_steps=70, strategy=mine())  # 30 steps an epoch
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("mine", [GossipRingStrategy, LazySignStrategy])
 def test_an_early_stop_comes_at_the_last_of_min_steps(mine: type[AsyncStrategy]) -> None:
     found = both(at_least, mine)
@@ -309,6 +311,7 @@ def one_skips() -> dict[str, Any]:
     return fit(Skipping(), max_epochs=2)
 
 
+@pytest.mark.few(0)
 def test_a_rank_that_skips_the_rest_of_its_epoch_waits_for_no_meeting_in_vain() -> None:
     found = both(one_skips)
     assert len(found[0]["validated"]) == 2
@@ -391,6 +394,7 @@ def streamed_and_saved(folder: Path, path: Path | None, lengths: list[int]) -> d
     return streamed([4 * 60, lengths[-1]], options)
 
 
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:You're resuming from a checkpoint that ended")
 @pytest.mark.filterwarnings("ignore:`DataLoader` has no state, so this run begins its stream anew")
 def test_a_rank_that_ran_dry_saves_and_resumes_with_the_others(tmp_path: Path) -> None:
@@ -466,6 +470,7 @@ def saved_by_time(folder: Path) -> dict[str, Any]:
     return fit(max_epochs=-1, max_steps=100, seconds=0.01, callbacks=[saver], enable_checkpointing=True)
 
 
+@pytest.mark.few(0)
 def test_checkpoints_by_the_clock_of_the_first_rank(tmp_path: Path) -> None:
     found = both(saved_by_time, tmp_path)
     assert len(found[0]["saved"]) >= 2

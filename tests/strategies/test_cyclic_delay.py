@@ -328,6 +328,7 @@ def test_a_holder_is_killed_or_frozen_and_the_others_push_on_within_3_seconds(
                 assert _longest([noted[0][0], *news, noted[-1][0]]) < 3
 
 
+@pytest.mark.few(0)
 def test_under_strict_a_death_is_survived() -> None:
     with Forked(3, _struck, 2, "kill", {"push": "gradient", "token": "strict"}, store=True) as forked:
         results = forked.results(60)

@@ -209,7 +209,7 @@ def test_who_stops_in_mid_epoch_stops_all_after_the_same_batch(rank: int) -> Non
     assert 3 < ends[0][0] <= 3 + 2 * 4 + 1
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("rank", [0, 3])
 def test_who_stops_stops_all_replicas_after_the_same_batch(rank: int) -> None:
     ends = run(4, _stops, 4, rank, {"replicas": 2})
@@ -251,6 +251,7 @@ def test_corrections_change_the_run_but_for_its_last_stage_at_first(knobs: dict[
     assert losses[:2] == bare[:2]  # no earlier stage has stepped yet
 
 
+@pytest.mark.few(0)
 def test_weights_are_predicted_for_the_steps_that_shrinking_leaves() -> None:
     """Adam's steps of no length lead nowhere."""
     bare, ahead = (

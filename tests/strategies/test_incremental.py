@@ -92,7 +92,7 @@ def test_the_papers_form_adds_a_part_an_epoch_and_moves_nothing() -> None:
     assert len(ends[3]["owned"][2]) < 0.6 * 240 / 4
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("balance", ["incremental", KEPT])
 def test_with_a_server_and_one_exchange_an_epoch_as_in_the_paper(balance: Any) -> None:
     ends = run(3, _fit, 3, balance, 3, None, None, None, 4, "async_global")
@@ -112,7 +112,7 @@ def test_the_others_go_on_after_a_death(balance: Any) -> None:
     assert of_epoch(ends, 3) == Counter(range(240))
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:.*does not go on to the bit", "ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(
     ("balance", "before", "after"), [("incremental", 2, 2), ("incremental", 2, 3), (KEPT, 2, 2), (KEPT, 3, 2)]

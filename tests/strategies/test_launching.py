@@ -333,7 +333,7 @@ def process_of_mpi(words: list[str], file: str) -> dict[str, Any]:
     return train(words)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("strategy", ["by_node", "gossip_ring"])
 def test_the_processes_of_mpirun(strategy: str, tmp_path: Path) -> None:
     """By what Lightning asks `mpi4py`, of two hosts with two processes each: there is no MPI here."""

@@ -105,7 +105,7 @@ def test_whole_gradients_on_two_ranks_are_ddp_to_the_bit(form: str, module: dict
     assert mine[0]["weights"] == by_ddp(2, **module)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("compress", ["update", "gradient"])
 def test_whole_numbers_on_three_ranks_are_ddp_to_rounding(compress: str) -> None:
     mine = fit(3, {**WHOLE, "compress": compress}, {"momentum": 0.9})
@@ -392,6 +392,7 @@ def test_a_resumed_run_continues_as_if_it_had_not_stopped(rule: str, tmp_path: P
         assert one[:2] == other[:2]
 
 
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:.*the run does not go on to the bit")
 def test_a_resumed_run_with_more_ranks_takes_over_what_was_held_back(tmp_path: Path) -> None:
     path = str(tmp_path / "x.ckpt")
@@ -409,7 +410,7 @@ def _recorded(folder: str, knobs: dict[str, Any]) -> None:
     trainer(2, strategy=LazySignStrategy(record=folder, **knobs)).fit(recorded.Net())
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("knobs", [{}, {"rule": "accumulate"}, {"deadline": 0.0}], ids=str)
 def test_a_recorded_run_is_replayed_to_the_bit(
     knobs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -113,7 +113,7 @@ def _adds_up(devices: int, replicas: int, file: str, batch: int, resume: bool) -
     return weights(lit), lit.losses, t.global_step
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:.*not resumable")
 @pytest.mark.parametrize(("devices", "replicas", "batch"), [(3, 1, 6), (4, 2, 3), (2, 1, 7), (3, 1, 4)])
 def test_a_run_goes_on_between_two_updates(devices: int, replicas: int, batch: int, tmp_path: Path) -> None:
@@ -134,6 +134,7 @@ def _with_fewer(file: str, devices: int, batch: int) -> Any:
     return _adds_up(devices, 1, file, batch, True)
 
 
+@pytest.mark.few(0)
 def test_gradients_that_were_added_up_go_on_in_other_stages(tmp_path: Path) -> None:
     """Of two pipelines, in one of three stages: what a step takes is their mean."""
     file = str(tmp_path / "x.ckpt")

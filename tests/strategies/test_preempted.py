@@ -171,7 +171,7 @@ def test_streams_go_on_where_each_rank_completed_its_last_sample(tmp_path: Path,
     assert trained[1] == 20 or length > 20
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("balance", [None, "its own"], ids=["stream", "data set"])
 def test_the_stages_of_a_pipeline_go_on_behind_the_last_batch_that_was_saved(
     tmp_path: Path, balance: str | None

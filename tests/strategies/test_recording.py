@@ -141,6 +141,7 @@ def _again(folder: str, epochs: int) -> None:
     t.fit(Lit(), loader(), loader(40, shuffle=False))
 
 
+@pytest.mark.few(0)
 def test_a_job_that_was_requeued_overwrites_no_log(tmp_path: Path) -> None:
     """Nor does it take the number that only another rank finds taken: hosts may have folders of their own."""
     run(2, _again, str(tmp_path), 1)

@@ -273,6 +273,7 @@ def test_a_run_that_was_saved_between_two_steps_goes_on_to_the_bit(
         assert set(own["parts"]["stepping"]["gradients"]) == names
 
 
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:Using ModelCheckpoint with manual optimization")
 def test_a_save_that_comes_past_its_step_and_between_two_others_goes_on_to_the_bit(tmp_path: Path) -> None:
     """The multiple of `every_n_train_steps` was passed before the meeting, behind which gradients were added up."""
@@ -328,7 +329,7 @@ def test_a_stream_that_does_not_know_where_it_stood_begins_anew(tmp_path: Path) 
     assert run(2, _forgets, path, False) == run(2, _forgets, path, True) == [10, 10]
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("at_meeting", ["adopt", "keep"])
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
 def test_a_resumed_run_continues_in_other_precisions(precision: str, at_meeting: str, tmp_path: Path) -> None:
@@ -519,7 +520,7 @@ def _batches(sizes: tuple[int, int], path: str, resume: bool) -> dict[str, Any]:
     return {"begun": begun[0], "posted": sum(posted), "said": said, "saved": save.seen.get("own")}
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(("sizes", "who"), [((4, 16), "1"), ((16, 16), "0, 1")])
 def test_other_batch_sizes_begin_with_masses_of_now_and_the_consensus(
     sizes: tuple[int, int], who: str, tmp_path: Path

@@ -98,6 +98,7 @@ def _told(path: str) -> list[str]:
     return [said for w in caught if "goes on with the parameters" in (said := str(w.message))]
 
 
+@pytest.mark.few(0)
 def test_the_run_says_once_what_it_thaws_again(tmp_path: Path) -> None:
     path = str(tmp_path / "x.ckpt")
     run(2, _through, _finetunes, Thawing, {"at_meeting": "keep"}, path, "batch", "32-true", False)
@@ -106,6 +107,7 @@ def test_the_run_says_once_what_it_thaws_again(tmp_path: Path) -> None:
     assert not silent
 
 
+@pytest.mark.few(0)
 def test_a_file_that_does_not_say_what_was_trained_is_refused_if_it_does_not_fit(tmp_path: Path) -> None:
     path = str(tmp_path / "x.ckpt")
     arguments = (_finetunes, Thawing, {"mode": "none", "at_meeting": "keep"}, path, "batch", "32-true")

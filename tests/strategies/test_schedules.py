@@ -144,6 +144,7 @@ def streams(options: dict[str, Any]) -> tuple[int | None, int, int, float]:
     return ended(module, one)
 
 
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:.*not resumable")
 def test_so_do_streams_whose_epochs_end_by_a_limit() -> None:
     found = run(2, streams, {"max_epochs": 4, "limit_train_batches": 14, "accumulate_grad_batches": 4})
@@ -162,7 +163,7 @@ def interrupted(folder: Path, path: Path | None, accumulate: int) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*not resumable")
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("accumulate", [4, 2])
 def test_an_epoch_that_goes_on_counts_whole_if_it_goes_on_alike(tmp_path: Path, accumulate: int) -> None:
     """With other steps it counts for those that are taken: 14 an epoch, but fewer for the rest of one."""

@@ -215,7 +215,7 @@ def next_dry_job(folder: Path, rank: int) -> dict[str, Any]:
     return dry_job(folder, rank, warned=False)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:rank . had no batch in this epoch")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_who_waits_for_the_others_hears_the_signal_too(slurm: Path, rank: int) -> None:
@@ -281,7 +281,7 @@ def test_a_signal_in_a_validation_saves_behind_it(slurm: Path, rank: int) -> Non
     assert len(again["seen"]) + len(also["seen"]) == (40 - 15) * 8
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_in_the_validation_at_the_end_of_an_epoch_saves_behind_it(slurm: Path, rank: int) -> None:
     """Before anybody trains on: the job may end any moment."""
@@ -356,7 +356,7 @@ class InTheLastValidation(Warned):
             self._warn(trainer)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_stages_of_a_pipeline_save_behind_their_very_last_validation(slurm: Path, rank: int) -> None:
     ends = run(3, pipeline, slurm, rank, InTheLastValidation)

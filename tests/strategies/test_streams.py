@@ -384,6 +384,7 @@ def test_what_a_stream_lacks_of_a_limited_epoch_the_others_train_on(kind: str, s
         assert end["step"] == 4 * -(-6 // accumulate)
 
 
+@pytest.mark.few(0)
 def test_a_stream_that_ends_with_its_part_steps_its_schedules_too() -> None:
     """Rank 2 has the six batches that are its part; rank 1 has two of them, so the epoch is not over there. Where the
     others both go on and a single batch is left, each of them takes one."""

@@ -333,6 +333,7 @@ def _validates_after() -> list[float]:
     return weights(lit)
 
 
+@pytest.mark.few(0)
 def test_other_stages_have_ranks_and_a_second_fit_has_members_again() -> None:
     one, other = run(2, _validates_after)
     assert one == other

@@ -68,7 +68,7 @@ def test_a_ranks_death_is_its_members_and_the_others_train_on_all_the_data(dead:
     _check_the_others(dead, tmp_path, die)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dead", [1, 2])
 def test_and_so_it_is_in_mid_backward_when_some_of_its_gradients_have_left(

@@ -299,7 +299,7 @@ def test_every_rank_of_two_and_one_is_a_member(nodes: list[int] | None, how: str
     are_members(run(3, _fit, "gossip_ring", {}, nodes, how))
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("of", ["gossip_ring", "lazy_sign"])
 def test_and_so_it_is_by_a_list_alone(of: str) -> None:
     are_members(run(3, _fit, of, {}, NODES, "by a list"))
@@ -469,6 +469,7 @@ def _saved(folder: str, ending: int, split: list[int], resumed: bool) -> dict[st
     return {"step": t.global_step, "told": [str(w.message) for w in told if "to the bit" in str(w.message)]}
 
 
+@pytest.mark.few(0)
 def test_the_same_nodes_go_on_to_the_bit_and_others_say_that_they_do_not(tmp_path: Path) -> None:
     run(3, _saved, str(tmp_path), 15, [2, 1], False)
     assert all(end == {"step": 30, "told": []} for end in run(3, _saved, str(tmp_path), 30, [2, 1], True))

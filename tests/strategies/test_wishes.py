@@ -184,7 +184,7 @@ class Some(IterableDataset[Any]):
         return zip(range(self.lengths[int(os.environ["RANK"])]), INPUTS, TARGETS, strict=False)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("lengths", [[240, 240], [240, 16]], ids=["both train", "rank 1 waits"])
 def test_what_tells_one_rank_at_a_meeting_stops_all(rank: int, lengths: list[int]) -> None:
@@ -340,6 +340,7 @@ def timed(folder: Path) -> dict[str, Any]:
     return {"end": end, "steps": t.global_step, "seconds": time.monotonic() - begin}
 
 
+@pytest.mark.few(0)
 def test_where_the_first_rank_dies_the_next_ones_clock_stops_the_run(tmp_path: Path) -> None:
     with Forked(3, timed, tmp_path, store=True) as forked:
         dead, *living = forked.results(60)
