@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink
 from lightning_async.algorithms.exchange import Exchange
-from lightning_async.algorithms.images import bundle, gathered, recut
+from lightning_async.algorithms.images import bundle, gathered, only, recut
 from lightning_async.algorithms.local_steps import LocalSteps, Period, check_local_steps
 from lightning_async.algorithms.outer import Rule, outer_rule
 from lightning_async.algorithms.own_service import OwnService
@@ -126,6 +126,7 @@ class AsyncGlobal(Algorithm):
         self.exchanges = [Exchange(shard, replica.flat, codec.of(shard.number), mail.me) for shard in shards]
         for exchange in self.exchanges:
             exchange.belongs_to(self.owners.owner(exchange.shard.number), self.owners.place(exchange.shard.number))
+        self._acting = [exchange.owner for exchange in self.exchanges]
         mine = {exchange.place: flat[exchange.shard.part] for exchange in self.exchanges if exchange.owner == mail.me}
         behind = {
             exchange.place: flat[exchange.shard.part]
@@ -176,8 +177,10 @@ class AsyncGlobal(Algorithm):
 
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """Push what is left; when all have, pull: the consensus is the server's W."""
-        consensus = yield from self._meeting(replica, mail).consensus(replica, mail)
-        self._images = yield from self._own.images()
+        meeting = self._meeting(replica, mail)
+        consensus = yield from meeting.consensus(replica, mail)
+        self._acting, images = meeting.acting, (yield from self._own.images())
+        self._images = only(images, (shard for shard, owner in enumerate(self._acting) if owner == mail.me))
         self.period.pause()
         return consensus
 
@@ -210,7 +213,7 @@ class AsyncGlobal(Algorithm):
             "outer": self._rule_name(),
             "step": self._step,
             "images": self._images,
-            "owners": [exchange.owner for exchange in self.exchanges],
+            "owners": self._acting,
             "versions": [exchange.version for exchange in self.exchanges],
             "steps": [exchange.step for exchange in self.exchanges],
             "micros": [self.period.micros, self.period.fastest],
@@ -234,6 +237,7 @@ class AsyncGlobal(Algorithm):
             exchange.version, exchange.step, exchange.clean = version, step, self._step
         self._images = state["images"].clone()
         self._own.put(self._images, at=self.owners.were(state.get("owners"), self.exchanges))
+        self._acting = [exchange.owner for exchange in self.exchanges]
 
     def _inherit(self, states: Sequence[Mapping[str, Any]], flat: Tensor, mail: Mail) -> None:
         """Go on from the states of other members: what the outer rule remembers is cut anew.

@@ -1,9 +1,10 @@
-"""Cyclic updates with dynamic delay: members push by turns, and add up their gradients while they wait for theirs.
+"""Cyclic updates with dynamic delay: members push by turns, and what they learn adds up while they wait for theirs.
 
-    member j     x: the server's weights, as last pulled
-      batch, batch, batch        sum += gradient           (so many batches as its speed allows: the dynamic delay)
-      token   push the sum   ------------->  shard's owner, on arrival:  optimizer.step(sum / n),  version + 1
-      x = W                  <-------------  W;  the token goes to the next member
+    member j
+      batch, batch, batch        sum += move, or gradient  (so many batches as its speed allows: the dynamic delay)
+      token   push the sum   ------------->  shard's owner, on arrival:  W += sum / n, or optimizer.step(sum / n)
+      x = W, and its own     <-------------  W, version + 1;  the token goes to the next member
+        moves since
 
 Each shard has its own token, owner, version and optimizer state; shard b's token begins at member b mod n, so that all
 links carry the same. "strict" (Hu et al. 2018): the ring is never left, and who has pushed waits for W: no push is more
@@ -24,7 +25,7 @@ from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink
 from lightning_async.algorithms.compensation import How
 from lightning_async.algorithms.compensation import compensation as compensated
 from lightning_async.algorithms.delta_exchange import DeltaExchange
-from lightning_async.algorithms.images import bundle, gathered, recut
+from lightning_async.algorithms.images import bundle, gathered, only, recut
 from lightning_async.algorithms.own_service import OwnService
 from lightning_async.algorithms.owners import Owners
 from lightning_async.algorithms.server_groups import Groups, MakeOptimizer, check_elementwise, numbers
@@ -155,6 +156,7 @@ class CyclicDelay(Algorithm):
             exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
             first[exchange.place] = members[number % len(members)]
             exchange.token = exchange.place if first[exchange.place] == mail.me else 0
+        self._acting = [exchange.owner for exchange in self.exchanges]
         service = self._service(replica, mail, first)
         mail.serve((*SERVED, BID, RATES), service)
         self._own = OwnService(mail)
@@ -227,8 +229,10 @@ class CyclicDelay(Algorithm):
 
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """Push what is left, by turns; when all have, pull: the consensus is the server's W."""
-        consensus = yield from self._meeting(replica, mail).consensus(replica, mail)
-        self._images = yield from self._own.images()
+        meeting = self._meeting(replica, mail)
+        consensus = yield from meeting.consensus(replica, mail)
+        self._acting, images = meeting.acting, (yield from self._own.images())
+        self._images = only(images, (shard for shard, owner in enumerate(self._acting) if owner == mail.me))
         return consensus
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
@@ -260,7 +264,7 @@ class CyclicDelay(Algorithm):
             "step": self._step,
             "refused": self.refused,
             "images": self._images,
-            "owners": [exchange.owner for exchange in self.exchanges],
+            "owners": self._acting,
             "rates": self._own.told_rates,
             "versions": [exchange.version for exchange in self.exchanges],
             "pushes": [exchange.step for exchange in self.exchanges],
@@ -281,6 +285,7 @@ class CyclicDelay(Algorithm):
             exchange.token = exchange.token if "rates" not in state else 0  # older images name no holder
         self._images = state["images"].clone()
         at = self.owners.were(state.get("owners"), self.exchanges)
+        self._acting = [exchange.owner for exchange in self.exchanges]
         self._own.put(self._images, state.get("rates"), at=at)
 
     def _inherit(self, states: Sequence[Mapping[str, Any]], flat: Tensor, mail: Mail, service: TurnService) -> None:

@@ -39,11 +39,6 @@ class DeltaExchange(Exchange):
         """Whether it is this member's turn."""
         return self.token == self.place
 
-    @property
-    def astray(self) -> bool:
-        """Whether the shard has a new owner, who was not asked yet."""
-        return self._moved_in
-
     def add(self, gradient: Tensor, samples: int) -> None:
         """One own step more, which has used the gradient."""
         self.count += 1

@@ -69,6 +69,11 @@ class Exchange:
         self._moved_in = self.place >= 0
         self.owner, self.place, self.asked = owner, place, 0
 
+    @property
+    def astray(self) -> bool:
+        """Whether the shard has a new owner, who was not asked yet."""
+        return self._moved_in
+
     # -- asking -------------------------------------------------------------------------------------------------------
 
     def push(

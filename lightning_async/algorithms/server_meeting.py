@@ -3,12 +3,14 @@
     LAST --> answered    agree: all is pushed    PULL --> W    agree: place and version of each shard --> the same?
 
 Who pulled from an owner that has died meanwhile pulls again from its heir, until all have the same weights, to the bit.
+What is agreed on is what a member had when it said its word: who hears of an heir later keeps to it. Who has heard of
+an heir and not pulled from it yet says so (`UNSEEN`), in the place of a version that the heir need not know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -21,6 +23,7 @@ from lightning_async.transport.mail import Mail, Wait
 from lightning_async.transport.rounds import Rounds
 
 T = TypeVar("T")
+UNSEEN = -1
 TRIES = 3
 """So often a member alone pushes: what the first push rounds off, the next one brings."""
 
@@ -37,6 +40,7 @@ class ServerMeeting:
         pump: Folds what has come.
         push: Pushes all of a shard that is not pushed yet.
         pausing: Whether the others must hear from a member that has nothing to push.
+        acting: Who owns each shard by the consensus.
     """
 
     exchanges: list[Exchange]
@@ -46,6 +50,7 @@ class ServerMeeting:
     pump: Callable[[], None]
     push: Callable[[Exchange], None]
     pausing: bool
+    acting: list[int] = field(default_factory=list)
 
     def consensus(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """The server's weights when all have pushed."""
@@ -55,9 +60,11 @@ class ServerMeeting:
         while True:
             for exchange in behind:
                 yield from self._pull(exchange, mail)
+            weights, owners = torch.cat([x.base for x in self.exchanges]), [x.owner for x in self.exchanges]
             newest = yield from self._newest()
             if newest is None:
-                return torch.cat([exchange.base for exchange in self.exchanges])
+                self.acting = owners
+                return weights
             behind = [x for x, most in zip(self.exchanges, newest, strict=True) if self._lags(x, most)]
 
     def answered(self, exchange: Exchange) -> Wait[None]:
@@ -108,17 +115,17 @@ class ServerMeeting:
 
     def _newest(self) -> Wait[list[tuple[int, int]] | None]:
         """The newest place and version of each shard that anybody pulled; None: all pulled those."""
-        mine = ",".join(f"{exchange.place}:{exchange.version}" for exchange in self.exchanges)
+        mine = ",".join(f"{x.place}:{UNSEEN if x.astray else x.version}" for x in self.exchanges)
         words = yield from self._attending(self.rounds.agree(mine.encode(), what="the same weights"))
-        if len(set(words.values())) == 1:
-            return None
         read = [[_pair(one) for one in word.decode().split(",")] for word in words.values()]
+        if all(one == read[0] for one in read) and all(version != UNSEEN for _, version in read[0]):
+            return None
         return [max(column) for column in zip(*read, strict=True)]
 
     def _lags(self, exchange: Exchange, newest: tuple[int, int]) -> bool:
         if exchange.place < newest[0]:
             self.owners.doubt(exchange.shard.number)
-        return (exchange.place, exchange.version) < newest
+        return exchange.astray or (exchange.place, exchange.version) < newest
 
 
 def _pair(word: str) -> tuple[int, int]:

@@ -95,6 +95,7 @@ class ShardService:
         self._me, self._members, self._rules, self._codec = me, members, rules, codec
         self._every, self._shrink, self._blank = mirror_every, shrink, blank
         self._next = next_of(me, members)
+        self._retired: dict[int, int] = {}
         self.owned = {at: Owned(self._new(weights.clone(), shard_of(at))) for at, weights in owned.items()}
         self._mirrors = {
             shard_of(at): (at, self._new(weights.clone(), shard_of(at)).image()) for at, weights in mirrored.items()
@@ -177,7 +178,7 @@ class ShardService:
         m = letter.message
         assert m.body is not None  # a mirror always has a body
         known = self._mirrors.get(shard_of(m.reference))
-        if known is None or known[0] <= m.reference:
+        if m.reference >= self._oldest(m.reference) and (known is None or known[0] <= m.reference):
             self._mirrors[shard_of(m.reference)] = m.reference, m.body.clone()
         return [(letter.peer, Message(MIRRORED, version=m.version, reference=m.reference))]
 
@@ -223,7 +224,8 @@ class ShardService:
         """The shard at this place. Who asks for a place that succeeds a mirror's has read that this member is the heir:
         it takes over at once, wherever its own member is."""
         mirror = self._mirrors.get(shard_of(at))
-        if at not in self.owned and mirror is not None and succeeds(at, mirror[0]):
+        late = before(at) < self._oldest(at)
+        if at not in self.owned and not late and mirror is not None and succeeds(at, mirror[0]):
             owned = self.owned[at] = self._without_mirror(self._blank(shard_of(at)), shard_of(at))
             owned.server.become(mirror[1])
             owned.server.hear(self._members)
@@ -234,10 +236,15 @@ class ShardService:
         """Also of places that this service took over by itself, and its member never knew of."""
         now = letter.message.reference
         number = shard_of(now)
+        self._retired[number] = max(before(now), self._oldest(now))
         if (mirror := self._mirrors.get(number)) is not None:  # nobody takes an older place over by it any more
             self._mirrors[number] = max(mirror[0], before(now)), mirror[1]
         older = [self.owned.pop(at) for at in [*self.owned] if shard_of(at) == number and at < now]
         return [_not_here(held) for owned in older for held in owned.held]
+
+    def _oldest(self, at: int) -> int:
+        """Of this shard, the oldest place whose mirror may be taken over: others come from who is long succeeded."""
+        return self._retired.get(shard_of(at), 0)
 
     def _show(self, letter: Letter) -> Answers:
         """The images of all shards that it owns."""

@@ -43,11 +43,6 @@ class TokenExchange(Exchange):
         """Whether it is this member's turn."""
         return self.token == self.place
 
-    @property
-    def astray(self) -> bool:
-        """Whether the shard has a new owner, who was not asked yet."""
-        return self._moved_in
-
     def add(self, gradient: Tensor, samples: int) -> None:
         """One batch more."""
         if not self.count:

@@ -28,7 +28,10 @@ def check_turns(
     if strength is not None and scale != "delay":
         raise ValueError(f"`strength` has no meaning with scale={scale!r}: leave it out")
     if compensation == "dc" and push == "delta":
-        raise ValueError("compensation='dc' is for gradients, and push='delta' pushes moves: use compensation='lr'")
+        raise ValueError(
+            "compensation='dc' is for gradients, and push='delta', the default, pushes moves: give push='gradient' "
+            "too, or use compensation='lr'"
+        )
     check_count("max_accumulate", max_accumulate, "no bound")
     if not isinstance(warm_up, int) or isinstance(warm_up, bool) or warm_up < 0:
         raise ValueError(f"`warm_up` must be an integer of at least 0, got {warm_up!r}")

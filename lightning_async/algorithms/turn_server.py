@@ -1,4 +1,4 @@
-"""One shard whose pushes come by turns: each is a sum of gradients, by which the optimizer steps, or a sum of moves.
+"""One shard whose pushes come by turns: each is a sum of moves, or of gradients, by which the optimizer steps.
 
     sum      every batch counts one n-th, as in a synchronous step        mean     every push counts as one batch
     delay    as "sum", and less by a law of how late it is

@@ -171,7 +171,8 @@ class CyclicDelayStrategy(AsyncStrategy):
     @property
     def taken_over(self) -> str:
         """What a run with other members takes over."""
-        return "The server's shards are cut anew for the members of now, with their versions and optimizer states"
+        with_states = ", with their versions and optimizer states" if self.algorithm.push == "gradient" else ""
+        return f"The server's shards are cut anew for the members of now{with_states}"
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
         """Also what all old ranks served, if they were more or fewer."""

@@ -41,7 +41,7 @@ def _state(strategy: AsyncStrategy, path: Any, save: str, rank: int) -> dict[str
     except Exception as error:  # each CheckpointIO has its own way to say that there is no such file
         rank_zero_warn(
             f"{strategy.name}: {file} cannot be read ({type(error).__name__}: {error}); what that rank had not sent "
-            "yet is lost: about one update of one rank"
+            "yet is lost, about one update of one rank, and of a server what the shards of that rank remembered"
         )
         return None
     state: dict[str, Any] = own["parts"]["algorithm"]

@@ -4,7 +4,8 @@
     with gathered("later"):    post, folded, post, folded        |  ...  send(): as the next batch begins, whose compute
                                                                     leaves the interpreter to the links' threads
     with gathered("at once"):  folded  --->  in the header of the next post, which its thread writes by itself
-    with answering():          post, folded  --->  a service's thread: one header, which it writes by itself
+    with answering():          post, folded  --->  a service's thread: one header, which it writes by itself, behind the
+                               block; long answers too
     clerk                      short mail to several links is written by one thread, which has nothing else to do: the
                                service's, if there is one. One wake-up in place of one for each
     long mail, and mail of other threads  ---->  at once: its time on the wire counts, or somebody waits for it
@@ -92,11 +93,12 @@ class Gathering:
 
     def _tell(self) -> None:
         stirred, self._stirred = self._stirred, {}
-        for link in stirred:
-            self._later.pop(link, None)
-        writes = [write for _, write in stirred.values() if write is not None]
+        links = list(stirred.values())  # another thread may be taking one out that has left (`sent`)
+        for changed, _ in links:
+            self._later.pop(id(changed), None)
+        writes = [write for _, write in links if write is not None]
         written = len(writes) > 1 and self.clerk(writes)
-        for changed, write in stirred.values():
+        for changed, write in links:
             if not written or write is None:
                 with changed:
                     changed.notify_all()

@@ -418,7 +418,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"compensation": "dc", "push": "delta", "make_optimizer": None},
-        "compensation='dc' is for gradients, and push='delta' pushes moves: use compensation='lr'",
+        "compensation='dc' is for gradients, .* give push='gradient' too, or use compensation='lr'",
     ),
     ({"warm_up": -1, "max_accumulate": 2}, "`warm_up` must be an integer of at least 0, got -1"),
     ({"warm_up": 5}, "`warm_up` needs a `max_accumulate` to grow to"),

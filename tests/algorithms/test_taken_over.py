@@ -3,6 +3,7 @@ weights, version, books, tokens, what its rule or optimizer remembers, and what 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,12 +24,16 @@ from lightning_async.transport.virtual import Program, VirtualCluster
 from tests.algorithms.legs import through_a_file
 
 N, SIZE, STEPS, STEP = 5, 160, 60, 0.02
+LONG = 60.0  # of a run of some two seconds
 
 METHODS: dict[str, Any] = {
     "nesterov": lambda: AsyncGlobal(local_steps=2, outer="nesterov", outer_momentum=0.9, outer_lr=0.2),
     "delayed": lambda: AsyncGlobal(local_steps=2, outer="delayed_nesterov", outer_momentum=0.9, outer_lr=0.5),
-    "adam": lambda: CyclicDelay(make_optimizer=lambda ps: optim.Adam(ps, 0.01)),
-    "sgd": lambda: CyclicDelay(make_optimizer=lambda ps: optim.SGD(ps, 0.01, momentum=0.9), token="strict"),
+    "adam": lambda: CyclicDelay(push="gradient", make_optimizer=lambda ps: optim.Adam(ps, 0.01)),
+    "sgd": lambda: CyclicDelay(
+        push="gradient", make_optimizer=lambda ps: optim.SGD(ps, 0.01, momentum=0.9), token="strict"
+    ),
+    "moves": CyclicDelay,
 }
 
 Frozen = Sequence[tuple[int, float, float]]
@@ -75,8 +80,18 @@ def remembered(members: Sequence[Member]) -> dict[int, list[Tensor]]:
     return {number: [*outer.tensors, torch.tensor([outer.count])] for number, outer in sorted(outers.items())}
 
 
+def _soon(cluster: VirtualCluster, program: Program) -> Program:
+    while True:
+        try:
+            what = next(program)
+        except StopIteration as end:
+            return end.value
+        assert cluster.clock.time < LONG, f"{what}, for ever"
+        yield what
+
+
 def saved(
-    method: str, frozen: Frozen = (), dead: int | None = None
+    method: str, frozen: Frozen = (), dead: int | None = None, steps: int = STEPS
 ) -> tuple[Tensor, dict[int, dict[str, Any]], dict[int, list[Tensor]]]:
     """The consensus, each member's state and what is remembered at a meeting, at which whoever was frozen is back."""
     cluster = VirtualCluster(N, latency=0.005, jitter=1.0, silence=0.3, patience=30.0 if dead is None else 1.0)
@@ -89,7 +104,7 @@ def saved(
     def life(member: Member, carrier: Carrier) -> Program:
         rounds = member.begin(carrier)
         yield from rounds.barrier()
-        return (yield from member.train(carrier, range(1, STEPS + 1)))
+        return (yield from _soon(cluster, member.train(carrier, range(1, steps + 1))))
 
     ends = cluster.run({c.me: life(members[c.me], c) for c in cluster.carriers})
     first = next(iter(ends.values()))[0]
@@ -163,6 +178,24 @@ def test_who_took_a_shard_over_saves_it_and_goes_on_with_it(method: str, frozen:
         version_of(image) > version_of(images[s]) for s, image in served({r: e[2] for r, e in ends.items()}).items()
     )
     assert all(torch.equal(end[1], ends[0][1]) for end in ends.values())
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_meeting_ends_alike_for_all_whenever_owners_freeze(method: str, seed: int) -> None:
+    """Also where one is missed between what it has answered and what all agree on."""
+    chance = random.Random(seed)
+    cases = [[(4, 0.625, 0.8)], [(1, 0.531, 0.8), (0, 0.446, 1.0)], [(1, 0.561, 0.8)]] if seed == 0 else []
+    for _ in range(6):
+        rank, at = chance.randrange(N), chance.uniform(0.4, 0.7)
+        other = ((rank + chance.randrange(1, N)) % N, at + chance.uniform(-0.1, 0.2), chance.choice([0.4, 1.0]))
+        cases.append([(rank, at, 0.8), *([other] if chance.random() < 0.5 else [])])
+    for frozen in cases:
+        _, states, _ = saved(method, frozen, steps=20)
+        found = [number for state in states.values() for number in unbundle(state["images"])]
+        assert len(found) == len(set(found)), (frozen, found)  # of none two: all would begin as its owner
+        assert len({tuple(state["owners"]) for state in states.values()}) == 1, frozen
 
 
 def joined(shards: dict[int, list[Tensor]]) -> list[Tensor]:

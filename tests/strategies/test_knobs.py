@@ -260,7 +260,7 @@ VARIANTS = {
     "sync": (lightning_async.GossipRingStrategy, {"mode": "sync"}),
     "none": (lightning_async.GossipRingStrategy, {"mode": "none"}),
     "SGWU": (lightning_async.AsyncGlobalStrategy, {"mode": "sync"}),
-    "delta": (lightning_async.CyclicDelayStrategy, {"push": "delta"}),
+    "gradient": (lightning_async.CyclicDelayStrategy, {"push": "gradient"}),
     "late signs": (lightning_async.LazySignStrategy, {"deadline": 0.1}),
     "numbers": (lightning_async.LazySignStrategy, {"compressor": "none"}),
 }

@@ -103,7 +103,7 @@ def _look(kind: Any, path: str, resume: bool) -> dict[str, Any]:
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("kind", [AsyncGlobalStrategy, LazySignStrategy, CyclicDelayStrategy])
+@pytest.mark.parametrize("kind", [AsyncGlobalStrategy, LazySignStrategy, partial(CyclicDelayStrategy, push="gradient")])
 def test_so_it_is_with_the_own_state_of_other_methods(kind: Any, tmp_path: Path) -> None:
     """Shards and their optimizers, what was held back: as they were, though one rank is slow."""
     path = str(tmp_path / "x.ckpt")

@@ -221,7 +221,9 @@ def test_a_bucket_leaves_before_backward_has_ended_but_not_where_a_hook_may_chan
 
 
 @pytest.mark.few(0)
-@pytest.mark.parametrize("knobs", [{"of": "async_global"}, {"of": "cyclic_delay", "token": "strict"}], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [{"of": "async_global"}, {"of": "cyclic_delay", "push": "gradient", "token": "strict"}], ids=str
+)
 def test_and_so_it_is_with_a_server_of_its_own(knobs: dict[str, Any]) -> None:
     for end in fit(2, {**TWO, **knobs}):
         assert end["weights"] == by_ddp(2)["weights"]

@@ -329,7 +329,7 @@ def are_members(ends: list[dict[str, Any]]) -> None:
         ("async_global", {}),
         ("gossip_ring", {"at_meeting": "keep"}),
         ("cyclic_delay", {}),
-        ("cyclic_delay", {"push": "delta"}),
+        ("cyclic_delay", {"push": "gradient"}),
     ],
     ids=str,
 )
