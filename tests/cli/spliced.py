@@ -76,7 +76,7 @@ def _served(through: list[Any], met: int, resumed: list[Any], head: list[Line]) 
     """What reached the service: what its own member told it at the beginning, then what came when all was shown."""
     me = resumed[0]["me"]
     told = sum(words[0] == "post" and words[1] == me and bool(words[-1]) for words in head)
-    first = [line[2:] for line in resumed[1:] if line[1] == SERVED][:told]
+    first = [line[2:] for line in resumed[1:] if line[1] == SERVED and line[3] == me][:told]  # others' copies may pass
     shown = [i for i, line in enumerate(through[:met]) if i and line[1] == SERVED and line[4] == SHOW]
     behind = through[shown[-1] + 1 :] if shown else []
     return first + [line[2:] for line in behind if line[1] == SERVED]

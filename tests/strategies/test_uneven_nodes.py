@@ -417,7 +417,7 @@ def _agent(inner: bool) -> list[dict[str, Any]]:
     config, _, _ = config_from_args(parse_args([*line, f"--master-port={port}", "script.py"]))
     quick = replace(config, start_method="fork", monitor_interval=0.05)
     found = elastic_launch(quick, _fit)("gossip_ring", {"inner": "node"} if inner else {}, None, "torchrun itself")
-    return list(found.values())
+    return [found[rank] for rank in sorted(found)]  # it has them in the order in which they ended
 
 
 @pytest.mark.filterwarnings("ignore:.*fork")
