@@ -4,6 +4,9 @@
     trained on           1 2 3 4 5             being trained on: 5
     the bookmark         1 2 3 4|              the loader's state right after batch 4: what a checkpoint needs
 
+Who came to the stream's end before the others did waits for them, and does so again in a run that was saved then: that
+epoch is over for it (`Streams.over`), though its state reads as a beginning.
+
 A stream has no positions, so it is not shared out: every rank trains on all that its own loader yields, and each rank
 has its own bookmark. Only states are kept, one for each batch on its way, and no batch.
 
@@ -28,6 +31,7 @@ _OWN = frozenset(
         "_loader",
         "_source",
         "_begun",
+        "_over",
         "_way",
         "_mark",
         "_handed",
@@ -47,12 +51,20 @@ class Stream:
     Args:
         loader: The user's loader.
         begun: Is called when an iterator draws its first batch.
+        over: Whether this epoch has nothing for this rank, whatever the loader has.
     """
 
-    def __init__(self, loader: Iterable[Any], *, begun: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        begun: Callable[[], object] = lambda: None,
+        over: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._loader = loader
         self._source = source_of(loader)
         self._begun = begun
+        self._over = over
         self._way: deque[Any] = deque()
         self._mark: Any = None
         self._loaded: Any = None
@@ -76,6 +88,9 @@ class Stream:
 
     def __iter__(self) -> Iterator[Any]:
         self._begun()
+        if self._over():
+            self._ended = True
+            return
         went_on = self._back()
         yield from self._drawn()
         if went_on and not self._handed:  # it was cut right at its end
@@ -105,7 +120,7 @@ class Stream:
 
     def cut(self) -> None:
         """The epoch ends here, by a limit: the next one goes on from here, as a run does that was saved here."""
-        self._cut = not self._ended
+        self._cut = self._cut or not self._ended
 
     def bookmark(self) -> Any:
         """The state right after the last batch that was trained on; None where there is none."""
@@ -175,6 +190,10 @@ class Streams:
 
     Args:
         begun: Is called when one of them draws its first batch.
+
+    Attributes:
+        over: Whether this epoch has nothing more for this rank: it waited for the others when the run was saved. Until
+            all have met.
     """
 
     def __init__(self, begun: Callable[[], object]) -> None:
@@ -182,13 +201,14 @@ class Streams:
         self._all: list[Stream] = []
         self._bookmarks: list[Any] = []
         self._in_mid_epoch = True
+        self.over = False
 
     def __len__(self) -> int:
         return len(self._all)
 
     def watch(self, loader: Any) -> Stream:
         """One more; it goes on from its bookmark, if one was given."""
-        made = (StatefulStream if is_stateful(loader) else Stream)(loader, begun=self._begun)
+        made = (StatefulStream if is_stateful(loader) else Stream)(loader, begun=self._begun, over=lambda: self.over)
         made.go_to(next(iter(self._bookmarks[len(self._all) :]), None), in_mid_epoch=self._in_mid_epoch)
         self._all.append(made)
         return made
@@ -217,11 +237,11 @@ class Streams:
         """The state of each right after what was trained on last."""
         return [stream.bookmark() for stream in self._all]
 
-    def load(self, bookmarks: Sequence[Any], *, in_mid_epoch: bool = True) -> None:
+    def load(self, bookmarks: Sequence[Any], *, in_mid_epoch: bool = True, over: bool = False) -> None:
         """Go on from these."""
-        self._bookmarks, self._in_mid_epoch = list(bookmarks), in_mid_epoch
+        self._bookmarks, self._in_mid_epoch, self.over = list(bookmarks), in_mid_epoch and not over, over
         for stream, bookmark in zip(self._all, bookmarks, strict=False):
-            stream.go_to(bookmark, in_mid_epoch=in_mid_epoch)
+            stream.go_to(bookmark, in_mid_epoch=self._in_mid_epoch)
 
     def batches(self, limit: int | float) -> int | None:
         """How many batches an epoch has; None if that is not known."""

@@ -72,7 +72,7 @@ class Checkpoints:
     def save(self, checkpoint: dict[str, Any], filepath: Any, options: Any) -> Wait[None]:
         """Write the main file and every rank's own. Called by all that live, at a meeting."""
         yield from self._late.room()
-        if (progress := self._strategy.clock.progress) is not None and progress.ended:
+        if self._strategy.clock.waits:
             _wait_again(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"])
         written = False
         while not written:
@@ -215,6 +215,7 @@ class Checkpoints:
         state = {key: checkpoint[key] for key in keys if key in checkpoint}
         state |= own_tensors(strategy)
         state["data"], state["loaders"] = strategy.feeding.state_dict(), strategy.feeding.loader_states()
+        state["waits"] = strategy.clock.waits
         state["parts"] = {name: part.state_dict() for name, part in all_parts(strategy, self.parts).items()}
         return {"version": VERSION, "save": plan.save, "rank": me, "steps": strategy.steps, **state}
 

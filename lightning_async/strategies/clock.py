@@ -207,6 +207,11 @@ class Clock:
         if self._counts.taken:
             self._log_steps.follow(trainer, trainer.global_step)
 
+    @property
+    def waits(self) -> bool:
+        """Whether this member has no more batches in its epoch, and others have."""
+        return self.progress is not None and self.progress.ended and not self.over
+
     def batch_ended(self, trainer: Trainer, samples: int) -> bool:
         """Count a batch; whether this member stops here for a meeting."""
         progress = self.progress

@@ -101,7 +101,7 @@ class Consensus:
         strategy.office.recording.met_with(strategy, apart)
         if strategy.buffers != "local":
             strategy.together(average_buffers(strategy.trainer.lightning_module, rounds))
-        strategy.feeding.epoch_ended(deaths=len(carrier.members()) < strategy.world_size)
+        strategy.feeding.met(deaths=len(carrier.members()) < strategy.world_size)
         strategy.replica.stand_in(consensus)
         return apart
 

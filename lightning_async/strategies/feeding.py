@@ -213,9 +213,12 @@ class Feeding:
         usual = self._usual or self._batch
         return epoch_batches(self._total, members=self._world, batch=usual, drop_last=self._drop_last)
 
-    def epoch_ended(self, *, deaths: bool) -> None:
-        """Say what nobody trained on. Only a death can leave something, and then the notes are final by now."""
-        share = self.share
+    def met(self, *, deaths: bool) -> None:
+        """All have met: who waited for that goes on with the next epoch. Say what nobody trained on of this one.
+
+        Only a death can leave something, and then the notes are final by now.
+        """
+        share, self._streams.over = self.share, False
         if deaths and share is not None and share.settled() and (left := share.abandoned()):
             rank_zero_warn(f"{left} samples of epoch {share.epoch} were not trained on: their rank died at its end")
 
@@ -253,10 +256,16 @@ class Feeding:
         """The state of each stream of this rank, as of what was trained on; None where it has none."""
         return self._streams.bookmarks()
 
-    def load_loader_states(self, states: Sequence[Any], *, in_mid_epoch: bool = False) -> None:
-        """Go on with this rank's own streams from there. To be called before the loader is shared out."""
-        self._streams.load(states, in_mid_epoch=in_mid_epoch)
-        self._in_mid_epoch = in_mid_epoch
+    def load_loader_states(self, states: Sequence[Any], *, in_mid_epoch: bool = False, over: bool = False) -> None:
+        """Go on with this rank's own streams from there. To be called before the loader is shared out.
+
+        Args:
+            states: One for each stream.
+            in_mid_epoch: Whether the run was saved in the middle of an epoch.
+            over: Whether that epoch was over for who saved these, and not for all.
+        """
+        self._streams.load(states, in_mid_epoch=in_mid_epoch, over=over)
+        self._in_mid_epoch = in_mid_epoch and not over
 
     def _new_loaders(self) -> None:
         """Lightning makes all its loaders before it draws from one: what comes after that replaces them."""

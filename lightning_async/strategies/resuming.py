@@ -61,7 +61,8 @@ class Resuming:
             self._warn(path, shared, list(reasons))
         strategy.feeding.load_state_dict(shared["data"])
         self._waiting, self._between_epochs = own, _epoch_is_over(checkpoint)
-        strategy.feeding.load_loader_states(own.get("loaders", ()), in_mid_epoch=not self._between_epochs)
+        waits = own.get("waits", False)  # older versions did not say
+        strategy.feeding.load_loader_states(own.get("loaders", ()), in_mid_epoch=not self._between_epochs, over=waits)
         return {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
 
     def before_loader(self) -> None:
@@ -186,7 +187,7 @@ def _epoch_is_over(main: dict[str, Any]) -> bool:
 
 def _without_place(own: dict[str, Any], main: dict[str, Any]) -> dict[str, Any]:
     """Of an own state, what a rank can use that takes another's place: the optimizers', and where its loaders stood."""
-    kept: dict[str, Any] = {key: own[key] for key in ("optimizer_states", "loaders") if key in own}
+    kept: dict[str, Any] = {key: own[key] for key in ("optimizer_states", "loaders", "waits") if key in own}
     kept["parts"] = {name: state for name, state in own.get("parts", {}).items() if name not in BEGUN_ANEW}
     loaders = own.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
     if loaders:

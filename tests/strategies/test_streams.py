@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import AsyncStrategy, SpeedFaults
@@ -148,6 +149,47 @@ def test_an_epoch_goes_on_with_any_number_of_ranks(before: int, after: int) -> N
     assert set(seen.values()) == {1}
     assert len(seen) == 240
     assert all(end["seen"] for end in second)
+
+
+def _dry(n: int, lengths: list[int], feed: str, folder: str | None, path: str | None) -> list[list[int]]:
+    """What was trained on, epoch by epoch: rank 1 has many times more than the others."""
+    of: dict[str, Any] = {
+        "loader": lambda: Batches(lengths),
+        "data set": lambda: DataLoader(Stream(lengths), batch_size=4),
+        "all of two": lambda: CombinedLoader([Batches(lengths), Batches(lengths)], "max_size_cycle"),
+        "shorter of two": lambda: CombinedLoader([Batches(lengths), Batches([n + 8 for n in lengths])], "min_size"),
+    }
+    lit = Pairs() if "two" in feed else Lit()
+    by_epoch = ByEpoch()
+    save = [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)] if folder else []
+    callbacks = [SpeedFaults(step_seconds=0.003), by_epoch, *save]
+    t = trainer(n, callbacks=callbacks, max_epochs=2, enable_checkpointing=folder is not None)
+    t.fit(lit, of[feed](), loader(40, shuffle=False), ckpt_path=path)
+    return by_epoch.epochs
+
+
+class Pairs(Lit):
+    """Takes the first of two batches."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[0], batch_idx)
+
+
+@pytest.mark.few(2)
+@pytest.mark.filterwarnings("ignore:`Batches` is not a DataLoader", "ignore:rank .* had no batch in this epoch")
+@pytest.mark.filterwarnings("ignore:.*does not go on to the bit", "ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("feed", ["loader", "data set", "all of two", "shorter of two"])
+def test_who_was_through_when_the_run_was_saved_waits_for_the_next_epoch_again(feed: str, tmp_path: Path) -> None:
+    """The state of a stream that came to its end reads as a beginning: nothing may be trained on twice."""
+    whole = run(2, _dry, 2, [8, 48], feed, str(tmp_path), None)
+    path = tmp_path / "step=6.ckpt"
+    for lengths in ([8, 48], [8, 48, 8]):
+        again = run(len(lengths), _dry, len(lengths), lengths, feed, None, str(path))
+        assert [sorted(epoch) for epoch in again[0]] == [[], sorted(whole[0][1])]
+        assert again[1][1] == whole[1][1]
+        assert 0 < len(again[1][0]) < len(whole[1][0])
+        assert again[1][0] == whole[1][0][-len(again[1][0]) :]
+        assert all(epochs[0] == [] and epochs[1] for epochs in again[2:])  # it has the place of rank 0's stream
 
 
 # -- a limit cuts them -------------------------------------------------------------------------------------------------
