@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_async.data.resume import unite
-from lightning_async.strategies import compat, words
+from lightning_async.strategies import compat, saved_loops, words
 from lightning_async.strategies.late_files import LateFiles
 from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_tensors
 from lightning_async.strategies.rank_files import RankFiles, rank_file
@@ -63,7 +63,7 @@ class Checkpoints:
         self._files = RankFiles(self._late.behind)
         self._resuming = Resuming(strategy, self._files, self.parts)
         self._agreed: dict[str, str] = {}
-        self._begun = False
+        self._begun = self._waits = False
 
     def holds_all(self, checkpoint: dict[str, Any]) -> bool:
         """Whether what each rank has of its own belongs into this checkpoint: not beside mere weights."""
@@ -72,8 +72,7 @@ class Checkpoints:
     def save(self, checkpoint: dict[str, Any], filepath: Any, options: Any) -> Wait[None]:
         """Write the main file and every rank's own. Called by all that live, at a meeting."""
         yield from self._late.room()
-        if self._strategy.clock.waits:
-            _wait_again(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"])
+        self._waits = self._loops_of_all(checkpoint["loops"]["fit_loop"])
         written = False
         while not written:
             written = yield from self._attempt(checkpoint, os.fspath(filepath), options)
@@ -126,6 +125,19 @@ class Checkpoints:
         self._resuming.forget()
 
     # -- one save ------------------------------------------------------------------------------------------------------
+
+    def _loops_of_all(self, fit: saved_loops.Loop) -> bool:
+        """Let the loops say what holds for all; whether this rank waits for the others."""
+        trainer, clock = self._strategy.trainer, self._strategy.clock
+        if clock.progress is None or saved_loops.is_between_epochs(fit):
+            return False
+        if clock.ended:
+            saved_loops.end_epoch(fit, counted=trainer.max_epochs != -1)
+        elif clock.progress.ended:
+            saved_loops.wait_again(fit)
+        else:
+            saved_loops.go_on(fit)
+        return clock.progress.ended and not clock.ended
 
     def _attempt(self, checkpoint: dict[str, Any], filepath: str, options: Any) -> Wait[bool]:
         """False if the rank that writes the main file was lost on the way."""
@@ -215,16 +227,9 @@ class Checkpoints:
         state = {key: checkpoint[key] for key in keys if key in checkpoint}
         state |= own_tensors(strategy)
         state["data"], state["loaders"] = strategy.feeding.state_dict(), strategy.feeding.loader_states()
-        state["waits"] = strategy.clock.waits
+        state["waits"] = self._waits
         state["parts"] = {name: part.state_dict() for name, part in all_parts(strategy, self.parts).items()}
         return {"version": VERSION, "save": plan.save, "rank": me, "steps": strategy.steps, **state}
-
-
-def _wait_again(batches: dict[str, Any]) -> None:
-    """Of a rank whose batches are over, and others' are not: its epoch is not, which Lightning would take for over if
-    the last batch were still to be counted as completed."""
-    for count in (batches["current"], batches["total"]):
-        count["completed"] = count["processed"]
 
 
 def _tried(write: Callable[[], object]) -> BaseException | None:

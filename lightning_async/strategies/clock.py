@@ -44,7 +44,8 @@ class Clock:
 
     Attributes:
         progress: How far all are; None outside of a run.
-        over: Whether the epoch ended at the last meeting, or the run.
+        ended: Whether the epoch ended for all at the last meeting.
+        over: Whether it did, or the run.
         validating: Whether a validation follows the last meeting.
         empty: The ranks that had not trained in the epoch when all met last.
         waited: Whether this rank had nothing more to train on in its epoch, and others had, when the run was saved.
@@ -53,13 +54,15 @@ class Clock:
 
     def __init__(self, strategy: AsyncStrategy, meet_every: int | None) -> None:
         self.progress: Progress | None = None
-        self.over = self.validating = self.waited = False
+        self.ended = self.over = self.validating = self.waited = False
         self.empty: tuple[int, ...] = ()
         self._strategy = strategy
         self._counts, self._wishes = Counts(meet_every), Wishes(strategy)
         self.closing = Closing(strategy, self._wishes)
         self._schedules, self._log_steps, self._logbook = Schedules(), LogSteps(), Logbook()
         self._restored: dict[str, Any] = {}
+        self._fitted: Tally | None = None  # what all had trained when the last fit of this Trainer ended
+        self._fitted_by = 1  # and what a step of it weighed
         self._written = 0
         self._partly = False  # whether the epoch under way was begun by a run with other steps
         self._closes = False  # whether the epoch is over with the batch under way, if all do their parts by then
@@ -171,8 +174,10 @@ class Clock:
         self._counts.put_back(lambda: self._strategy.trainer)
         self._schedules.give_back()
         self._restored = {}
+        if self.progress is not None:
+            self._fitted, self._fitted_by = self.progress.agreed, self.progress.n
         self.progress, self.empty = None, ()
-        self.over = self._wishes.requeue = self._wishes.stop = False
+        self.ended = self.over = self._wishes.requeue = self._wishes.stop = False
         self.closing.forget()
 
     def _earlier(self, trainer: Trainer, n: int) -> tuple[Tally, Tally]:
@@ -180,8 +185,9 @@ class Clock:
         state = self._restored
         if not state:
             batches = trainer.fit_loop.epoch_loop.batch_progress
-            before = Tally(batches.total.ready * n, trainer.global_step * n)
-            return before, before.minus(Tally(batches.current.ready * n))
+            counted = batches.total.ready * n if self._fitted is None else self._fitted.batches * n // self._fitted_by
+            before = Tally(counted, trainer.global_step * n)
+            return before, before.minus(Tally(batches.current.ready * n if compat.is_in_mid_epoch(trainer) else 0))
         return tuple(_scaled(Tally(*state[name]), n, state["n"]) for name in ("agreed", "epoch"))  # type: ignore[return-value]
 
     def _taken(self, counted: int, n: int, members: int) -> int:
@@ -206,11 +212,6 @@ class Clock:
             batches.is_last_batch = self._closes = True
         if self._counts.taken:
             self._log_steps.follow(trainer, trainer.global_step)
-
-    @property
-    def waits(self) -> bool:
-        """Whether this member has no more batches in its epoch, and others have."""
-        return self.progress is not None and self.progress.ended and not self.over
 
     def batch_ended(self, trainer: Trainer, samples: int) -> bool:
         """Count a batch; whether this member stops here for a meeting."""
@@ -264,7 +265,7 @@ class Clock:
         self._partly = self._partly and not outcome.ended
         stops = bool(outcome.wishes & Wish.STOP) and compat.can_stop_early(trainer)
         reached = 0 <= trainer.max_steps <= trainer.global_step
-        self.over = outcome.ended or stops or reached
+        self.ended, self.over = outcome.ended, outcome.ended or stops or reached
         self._schedules.meet(trainer.global_step)
         self.validating = self._validates(trainer, outcome, stops=stops)
         self.closing.begin(stops=stops, over=self.over, validating=self.validating)
@@ -326,6 +327,10 @@ class Clock:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Before `begin`."""
         self._restored = state
+
+    def loaded(self) -> None:
+        """Lightning's counts are those of a checkpoint."""
+        self._fitted = None
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

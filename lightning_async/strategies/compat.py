@@ -337,12 +337,10 @@ def within_epoch(trainer: Trainer) -> Iterator[None]:
     first, connector._first_loop_iter = connector._first_loop_iter, False
     for count in counts:
         count.processed -= 1
-    try:
-        yield
-    finally:
-        for count in counts:
-            count.processed += 1
-        connector._first_loop_iter = first
+    yield  # who leaves by an exception stays there: what is saved of that is resumed with the others
+    for count in counts:
+        count.processed += 1
+    connector._first_loop_iter = first
 
 
 @contextmanager
@@ -357,6 +355,13 @@ def behind_epoch(trainer: Trainer) -> Iterator[None]:
     finally:
         for count in (epochs.current, epochs.total):
             count.completed += 1
+
+
+def is_in_mid_epoch(trainer: Trainer) -> bool:
+    """Whether a fit goes on in the middle of an epoch that a checkpoint had begun."""
+    loop = trainer.fit_loop
+    current: Any = loop.epoch_progress.current
+    return bool(loop.restarting and not current.ready == current.started == current.processed)
 
 
 @contextmanager

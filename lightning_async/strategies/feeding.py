@@ -231,7 +231,7 @@ class Feeding:
         self._begun, self._by_sample = True, False
         self._tell_epoch = self._tell_dealt = None
         self._streams.clear()
-        self._in_mid_epoch = False
+        self._in_mid_epoch = self._streams.over = False
         self._interrupted = Interrupted(rank_zero_warn)
         self._memory = {}
 

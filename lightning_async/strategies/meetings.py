@@ -32,6 +32,10 @@ class Meetings(Callback):
         self.strategy = strategy
         self._drew = False
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Whatever an earlier fit was in the middle of."""
+        self._drew = False
+
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Free again; foresee the epoch's end now and then. What the last step sends leaves beside this compute."""
         self._drew = self.strategy.feeding.under_way = True

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_async.strategies.own_state import BEGUN_ANEW, Part, all_parts, own_keys, put_back_tensors
 from lightning_async.strategies.rank_files import RankFiles, main_file, rank_file
+from lightning_async.strategies.saved_loops import is_between_epochs
 from lightning_async.strategies.trainable import train_again
 from lightning_async.transport.mail import Wait
 
@@ -47,7 +48,10 @@ class Resuming:
         """The checkpoint with this rank's own in the place of the first rank's."""
         self._waiting = {}
         shared, strategy = checkpoint.get(KEY), self._strategy
-        if shared is None or strategy.trainer.state.fn != TrainerFn.FITTING:
+        if strategy.trainer.state.fn != TrainerFn.FITTING:
+            return checkpoint
+        strategy.clock.loaded()
+        if shared is None:
             return checkpoint
         refuse_newer(shared, path)
         path, ranks = main_file(path), shared["ranks"]
@@ -60,7 +64,7 @@ class Resuming:
             own = _without_place(own, checkpoint)
             self._warn(path, shared, list(reasons))
         strategy.feeding.load_state_dict(shared["data"])
-        self._waiting, self._between_epochs = own, _epoch_is_over(checkpoint)
+        self._waiting, self._between_epochs = own, is_between_epochs(checkpoint["loops"]["fit_loop"])
         waits = own.get("waits", False)  # older versions did not say
         strategy.feeding.load_loader_states(own.get("loaders", ()), in_mid_epoch=not self._between_epochs, over=waits)
         return {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
@@ -177,12 +181,6 @@ def refuse_newer(shared: dict[str, Any], path: str) -> None:
             f"{path} was written by a newer lightning_async (form {shared['version']}; this one knows {VERSION}): "
             "install that version to resume from it. Its weights load everywhere, with `strategy='auto'` too"
         )
-
-
-def _epoch_is_over(main: dict[str, Any]) -> bool:
-    """Whether Lightning counts the epoch as over: saved at its very end, and not while it validated or trained."""
-    current = main["loops"]["fit_loop"]["epoch_progress"]["current"]
-    return bool(current["ready"] == current["started"] == current["processed"])
 
 
 def _without_place(own: dict[str, Any], main: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import time
 import warnings
@@ -400,7 +401,8 @@ def test_a_disk_that_was_full_later_is_raised_on_all_and_the_old_checkpoint_stay
         results = forked.results(30)
     assert results[full].kind == "OSError"
     assert results[1 - full].kind == "PeerFailedError"
-    assert f"rank {full} could not write its " in results[1 - full].error
+    # by its word in the next save, or when that rank has stopped by then because of it
+    assert re.match(f"rank {full} (could not write its |stopped: OSError)", results[1 - full].error)
     assert "No space left on device" in results[1 - full].error
     main = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert main["epoch"] == 0

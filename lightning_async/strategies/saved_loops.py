@@ -1,0 +1,47 @@
+"""What a checkpoint says of Lightning's loops: of all ranks that they are in one epoch, or that it is over for all.
+
+    saved behind a batch             one epoch, under way:  begun, not processed;   the batch is not its last one
+    by who waits for the others      the same, and its batches are all completed:   it has no more, and waits again
+    behind the last batch of all     as at the end of the epoch, which nobody goes on with
+
+Callbacks save in hooks where Lightning's counts are one rank's: it may stand at the end of an epoch that others are in,
+and whether a batch is the last is told to callbacks as if it were theirs (`counts.ask_at_meetings`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Loop = dict[str, Any]
+"""The state of the loop over epochs."""
+
+
+def is_between_epochs(fit: Loop) -> bool:
+    """Whether Lightning counts the epoch as over: saved at its very end, and not while it validated or trained."""
+    current = fit["epoch_progress"]["current"]
+    return bool(current["ready"] == current["started"] == current["processed"])
+
+
+def wait_again(fit: Loop) -> None:
+    """Of a rank whose batches are over, and others' are not: its epoch is not, which Lightning would take for over if
+    the last batch were still to be counted as completed, or known to be the last."""
+    batches = fit["epoch_loop.batch_progress"]
+    batches["is_last_batch"] = False
+    for count in (batches["current"], batches["total"]):
+        count["completed"] = count["processed"]
+
+
+def go_on(fit: Loop) -> None:
+    """Of a rank that goes on behind this batch."""
+    fit["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+
+def end_epoch(fit: Loop, *, counted: bool) -> None:
+    """Behind the last batch of all. Where nobody counts epochs, Lightning ends this one when it goes on."""
+    batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
+    batches["is_last_batch"] = True
+    if counted:
+        for count in (epochs["current"], epochs["total"]):
+            count["processed"] = count["ready"]
+        for count in (batches["current"], batches["total"]):
+            count["completed"] = count["processed"]

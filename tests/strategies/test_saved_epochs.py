@@ -1,0 +1,166 @@
+"""Wherever in an epoch a run is saved, the epochs that follow are those that would have followed, and no more."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader
+
+from lightning_async import SpeedFaults
+from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.ranks import run
+from tests.strategies.test_streams import Batches, ByEpoch, Stream
+
+BATCH, STEPS, EPOCHS = 4, 8, 3
+LENGTHS = [16, 48, 16]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`Batches` is not a DataLoader", "ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:.*does not go on to the bit", "ignore:rank .* had no batch in this epoch"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*not resumable"),
+]
+
+FED: dict[str, Any] = {
+    "share": lambda: loader(BATCH, n=2 * STEPS * BATCH),
+    "stream": lambda: DataLoader(Stream(LENGTHS), batch_size=BATCH),
+    "loader": lambda: Batches(LENGTHS),
+}
+VALIDATES: dict[str, dict[str, Any]] = {
+    "never": {"limit_val_batches": 0},
+    "at the end": {},
+    "in mid-epoch": {"val_check_interval": STEPS // 2},
+    "by steps": {"val_check_interval": STEPS // 2, "check_val_every_n_epoch": None},
+}
+
+
+def _fit(
+    n: int,
+    fed: str | list[int],
+    options: dict[str, Any],
+    folder: str | None,
+    every: int,
+    path: str | None,
+    more: list[Callback],
+) -> dict[str, Any]:
+    """A run of streams of these lengths, or of what is named."""
+    by_epoch, lit = ByEpoch(), Lit()
+    save = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=every, save_on_exception=True)
+    callbacks = [SpeedFaults(step_seconds=0.003), by_epoch, *more, *([save] if folder else [])]
+    t = trainer(n, callbacks=callbacks, enable_checkpointing=folder is not None, **options)
+    data = FED[fed]() if isinstance(fed, str) else DataLoader(Stream(fed), batch_size=BATCH)
+    with suppress(SIGTERMException):
+        t.fit(lit, data, loader(40, shuffle=False), ckpt_path=path)
+    by_epoch.epochs.append(lit.seen)
+    return {"epochs": by_epoch.epochs, "step": t.global_step, "epoch": t.current_epoch}
+
+
+def _resumed(n: int, fed: str, options: dict[str, Any], path: Path, folder: Path | None = None) -> list[dict[str, Any]]:
+    return run(n, _fit, n, fed, options, folder and str(folder), STEPS, str(path), [])
+
+
+def _seen(ends: list[dict[str, Any]]) -> list[list[int]]:
+    return [[index for epoch in end["epochs"] for index in epoch] for end in ends]
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("validates", VALIDATES)
+@pytest.mark.parametrize("fed", FED)
+@pytest.mark.parametrize("counted", [True, False])
+def test_no_epoch_is_lost_or_trained_twice(fed: str, validates: str, counted: bool, tmp_path: Path) -> None:
+    """Saved in the middle, where a rank has no more, and at the very end of an epoch; resumed once, and twice."""
+    limit = {"max_epochs": EPOCHS} if counted else {"max_epochs": -1, "max_steps": EPOCHS * STEPS}
+    options = {**limit, **VALIDATES[validates]}
+    whole = run(2, _fit, 2, fed, options, str(tmp_path), STEPS // 2, None, [])
+    assert [end["step"] for end in whole] == [EPOCHS * STEPS] * 2
+    for step in (STEPS // 2, STEPS, STEPS * 3 // 2):
+        again = tmp_path / "again" if step == STEPS else None
+        ends = _resumed(2, fed, options, tmp_path / f"step={step}.ckpt", again)
+        if again is not None:
+            later = _resumed(2, fed, options, again / f"step={2 * STEPS}.ckpt")
+            _is_rest_of(whole, later, 2 * STEPS, fed, counted)
+        _is_rest_of(whole, ends, step, fed, counted)
+    others = _resumed(3, fed, options, tmp_path / f"step={STEPS // 2}.ckpt")
+    if fed == "share":
+        assert sum(map(len, _seen(others))) == BATCH * (EPOCHS * 2 * STEPS - STEPS) or not counted
+    else:
+        first, second = _seen(whole)[1], _seen(others)[1]
+        assert first[len(first) - len(second) :] == second or not counted
+
+
+def _is_rest_of(whole: list[dict[str, Any]], ends: list[dict[str, Any]], step: int, fed: str, counted: bool) -> None:
+    """Each rank's is the end of what it had in the run that was not interrupted; shares may be dealt out otherwise."""
+    assert sum(map(len, _seen(ends))) == 2 * BATCH * (EPOCHS * STEPS - step)
+    assert [end["step"] for end in ends] == [EPOCHS * STEPS] * 2
+    if counted:
+        assert [end["epoch"] for end in ends] == [EPOCHS] * 2
+        assert fed == "share" or all(a[len(a) - len(b) :] == b for a, b in zip(_seen(whole), _seen(ends), strict=True))
+
+
+def test_a_run_that_stopped_by_its_steps_while_one_rank_waited_trains_on_nothing_twice(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_epochs": EPOCHS, **VALIDATES["never"]}
+    run(2, _fit, 2, "stream", {**options, "max_steps": 6}, str(tmp_path), 6, None, [])
+    first, second = _resumed(2, "stream", options, tmp_path / "step=6.ckpt")
+    assert [len(epoch) for epoch in first["epochs"][:EPOCHS]] == [0, 16, 16]
+    assert [len(epoch) for epoch in second["epochs"][1:EPOCHS]] == [48, 48]
+
+
+class Terminated(Callback):
+    """Who has the long stream gets a SIGTERM at its tenth batch: the other one came to its end a meeting ago."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.global_rank, trainer.current_epoch, batch_idx) == (self.rank, 0, 9):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("waits", [1, 0])
+def test_a_run_that_was_terminated_while_one_rank_waited_has_all_ranks_in_one_epoch(waits: int, tmp_path: Path) -> None:
+    """Whichever it is: the first one's counts are in the main file too."""
+    lengths = [16, 96] if waits == 0 else [96, 16]
+    options: dict[str, Any] = {"max_epochs": EPOCHS, **VALIDATES["in mid-epoch"]}
+    cut = run(2, _fit, 2, lengths, options, str(tmp_path), 100, None, [Terminated(1 - waits)])
+    (path,) = tmp_path.glob("*.ckpt")
+    ends = run(2, _fit, 2, lengths, options, None, 100, str(path), [])
+    assert [len(epoch) for epoch in ends[waits]["epochs"][:EPOCHS]] == [0, 16, 16]
+    assert [len(epoch) for epoch in ends[1 - waits]["epochs"][1:EPOCHS]] == [96, 96]
+    first, second = cut[1 - waits]["epochs"][0], ends[1 - waits]["epochs"][0]
+    assert first + second == [*range(100 * (1 - waits), 100 * (1 - waits) + 96)]
+    assert second
+
+
+class Odd(Callback):
+    """Says what each validation came behind."""
+
+    def __init__(self) -> None:
+        self.at: list[int] = []
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.at.append(trainer.global_step)
+
+
+def _again(speeds: dict[int, float]) -> tuple[list[int], list[int]]:
+    odd = Odd()
+    t = trainer(2, callbacks=[SpeedFaults(step_seconds=0.003, slow=speeds), odd], max_epochs=1, val_check_interval=2)
+    for last in (1, 2):
+        t.fit_loop.max_epochs = last
+        t.fit(Lit(), loader(BATCH, n=2 * STEPS * BATCH), loader(40, shuffle=False))
+    return odd.at, [t.global_step, t.current_epoch]
+
+
+@pytest.mark.parametrize("speeds", [{}, {1: 3.0}])
+def test_a_second_fit_validates_where_the_first_did(speeds: dict[int, float]) -> None:
+    """What each rank trained in the first one does not matter: they count together."""
+    for at, end in run(2, _again, speeds):
+        assert end == [2 * STEPS, 2]
+        assert at == [*range(2, 2 * STEPS + 1, 2)]
