@@ -3,6 +3,7 @@
     saved behind a batch             one epoch, under way:  begun, not processed;   the batch is not its last one
     by who waits for the others      the same, and its batches are all completed:   it has no more, and waits again
     behind the last batch of all     as at the end of the epoch, which nobody goes on with
+    behind the validation there      begun, not processed, and the batch is its last one: its end is still to come
 
 Callbacks save in hooks where Lightning's counts are one rank's: it may stand at the end of an epoch that others are in,
 and whether a batch is the last is told to callbacks as if it were theirs (`counts.ask_at_meetings`).
@@ -40,7 +41,7 @@ def end_epoch(fit: Loop, *, counted: bool) -> None:
     """Behind the last batch of all. Where nobody counts epochs, Lightning ends this one when it goes on."""
     batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
     batches["is_last_batch"] = True
-    if counted:
+    if counted and batches["current"]["completed"] < batches["current"]["processed"]:  # in the hooks of the batch
         for count in (epochs["current"], epochs["total"]):
             count["processed"] = count["ready"]
         for count in (batches["current"], batches["total"]):
