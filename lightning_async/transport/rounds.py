@@ -126,7 +126,7 @@ class Rounds:
         if how == "gather":
             parts = {r: tensor for r in gatherers if r in members and r != me}
             senders = members if me in gatherers else ()
-            mine = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, senders, weight)
+            mine = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, senders, weight, members)
             return None if mine is None else [tensor.clone() if r == me else mine[r][0] for r in senders]
         if tensor.numel() * tensor.element_size() * (len(members) - 1) <= SHORT:
             return (yield from self._whole(tensor, how, weight, members))
@@ -134,7 +134,7 @@ class Rounds:
         slices = dict(zip(owners, _cut(tensor, len(owners)), strict=True))
         outgoing = {owner: part for owner, part in slices.items() if owner != me}
         senders = members if me in owners else ()
-        came = yield from self._swap(CONTRIBUTION + 2 * self.channel, outgoing, senders, weight)
+        came = yield from self._swap(CONTRIBUTION + 2 * self.channel, outgoing, senders, weight, members)
         if came is None:
             return None
         results: dict[int, Tensor] = {}
@@ -143,7 +143,7 @@ class Rounds:
             came[me] = (slices[me], weight)
             results[me] = combined([came[r] for r in members], how)
             outgoing = {r: results[me] for r in members if r != me}
-        finished = yield from self._swap(RESULT + 2 * self.channel, outgoing, owners, weight)
+        finished = yield from self._swap(RESULT + 2 * self.channel, outgoing, owners, weight, members)
         if finished is None:
             return None
         results.update({owner: part for owner, (part, _) in finished.items()})
@@ -153,16 +153,24 @@ class Rounds:
         """Everybody's tensor to everybody, and each reduces all of it."""
         me = self.carrier.me
         parts = {r: tensor for r in members if r != me}
-        came = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, members, weight)
+        came = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, members, weight, members)
         if came is None:
             return None
         came[me] = (tensor, weight)
         return [combined([came[r] for r in members], how)]
 
     def _swap(
-        self, kind: int, outgoing: dict[int, Tensor], senders: Sequence[int], weight: int
+        self,
+        kind: int,
+        outgoing: dict[int, Tensor],
+        senders: Sequence[int],
+        weight: int,
+        members: Sequence[int],
     ) -> Wait[dict[int, tuple[Tensor, int]] | None]:
-        """Post each peer its part, and collect one part from each sender; None if one of them died meanwhile."""
+        """Post each peer its part, and collect one part from each sender.
+
+        None if any member of the round died meanwhile: whose part is missing may live, and have given up because of it.
+        """
         carrier, number = self.carrier, self._number
         came: dict[int, tuple[Tensor, int]] = {}
         waiting = {r for r in senders if r != carrier.me}
@@ -176,7 +184,8 @@ class Rounds:
                 came[letter.peer] = (body.clone() if body is not None else torch.empty(0), letter.message.weight)
                 carrier.folded(letter)
             missing = sorted(outgoing.keys() | (waiting - came.keys()))
-            if not set(missing) <= set(carrier.members()):
+            complete = set(members) <= set(carrier.members())
+            if missing and not complete:
                 return None
             if missing:
                 yield f"rank {missing[0]}'s part in {self.name} {number}"

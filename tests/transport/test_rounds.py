@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_async.transport.mail import Wait
-from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.rounds import SHORT, Rounds
 from lightning_async.transport.virtual import VirtualCluster
 from tests.transport.cluster_world import ClusterWorld
 from tests.transport.worlds import VirtualWorld, World
@@ -209,3 +209,29 @@ def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int) -> N
         for total, members in result:
             assert set(members) >= set(range(4)) - {seed % 4}
             assert total == sum(2**r for r in members)
+
+
+@pytest.mark.few(5)
+@pytest.mark.parametrize("seed", range(1, 20))
+@pytest.mark.parametrize(("n", "size", "killed"), [(10, 4_000, 9), (10, 4_000, 0), (4, 12_000, 3)])
+def test_a_death_in_a_long_exchange_keeps_nobody(n: int, size: int, killed: int, seed: int) -> None:
+    """Nor who waits for the living alone: those have given up because of it, and wait behind the round."""
+    assert 4 * size * (n - 1) > SHORT, "by way of owners, which ten are not all"
+    silence = 0.1
+    cluster = VirtualCluster(n, bandwidth=1e6, latency=0.003, seed=seed, silence=silence, limit=10 * silence)
+    cluster.kill(killed, at=0.004 * seed)
+
+    def life(r: int) -> Any:
+        rounds, got = Rounds(cluster.carriers[r]), []
+        for _ in range(2):
+            (result,), members = yield from rounds.exchange(torch.full((size,), float(2**r)))
+            got.append((result.unique().tolist(), members))
+        return got
+
+    results = cluster.run({r: life(r) for r in range(n)})
+    assert {*results} >= {*range(n)} - {killed}
+    first, *others = results.values()
+    assert all(other == first for other in others)
+    for total, members in first:
+        assert {*members} >= {*range(n)} - {killed}
+        assert total == [sum(2**r for r in members)]
