@@ -295,6 +295,10 @@ class ClusterCarrier:
         """See `Board.decided`."""
         return self._control.decided(key)
 
+    def forget(self, key: str, *, gone: bool = False) -> None:
+        """See `Board.forget`."""
+        self._control.forget(key, gone=gone)
+
     def draw(self, counter: str, amount: int) -> None:
         """See `Board.draw`."""
         self._control.draw(counter, amount)

@@ -9,6 +9,8 @@
     member 0  --slice 1-->  member 1        owners reduce in the order of ranks, so all get the same bits
     member 0  <-result 1--  member 1        what is short goes whole to everybody: one way is sooner than two
 
+Whoever says its word in a round has read all words of the one before: so those are forgotten then, by all.
+
 Never through the default process group: two crossed all-reduces on one group return wrong sums without an error.
 """
 
@@ -46,6 +48,7 @@ class Rounds:
     _number: int = 0
     _present: tuple[int, ...] | None = None
     _early: list[Letter] = field(default_factory=list)
+    _kept: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -70,10 +73,17 @@ class Rounds:
         words: dict[int, bytes] = {}
         for peer in expected:
             words[peer] = yield from self._word(key, peer, what)
+        self._forget_all_but([f"{key}/{peer}" for peer in expected])
         here = {peer: w[1:].split(END, 1) for peer, w in words.items() if w[:1] == PRESENT}
         self._present = tuple(here)
         _check_not_crossed({peer: name.decode() for peer, (name, _) in here.items()})
         return {peer: said for peer, (_, said) in here.items()}
+
+    def _forget_all_but(self, read: list[str]) -> None:
+        """Each takes its own word of the round before off the board; who died leaves its last ones there."""
+        for key in self._kept:
+            self.carrier.forget(key, gone=key.endswith(f"/{self.carrier.me}"))
+        self._kept = read
 
     def _word(self, key: str, peer: int, what: str) -> Wait[bytes]:
         """A peer's word, or ABSENT once it is declared dead; the board decides which came first."""

@@ -187,6 +187,32 @@ def test_many_rounds_on_two_channels(make_world: MakeWorld) -> None:
     assert together(world, [life(r) for r in range(3)]) == [[float(3 + 3 * k) for k in range(10) for _ in "12"]] * 3
 
 
+def test_words_of_rounds_past_are_held_by_nobody(make_world: MakeWorld) -> None:
+    """Neither by a member nor by the board: a run may have millions of them."""
+    world, n, count = make_world(3), 3, 8
+
+    def life(r: int) -> Wait[None]:
+        one, two = Rounds(world.carriers[r]), Rounds(world.carriers[r], channel=1)
+        for k in range(count):
+            yield from one.agree(b"%d" % k)
+            yield from two.barrier()
+
+    together(world, [life(r) for r in range(n)])
+    said = [[f"round{channel}/{k + 1}/{r}" for channel in range(2) for r in range(n)] for k in range(count)]
+    world.until(lambda: not any(held(world, key) for keys in said[:-1] for key in keys))
+    assert all(held(world, key) for key in said[-1]), "whoever is slow still reads these"
+
+
+def held(world: World, key: str) -> bool:
+    """Whether a decision is on the board, or in a member's memory."""
+    if isinstance(world, VirtualWorld):
+        return key in world.cluster._board._values
+    assert isinstance(world, ClusterWorld)
+    return world.carriers[0]._keys.check([f"say/{key}"]) or any(
+        key in memory for c in world.carriers for r in [c._control._requests] for memory in (r._decided, r._watched)
+    )
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int) -> None:
     """Whenever it comes: either all have the dead member's part, or none. Who comes late is waited for."""
