@@ -252,6 +252,19 @@ def test_lingering_lets_the_last_words_arrive(cluster: Cluster) -> None:
     assert got[0].message.body.sum() == 1 << 20  # type: ignore[union-attr]
 
 
+def test_lingering_ends_when_the_last_word_has_left(cluster: Cluster) -> None:
+    """Also where that is no news: the other end's slot is free, and nothing more comes of it here."""
+    a, b = cluster(2)
+    assert a.post(1, Message(KIND, torch.ones(10)))
+    letter = take([b], b)
+    with b.gathered("later"):
+        b.folded(letter)
+    begin = time.monotonic()
+    b.close(linger=2 * BUSY)
+    assert time.monotonic() - begin < BUSY
+    until([a], lambda: a.traffic()[1][KIND].seconds_out > 0)
+
+
 def test_starting_and_closing_twice_and_never(store: Store) -> None:
     before = len(os.listdir("/proc/self/task"))
     never = make(store, 0, 2)
