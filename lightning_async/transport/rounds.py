@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_async.transport.mail import CONTRIBUTION, RESULT, Carrier, Letter, Message, Wait
+from lightning_async.transport.mail import CONTRIBUTION, RESULT, Carrier, Letter, Message, Wait, founders
 
 How = Literal["sum", "mean", "max", "gather"]
 CHUNK = 65536
@@ -68,7 +68,7 @@ class Rounds:
         self._number += 1
         key = f"{self.name}/{self._number}"
         carrier = self.carrier
-        expected = self._present if self._present is not None else carrier.members()
+        expected = founders(carrier) if self._present is None else self._present  # not who lives: that is seen unlike
         carrier.propose(f"{key}/{carrier.me}", PRESENT + what.encode() + END + word)
         words: dict[int, bytes] = {}
         for peer in expected:
@@ -90,6 +90,10 @@ class Rounds:
         while (word := self.carrier.decided(f"{key}/{peer}")) is None:
             if peer not in self.carrier.members():
                 self.carrier.propose(f"{key}/{peer}", ABSENT)
+                if (
+                    word := self.carrier.decided(f"{key}/{peer}")
+                ) is not None:  # among seats of a hall, which do not wait
+                    break
             yield f"rank {peer} to come to {what!r} ({key})"
         return word
 

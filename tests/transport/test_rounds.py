@@ -163,6 +163,32 @@ def test_what_a_dead_member_was_at_crosses_nobody() -> None:
     assert cluster.run({me: life(me) for me in range(3)}) == {0: (0, 1), 1: (0, 1)}
 
 
+def test_who_said_its_first_word_and_died_was_there_for_all() -> None:
+    """Also for one that comes to its first round when the death is known already."""
+    cluster = VirtualCluster(3, silence=0.1)
+    cluster.kill(2, at=0.5)
+
+    def life(me: int) -> Any:
+        yield 1.0 if me == 1 else 0.01
+        return (yield from Rounds(cluster.carriers[me]).barrier())
+
+    assert cluster.run({me: life(me) for me in range(3)}) == dict.fromkeys((0, 1), (0, 1, 2))
+
+
+@pytest.mark.parametrize("size", [1, 30_000])
+def test_who_said_its_word_in_an_exchange_and_died_is_missed_by_all(size: int) -> None:
+    """Those who waited for its part and one who comes to its first round behind its death begin again together."""
+    cluster = VirtualCluster(3, silence=0.1)
+    cluster.kill(2, at=0.5)
+
+    def life(me: int) -> Any:
+        yield 1.0 if me == 1 else 0.01
+        (result,), members = yield from Rounds(cluster.carriers[me]).exchange(torch.full((size,), float(2**me)))
+        return result.unique().tolist(), members
+
+    assert cluster.run({me: life(me) for me in range(3)}) == dict.fromkeys((0, 1), ([3.0], (0, 1)))
+
+
 def test_a_round_costs_one_word_a_member() -> None:
     """The name travels in the word: what is written on the board is what it was."""
     cluster, written = VirtualCluster(2), []
