@@ -183,7 +183,7 @@ class Board(Protocol):
         """Write `value` unless the key has one already."""
 
     def decided(self, key: str) -> bytes | None:
-        """The value of `key`, the same for everybody until it is gone; None while there is none or none is known here."""
+        """The value of `key`, the same for everybody until it is gone; None while none is known here."""
 
     def forget(self, key: str, *, gone: bool = False) -> None:
         """This member asks for this decision no more. `gone`: nor does any other, so nobody needs to keep it."""

@@ -87,13 +87,12 @@ class Rounds:
 
     def _word(self, key: str, peer: int, what: str) -> Wait[bytes]:
         """A peer's word, or ABSENT once it is declared dead; the board decides which came first."""
-        while (word := self.carrier.decided(f"{key}/{peer}")) is None:
-            if peer not in self.carrier.members():
-                self.carrier.propose(f"{key}/{peer}", ABSENT)
-                if (
-                    word := self.carrier.decided(f"{key}/{peer}")
-                ) is not None:  # among seats of a hall, which do not wait
-                    break
+        carrier, place = self.carrier, f"{key}/{peer}"
+        while (word := carrier.decided(place)) is None:
+            if peer not in carrier.members():
+                carrier.propose(place, ABSENT)
+                if (word := carrier.decided(place)) is not None:  # at once, where that takes no time: in a hall
+                    return word
             yield f"rank {peer} to come to {what!r} ({key})"
         return word
 
