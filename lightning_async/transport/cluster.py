@@ -34,6 +34,8 @@ LONGEST = 4 << 30
 """Bytes of the longest body that a member takes."""
 PIECE = 4 << 20
 """Bytes of the longest piece in which a body travels."""
+LOOK = 0.003
+"""Seconds between looks of one that lingers."""
 HEADS = 2 * AHEAD * WIRE_BYTES
 """Bytes of the headers of a link, those that stand ready and those under way."""
 
@@ -178,8 +180,7 @@ class ClusterCarrier:
         """
         self._here.gathering.send()
         if self._state == "started" and linger > 0:
-            with self._changed:
-                self._changed.wait_for(self._is_idle, linger)
+            self._linger(linger)
         before, self._state = self._state, "closed"
         if before == "started":
             self._control.stop()
@@ -295,6 +296,10 @@ class ClusterCarrier:
         """See `Board.decided`."""
         return self._control.decided(key)
 
+    def forget(self, key: str, *, gone: bool = False) -> None:
+        """See `Board.forget`."""
+        self._control.forget(key, gone=gone)
+
     def draw(self, counter: str, amount: int) -> None:
         """See `Board.draw`."""
         self._control.draw(counter, amount)
@@ -330,11 +335,19 @@ class ClusterCarrier:
         self._service_failed = sentence
         self._news()
 
+    def _linger(self, seconds: float) -> None:
+        """Until all is said, or for so long; it also looks by itself, since the last word that leaves is no news."""
+        end = self._here.now() + seconds
+        with self._changed:
+            while (left := end - self._here.now()) > 0:
+                if self._changed.wait_for(self._is_idle, min(left, LOOK)):
+                    return
+
     def _is_idle(self) -> bool:
-        live, linked = self._control.live(), self._links.by_peer
         if self._service is not None and not self._service.idle:
             return False
-        return all(slots.idle() for peer, slots in self._slots.items() if peer in live and peer in linked)
+        live, links = self._control.live(), list(self._links.by_peer.items())
+        return all(self._slots[peer].idle() and not link.line.writing for peer, link in links if peer in live)
 
     def _reachable(self, peer: int) -> bool:
         if self._state == "started" and self._links.wish(peer):

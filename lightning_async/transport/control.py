@@ -122,6 +122,10 @@ class Control:
         """See `Board.decided`."""
         return self._requests.decided(key)
 
+    def forget(self, key: str, *, gone: bool = False) -> None:
+        """See `Board.forget`."""
+        self._requests.forget(key, gone=gone)
+
     def draw(self, counter: str, amount: int) -> None:
         """See `Board.draw`."""
         check_amount(amount)
@@ -216,6 +220,7 @@ class Control:
             self._news()
         if due or rang:
             self._read(store, said=int(said))
+            self._requests.sweep(store)
         soon = self._look()
         if self._rings:
             self._write(store)

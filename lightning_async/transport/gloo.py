@@ -46,6 +46,9 @@ class Keys(Protocol):
     def add(self, key: str, amount: int, /) -> int:
         """Add to a counter; its new value."""
 
+    def delete_key(self, key: str, /) -> bool:
+        """Take a key away; whether it was there."""
+
 
 def keys_of(store: Store, prefix: str) -> Keys:
     """A view of `store` in which every key begins with `prefix`."""

@@ -129,6 +129,11 @@ class Seat:
         """The value of `key`."""
         return self._hall.board.get(key)
 
+    def forget(self, key: str, *, gone: bool = False) -> None:
+        """Take it off the board if nobody asks for it."""
+        if gone:
+            self._hall.board.pop(key, None)
+
     def draw(self, counter: str, amount: int) -> None:
         """Take the next tickets."""
         self._drawn[counter].append((self._hall.tickets[counter], amount))

@@ -42,6 +42,7 @@ class Link:
     """One connection; it opens itself in the background and never blocks the thread that made it.
 
     Attributes:
+        since: When it came up.
         error: Why it is dead, in words.
         refused: Whether that is because the peer is of another run, or speaks another protocol.
     """
@@ -62,6 +63,7 @@ class Link:
         news: Callable[[], None] = nothing,
     ) -> None:
         self.me, self.peer, self.generation = me, slots.peer, generation
+        self.since = 0.0
         self.error: str | None = None
         self.refused = False
         self.line = Line(slots=slots, here=here, run=run_number(run), pieces=pieces)
@@ -125,6 +127,7 @@ class Link:
         with self._slots.changed:
             if self.state != "opening":
                 return False
+            self.since = self._here.now()
             self.line.wire, self.line.state = way, "up"
             self._slots.write = self.write_now
             self._receiving.start()

@@ -8,7 +8,8 @@ is dead: then its silence is counted, it is declared dead, and what it never fol
 
 Two that both beat but cannot reach each other (a cut between their hosts, a firewall) are told by the headers: each
 side sends one at least every half second. After `patience` without one the link is made anew, and after twice that the
-higher of the two is declared dead: a pair that never heals must end somehow, and all must agree how.
+higher of the two is declared dead: a pair that never heals must end somehow, and all must agree how. A link that has
+just come up is given its time.
 """
 
 from __future__ import annotations
@@ -130,9 +131,10 @@ class Links:
                 self._refuse(link)
                 return
             generation = max(generation, link.generation + 1)
-        if link is not None and link.state == "up" and self._lines.quiet(peer) >= self._patience:
+        quiet = self._quiet(peer, link)
+        if link is not None and link.state == "up" and quiet >= self._patience:
             generation = max(generation, link.generation + 1)  # a cut that nobody told us of
-        if generation and self._lines.quiet(peer) >= 2 * self._patience and self._me < peer:
+        if generation and quiet >= 2 * self._patience and self._me < peer:
             why = f"it beats, but no connection with member {self._me} could be made or kept"
             control.roll.condemn(peer, f"{why}: {self._errors[peer]}" if peer in self._errors else why)
         generation = max(generation, control.wanted(peer))
@@ -142,6 +144,11 @@ class Links:
             self._renew(peer, generation, control)
         if generation and peer not in self.by_peer and control.wanted(peer) == generation:
             self._open(peer, generation)
+
+    def _quiet(self, peer: int, link: Link | None) -> float:
+        """Seconds without a sign of the peer's life on the line; a greeting is one."""
+        quiet = self._lines.quiet(peer)
+        return min(quiet, self._here.now() - link.since) if link is not None and link.state == "up" else quiet
 
     def _renew(self, peer: int, generation: int, control: Control) -> None:
         link = self.by_peer.pop(peer, None)

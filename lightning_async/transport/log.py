@@ -153,6 +153,10 @@ class Log:
         self._guesses.learn(question, answer)
         return answer
 
+    def forget(self, *question: Any) -> None:
+        """The program asks this no more."""
+        self._guesses.forget(question)
+
     def _match(self, words: tuple[Any, ...]) -> Any:
         """Compare with the next event, without its answer; its last value."""
         if self.over:

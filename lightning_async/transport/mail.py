@@ -183,7 +183,10 @@ class Board(Protocol):
         """Write `value` unless the key has one already."""
 
     def decided(self, key: str) -> bytes | None:
-        """The value of `key`, the same for everybody for ever; None while there is none or it is not known here yet."""
+        """The value of `key`, the same for everybody until it is gone; None while none is known here."""
+
+    def forget(self, key: str, *, gone: bool = False) -> None:
+        """This member asks for this decision no more. `gone`: nor does any other, so nobody needs to keep it."""
 
     def draw(self, counter: str, amount: int) -> None:
         """Ask for the next `amount` tickets of a counter that begins at 0."""

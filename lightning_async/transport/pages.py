@@ -93,6 +93,10 @@ class Desk:
         """The value of `key`, or None."""
         return self._carrier.decided(key)
 
+    def forget(self, key: str, *, gone: bool = False) -> None:
+        """This member asks for this decision no more; `gone`: nor does any other."""
+        self._carrier.forget(key, gone=gone)
+
     def draw(self, counter: str, amount: int) -> None:
         """Ask for the next tickets of a counter."""
         self._carrier.draw(counter, amount)

@@ -63,6 +63,10 @@ class Guesses:
         if question[0] in ("members", "live", "notes", "decided", "free"):
             self._last[question] = answer
 
+    def forget(self, question: tuple[Any, ...]) -> None:
+        """It is asked no more."""
+        self._last.pop(question, None)
+
 
 class RecordingCarrier:
     """A carrier that does what `carrier` does, and writes to `sink` what it answered.
@@ -232,6 +236,11 @@ class RecordingCarrier:
         notes = self._carrier.notes()
         self._answer(("notes",), {str(rank): note.hex() for rank, note in sorted(notes.items())})
         return notes
+
+    def forget(self, key: str, *, gone: bool = False) -> None:
+        """This member asks for this decision no more; no answer, and not recorded."""
+        self._carrier.forget(key, gone=gone)
+        self._guesses.forget(("decided", key))
 
     def _answer(self, question: tuple[Any, ...], answer: Any) -> None:
         if answer == self._guesses.of(question):

@@ -235,6 +235,10 @@ class ReplayCarrier:
         value = self._answer("decided", key)
         return None if value is None else bytes.fromhex(value)
 
+    def forget(self, key: str, *, gone: bool = False) -> None:
+        """Nothing that a log would tell."""
+        self._log.forget("decided", key)
+
     def drawn(self, counter: str) -> list[tuple[int, int]]:
         """The recorded draws."""
         return [(first, amount) for first, amount in self._answer("drawn", counter)]

@@ -10,6 +10,8 @@ can have come, and a tick looks for no key. Who died between the two is heard at
 A key is looked for until it is asked for again, as far as that can be foreseen from the keys of its kind (`call/3`,
 `call/4`): who asks behind each batch finds there what was said in the middle of it, however long batches are.
 
+What is forgotten is gone here at once, and from the store at the next beat if no member needs it.
+
 Neither thread waits for the other one: there is a lock for appending, and none is held while the store is asked.
 """
 
@@ -51,6 +53,7 @@ class Requests:
         self._rhythm: dict[str, tuple[float, float]] = {}
         self._decided: dict[str, bytes] = {}
         self._looked: set[str] = set()  # the watched keys that were looked for before
+        self._gone: deque[str] = deque()  # decisions that nobody asks for any more, and the store still has
         self._said = 0
 
     # the training thread
@@ -68,6 +71,13 @@ class Requests:
             if new:
                 self.hurry()
         return value
+
+    def forget(self, key: str, *, gone: bool) -> None:
+        """See `Board.forget`."""
+        self._watched.pop(key, None)
+        self._decided.pop(key, None)
+        if gone:
+            self._gone.append(key)
 
     def draw(self, counter: str, amount: int) -> None:
         """See `Board.draw`."""
@@ -128,12 +138,20 @@ class Requests:
             with self.changed:
                 self._drawn.setdefault(counter, []).append((first, amount))
         for key, until in list(self._watched.items()):
+            if key not in self._watched:  # forgotten meanwhile
+                self._looked.discard(key)
+                continue
             if key not in self._decided and (anew or key not in self._looked):
                 found |= self._look_for(store, key)
             if key in self._decided or (key not in FLAGS and time.monotonic() > until):
                 self._watched.pop(key, None)
                 self._looked.discard(key)
         return found
+
+    def sweep(self, store: Keys) -> None:
+        """Take from the store what nobody asks for any more."""
+        while self._gone:
+            store.delete_key(f"say/{self._gone.popleft()}")
 
     def _propose(self, store: Keys, key: str, value: bytes) -> None:
         # The mark in front keeps an empty value from looking like a missing one, which would be overwritten.

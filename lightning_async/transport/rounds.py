@@ -9,6 +9,8 @@
     member 0  --slice 1-->  member 1        owners reduce in the order of ranks, so all get the same bits
     member 0  <-result 1--  member 1        what is short goes whole to everybody: one way is sooner than two
 
+Whoever says its word in a round has read all words of the one before: so those are forgotten then, by all.
+
 Never through the default process group: two crossed all-reduces on one group return wrong sums without an error.
 """
 
@@ -21,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_async.transport.mail import CONTRIBUTION, RESULT, Carrier, Letter, Message, Wait
+from lightning_async.transport.mail import CONTRIBUTION, RESULT, Carrier, Letter, Message, Wait, founders
 
 How = Literal["sum", "mean", "max", "gather"]
 CHUNK = 65536
@@ -46,6 +48,7 @@ class Rounds:
     _number: int = 0
     _present: tuple[int, ...] | None = None
     _early: list[Letter] = field(default_factory=list)
+    _kept: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -65,21 +68,31 @@ class Rounds:
         self._number += 1
         key = f"{self.name}/{self._number}"
         carrier = self.carrier
-        expected = self._present if self._present is not None else carrier.members()
+        expected = founders(carrier) if self._present is None else self._present  # not who lives: that is seen unlike
         carrier.propose(f"{key}/{carrier.me}", PRESENT + what.encode() + END + word)
         words: dict[int, bytes] = {}
         for peer in expected:
             words[peer] = yield from self._word(key, peer, what)
+        self._forget_all_but([f"{key}/{peer}" for peer in expected])
         here = {peer: w[1:].split(END, 1) for peer, w in words.items() if w[:1] == PRESENT}
         self._present = tuple(here)
         _check_not_crossed({peer: name.decode() for peer, (name, _) in here.items()})
         return {peer: said for peer, (_, said) in here.items()}
 
+    def _forget_all_but(self, read: list[str]) -> None:
+        """Each takes its own word of the round before off the board; who died leaves its last ones there."""
+        for key in self._kept:
+            self.carrier.forget(key, gone=key.endswith(f"/{self.carrier.me}"))
+        self._kept = read
+
     def _word(self, key: str, peer: int, what: str) -> Wait[bytes]:
         """A peer's word, or ABSENT once it is declared dead; the board decides which came first."""
-        while (word := self.carrier.decided(f"{key}/{peer}")) is None:
-            if peer not in self.carrier.members():
-                self.carrier.propose(f"{key}/{peer}", ABSENT)
+        carrier, place = self.carrier, f"{key}/{peer}"
+        while (word := carrier.decided(place)) is None:
+            if peer not in carrier.members():
+                carrier.propose(place, ABSENT)
+                if (word := carrier.decided(place)) is not None:  # at once, where that takes no time: in a hall
+                    return word
             yield f"rank {peer} to come to {what!r} ({key})"
         return word
 
@@ -126,7 +139,7 @@ class Rounds:
         if how == "gather":
             parts = {r: tensor for r in gatherers if r in members and r != me}
             senders = members if me in gatherers else ()
-            mine = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, senders, weight)
+            mine = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, senders, weight, members)
             return None if mine is None else [tensor.clone() if r == me else mine[r][0] for r in senders]
         if tensor.numel() * tensor.element_size() * (len(members) - 1) <= SHORT:
             return (yield from self._whole(tensor, how, weight, members))
@@ -134,7 +147,7 @@ class Rounds:
         slices = dict(zip(owners, _cut(tensor, len(owners)), strict=True))
         outgoing = {owner: part for owner, part in slices.items() if owner != me}
         senders = members if me in owners else ()
-        came = yield from self._swap(CONTRIBUTION + 2 * self.channel, outgoing, senders, weight)
+        came = yield from self._swap(CONTRIBUTION + 2 * self.channel, outgoing, senders, weight, members)
         if came is None:
             return None
         results: dict[int, Tensor] = {}
@@ -143,7 +156,7 @@ class Rounds:
             came[me] = (slices[me], weight)
             results[me] = combined([came[r] for r in members], how)
             outgoing = {r: results[me] for r in members if r != me}
-        finished = yield from self._swap(RESULT + 2 * self.channel, outgoing, owners, weight)
+        finished = yield from self._swap(RESULT + 2 * self.channel, outgoing, owners, weight, members)
         if finished is None:
             return None
         results.update({owner: part for owner, (part, _) in finished.items()})
@@ -153,16 +166,24 @@ class Rounds:
         """Everybody's tensor to everybody, and each reduces all of it."""
         me = self.carrier.me
         parts = {r: tensor for r in members if r != me}
-        came = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, members, weight)
+        came = yield from self._swap(CONTRIBUTION + 2 * self.channel, parts, members, weight, members)
         if came is None:
             return None
         came[me] = (tensor, weight)
         return [combined([came[r] for r in members], how)]
 
     def _swap(
-        self, kind: int, outgoing: dict[int, Tensor], senders: Sequence[int], weight: int
+        self,
+        kind: int,
+        outgoing: dict[int, Tensor],
+        senders: Sequence[int],
+        weight: int,
+        members: Sequence[int],
     ) -> Wait[dict[int, tuple[Tensor, int]] | None]:
-        """Post each peer its part, and collect one part from each sender; None if one of them died meanwhile."""
+        """Post each peer its part, and collect one part from each sender.
+
+        None if any member of the round died meanwhile: whose part is missing may live, and have given up because of it.
+        """
         carrier, number = self.carrier, self._number
         came: dict[int, tuple[Tensor, int]] = {}
         waiting = {r for r in senders if r != carrier.me}
@@ -176,7 +197,8 @@ class Rounds:
                 came[letter.peer] = (body.clone() if body is not None else torch.empty(0), letter.message.weight)
                 carrier.folded(letter)
             missing = sorted(outgoing.keys() | (waiting - came.keys()))
-            if not set(missing) <= set(carrier.members()):
+            complete = set(members) <= set(carrier.members())
+            if missing and not complete:
                 return None
             if missing:
                 yield f"rank {missing[0]}'s part in {self.name} {number}"

@@ -68,6 +68,10 @@ class VirtualBoard:
         self._askers.setdefault(key, {})[member] = None
         return None
 
+    def drop(self, key: str) -> None:
+        """Nobody will ask for this key again."""
+        self._values.pop(key, None)
+
     # -- what happens at the board, when a member's word arrives ------------------------------------------------------
 
     def write(self, key: str, value: bytes) -> None:

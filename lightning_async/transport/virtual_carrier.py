@@ -161,6 +161,11 @@ class VirtualCarrier:
         """The value of `key`, if it is known here."""
         return self._board.read(self._me, key)
 
+    def forget(self, key: str, *, gone: bool = False) -> None:
+        """Take it off the board if nobody asks for it."""
+        if gone:
+            self._board.drop(key)
+
     def draw(self, counter: str, amount: int) -> None:
         """Ask for the next `amount` tickets."""
         checks.check_amount(amount)

@@ -44,13 +44,10 @@ def _tail(before: list[Line], after: list[Line]) -> Iterator[Line]:
     """What came behind the meeting, as one hears it that begins there."""
     keys = [words[1] for words in before if words[0] == "propose" and words[1].startswith("round")]
     rounds = max((int(key.split("/")[1]) for key in keys), default=0)
-    tokens, first = _tokens(before), True
+    tokens = _tokens(before)
     for words in after:
         if words[0] in ("propose", "decided") and words[1].startswith("round"):
             name, number, *rest = words[1].split("/")
-            if first:  # who agrees for the first time asks who is there, and later on remembers
-                yield ["members", [0, 1]]
-            first = False
             words = [words[0], "/".join([name, str(int(number) - rounds), *rest]), *words[2:]]
         if words[:2] == ["take", TOKEN] and tokens:
             words = [*words[:2], [*tokens, *words[2]]]

@@ -50,7 +50,7 @@ def test_waiting_ends_with_what_was_missing() -> None:
 
 def test_who_waits_in_vain_says_for_whom_and_for_what_and_what_to_do() -> None:
     alone = SimpleNamespace(
-        me=0, decided={}.get, wait=lambda seconds: None, members=lambda: (0, 1), propose=lambda key, word: None
+        me=0, world=2, decided={}.get, wait=lambda seconds: None, members=lambda: (0, 1), propose=lambda key, word: None
     )
     wanted = r"rank 0 waited 0 s for rank \d to come to 'where to save' \(round0/1\); .* raise `meeting_timeout`"
     with pytest.raises(TimeoutError, match=wanted):

@@ -191,10 +191,38 @@ def test_two_that_beat_but_cannot_talk_do_not_go_on_for_ever(cluster: Cluster, m
 class _Deaf:
     """A link that never comes up."""
 
-    state, generation = "opening", 1
+    error, refused = None, False
+
+    def __init__(self, generation: int = 1) -> None:
+        self.state, self.generation = "opening", generation
 
     def close(self) -> bool:
         return True
+
+
+def test_a_link_that_could_not_be_made_for_long_stays_when_it_is(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its greeting is a sign of life: nobody is asked for more before a ping is due."""
+    monkeypatch.setattr("lightning_async.transport.link.PING", 10 * BUSY)
+    carriers = a, b = cluster(2)
+    with monkeypatch.context() as cut:
+        cut.setattr("lightning_async.transport.links.Link", lambda *args, **knobs: _Deaf(knobs["generation"]))
+        a._links.by_peer[1].line.wire.cancel()  # type: ignore[union-attr]
+        until([a], lambda: all(isinstance(c._links.by_peer.get(1 - c.me), _Deaf) for c in carriers))
+    looks = []
+    for c in carriers:
+        c._links._lines._quiet[1 - c.me] = 1.5 * 20.0  # of patience
+        look = c._links.look
+        monkeypatch.setattr(c._links, "look", lambda control, look=look: (looks.append(control), look(control))[1])
+        c._links.by_peer[1 - c.me].state = "dead"  # type: ignore[misc]
+    until([a], lambda: linked([a, b]))
+    links = [c._links.by_peer[1 - c.me] for c in carriers]
+    a._links._lines._quiet[1] = 2 * 20.0  # a moment later
+    looks.clear()
+    until([a], lambda: min(looks.count(c._control) for c in carriers) > 2)
+    assert [c._links.by_peer.get(1 - c.me) for c in carriers] == links
+    assert [(c.members(), c.failed) for c in carriers] == [((0, 1), None)] * 2
 
 
 def test_one_who_is_to_come_is_waited_for(store: Store) -> None:
@@ -222,6 +250,19 @@ def test_lingering_lets_the_last_words_arrive(cluster: Cluster) -> None:
     assert time.monotonic() - begin < 3
     folder.join()
     assert got[0].message.body.sum() == 1 << 20  # type: ignore[union-attr]
+
+
+def test_lingering_ends_when_the_last_word_has_left(cluster: Cluster) -> None:
+    """Also where that is no news: the other end's slot is free, and nothing more comes of it here."""
+    a, b = cluster(2)
+    assert a.post(1, Message(KIND, torch.ones(10)))
+    letter = take([b], b)
+    with b.gathered("later"):
+        b.folded(letter)
+    begin = time.monotonic()
+    b.close(linger=2 * BUSY)
+    assert time.monotonic() - begin < BUSY
+    until([a], lambda: a.traffic()[1][KIND].seconds_out > 0)
 
 
 def test_starting_and_closing_twice_and_never(store: Store) -> None:

@@ -330,6 +330,27 @@ def test_the_first_value_stays_for_everybody(make_world: MakeWorld) -> None:
     assert {carrier.decided("a/key") for carrier in world.carriers} == values
 
 
+def test_what_one_member_forgets_the_others_know_until_it_is_gone(make_world: MakeWorld) -> None:
+    world = make_world(2)
+    first, second = world.carriers
+    first.propose("key", b"1")
+    world.until(lambda: first.decided("key") == b"1")
+    for carrier in (first, second, first):
+        first.forget("key")
+        world.until(lambda carrier=carrier: carrier.decided("key") == b"1")
+    first.forget("never said", gone=True)
+    second.forget("key", gone=True)
+
+    def another() -> bool:
+        if first.decided("key") != b"2":
+            first.forget("key")
+            first.propose("key", b"2")
+        return first.decided("key") == b"2"
+
+    world.until(another)
+    world.until(lambda: second.decided("key") == b"2")
+
+
 def test_each_ticket_goes_to_exactly_one_member(make_world: MakeWorld) -> None:
     world = make_world(3)
     asked = [(me, 1 + (me + 2 * i) % 5) for i in range(6) for me in range(3)]

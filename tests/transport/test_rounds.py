@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_async.transport.mail import Wait
-from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.rounds import SHORT, Rounds
 from lightning_async.transport.virtual import VirtualCluster
 from tests.transport.cluster_world import ClusterWorld
 from tests.transport.worlds import VirtualWorld, World
@@ -163,6 +163,32 @@ def test_what_a_dead_member_was_at_crosses_nobody() -> None:
     assert cluster.run({me: life(me) for me in range(3)}) == {0: (0, 1), 1: (0, 1)}
 
 
+def test_who_said_its_first_word_and_died_was_there_for_all() -> None:
+    """Also for one that comes to its first round when the death is known already."""
+    cluster = VirtualCluster(3, silence=0.1)
+    cluster.kill(2, at=0.5)
+
+    def life(me: int) -> Any:
+        yield 1.0 if me == 1 else 0.01
+        return (yield from Rounds(cluster.carriers[me]).barrier())
+
+    assert cluster.run({me: life(me) for me in range(3)}) == dict.fromkeys((0, 1), (0, 1, 2))
+
+
+@pytest.mark.parametrize("size", [1, 30_000])
+def test_who_said_its_word_in_an_exchange_and_died_is_missed_by_all(size: int) -> None:
+    """Those who waited for its part and one who comes to its first round behind its death begin again together."""
+    cluster = VirtualCluster(3, silence=0.1)
+    cluster.kill(2, at=0.5)
+
+    def life(me: int) -> Any:
+        yield 1.0 if me == 1 else 0.01
+        (result,), members = yield from Rounds(cluster.carriers[me]).exchange(torch.full((size,), float(2**me)))
+        return result.unique().tolist(), members
+
+    assert cluster.run({me: life(me) for me in range(3)}) == dict.fromkeys((0, 1), ([3.0], (0, 1)))
+
+
 def test_a_round_costs_one_word_a_member() -> None:
     """The name travels in the word: what is written on the board is what it was."""
     cluster, written = VirtualCluster(2), []
@@ -187,6 +213,32 @@ def test_many_rounds_on_two_channels(make_world: MakeWorld) -> None:
     assert together(world, [life(r) for r in range(3)]) == [[float(3 + 3 * k) for k in range(10) for _ in "12"]] * 3
 
 
+def test_words_of_rounds_past_are_held_by_nobody(make_world: MakeWorld) -> None:
+    """Neither by a member nor by the board: a run may have millions of them."""
+    world, n, count = make_world(3), 3, 8
+
+    def life(r: int) -> Wait[None]:
+        one, two = Rounds(world.carriers[r]), Rounds(world.carriers[r], channel=1)
+        for k in range(count):
+            yield from one.agree(b"%d" % k)
+            yield from two.barrier()
+
+    together(world, [life(r) for r in range(n)])
+    said = [[f"round{channel}/{k + 1}/{r}" for channel in range(2) for r in range(n)] for k in range(count)]
+    world.until(lambda: not any(held(world, key) for keys in said[:-1] for key in keys))
+    assert all(held(world, key) for key in said[-1]), "whoever is slow still reads these"
+
+
+def held(world: World, key: str) -> bool:
+    """Whether a decision is on the board, or in a member's memory."""
+    if isinstance(world, VirtualWorld):
+        return key in world.cluster._board._values
+    assert isinstance(world, ClusterWorld)
+    return world.carriers[0]._keys.check([f"say/{key}"]) or any(
+        key in memory for c in world.carriers for r in [c._control._requests] for memory in (r._decided, r._watched)
+    )
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int) -> None:
     """Whenever it comes: either all have the dead member's part, or none. Who comes late is waited for."""
@@ -209,3 +261,29 @@ def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int) -> N
         for total, members in result:
             assert set(members) >= set(range(4)) - {seed % 4}
             assert total == sum(2**r for r in members)
+
+
+@pytest.mark.few(5)
+@pytest.mark.parametrize("seed", range(1, 20))
+@pytest.mark.parametrize(("n", "size", "killed"), [(10, 4_000, 9), (10, 4_000, 0), (4, 12_000, 3)])
+def test_a_death_in_a_long_exchange_keeps_nobody(n: int, size: int, killed: int, seed: int) -> None:
+    """Nor who waits for the living alone: those have given up because of it, and wait behind the round."""
+    assert 4 * size * (n - 1) > SHORT, "by way of owners, which ten are not all"
+    silence = 0.1
+    cluster = VirtualCluster(n, bandwidth=1e6, latency=0.003, seed=seed, silence=silence, limit=10 * silence)
+    cluster.kill(killed, at=0.004 * seed)
+
+    def life(r: int) -> Any:
+        rounds, got = Rounds(cluster.carriers[r]), []
+        for _ in range(2):
+            (result,), members = yield from rounds.exchange(torch.full((size,), float(2**r)))
+            got.append((result.unique().tolist(), members))
+        return got
+
+    results = cluster.run({r: life(r) for r in range(n)})
+    assert {*results} >= {*range(n)} - {killed}
+    first, *others = results.values()
+    assert all(other == first for other in others)
+    for total, members in first:
+        assert {*members} >= {*range(n)} - {killed}
+        assert total == [sum(2**r for r in members)]
