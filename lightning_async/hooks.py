@@ -68,8 +68,11 @@ class SignState:
         return {"step": self.step, "rests": {i: bucket.rests() for i, bucket in self._buckets.items()} or self._saved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there, with the same model and the same number of ranks."""
-        self.step, self._saved = state["step"], state["rests"]
+        """Go on from there, with the same model and the same number of ranks: the first steps travel whole again.
+
+        (A new ddp makes its buckets anew after a step, and the rests are those of the buckets that it has then.)
+        """
+        self.step, self._saved = 0, state["rests"]
         self._buckets = {}
 
     def bucket(self, bucket: dist.GradBucket) -> "_Bucket":  # type: ignore[name-defined]

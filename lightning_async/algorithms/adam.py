@@ -89,7 +89,12 @@ def _wide(moment: Tensor) -> Tensor:
 
 
 def further(m: Tensor, v: Tensor, q: Tensor, n: float, beta1: float, eps: float) -> Tensor:
-    """How much longer than m / (sqrt(v) + eps) the step is on the mean of `n` gradients."""
+    """How much longer than m / (sqrt(v) + eps) the step is on the mean of `n` gradients.
+
+    With beta1 = 0 the first moment is one gradient: nothing tells its signal from its noise, and nothing is added.
+    """
+    if beta1 == 0:
+        return torch.zeros_like(m)
     rho = (1 - beta1) / (1 + beta1)
     # signal^2 + noise / n = a * q + b * v, with a and b from the two expectations above
     a, b = (1 - 1 / n) / (1 - rho), (1 / n - rho) / (1 - rho)

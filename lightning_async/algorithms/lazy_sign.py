@@ -230,7 +230,8 @@ class LazySign(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """What is left over here and at this rank's server, and what the rule remembers."""
-        state: dict[str, Any] = {"method": "LazySign", "rule": self.rule, "round": self._number, "step": self._met}
+        state: dict[str, Any] = {"method": "LazySign", "rule": self.rule, "compress": self.compress}
+        state |= {"round": self._number, "step": self._met}
         return state if self._alone else {**state, **self.signs.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -247,6 +248,11 @@ class LazySign(Algorithm):
                 f"the state of {saved[0] or 'another method'} with rule {saved[1]!r} does not fit lazy_sign with rule "
                 f"{way!r}: go on with the rule that the run was started with, or start anew from the weights"
             )
+        if (saved := state.get("compress", self.compress)) != self.compress:  # older states did not say
+            raise ValueError(
+                f"the state of lazy_sign with compress={saved!r} does not fit compress={self.compress!r}: what is held "
+                "back is of other units. Go on with what the run was started with, or start anew from the weights"
+            )
 
     def inherit(self, replica: Replica, states: Iterable[Mapping[str, Any]], *, world: int) -> None:
         """Take over what ranks of a run with `world` members had not sent: the mean over all of it stays what it was.
@@ -254,7 +260,8 @@ class LazySign(Algorithm):
         Called after `begin`, in the place of `load_state_dict`. With `innovation` nothing is held back: all begin anew.
         """
         for state in states:
-            if state.get("rule") != self.rule or "rest" not in state or self.rule == "innovation":
+            alike = (state.get("rule"), state.get("compress", self.compress)) == (self.rule, self.compress)
+            if not alike or "rest" not in state or self.rule == "innovation":
                 continue
             rest, served = state["rest"], state["exchange"]
             all_of_it = rest / world

@@ -46,6 +46,7 @@ class SpreadStats(Stats):
         if every is not None and (not isinstance(every, (int, float)) or isinstance(every, bool) or not every > 0):
             raise ValueError(f"`every` must be a number of seconds above 0, or None, got {every!r}")
         self.depth, self.every = depth, every
+        self._module: LightningModule | None = None
         self._parameters: dict[str, Tensor] = {}
         self._sketch: Sketch | None = None
         self._due = 0.0
@@ -56,18 +57,20 @@ class SpreadStats(Stats):
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Take the parameters by name; make the sketch, the same on every rank."""
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._module = module
+        self._parameters = _trained(module)
         if self._strategy is not None and self.every is not None and trainer.world_size > 1:
             self._sketch, self._due = Sketch(self._parameters.values()), time.monotonic() + self.every
             self.listen("on_train_batch_end", self._sketch_sometimes)
 
     def end(self, trainer: Trainer) -> None:
         """No more sketches."""
-        self._sketch = None
+        self._sketch = self._module = None
 
     def say(self, stretch: Stretch) -> Any:
         """By part of the module: squared distance, squared size, how many weights."""
         parts: dict[str, list[float]] = {}
+        self._follow()
         for (name, parameter), square in zip(self._parameters.items(), stretch.apart(), strict=False):
             size = float(parameter.detach().double().square().sum())
             for part in dict.fromkeys((ALL, self._part(name))):
@@ -86,6 +89,13 @@ class SpreadStats(Stats):
             found = _figures([word[part] for word in words.values() if part in word])
             figures |= {f"in/{part}/{name}": value for name, value in found.items()}
         return figures
+
+    def _follow(self) -> None:
+        """What is trained may have changed since the last meeting, on all ranks alike (a thawed backbone)."""
+        now = self._parameters if self._module is None else _trained(self._module)
+        if list(now) != list(self._parameters):
+            self._parameters = now
+            self._sketch = None if self._sketch is None else Sketch(now.values())
 
     def _part(self, name: str) -> str:
         return ".".join(name.split(".")[: self.depth])
@@ -107,6 +117,10 @@ class SpreadStats(Stats):
                 logger.log_metrics({"spread/sketch": estimate}, step=trainer.global_step)
             if self._journal is not None:
                 self._journal.note("sketch", trainer.global_step, trainer.current_epoch, {"rms": estimate})
+
+
+def _trained(module: LightningModule) -> dict[str, Tensor]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _figures(rows: list[list[float]]) -> Figures:

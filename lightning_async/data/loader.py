@@ -41,7 +41,7 @@ class SharedBatches:
     """A batch sampler that pulls from a share. It has no length for Lightning's loop, which would stop there.
 
     Args:
-        order: What the positions stand for; named `sampler` so that Lightning finds its `set_epoch`.
+        order: What the positions stand for; named `sampler` so that Lightning finds its `set_epoch` in a batch sampler.
         begin: Opens the order's epoch at the share, and may turn the order to another one.
         pull: Gets the next positions from the share, waiting if it must; none if told that they are to spare.
         whole: One position is one batch of the user's own batch sampler.
@@ -73,6 +73,10 @@ class SharedBatches:
 
     def __bool__(self) -> bool:
         return True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Where this is the loader's sampler itself (`batch_size=None`), and not its batch sampler."""
+        self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
         return _Pausing(self._batches())
@@ -228,6 +232,6 @@ def remade(loader: DataLoader[Any], batches: Iterable[Any]) -> DataLoader[Any]:
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
-        in_order=loader.in_order,
+        in_order=True,  # what was trained on is booked in the order in which it was handed out
         **options,
     )

@@ -131,6 +131,11 @@ class Feeding:
                     f"`{type(loader).__name__}` is not a DataLoader: every rank trains on all that it yields"
                 )
             return self.watch(loader)
+        if not loader.in_order:
+            rank_zero_warn(
+                "`in_order=False` is not followed: which samples were trained on is booked in their order. Slow "
+                "samples of one worker hold up less with a larger `prefetch_factor`"
+            )
         self._new_loaders()
         self._batch, self._by_sample = samples_per_batch(loader) * office.size, counts_samples(loader)
         if self.share is not None:
@@ -332,7 +337,7 @@ class Feeding:
         size = size if self._by_sample and knobs_of(self._balance).partition == "kept" else 0
         if self._kept is None or self._kept[1:] != (batch, drop_last, size):
             share = self._made(office, size)
-            share.recall(self._memory)
+            share.recall(self._memory if self._kept is None else self._kept[0].memory())
             self._kept = share, batch, drop_last, size
         return self._kept[0]
 

@@ -71,6 +71,12 @@ def test_half_precision_means_do_not_stand_still() -> None:
     assert float(stretch._square[p]) == pytest.approx(1 - 0.999**2000, rel=0.05)  # in bfloat16 it stops at 0.25
 
 
+def test_without_a_first_moment_no_step_is_stretched() -> None:
+    """torch allows betas=(0.0, ...), and many adversarial nets are trained so."""
+    m, v, q = torch.randn(3, 8)
+    assert not further(m, v.square(), q.square(), 4, 0.0, 1e-8).any()
+
+
 def test_a_step_is_stretched_once() -> None:
     p = nn.Parameter(torch.zeros(3))
     opt = torch.optim.Adam([p])

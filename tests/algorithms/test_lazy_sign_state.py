@@ -116,3 +116,6 @@ def test_a_state_of_another_rule_is_refused_in_words() -> None:
         member.algorithm.load_state_dict({"method": "LazySign", "rule": "paper"})
     with pytest.raises(ValueError, match="the state of another method"):
         member.algorithm.load_state_dict({})
+    other = "update" if member.algorithm.compress == "gradient" else "gradient"
+    with pytest.raises(ValueError, match=f"compress='{other}' does not fit"):
+        member.algorithm.load_state_dict({**member.algorithm.state_dict(), "compress": other})

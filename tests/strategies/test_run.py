@@ -15,10 +15,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_async import GossipRingStrategy, SpeedFaults
 from lightning_async.transport.cluster import ClusterCarrier
-from tests.strategies.lit import Lit, loader, trainer, weights
+from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
 
@@ -104,6 +105,21 @@ def test_fit_validate_test_predict_and_fit_again_on_one_trainer(tmp_path: Path) 
     loaded = Lit()
     loaded.load_state_dict(torch.load(first["newest"], weights_only=True)["state_dict"])
     assert weights(loaded) == first["refitted"]
+
+
+def _whole_batches() -> tuple[list[int], int]:
+    data, held_out = TensorDataset(torch.arange(240), INPUTS[:240], TARGETS[:240]), loader(40, shuffle=False)
+    lit = Lit()
+    t = trainer(2, max_epochs=3, callbacks=[SpeedFaults(step_seconds=0.001)])
+    t.fit(lit, DataLoader(data, sampler=BatchSampler(RandomSampler(data), 8, False), batch_size=None), held_out)
+    return lit.seen, t.global_step
+
+
+def test_a_loader_without_a_batch_size_has_every_epoch() -> None:
+    """Its sampler gives whole batches: Lightning tells the epoch to that one."""
+    ends = run(2, _whole_batches)
+    assert Counter(index for seen, _ in ends for index in seen) == dict.fromkeys(range(240), 3)
+    assert [steps for _, steps in ends] == [45, 45]
 
 
 def test_who_comes_late_to_a_later_stage_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

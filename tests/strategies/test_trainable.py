@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback
 from torch import nn
 
-from lightning_async import GossipRingStrategy, SpeedFaults
+from lightning_async import GossipRingStrategy, SpeedFaults, SpreadStats
 from lightning_async.algorithms.pairwise import ANSWER, ASK
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
@@ -91,6 +91,46 @@ def test_a_backbone_thaws_at_a_meeting(mode: str, at_meeting: str) -> None:
         assert end["moved"]
         assert end["stretched"] == (mode != "none")
         assert bool(end["arrivals"]) == (mode != "none")
+
+
+class Spreads(SpreadStats):
+    """Keeps what it said of each epoch, beside what the meeting knew."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        self.found: list[tuple[float, float]] = []
+
+    def say(self, stretch: Any) -> Any:
+        words = super().say(stretch)
+        self.found.append((words[""][0], words[""][2]))
+        return words
+
+
+class Knows(Callback):
+    """How many weights are trained, and how far apart the replicas were."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[float, int]] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        apart = (strategy.replica.own - strategy.replica.flat).square().sum()
+        self.found.append((float(apart), sum(p.numel() for p in module.parameters() if p.requires_grad)))
+
+
+def _spread() -> tuple[list[tuple[float, float]], list[tuple[float, int]]]:
+    torch.manual_seed(0)
+    says, knows = Spreads(), Knows()
+    fit(Backbone(), BackboneFinetuning(unfreeze_backbone_at_epoch=1, train_bn=False), knows, says)
+    return says.found, knows.found
+
+
+def test_the_spread_is_of_what_is_trained_now() -> None:
+    for said, known in run(2, _spread):
+        assert len({numel for _, numel in known}) == 2
+        for (apart, numel), (truth, trained) in zip(said, known, strict=True):
+            assert numel == trained
+            assert apart == pytest.approx(truth, rel=1e-4)
 
 
 class Freezes(BaseFinetuning):
