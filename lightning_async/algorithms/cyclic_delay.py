@@ -33,6 +33,7 @@ from lightning_async.algorithms.server_meeting import ServerMeeting
 from lightning_async.algorithms.shard_server import Rules, version_of
 from lightning_async.algorithms.shard_service import next_of
 from lightning_async.algorithms.shards import (
+    ANOTHERS,
     ANSWER,
     BID,
     LAST,
@@ -328,13 +329,15 @@ class CyclicDelay(Algorithm):
         mail.lost()  # what was asked of the dead is asked of others
         for letter in mail.take(TOKEN):
             exchange = self.exchanges[shard_of(letter.message.reference)]
-            exchange.token = max(exchange.token, letter.message.reference)
+            exchange.known = max(exchange.known, letter.message.reference)
+            if letter.message.weight != ANOTHERS:
+                exchange.token = max(exchange.token, letter.message.reference)
             mail.folded(letter)
         for letter in mail.take(ANSWER):
             self._fold(letter, replica)
             mail.folded(letter)
         for exchange in self.exchanges:
-            if exchange.token > exchange.place:  # an heir gave it, of whom nothing was heard here
+            if exchange.known > exchange.place:  # of an heir, of whom nothing was heard here
                 self.owners.doubt(exchange.shard.number)
             if self.owners.look(exchange.shard.number):
                 self._move(exchange)

@@ -75,9 +75,12 @@ class ServerMeeting:
             self.pump()
 
     def push_all(self, replica: Replica, mail: Mail) -> Wait[None]:
-        """All shards, one after the other."""
-        for exchange in self.exchanges:
-            yield from self._push_all(exchange, replica, mail)
+        """All shards, one after the other; again what another member took over meanwhile that must hear it too."""
+        while True:
+            for exchange in self.exchanges:
+                yield from self._push_all(exchange, replica, mail)
+            if all(exchange.clean >= self.step for exchange in self.exchanges):
+                return
 
     def _attending(self, waiting: Wait[T]) -> Wait[T]:
         """Wait, and be there meanwhile: the others may need this member as an heir, which it must hear of to be one."""
