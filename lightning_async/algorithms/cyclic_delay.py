@@ -25,7 +25,7 @@ from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink
 from lightning_async.algorithms.compensation import How
 from lightning_async.algorithms.compensation import compensation as compensated
 from lightning_async.algorithms.delta_exchange import DeltaExchange
-from lightning_async.algorithms.images import bundle, gathered, only, recut
+from lightning_async.algorithms.images import bundle, gathered, recut
 from lightning_async.algorithms.own_service import OwnService
 from lightning_async.algorithms.owners import Owners
 from lightning_async.algorithms.server_groups import Groups, MakeOptimizer, check_elementwise, numbers
@@ -232,8 +232,7 @@ class CyclicDelay(Algorithm):
         """Push what is left, by turns; when all have, pull: the consensus is the server's W."""
         meeting = self._meeting(replica, mail)
         consensus = yield from meeting.consensus(replica, mail)
-        self._acting, images = meeting.acting, (yield from self._own.images())
-        self._images = only(images, (shard for shard, owner in enumerate(self._acting) if owner == mail.me))
+        self._acting, self._images = meeting.acting, (yield from self._own.images(meeting.places))
         return consensus
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:

@@ -47,6 +47,8 @@ class DeltaExchange(Exchange):
 
     def give(self, replica: Replica, mail: Mail, step: int, *, kind: int = PUSH) -> None:
         """If it is this member's turn push what moved; first find out about a push that was never answered."""
+        if kind == PUSH and self.paused and not self.asked:  # it could not be told at the meeting that this goes on
+            self.pull(mail, step)
         if self.asked or not (self.astray or (self.has_token and (self.count or kind == LAST))):
             return
         self.push(replica, mail, step, kind=kind, micros=0, weight=lambda: max(1, self.count))

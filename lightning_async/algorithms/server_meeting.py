@@ -41,6 +41,7 @@ class ServerMeeting:
         push: Pushes all of a shard that is not pushed yet.
         pausing: Whether the others must hear from a member that has nothing to push.
         acting: Who owns each shard by the consensus.
+        places: Their places.
     """
 
     exchanges: list[Exchange]
@@ -51,6 +52,7 @@ class ServerMeeting:
     push: Callable[[Exchange], None]
     pausing: bool
     acting: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
     def consensus(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """The server's weights when all have pushed."""
@@ -60,10 +62,11 @@ class ServerMeeting:
         while True:
             for exchange in behind:
                 yield from self._pull(exchange, mail)
-            weights, owners = torch.cat([x.base for x in self.exchanges]), [x.owner for x in self.exchanges]
+            weights = torch.cat([x.base for x in self.exchanges])
+            owners, places = [x.owner for x in self.exchanges], [x.place for x in self.exchanges]
             newest = yield from self._newest()
             if newest is None:
-                self.acting = owners
+                self.acting, self.places = owners, places
                 return weights
             behind = [x for x, most in zip(self.exchanges, newest, strict=True) if self._lags(x, most)]
 

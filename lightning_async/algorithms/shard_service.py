@@ -5,7 +5,7 @@
                                         would be more than m in no mirror waits for that (`mirroring`)
     a place that succeeds a mirror -->  its owner is dead or frozen, and this member is the heir: taken over at once
     TAKE of the own member         -->  the same, where there is no mirror: from the member's own base
-    RETIRE of the own member       -->  there is a later place: forget all older ones
+    RETIRE of the own member       -->  there is a later place: serve no older one; what it was is kept until a meeting
 
 It is a function of the letters that reach it, in their order (see `mail.Mail.serve`). What it cannot know by letters
 (who lives, who took over) its own member tells it.
@@ -96,6 +96,7 @@ class ShardService:
         self._every, self._shrink, self._blank = mirror_every, shrink, blank
         self._next = next_of(me, members)
         self._retired: dict[int, int] = {}
+        self._former: dict[int, Owned] = {}
         self.owned = {at: Owned(self._new(weights.clone(), shard_of(at))) for at, weights in owned.items()}
         self._mirrors = {
             shard_of(at): (at, self._new(weights.clone(), shard_of(at)).image()) for at, weights in mirrored.items()
@@ -239,16 +240,24 @@ class ShardService:
         self._retired[number] = max(before(now), self._oldest(now))
         if (mirror := self._mirrors.get(number)) is not None:  # nobody takes an older place over by it any more
             self._mirrors[number] = max(mirror[0], before(now)), mirror[1]
-        older = [self.owned.pop(at) for at in [*self.owned] if shard_of(at) == number and at < now]
-        return [_not_here(held) for owned in older for held in owned.held]
+        older = {at: self.owned.pop(at) for at in [*self.owned] if shard_of(at) == number and at < now}
+        self._former = {at: one for at, one in self._former.items() if shard_of(at) != number or not older} | older
+        held = [letter for owned in older.values() for letter in owned.held]
+        for owned in older.values():
+            owned.held.clear()
+        return [_not_here(one) for one in held]
 
     def _oldest(self, at: int) -> int:
         """Of this shard, the oldest place whose mirror may be taken over: others come from who is long succeeded."""
         return self._retired.get(shard_of(at), 0)
 
     def _show(self, letter: Letter) -> Answers:
-        """The images of all shards that it owns."""
-        images = {shard_of(at): owned.server.saved() for at, owned in self.owned.items()}
+        """The images of its shards. Of one that was retired when all had agreed on its weights nobody else has any."""
+        asked, shown = letter.message.body, self.owned
+        if asked is not None:
+            places, here, self._former = asked.tolist(), {**self._former, **self.owned}, {}
+            shown = {at: here[at] for at in places if at in here}
+        images = {shard_of(at): owned.server.saved() for at, owned in shown.items()}
         return [(self._me, Message(SHOWN, bundle(images)))]
 
     def _put(self, letter: Letter) -> Answers:

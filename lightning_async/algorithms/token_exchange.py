@@ -58,7 +58,7 @@ class TokenExchange(Exchange):
         """If it is this member's turn push the sum; first find out about a push that was never answered."""
         if self.asked:
             return
-        if self._moved_in:
+        if self._moved_in or (kind == PUSH and self.paused):  # it could not be told at the meeting that this goes on
             self.pull(mail, self.step)
         elif self.has_token and (self.count or kind == LAST):
             self._give(mail, step, kind)
@@ -93,6 +93,7 @@ class TokenExchange(Exchange):
         if m.weight == NOT_HERE:
             self._unanswered = self._unanswered if asked == PULL else self.step
             return []
+        self.paused = self.place if asked == LAST else 0
         assert m.body is not None  # and who owns the shard answers with its weights
         lost = self._lost(letter) if asked == PULL and self._moved_in else []
         included = asked != PULL or (self._unanswered > 0 and m.samples >= self._unanswered)
