@@ -103,13 +103,18 @@ class ServerMeeting:
             exchange.idle = exchange.clean >= self.step
             exchange.clean = min(exchange.clean, self.step - 1)
         for _ in range(TRIES if alone else 1):
-            while exchange.clean < self.step:
+            while exchange.clean < self.step or self._is_untold(exchange):
+                exchange.idle = exchange.idle or exchange.clean >= self.step
                 self.push(exchange)
                 if not exchange.asked:
                     yield f"rank {exchange.owner} to take the last of shard {exchange.shard.number}"
                 yield from self.answered(exchange)
             if alone and not torch.equal(replica.flat[exchange.shard.part], exchange.base):
                 exchange.clean = self.step - 1
+
+    def _is_untold(self, exchange: Exchange) -> bool:
+        """Whether the last push was found in the books of an heir, who need not know that it was the last."""
+        return self.pausing and exchange.paused != exchange.place
 
     def _pull(self, exchange: Exchange, mail: Mail) -> Wait[None]:
         before = exchange.pulls
