@@ -98,8 +98,8 @@ class Exchange:
             self._word, self.idle = self.idle, False
 
     def pull(self, mail: Mail, step: int) -> None:
-        """Ask for the newest weights."""
-        if mail.post(self.owner, Message(PULL, step=step, echo=0, reference=self.place)):
+        """Ask for the newest weights; not for much older ones than these."""
+        if mail.post(self.owner, Message(PULL, step=step, version=self.version, echo=0, reference=self.place)):
             self.asked = PULL
 
     # -- folding ------------------------------------------------------------------------------------------------------
