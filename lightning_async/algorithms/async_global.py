@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink
 from lightning_async.algorithms.exchange import Exchange
-from lightning_async.algorithms.images import bundle, gathered, only, recut
+from lightning_async.algorithms.images import bundle, gathered, recut
 from lightning_async.algorithms.local_steps import LocalSteps, Period, check_local_steps
 from lightning_async.algorithms.outer import Rule, outer_rule
 from lightning_async.algorithms.own_service import OwnService
@@ -179,8 +179,7 @@ class AsyncGlobal(Algorithm):
         """Push what is left; when all have, pull: the consensus is the server's W."""
         meeting = self._meeting(replica, mail)
         consensus = yield from meeting.consensus(replica, mail)
-        self._acting, images = meeting.acting, (yield from self._own.images())
-        self._images = only(images, (shard for shard, owner in enumerate(self._acting) if owner == mail.me))
+        self._acting, self._images = meeting.acting, (yield from self._own.images(meeting.places))
         self.period.pause()
         return consensus
 

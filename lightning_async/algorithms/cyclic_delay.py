@@ -25,7 +25,7 @@ from lightning_async.algorithms.algorithm import UNIT, Algorithm, Shrink
 from lightning_async.algorithms.compensation import How
 from lightning_async.algorithms.compensation import compensation as compensated
 from lightning_async.algorithms.delta_exchange import DeltaExchange
-from lightning_async.algorithms.images import bundle, gathered, only, recut
+from lightning_async.algorithms.images import bundle, gathered, recut
 from lightning_async.algorithms.own_service import OwnService
 from lightning_async.algorithms.owners import Owners
 from lightning_async.algorithms.server_groups import Groups, MakeOptimizer, check_elementwise, numbers
@@ -33,6 +33,7 @@ from lightning_async.algorithms.server_meeting import ServerMeeting
 from lightning_async.algorithms.shard_server import Rules, version_of
 from lightning_async.algorithms.shard_service import next_of
 from lightning_async.algorithms.shards import (
+    ANOTHERS,
     ANSWER,
     BID,
     LAST,
@@ -231,8 +232,7 @@ class CyclicDelay(Algorithm):
         """Push what is left, by turns; when all have, pull: the consensus is the server's W."""
         meeting = self._meeting(replica, mail)
         consensus = yield from meeting.consensus(replica, mail)
-        self._acting, images = meeting.acting, (yield from self._own.images())
-        self._images = only(images, (shard for shard, owner in enumerate(self._acting) if owner == mail.me))
+        self._acting, self._images = meeting.acting, (yield from self._own.images(meeting.places))
         return consensus
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
@@ -328,13 +328,15 @@ class CyclicDelay(Algorithm):
         mail.lost()  # what was asked of the dead is asked of others
         for letter in mail.take(TOKEN):
             exchange = self.exchanges[shard_of(letter.message.reference)]
-            exchange.token = max(exchange.token, letter.message.reference)
+            exchange.known = max(exchange.known, letter.message.reference)
+            if letter.message.weight != ANOTHERS:
+                exchange.token = max(exchange.token, letter.message.reference)
             mail.folded(letter)
         for letter in mail.take(ANSWER):
             self._fold(letter, replica)
             mail.folded(letter)
         for exchange in self.exchanges:
-            if exchange.token > exchange.place:  # an heir gave it, of whom nothing was heard here
+            if exchange.known > exchange.place:  # of an heir, of whom nothing was heard here
                 self.owners.doubt(exchange.shard.number)
             if self.owners.look(exchange.shard.number):
                 self._move(exchange)

@@ -25,12 +25,13 @@ class DeltaExchange(Exchange):
     Attributes:
         count: Steps since the last push.
         token: The place whose token came last.
+        known: The newest place of which the owner has told.
         bidden: For which step, and hearing whom, it last said that it waits.
     """
 
     def __init__(self, shard: Shard, weights: Tensor, me: int) -> None:
         super().__init__(shard, weights, EXACT, me)
-        self.count = self.token = 0
+        self.count = self.token = self.known = 0
         self.bidden: tuple[int, tuple[int, ...]] = (0, ())
         self._given = self._at = 0
 
@@ -46,6 +47,8 @@ class DeltaExchange(Exchange):
 
     def give(self, replica: Replica, mail: Mail, step: int, *, kind: int = PUSH) -> None:
         """If it is this member's turn push what moved; first find out about a push that was never answered."""
+        if kind == PUSH and self.paused and not self.asked:  # it could not be told at the meeting that this goes on
+            self.pull(mail, step)
         if self.asked or not (self.astray or (self.has_token and (self.count or kind == LAST))):
             return
         self.push(replica, mail, step, kind=kind, micros=0, weight=lambda: max(1, self.count))

@@ -46,13 +46,14 @@ class Exchange:
         clean: The own step up to which everything is in the server's weights, or was refused.
         samples: Samples since the last push.
         pulls: How often the newest weights came as they were asked for.
+        paused: The place whose owner knows that this member pushes nothing until it has pulled; 0: none.
         idle: Whether the next push only says that nothing is left to push: it is no arrival.
     """
 
     def __init__(self, shard: Shard, weights: Tensor, codec: Codec, me: int) -> None:
         self.shard, self.base = shard, weights[shard.part].clone()
         self.owner = self.place = -1
-        self.version = self.asked = self.step = self.clean = self.samples = self.pulls = 0
+        self.version = self.asked = self.step = self.clean = self.samples = self.pulls = self.paused = 0
         self._codec, self._me = codec, me
         self._pushed = torch.zeros_like(self.base)
         self._exact = True
@@ -97,8 +98,8 @@ class Exchange:
             self._word, self.idle = self.idle, False
 
     def pull(self, mail: Mail, step: int) -> None:
-        """Ask for the newest weights."""
-        if mail.post(self.owner, Message(PULL, step=step, echo=0, reference=self.place)):
+        """Ask for the newest weights; not for much older ones than these."""
+        if mail.post(self.owner, Message(PULL, step=step, version=self.version, echo=0, reference=self.place)):
             self.asked = PULL
 
     # -- folding ------------------------------------------------------------------------------------------------------
@@ -113,6 +114,7 @@ class Exchange:
             if asked != PULL:
                 self._take_back()
             return []
+        self.paused = self.place if asked == LAST else 0
         assert m.kind == ANSWER  # and who owns the shard answers with its weights
         assert m.body is not None
         server = m.body.to(self.base.device, self.base.dtype)

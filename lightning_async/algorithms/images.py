@@ -35,12 +35,6 @@ def unbundle(body: Tensor) -> dict[int, Tensor]:
     return images
 
 
-def only(body: Tensor, shards: Iterable[int]) -> Tensor:
-    """The images of these shards alone."""
-    found, wanted = unbundle(body), set(shards)
-    return bundle({number: image for number, image in found.items() if number in wanted})
-
-
 def gathered(bundles: Iterable[Tensor]) -> dict[int, Tensor]:
     """The images of all members of a world, of each shard the newest one.
 

@@ -1,12 +1,12 @@
 """What a member tells its own service, by mail like everybody else: who lives, what it takes over, what it gives up.
 
 member's step:  NEWS  TAKE  RETIRE  --in order, as far as the slots are free-->  shard_service  (never waits)
-meeting:        SHOW  <-- all its shards as bytes            a run that goes on:  RATES  PUT --> they are that
+meeting:        SHOW  <-- its shards as bytes                a run that goes on:  RATES  PUT --> they are that
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -93,11 +93,12 @@ class OwnService:
         self._commands.append((self._mail.me, Message(PUT, images, reference=at)))
         self.tell()
 
-    def images(self) -> Wait[Tensor]:
-        """All shards of the service, as bytes."""
+    def images(self, places: Sequence[int] | None = None) -> Wait[Tensor]:
+        """Its shards at these places, as bytes; without them, all that it owns."""
         mail = self._mail
+        show = Message(SHOW, None if places is None else torch.tensor(places, dtype=torch.int64))
         self.tell()
-        while any(peer == mail.me for peer, _ in self._commands) or not mail.post(mail.me, Message(SHOW)):
+        while any(peer == mail.me for peer, _ in self._commands) or not mail.post(mail.me, show):
             yield "the own service to hear"
             self.tell()
         while not (letters := mail.take(SHOWN)):

@@ -41,6 +41,7 @@ class ServerMeeting:
         push: Pushes all of a shard that is not pushed yet.
         pausing: Whether the others must hear from a member that has nothing to push.
         acting: Who owns each shard by the consensus.
+        places: Their places.
     """
 
     exchanges: list[Exchange]
@@ -51,6 +52,7 @@ class ServerMeeting:
     push: Callable[[Exchange], None]
     pausing: bool
     acting: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
     def consensus(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """The server's weights when all have pushed."""
@@ -60,10 +62,11 @@ class ServerMeeting:
         while True:
             for exchange in behind:
                 yield from self._pull(exchange, mail)
-            weights, owners = torch.cat([x.base for x in self.exchanges]), [x.owner for x in self.exchanges]
+            weights = torch.cat([x.base for x in self.exchanges])
+            owners, places = [x.owner for x in self.exchanges], [x.place for x in self.exchanges]
             newest = yield from self._newest()
             if newest is None:
-                self.acting = owners
+                self.acting, self.places = owners, places
                 return weights
             behind = [x for x, most in zip(self.exchanges, newest, strict=True) if self._lags(x, most)]
 
@@ -75,9 +78,12 @@ class ServerMeeting:
             self.pump()
 
     def push_all(self, replica: Replica, mail: Mail) -> Wait[None]:
-        """All shards, one after the other."""
-        for exchange in self.exchanges:
-            yield from self._push_all(exchange, replica, mail)
+        """All shards, one after the other; again what another member took over meanwhile that must hear it too."""
+        while True:
+            for exchange in self.exchanges:
+                yield from self._push_all(exchange, replica, mail)
+            if all(exchange.clean >= self.step for exchange in self.exchanges):
+                return
 
     def _attending(self, waiting: Wait[T]) -> Wait[T]:
         """Wait, and be there meanwhile: the others may need this member as an heir, which it must hear of to be one."""
@@ -97,13 +103,18 @@ class ServerMeeting:
             exchange.idle = exchange.clean >= self.step
             exchange.clean = min(exchange.clean, self.step - 1)
         for _ in range(TRIES if alone else 1):
-            while exchange.clean < self.step:
+            while exchange.clean < self.step or self._is_untold(exchange):
+                exchange.idle = exchange.idle or exchange.clean >= self.step
                 self.push(exchange)
                 if not exchange.asked:
                     yield f"rank {exchange.owner} to take the last of shard {exchange.shard.number}"
                 yield from self.answered(exchange)
             if alone and not torch.equal(replica.flat[exchange.shard.part], exchange.base):
                 exchange.clean = self.step - 1
+
+    def _is_untold(self, exchange: Exchange) -> bool:
+        """Whether the last push was found in the books of an heir, who need not know that it was the last."""
+        return self.pausing and exchange.paused != exchange.place
 
     def _pull(self, exchange: Exchange, mail: Mail) -> Wait[None]:
         before = exchange.pulls

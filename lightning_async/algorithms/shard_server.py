@@ -205,9 +205,10 @@ class ShardServer:
         return self.image() if mean is None else torch.cat([self.image(), mean.view(torch.uint8)])
 
     def go_on(self, saved: Tensor) -> None:
-        """Be what was saved."""
+        """Be what was saved. All go on."""
         mean = saved[self.become(saved) :].clone().view(self.weights.dtype)
         self.lately.go_on(mean if mean.numel() else None)
+        self.pausing.clear()
 
     def become(self, image: Tensor) -> int:
         """Be what an image says; how many of its bytes that were."""

@@ -4,8 +4,8 @@
     every m / 2 arrivals           -->  MIRROR to the next member, when it has said that the last one is there; what
                                         would be more than m in no mirror waits for that (`mirroring`)
     a place that succeeds a mirror -->  its owner is dead or frozen, and this member is the heir: taken over at once
-    TAKE of the own member         -->  the same, where there is no mirror: from the member's own base
-    RETIRE of the own member       -->  there is a later place: forget all older ones
+    TAKE of the own member         -->  the same, where there is no mirror, or an old one: from the member's own base
+    RETIRE of the own member       -->  there is a later place: serve no older one; what it was is kept until a meeting
 
 It is a function of the letters that reach it, in their order (see `mail.Mail.serve`). What it cannot know by letters
 (who lives, who took over) its own member tells it.
@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_async.algorithms.algorithm import Shrink, no_shrink
 from lightning_async.algorithms.images import bundle, unbundle
 from lightning_async.algorithms.mirroring import Mirroring
-from lightning_async.algorithms.shard_server import Rules, ShardServer
+from lightning_async.algorithms.shard_server import Rules, ShardServer, version_of
 from lightning_async.algorithms.shards import (
     ANSWER,
     LAST,
@@ -96,6 +96,8 @@ class ShardService:
         self._every, self._shrink, self._blank = mirror_every, shrink, blank
         self._next = next_of(me, members)
         self._retired: dict[int, int] = {}
+        self._former: dict[int, Owned] = {}
+        self._lag = self._most
         self.owned = {at: Owned(self._new(weights.clone(), shard_of(at))) for at, weights in owned.items()}
         self._mirrors = {
             shard_of(at): (at, self._new(weights.clone(), shard_of(at)).image()) for at, weights in mirrored.items()
@@ -120,7 +122,7 @@ class ShardService:
     # -- of everybody -------------------------------------------------------------------------------------------------
 
     def _pushed(self, letter: Letter) -> Answers:
-        owned = self._owned(letter.message.reference)
+        owned = self._owned(letter)
         if owned is None:
             return [_not_here(letter)]
         if not self._may_go(owned, letter):
@@ -153,7 +155,7 @@ class ShardService:
         return not full and not owned.server.must_wait(letter.message.version)
 
     def _pulled(self, letter: Letter) -> Answers:
-        owned = self._owned(letter.message.reference)
+        owned = self._owned(letter)
         if owned is None:
             return [_not_here(letter)]
         server = owned.server
@@ -214,18 +216,25 @@ class ShardService:
     def _take(self, letter: Letter) -> Answers:
         m = letter.message
         assert m.body is not None  # the weights to begin with, where there is no mirror
-        owned = self._owned(m.reference)
+        owned = self._owned(letter)
         if owned is None:
+            mirror = self._mirrors.get(shard_of(m.reference))
+            if mirror is not None and mirror[0] < m.reference:
+                del self._mirrors[shard_of(m.reference)]  # the member's own weights are newer
             owned = self.owned[m.reference] = self._without_mirror(m.body.clone(), shard_of(m.reference))
             owned.server.version = owned.server.orphaned = m.version
         return self._mirror(owned, m.reference)
 
-    def _owned(self, at: int) -> Owned | None:
+    def _owned(self, letter: Letter) -> Owned | None:
         """The shard at this place. Who asks for a place that succeeds a mirror's has read that this member is the heir:
-        it takes over at once, wherever its own member is."""
+        it takes over at once, wherever its own member is, if the mirror is no older than one may be; else its member
+        has to say what weights it has."""
+        at, version = letter.message.reference, letter.message.version
+        if at in self.owned:
+            return self.owned[at]
         mirror = self._mirrors.get(shard_of(at))
         late = before(at) < self._oldest(at)
-        if at not in self.owned and not late and mirror is not None and succeeds(at, mirror[0]):
+        if not late and mirror is not None and succeeds(at, mirror[0]) and version_of(mirror[1]) + self._lag >= version:
             owned = self.owned[at] = self._without_mirror(self._blank(shard_of(at)), shard_of(at))
             owned.server.become(mirror[1])
             owned.server.hear(self._members)
@@ -239,16 +248,24 @@ class ShardService:
         self._retired[number] = max(before(now), self._oldest(now))
         if (mirror := self._mirrors.get(number)) is not None:  # nobody takes an older place over by it any more
             self._mirrors[number] = max(mirror[0], before(now)), mirror[1]
-        older = [self.owned.pop(at) for at in [*self.owned] if shard_of(at) == number and at < now]
-        return [_not_here(held) for owned in older for held in owned.held]
+        older = {at: self.owned.pop(at) for at in [*self.owned] if shard_of(at) == number and at < now}
+        self._former = {at: one for at, one in self._former.items() if shard_of(at) != number or not older} | older
+        held = [letter for owned in older.values() for letter in owned.held]
+        for owned in older.values():
+            owned.held.clear()
+        return [_not_here(one) for one in held]
 
     def _oldest(self, at: int) -> int:
         """Of this shard, the oldest place whose mirror may be taken over: others come from who is long succeeded."""
         return self._retired.get(shard_of(at), 0)
 
     def _show(self, letter: Letter) -> Answers:
-        """The images of all shards that it owns."""
-        images = {shard_of(at): owned.server.saved() for at, owned in self.owned.items()}
+        """The images of its shards. Of one that was retired when all had agreed on its weights nobody else has any."""
+        asked, shown = letter.message.body, self.owned
+        if asked is not None:
+            places, here, self._former = asked.tolist(), {**self._former, **self.owned}, {}
+            shown = {at: here[at] for at in places if at in here}
+        images = {shard_of(at): owned.server.saved() for at, owned in shown.items()}
         return [(self._me, Message(SHOWN, bundle(images)))]
 
     def _put(self, letter: Letter) -> Answers:
@@ -259,6 +276,7 @@ class ShardService:
             places = [same_generation(number, m.reference) for number in images]
             blank = {at: Owned(self._new(self._blank(shard_of(at)), shard_of(at))) for at in places}
             self.owned = {at: self.owned.get(at, blank[at]) for at in places}
+            self._mirrors = {number: mirror for number, mirror in self._mirrors.items() if version_of(mirror[1])}
         answers: list[tuple[int, Message]] = []
         for at, owned in self.owned.items():
             if shard_of(at) in images:

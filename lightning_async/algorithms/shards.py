@@ -39,10 +39,12 @@ TAKE = FIRST_FREE_KIND + 7
 RETIRE = FIRST_FREE_KIND + 8
 """From the member to its own service: older places of this shard are nobody's any more. reference: its place now."""
 SHOW, SHOWN, PUT = FIRST_FREE_KIND + 9, FIRST_FREE_KIND + 10, FIRST_FREE_KIND + 11
-"""From the member to its own service: what are our shards? The answer. And: they are this (a run that goes on).
-Its reference: a place of the generation in which it owns these and no others; 0: it owns those that it has."""
+"""From the member to its own service: what are our shards? body: the places that are asked for, also of one that was
+retired since; none: all that it owns. The answer. And: they are this (a run that goes on). Its reference: a place of
+the generation in which it owns these and no others; 0: it owns those that it has."""
 TOKEN, BID = FIRST_FREE_KIND + 12, FIRST_FREE_KIND + 13
-"""From the owner: it is your turn. And to it: a batch has ended without it; body: who is heard."""
+"""From the owner: it is your turn; or, with the weight ANOTHERS, the shard is here now. And to it: a batch has ended
+without it; body: who is heard."""
 RATES = FIRST_FREE_KIND + 14
 """From the member to its own service: the optimizer's numbers are these now."""
 SERVED = (PUSH, LAST, PULL, MIRROR, MIRRORED, NEWS, TAKE, RETIRE, SHOW, PUT)
@@ -52,6 +54,8 @@ NAMES = {PUSH: "push", LAST: "push", PULL: "pull", ANSWER: "answer", MIRROR: "mi
 
 NOT_HERE, NOT_FINITE = -1, -2
 """Words in the place of a factor: this member does not own that; it was refused."""
+ANOTHERS = -3
+"""A word in a TOKEN: the turn is another's."""
 MILLION = 1_000_000
 
 

@@ -28,12 +28,13 @@ class TokenExchange(Exchange):
         step: The number of the last push (see `Exchange`; not an own step here: there may be two in one).
         count: Batches in the sum.
         token: The place whose token came last.
+        known: The newest place of which the owner has told.
         bidden: For which step, and hearing whom, it last said that it waits.
     """
 
     def __init__(self, shard: Shard, weights: Tensor, me: int) -> None:
         super().__init__(shard, weights, EXACT, me)
-        self.count = self.token = 0
+        self.count = self.token = self.known = 0
         self.bidden: tuple[int, tuple[int, ...]] = (0, ())
         self._sum = torch.zeros_like(self.base)
         self._oldest = self._given_oldest = self._given = self._at = 0
@@ -57,7 +58,7 @@ class TokenExchange(Exchange):
         """If it is this member's turn push the sum; first find out about a push that was never answered."""
         if self.asked:
             return
-        if self._moved_in:
+        if self._moved_in or (kind == PUSH and self.paused):  # it could not be told at the meeting that this goes on
             self.pull(mail, self.step)
         elif self.has_token and (self.count or kind == LAST):
             self._give(mail, step, kind)
@@ -92,6 +93,7 @@ class TokenExchange(Exchange):
         if m.weight == NOT_HERE:
             self._unanswered = self._unanswered if asked == PULL else self.step
             return []
+        self.paused = self.place if asked == LAST else 0
         assert m.body is not None  # and who owns the shard answers with its weights
         lost = self._lost(letter) if asked == PULL and self._moved_in else []
         included = asked != PULL or (self._unanswered > 0 and m.samples >= self._unanswered)

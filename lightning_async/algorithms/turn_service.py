@@ -3,7 +3,7 @@
     PUSH, LAST of the holder  -->  the shard's optimizer steps  -->  ANSWER to it, TOKEN to the next
     BID of another            -->  the holder is idle? (turns)  -->  TOKEN to the next
     NEWS: the holder is dead  -->                                    TOKEN to the next
-    TAKE: a shard is ours now -->                                    TOKEN of the new generation
+    TAKE: a shard is ours now -->                                    TOKEN of the new generation, to whoever has asked
 
     RATES of the own member   -->  the optimizers' numbers are those of run progress
     PUT of the own member     -->  a run goes on: TOKEN to whoever had it
@@ -23,7 +23,7 @@ from lightning_async.algorithms.compensation import Compensation
 from lightning_async.algorithms.server_groups import Groups
 from lightning_async.algorithms.server_step import ServerStep
 from lightning_async.algorithms.shard_service import Answers, Owned, ShardService
-from lightning_async.algorithms.shards import ANSWER, BID, LAST, MILLION, PUSH, RATES, TOKEN, Shard
+from lightning_async.algorithms.shards import ANOTHERS, ANSWER, BID, LAST, MILLION, PUSH, RATES, TOKEN, Shard
 from lightning_async.algorithms.turn_server import Moves, Scale, TurnServer
 from lightning_async.algorithms.turns import Turns
 from lightning_async.transport.mail import Letter, Message
@@ -108,13 +108,25 @@ class TurnService(ShardService):
         return letter.peer, answer
 
     def _tokens(self) -> Iterator[tuple[int, Message]]:
-        self.turns = {at: self.turns.get(at) or Turns(after=self._me, skip=self._skip) for at in self.owned}
+        if self.turns.keys() != self.owned.keys():
+            yield from self._begin_turns()
         for at, turns in self.turns.items():
             server = self.owned[at].server
             alone = len(server.members) == 1  # what its last push rounded off it may push again
-            granted = turns.grant(server.members, () if alone else server.pausing)
+            # who was not heard since the shard was taken over may wait at a meeting, where nobody takes a token
+            away = {*server.pausing, *server.unheard} if server.unheard else server.pausing
+            granted = turns.grant(server.members, () if alone else away)
             if granted is not None:
                 yield granted, Message(TOKEN, reference=at)
+
+    def _begin_turns(self) -> Iterator[tuple[int, Message]]:
+        """Of what was taken over all hear: who waits for a token asks nobody for anything, and may believe in another
+        owner."""
+        taken = self.owned.keys() - self.turns.keys()
+        self.turns = {at: self.turns.get(at) or Turns(after=self._me, skip=self._skip) for at in self.owned}
+        for at in sorted(taken):
+            for member in sorted(self.owned[at].server.unheard):
+                yield member, Message(TOKEN, weight=ANOTHERS, reference=at)
 
     def _note_holders(self) -> None:
         for at, turns in self.turns.items():

@@ -130,6 +130,7 @@ class Consensus:
         if new is not None:
             replica = new
             algorithm.begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
+            strategy.together(office.rounds.barrier())  # what is posted to who has not begun its old service would get
         replica.check()  # a callback may have put other tensors in the place of the weights, and keep those
         adopted = not replica.away
         replica.come_back()

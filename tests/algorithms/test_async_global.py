@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.algorithms.async_global import AsyncGlobal
-from lightning_async.algorithms.shards import PUSH
+from lightning_async.algorithms.shards import ANSWER, LAST, PUSH
 from lightning_async.algorithms.sync_global import SyncGlobal
 from lightning_async.algorithms.training import train
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
-from lightning_async.transport.mail import Carrier, Mail, Wait
+from lightning_async.transport.mail import Carrier, Letter, Mail, Wait
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import Program, VirtualCluster
 from tests.algorithms.one_hot import Outcome, run
@@ -434,6 +434,43 @@ def test_with_a_bound_nobody_waits_for_who_waits_in_a_meeting_or_is_dead(
     ends = cluster.run({c.me: life(c) for c in cluster.carriers})
     assert set(ends) == set(range(n)) - {dead}
     assert cluster.time < 60
+
+
+def test_with_a_bound_nobody_waits_for_who_was_found_in_an_heirs_books() -> None:
+    """Member 0's last push is in a mirror, and its answer lost with the owner: the heir must hear that it pauses."""
+    n, dead, cluster, struck = 4, 2, VirtualCluster(4, latency=0.01, silence=0.3, limit=60.0), list[float]()
+
+    def life(carrier: Carrier) -> Program:
+        replica, rounds = Replica([nn.Parameter(torch.zeros(64))]), Rounds(carrier)
+        algorithm = AsyncGlobal(local_steps=1, on_late="wait", max_delay=1, mirror_every=1)
+        make = algorithm._service
+
+        def watched(*arguments: Any) -> Any:
+            service = make(*arguments)
+
+            def serve(letter: Letter) -> Any:
+                answers = list(service(letter))
+                if carrier.me == dead and letter.peer == 0 and letter.message.kind == LAST and not struck:
+                    struck.append(cluster.time)
+                    cluster.kill(dead, at=cluster.time + 0.05)  # the mirror has left
+                    return [one for one in answers if one[1].kind != ANSWER]
+                return answers
+
+            return serve
+
+        algorithm._service = watched  # type: ignore[method-assign]
+        algorithm.begin(replica, carrier, UNIT, Rounds(carrier, channel=1))
+        for step in range(1, 31 if carrier.me else 6):
+            yield 0.02 * (1 + carrier.me)
+            carrier.at(step)
+            yield from algorithm.after_step(replica, carrier, step)
+        yield from algorithm.stop(replica, carrier)
+        yield from rounds.barrier()
+        return (yield from algorithm.meet(replica, carrier))
+
+    ends = cluster.run({c.me: life(c) for c in cluster.carriers})
+    assert struck
+    assert set(ends) == set(range(n)) - {dead}
 
 
 def test_late_ones_are_dropped_and_counted() -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.algorithms.shard_service import ROUNDS
 from lightning_async.algorithms.shards import LAST, PUSH
 from lightning_async.algorithms.turn_service import TurnService
 from lightning_async.arrival import Fate
-from lightning_async.transport.mail import Letter
-from lightning_async.transport.virtual import VirtualCluster
+from lightning_async.transport.mail import Carrier, Letter
+from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.virtual import Program, VirtualCluster
 from tests.algorithms.turn_world import Member, consensus, sgd
 
 N, SECONDS, STEP, BOUND = 4, 6.0, 0.1, 3.0
@@ -65,8 +67,8 @@ class Struck:
             living = service.owned[at].server.members
             believing = {r for r in living for x in self.members[r].algorithm.exchanges if x.token == at == x.place}
             assert believing <= rights, (at, believing, rights)
-            pausing = service.owned[at].server.pausing
-            assert turns.holder is not None or set(living) <= turns.passed | set(pausing)
+            server = service.owned[at].server
+            assert turns.holder is not None or set(living) <= turns.passed | set(server.pausing) | server.unheard
 
 
 @pytest.fixture
@@ -144,3 +146,61 @@ def _all_applied(run: Struck, trained: dict[int, Any], fault: str) -> None:
             at = torch.tensor([rank, 16 + rank])
             missing = 2 * member.computed - N * found[at].sum().item()
             assert -1e-9 <= missing <= sum(a.samples for a in lost) + 1e-9
+
+
+def all_meet(cluster: VirtualCluster, steps: list[int], **knobs: Any) -> set[int]:
+    """Who meets at the end of so many steps each. Whoever has ended waits for the others before they meet, without a
+    look at its mail."""
+    members = [Member(r, counting=True, make_optimizer=sgd(1.0), **knobs) for r in range(len(steps))]
+
+    def life(member: Member, carrier: Carrier) -> Program:
+        algorithm, replica, rounds = member.algorithm, member.replica, Rounds(carrier)
+        algorithm.begin(replica, carrier, UNIT, Rounds(carrier, channel=1))
+        for step in range(1, 1 + steps[member.rank]):
+            yield 0.02 * (1 + 0.1 * member.rank)
+            member.compute(step)
+            yield from algorithm.before_step(replica, carrier, step)
+            member.optimizer.step()
+            carrier.at(step)
+            yield from algorithm.after_step(replica, carrier, step)
+        yield from algorithm.stop(replica, carrier)
+        yield from rounds.barrier()
+        return (yield from algorithm.meet(replica, carrier))
+
+    ends = cluster.run({c.me: life(members[c.me], c) for c in cluster.carriers})
+    assert all(torch.equal(end, ends[min(ends)]) for end in ends.values())
+    return set(ends)
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+@pytest.mark.parametrize("push", ["gradient", "delta"])
+@pytest.mark.parametrize("turns", [{"token": "strict"}, {"max_accumulate": 4}], ids=str)
+def test_nobody_waits_for_the_turn_of_who_waits_in_a_meeting(turns: dict[str, Any], push: str, fault: str) -> None:
+    """That member 0 does may have been known to the struck owner alone."""
+    for victim, at in [(1, 0.3), (1, 0.6), (2, 0.6), (1, 0.8), (2, 0.8)]:
+        cluster = VirtualCluster(3, latency=0.01, jitter=1.0, silence=0.3, limit=30.0)
+        strike = {"kill": cluster.kill, "freeze": cluster.freeze}[fault]
+        strike(victim, at=at, **({} if fault == "kill" else {"seconds": 0.8}))
+        met = all_meet(cluster, [11, 30, 30], push=push, **turns)
+        assert met == set(range(3)) - ({victim} if fault == "kill" else set())
+
+
+@pytest.mark.parametrize(
+    ("victim", "at", "steps", "latency", "seed", "push"),
+    [
+        (1, 0.38, [30, 15, 15, 30], 0.03, 11, "delta"),
+        (0, 0.4, [8, 30, 15], 0.01, 18, "delta"),
+        (2, 0.5, [30, 30, 30], 0.03, 139, "gradient"),
+        (0, 0.61, [30, 30, 8], 0.03, 162, "delta"),
+        (1, 1.19, [8, 8, 30, 30], 0.03, 175, "gradient"),
+        (3, 0.26, [30, 30, 30, 8, 15], 0.03, 191, "gradient"),
+    ],
+)
+def test_who_waits_for_a_token_hears_of_a_new_owner(
+    victim: int, at: float, steps: list[int], latency: float, seed: int, push: str
+) -> None:
+    """Somebody is missed for a moment, and not by all."""
+    cluster = VirtualCluster(len(steps), latency=latency, jitter=1.0, silence=0.3, limit=30.0, seed=seed)
+    cluster.cut(victim, seconds=0.4, at=at)
+    assert all_meet(cluster, steps, token="strict", push=push) == set(range(len(steps)))

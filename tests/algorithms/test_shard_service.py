@@ -11,7 +11,7 @@ from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.algorithms.outer import outer_rule
 from lightning_async.algorithms.shard_server import Rules
 from lightning_async.algorithms.shard_service import ShardService
-from lightning_async.algorithms.shards import ANSWER, MIRROR, MIRRORED, NOT_HERE, PULL, PUSH, place
+from lightning_async.algorithms.shards import ANSWER, MIRROR, MIRRORED, NOT_HERE, PULL, PUSH, PUT, TAKE, place
 from lightning_async.algorithms.weighting import law
 from lightning_async.algorithms.wire import EXACT
 from lightning_async.transport.mail import Letter, Message
@@ -31,6 +31,14 @@ def service(me: int = 0, n: int = 4, *, mirror_every: int = 100) -> ShardService
         codec=EXACT,
         mirror_every=mirror_every,
     )
+
+
+def heir(version: int, *, most: int) -> ShardService:
+    """A service that has a mirror of this version, of shard 1."""
+    one, image = service(2, mirror_every=most), service()._new(torch.zeros(SIZE), 1)
+    image.version = version
+    list(one(Letter(1, 0, Message(MIRROR, image.image(), version=version, reference=ELSEWHERE), 0.0)))
+    return one
 
 
 def letter(peer: int, step: int, kind: int = PUSH, at: int = HERE, version: int = 0) -> Letter:
@@ -80,3 +88,32 @@ def test_what_would_be_too_much_in_no_mirror_is_held_and_answered_when_the_mirro
             assert message.body is not None
             assert message.body.unique().tolist() == [message.version / 4], "the weights are those of the version"
     assert answered == list(range(1, 20)), "in the order in which they came"
+
+
+@pytest.mark.parametrize("later", [10, 11])
+def test_a_mirror_that_is_older_than_any_may_be_is_none(later: int) -> None:
+    """It is of a time when mirrors went to this member, and then went to another."""
+    one, now = heir(100, most=10), place(1, 2)
+    ((_, answer),) = one(letter(3, 1, PULL, now, version=100 + later))
+    assert (answer.weight == NOT_HERE) == (later > 10)
+    if later > 10:  # its own member knows better, or does not
+        list(one(Letter(2, 2, Message(TAKE, torch.ones(SIZE), version=105 + later, reference=now), 0.0)))
+        ((_, answer),) = one(letter(3, 3, PULL, now, version=100 + later))
+        assert answer.version == 105 + later
+    else:
+        assert answer.version == 100
+
+
+def test_an_old_mirror_is_better_than_the_older_weights_of_the_own_member() -> None:
+    one, now = heir(100, most=10), place(1, 2)
+    list(one(letter(3, 1, PULL, now, version=1000)))
+    list(one(Letter(2, 2, Message(TAKE, torch.ones(SIZE), version=5, reference=now), 0.0)))
+    ((_, answer),) = one(letter(3, 3, PULL, now, version=1000))
+    assert answer.version == 100
+
+
+def test_a_run_that_goes_on_keeps_no_mirror_of_its_beginning() -> None:
+    one, now = heir(0, most=10), place(1, 2)
+    list(one(Letter(2, 1, Message(PUT, torch.empty(0, dtype=torch.uint8), reference=place(0, 1)), 0.0)))
+    ((_, answer),) = one(letter(3, 2, PULL, now, version=7))
+    assert answer.weight == NOT_HERE

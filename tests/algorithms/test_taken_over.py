@@ -4,7 +4,7 @@ weights, version, books, tokens, what its rule or optimizer remembers, and what 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,9 +16,10 @@ from lightning_async.algorithms.async_global import AsyncGlobal
 from lightning_async.algorithms.cyclic_delay import CyclicDelay
 from lightning_async.algorithms.images import unbundle
 from lightning_async.algorithms.shard_server import version_of
+from lightning_async.algorithms.shard_service import ShardService
 from lightning_async.algorithms.shards import shard_of
 from lightning_async.replica import Replica
-from lightning_async.transport.mail import Carrier
+from lightning_async.transport.mail import Carrier, Letter
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import Program, VirtualCluster
 from tests.algorithms.legs import through_a_file
@@ -91,7 +92,11 @@ def _soon(cluster: VirtualCluster, program: Program) -> Program:
 
 
 def saved(
-    method: str, frozen: Frozen = (), dead: int | None = None, steps: int = STEPS
+    method: str,
+    frozen: Frozen = (),
+    dead: int | None = None,
+    steps: int = STEPS,
+    begun: Callable[[VirtualCluster], object] = lambda cluster: None,
 ) -> tuple[Tensor, dict[int, dict[str, Any]], dict[int, list[Tensor]]]:
     """The consensus, each member's state and what is remembered at a meeting, at which whoever was frozen is back."""
     cluster = VirtualCluster(N, latency=0.005, jitter=1.0, silence=0.3, patience=30.0 if dead is None else 1.0)
@@ -99,6 +104,7 @@ def saved(
         cluster.freeze(rank, seconds, at=when)
     if dead is not None:
         cluster.kill(dead, at=0.7)
+    begun(cluster)
     members = [Member(method, rank) for rank in range(N)]
 
     def life(member: Member, carrier: Carrier) -> Program:
@@ -193,9 +199,36 @@ def test_a_meeting_ends_alike_for_all_whenever_owners_freeze(method: str, seed: 
         cases.append([(rank, at, 0.8), *([other] if chance.random() < 0.5 else [])])
     for frozen in cases:
         _, states, _ = saved(method, frozen, steps=20)
-        found = [number for state in states.values() for number in unbundle(state["images"])]
-        assert len(found) == len(set(found)), (frozen, found)  # of none two: all would begin as its owner
+        found = sorted(number for state in states.values() for number in unbundle(state["images"]))
+        assert found == list(range(N)), frozen  # of none two: all would begin as its owner; of each one: nobody would
         assert len({tuple(state["owners"]) for state in states.values()}) == 1, frozen
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("owner", [2, 3, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_owner_that_is_succeeded_when_all_have_its_weights_saves_them(
+    method: str, owner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is cut off before the others hear its word; with that they agree on what they had of it, and it is none any
+    more."""
+    pulled, clusters, pullers = ShardService._pulled, list[VirtualCluster](), set[int]()
+
+    def watched(self: ShardService, letter: Letter) -> Any:
+        if self._me == owner and letter.peer not in pullers | {owner}:
+            pullers.add(letter.peer)
+            if len(pullers) == N - 1:
+                clusters[-1].cut(owner, seconds=0.6, at=clusters[-1].time + 0.006 + 0.002 * len(clusters))
+        return pulled(self, letter)
+
+    monkeypatch.setattr(ShardService, "_pulled", watched)
+    for _ in range(3):
+        pullers.clear()
+        consensus, states, _ = saved(method, steps=20, begun=clusters.append)
+        images = served(states)
+        assert len({tuple(state["owners"]) for state in states.values()}) == 1
+    ends = {rank: end for rank, (_, _, end) in resumed(method, consensus, states).items()}
+    assert all(version_of(image) > version_of(images[s]) for s, image in served(ends).items())
 
 
 def joined(shards: dict[int, list[Tensor]]) -> list[Tensor]:

@@ -12,7 +12,9 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Call
 from torch import nn
 
 from lightning_async import GossipRingStrategy, SpeedFaults, SpreadStats
+from lightning_async.algorithms.gossip import Gossip
 from lightning_async.algorithms.pairwise import ANSWER, ASK
+from lightning_async.transport.rounds import Rounds
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
@@ -145,8 +147,17 @@ class Freezes(BaseFinetuning):
 
 
 def _freezes() -> Any:
-    lit = Backbone()
-    _, sizes = fit(lit, Freezes(), knobs={"at_meeting": "keep"})
+    lit, told = Backbone(), list[str]()
+
+    def noted(name: str, call: Any) -> Any:
+        return lambda *arguments, **options: (told.append(name), call(*arguments, **options))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((Gossip, "begin"), (Rounds, "barrier"), (Gossip, "resume")):
+            patch.setattr(owner, name, noted(name, getattr(owner, name)))
+        _, sizes = fit(lit, Freezes(), knobs={"at_meeting": "keep"})
+    anew = len(told) - told[::-1].index("begin")  # what was posted to who has not begun would be the old one's
+    assert "barrier" in told[anew : told.index("resume", anew)]
     frozen = lit.backbone[0].weight
     own_memory = frozen.untyped_storage().nbytes() == frozen.numel() * 4
     return weights(lit), list(dict.fromkeys(sizes.numel)), all(sizes.views) and own_memory
