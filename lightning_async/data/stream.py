@@ -199,6 +199,7 @@ class Streams:
     def __init__(self, begun: Callable[[], object]) -> None:
         self._begun = begun
         self._all: list[Stream] = []
+        self._noted: list[object] = []
         self._bookmarks: list[Any] = []
         self._in_mid_epoch = True
         self.over = False
@@ -213,9 +214,19 @@ class Streams:
         self._all.append(made)
         return made
 
+    def note(self, loader: object) -> None:
+        """A loader that nobody watches: only its length counts."""
+        self._noted.append(loader)
+
+    @property
+    def known(self) -> bool:
+        """Whether there are any, watched or not."""
+        return bool(self._all or self._noted)
+
     def clear(self) -> None:
         """Others come instead of them, which begin where they begin."""
         self._all.clear()
+        self._noted.clear()
         self._bookmarks.clear()
 
     @property
@@ -245,7 +256,7 @@ class Streams:
 
     def batches(self, limit: int | float) -> int | None:
         """How many batches an epoch has; None if that is not known."""
-        lengths = [length_of(stream) for stream in self._all]
+        lengths = [length_of(stream) for stream in (*self._all, *self._noted)]
         length = max((n for n in lengths if n is not None), default=None) if None not in lengths else None
         if isinstance(limit, float):
             return None if length is None else int(length * min(limit, 1.0))

@@ -257,7 +257,10 @@ class AsyncStrategy(Shown):
         trainer = self.trainer
         if trainer.training:
             self.checkpoints.before_loader()
-        if not trainer.training or not compat.wants_our_sampler(trainer):
+        if not trainer.training:
+            return dataloader
+        if not compat.wants_our_sampler(trainer):
+            self.feeding.note(dataloader)
             return dataloader
         fed = self.feeding.share_out(dataloader, self.office, lambda: trainer.current_epoch)
         if self.meeting:

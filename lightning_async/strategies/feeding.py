@@ -180,6 +180,11 @@ class Feeding:
             )
         return self._streams.watch(loader)
 
+    def note(self, loader: object) -> None:
+        """A loader that stays as it is: it tells how long an epoch is, if it knows."""
+        self._new_loaders()
+        self._streams.note(loader)
+
     def agree(self, rounds: Rounds) -> Wait[None]:
         """All ranks made their loaders: what a batch of a member is on average decides how many an epoch has; who
         speaks for one says it. Before any of them draws."""
@@ -192,6 +197,7 @@ class Feeding:
         """A batch was trained on."""
         shared = self.share.completed() if self.share is not None else 0
         self._streams.trained()
+        self._drawn()
         self.batches += 1
         mine = samples_in(batch) or self._batch // self._ranks
         self.samples += shared if self._by_sample else mine * self._ranks
@@ -203,13 +209,13 @@ class Feeding:
     def epoch_batches(self) -> int | None:
         """How many batches one rank of a synchronous run has in an epoch; None while that is not known."""
         if self._total is None:
-            return self._streams.batches(self.limit) if len(self._streams) else None
+            return self._streams.batches(self.limit) if self._streams.known else None
         span, usual = self._span(self._total), self._usual or self._batch
         return epoch_batches(span, members=self._world, batch=usual, drop_last=self._drop_last)
 
     def length(self) -> int | None:
         """How many batches this rank's own streams have in an epoch, limits aside; None while that is not known."""
-        return self._streams.batches(1.0) if len(self._streams) else None
+        return self._streams.batches(1.0) if self._streams.known else None
 
     def told_length(self) -> int | None:
         """What the loader of a synchronous run says of its length, limits aside; None where it may not be told."""
@@ -274,7 +280,7 @@ class Feeding:
 
     def _new_loaders(self) -> None:
         """Lightning makes all its loaders before it draws from one: what comes after that replaces them."""
-        if self._begun and (self.share is not None or len(self._streams)):
+        if self._begun and (self.share is not None or self._streams.known):
             self._streams.clear()
             self.share = self._total = None
             self._by_sample = False

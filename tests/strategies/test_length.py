@@ -60,3 +60,37 @@ def test_it_is_the_length_that_ddp_tells() -> None:
     (plain, sentences, _), _ = run(RANKS, fit, {}, "ddp")
     assert plain == {math.ceil(SAMPLES / RANKS / 4)}
     assert sentences == set()
+
+
+class Own(Lit):
+    """What Lightning foresees, and behind which steps of an epoch it validated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.foreseen = 0.0
+        self.validated: list[tuple[int, int]] = []
+        self.began = 0
+
+    def on_train_start(self) -> None:
+        self.foreseen = self.trainer.estimated_stepping_batches
+
+    def on_train_epoch_start(self) -> None:
+        self.began = self.trainer.global_step
+
+    def on_validation_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.validated.append((self.trainer.current_epoch, self.trainer.global_step - self.began))
+
+
+def _own(options: dict[str, Any]) -> tuple[float, list[tuple[int, int]]]:
+    warnings.simplefilter("ignore")
+    lit = Own()
+    trainer(RANKS, **options).fit(lit, loader(n=SAMPLES), loader(40, shuffle=False))
+    return lit.foreseen, lit.validated
+
+
+def test_a_loader_of_the_user_s_own_has_the_length_that_it_says() -> None:
+    options = {"use_distributed_sampler": False, "limit_train_batches": 10, "max_epochs": 3, "val_check_interval": 0.5}
+    for foreseen, validated in run(RANKS, _own, options):
+        assert foreseen == 30
+        assert validated == [(epoch, step) for epoch in range(3) for step in (5, 10)]
