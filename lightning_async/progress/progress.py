@@ -20,12 +20,12 @@ So a whole epoch counts for the steps that a synchronous run has in it, whoever 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from lightning_async.data.crew import Desk
 from lightning_async.data.pace import Pace
-from lightning_async.progress.agenda import Agenda, Due
+from lightning_async.progress.agenda import Agenda, Due, Item
 from lightning_async.progress.others import Others
 from lightning_async.progress.report import Report, Wish
 from lightning_async.progress.stops import Stops
@@ -136,6 +136,11 @@ class Progress:
         if self._desk.now() >= self._next_look:
             self._look_around()
             self._stops.look_ahead(self._report())
+
+    def renew(self, items: Iterable[Item]) -> None:
+        """Between two epochs: from now on these are due, for all members."""
+        self.agenda.items = tuple(items)
+        self._stops.anew()
 
     def is_last(self) -> bool:
         """Whether the batch under way is this member's last before the epoch ends by the agenda."""

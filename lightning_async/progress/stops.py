@@ -42,6 +42,7 @@ class Stops:
     def __init__(self, desk: Desk, others: Others, agenda: Agenda, *, in_step: bool) -> None:
         self._desk, self._others, self._agenda, self._in_step = desk, others, agenda, in_step
         self._now = self._epoch = Tally()
+        self._left: tuple[Tally, Tally, Mapping[int, Report], Report] | None = None
         self._dark: dict[Unit, int] = {}
         self._began = 0.0
         self._appointment: Appointment | None = None
@@ -49,6 +50,7 @@ class Stops:
 
     def begin(self, now: Tally, epoch: Tally, reports: Mapping[int, Report], mine: Report) -> None:
         """All leave a meeting like this; `now` and `epoch` are sums over all members."""
+        self._left = now, epoch, reports, mine
         self._now, self._epoch = now, epoch
         self._go_on(mine.meetings)
         if self._in_step:
@@ -59,6 +61,11 @@ class Stops:
         dark = planning.in_the_dark(self._agenda, now, epoch, reports)
         self._dark = {unit: mine.tally[unit] + part for unit, part in dark.items()}
         _ = self.called  # looked for from here on, it is found behind the first batch already
+
+    def anew(self) -> None:
+        """The agenda is another one since the last meeting, for all, and nobody has trained since."""
+        if self._left is not None:
+            self.begin(*self._left)
 
     def _go_on(self, meetings: int) -> None:
         self._key, self._call_key = f"appointment/{meetings}", f"call/{meetings}"

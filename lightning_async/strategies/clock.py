@@ -78,9 +78,12 @@ class Clock:
         """Keep callbacks from acting by one rank's count or clock: between meetings they are not asked."""
 
         def then_expect() -> None:
+            anew = self.progress is not None and compat.reloads(trainer)
             with self._counts.unread(trainer):
                 setup_data()
             self.expect(trainer)
+            if anew:
+                self._renew(trainer)
             if self._counts.cuts(self._strategy.feeding):
                 compat.fetch_late(trainer)
             self._wishes.keep_stop(trainer)  # of a hook before the training; alone it would skip all of it
@@ -121,6 +124,13 @@ class Clock:
         """Let Lightning foresee the length of an epoch; it must not stop there by itself (`begin`)."""
         if self._counts.taken and (length := self._strategy.feeding.epoch_batches()) is not None:
             trainer.fit_loop.max_batches = length if self.progress is None else float("inf")
+
+    def _renew(self, trainer: Trainer) -> None:
+        """The loaders are others, perhaps of another length; all are between two epochs."""
+        progress, feeding = self.progress, self._strategy.feeding
+        if progress is not None and (feeding.share is None or feeding.epoch_batches() is not None):
+            batches = self._batches_of_all(progress.n)
+            progress.renew(self._counts.items(trainer, feeding, progress.n, batches))
 
     def begin(self, trainer: Trainer) -> None:
         """Training starts, from wherever a checkpoint left it."""

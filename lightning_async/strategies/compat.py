@@ -357,6 +357,11 @@ def behind_epoch(trainer: Trainer) -> Iterator[None]:
             count.completed += 1
 
 
+def reloads(trainer: Trainer) -> bool:
+    """Whether the training loaders are about to be made anew."""
+    return bool(trainer.fit_loop._should_reload_train_dl)
+
+
 def is_in_mid_epoch(trainer: Trainer) -> bool:
     """Whether a fit goes on in the middle of an epoch that a checkpoint had begun."""
     loop = trainer.fit_loop

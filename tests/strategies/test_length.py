@@ -65,11 +65,14 @@ def test_it_is_the_length_that_ddp_tells() -> None:
 class Own(Lit):
     """What Lightning foresees, and behind which steps of an epoch it validated."""
 
-    def __init__(self) -> None:
+    def __init__(self, lengths: tuple[int, ...]) -> None:
         super().__init__()
-        self.foreseen = 0.0
+        self.lengths, self.foreseen = lengths, 0.0
         self.validated: list[tuple[int, int]] = []
         self.began = 0
+
+    def train_dataloader(self) -> Any:
+        return loader(n=self.lengths[min(self.trainer.current_epoch, len(self.lengths) - 1)])
 
     def on_train_start(self) -> None:
         self.foreseen = self.trainer.estimated_stepping_batches
@@ -82,15 +85,30 @@ class Own(Lit):
             self.validated.append((self.trainer.current_epoch, self.trainer.global_step - self.began))
 
 
-def _own(options: dict[str, Any]) -> tuple[float, list[tuple[int, int]]]:
+def _own(lengths: tuple[int, ...], options: dict[str, Any]) -> tuple[float, list[tuple[int, int]]]:
     warnings.simplefilter("ignore")
-    lit = Own()
-    trainer(RANKS, **options).fit(lit, loader(n=SAMPLES), loader(40, shuffle=False))
+    lit = Own(lengths)
+    trainer(RANKS, **options).fit(lit, val_dataloaders=loader(40, shuffle=False))
     return lit.foreseen, lit.validated
 
 
 def test_a_loader_of_the_user_s_own_has_the_length_that_it_says() -> None:
     options = {"use_distributed_sampler": False, "limit_train_batches": 10, "max_epochs": 3, "val_check_interval": 0.5}
-    for foreseen, validated in run(RANKS, _own, options):
+    for foreseen, validated in run(RANKS, _own, (SAMPLES,), options):
         assert foreseen == 30
         assert validated == [(epoch, step) for epoch in range(3) for step in (5, 10)]
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("lengths", [(64, 160, 32), (160, 64)])
+@pytest.mark.parametrize(("interval", "fed"), [(0.5, True), (4, True), (0.5, False)])
+def test_loaders_that_are_made_anew_are_validated_by_their_own_length(
+    lengths: tuple[int, ...], interval: float, fed: bool
+) -> None:
+    options: dict[str, Any] = {"max_epochs": len(lengths), "val_check_interval": interval}
+    options |= {"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": fed}
+    steps = [length // 4 // (RANKS if fed else 1) for length in lengths]
+    for _, validated in run(RANKS, _own, lengths, options):
+        every = [int(n * interval) if isinstance(interval, float) else interval for n in steps]
+        points = [range(one, n + 1, one) for n, one in zip(steps, every, strict=True)]
+        assert validated == [(epoch, step) for epoch, found in enumerate(points) for step in found]
