@@ -58,7 +58,7 @@ def test_a_name_that_vanished_is_refused(t: L.Trainer, owner: type, name: str, m
 def test_what_is_read_exists(t: L.Trainer) -> None:
     assert t._logger_connector._callback_metrics == {}
     assert t._logger_connector._first_loop_iter is None
-    assert t.fit_loop._should_reload_train_dl
+    assert not t.fit_loop._should_reload_train_dl
     assert AsyncCheckpointIO()._executor is None
     assert AsyncCheckpointIO()._error is None
     assert AsyncCheckpointIO()._checkpoint_io is None
