@@ -113,8 +113,9 @@ class TurnService(ShardService):
         for at, turns in self.turns.items():
             server = self.owned[at].server
             alone = len(server.members) == 1  # what its last push rounded off it may push again
-            # who was not heard since the shard was taken over may wait at a meeting, where nobody takes a token
-            away = {*server.pausing, *server.unheard} if server.unheard else server.pausing
+            # who was not heard since the shard was taken over may wait at a meeting, where nobody takes a token; with
+            # "skip" it is passed over, by who waits for it
+            away = server.pausing if self._skip or not server.unheard else {*server.pausing, *server.unheard}
             granted = turns.grant(server.members, () if alone else away)
             if granted is not None:
                 yield granted, Message(TOKEN, reference=at)
