@@ -86,6 +86,6 @@ def test_an_heir_compensates_for_what_it_has_seen_itself() -> None:
         cluster.kill(0, at=0.5)
 
     knobs: dict[str, Any] = {"compensation": "dc", "compensation_strength": 1.0, "mirror_every": 1}
-    _, trained = go([1, 1, 2, 1], seconds=3.0, shards=1, faults=faults, **knobs)
+    _, trained = go([1, 1, 2, 1], seconds=6.0, shards=1, faults=faults, **knobs)
     assert set(trained) == {1, 2, 3}
     torch.testing.assert_close(consensus(trained), TARGETS[1:4].mean(0), rtol=0, atol=0.4)
