@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ from tests.strategies.ranks import run
 KNOBS: dict[str, Any] = {"block": 32, "min_size": 20}
 
 
-def _steps(rank_steps: int, bad: int, **knobs: Any) -> dict[str, Any]:
-    """Each step's agreed gradients, and the gradients that they stand for."""
+def _steps(rank_steps: int, bad: int, anew: int = -1, **knobs: Any) -> dict[str, Any]:
+    """Each step's agreed gradients, and the gradients that they stand for; perhaps another ddp goes on at a step."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 7), nn.Linear(7, 1))
@@ -32,6 +33,12 @@ def _steps(rank_steps: int, bad: int, **knobs: Any) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(dist.get_rank())
     agreed, own = [], []
     for k in range(rank_steps):
+        if k == anew:
+            saved, state = state.state_dict(), SignState(**{**KNOBS, **knobs})
+            state.load_state_dict(saved)
+            net = copy.deepcopy(alone)
+            model = DistributedDataParallel(net, bucket_cap_mb=0.001)
+            model.register_comm_hook(state, sign_hook)
         x = torch.randn(16, 12, generator=draw)
         if k == bad and dist.get_rank() == 1:
             x[3] = float("nan")
@@ -45,9 +52,10 @@ def _steps(rank_steps: int, bad: int, **knobs: Any) -> dict[str, Any]:
     return {"agreed": agreed, "own": own, "rest": sum(rests), "served": sum(served), "buckets": len(state._buckets)}
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_what_was_agreed_and_what_stays_is_the_sum_of_all_gradients(n: int) -> None:
-    ends = run(n, _steps, 12, -1)
+@pytest.mark.parametrize(("n", "anew"), [(2, -1), (3, -1), (2, 8)])
+def test_what_was_agreed_and_what_stays_is_the_sum_of_all_gradients(n: int, anew: int) -> None:
+    """Also where a run was saved and goes on, with buckets that its ddp makes anew after a step."""
+    ends = run(n, _steps, 12, -1, anew)
     assert ends[0]["buckets"] > 1
     for end in ends[1:]:
         assert end["agreed"] == ends[0]["agreed"]

@@ -195,7 +195,9 @@ class Clock:
         state = self._restored
         if not state:
             batches = trainer.fit_loop.epoch_loop.batch_progress
-            counted = batches.total.ready * n if self._fitted is None else self._fitted.batches * n // self._fitted_by
+            counted = batches.total.ready * n
+            if self._fitted is not None and trainer.global_step:  # else this is another Trainer
+                counted = self._fitted.batches * n // self._fitted_by
             before = Tally(counted, trainer.global_step * n)
             return before, before.minus(Tally(batches.current.ready * n if compat.is_in_mid_epoch(trainer) else 0))
         return tuple(_scaled(Tally(*state[name]), n, state["n"]) for name in ("agreed", "epoch"))  # type: ignore[return-value]

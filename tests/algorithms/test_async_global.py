@@ -406,6 +406,19 @@ def test_a_bound_that_is_kept_by_waiting_is_kept(bound: int) -> None:
     assert outcome.trained[3].waits == 0
 
 
+def to_the_meeting(algorithm: AsyncGlobal, carrier: Carrier, steps: int) -> Program:
+    """So many steps, and then a wait for the others, without a look at the mail."""
+    replica, rounds = Replica([nn.Parameter(torch.zeros(64))]), Rounds(carrier)
+    algorithm.begin(replica, carrier, UNIT, Rounds(carrier, channel=1))
+    for step in range(1, steps + 1):
+        yield 0.02 * (1 + carrier.me)
+        carrier.at(step)
+        yield from algorithm.after_step(replica, carrier, step)
+    yield from algorithm.stop(replica, carrier)
+    yield from rounds.barrier()
+    return (yield from algorithm.meet(replica, carrier))
+
+
 @pytest.mark.few(8)
 @pytest.mark.parametrize("every", [1, None])
 @pytest.mark.parametrize("when", [0.05, 0.3, 0.9, 2.5])
@@ -420,16 +433,8 @@ def test_with_a_bound_nobody_waits_for_who_waits_in_a_meeting_or_is_dead(
         cluster.kill(dead, at=when)
 
     def life(carrier: Carrier) -> Program:
-        replica, rounds = Replica([nn.Parameter(torch.zeros(64))]), Rounds(carrier)
         algorithm = AsyncGlobal(local_steps=1, on_late="wait", max_delay=1, shards=1, mirror_every=every)
-        algorithm.begin(replica, carrier, UNIT, Rounds(carrier, channel=1))
-        for step in range(1, 6 if carrier.me < 2 else 101):
-            yield 0.02 * (1 + carrier.me)
-            carrier.at(step)
-            yield from algorithm.after_step(replica, carrier, step)
-        yield from algorithm.stop(replica, carrier)
-        yield from rounds.barrier()
-        return (yield from algorithm.meet(replica, carrier))
+        return (yield from to_the_meeting(algorithm, carrier, 5 if carrier.me < 2 else 100))
 
     ends = cluster.run({c.me: life(c) for c in cluster.carriers})
     assert set(ends) == set(range(n)) - {dead}
@@ -441,7 +446,6 @@ def test_with_a_bound_nobody_waits_for_who_was_found_in_an_heirs_books() -> None
     n, dead, cluster, struck = 4, 2, VirtualCluster(4, latency=0.01, silence=0.3, limit=60.0), list[float]()
 
     def life(carrier: Carrier) -> Program:
-        replica, rounds = Replica([nn.Parameter(torch.zeros(64))]), Rounds(carrier)
         algorithm = AsyncGlobal(local_steps=1, on_late="wait", max_delay=1, mirror_every=1)
         make = algorithm._service
 
@@ -459,14 +463,7 @@ def test_with_a_bound_nobody_waits_for_who_was_found_in_an_heirs_books() -> None
             return serve
 
         algorithm._service = watched  # type: ignore[method-assign]
-        algorithm.begin(replica, carrier, UNIT, Rounds(carrier, channel=1))
-        for step in range(1, 31 if carrier.me else 6):
-            yield 0.02 * (1 + carrier.me)
-            carrier.at(step)
-            yield from algorithm.after_step(replica, carrier, step)
-        yield from algorithm.stop(replica, carrier)
-        yield from rounds.barrier()
-        return (yield from algorithm.meet(replica, carrier))
+        return (yield from to_the_meeting(algorithm, carrier, 30 if carrier.me else 5))
 
     ends = cluster.run({c.me: life(c) for c in cluster.carriers})
     assert struck
