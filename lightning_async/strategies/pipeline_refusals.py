@@ -66,8 +66,8 @@ def refuse_pipeline(trainer: Trainer, name: str, world: int, replicas: int) -> N
             )
         if world > 1 and "BaseFinetuning" in kinds:
             raise MisconfigurationException(
-                f"strategy={name!r}: `{type(callback).__name__}` gives the optimizer new groups in mid-run, and here each "
-                f"stage has its part of those that it began with: freeze with `requires_grad_(False)`, and {THAW}"
+                f"strategy={name!r}: `{type(callback).__name__}` gives the optimizer new groups in mid-run, and here "
+                f"each stage has its part of those that it began with: freeze with `requires_grad_(False)`, and {THAW}"
             )
 
 
