@@ -171,16 +171,20 @@ class Blockwise(Piped):
             self.saw.append(self.net[0][0].weight.flatten().tolist())
 
 
-def _thaws_a_block() -> tuple[list[list[float]], list[float]]:
+def _thaws() -> tuple[list[list[float]], list[float]]:
     lit = Blockwise()
-    before = lit.embed.weight.flatten().tolist()
+    before = lit.embed.weight.detach().clone()
     trainer(2, limit_val_batches=0).fit(lit, loader(), loader(20))
-    assert lit.embed.weight.flatten().tolist() == before
-    return lit.saw, lit.net[0][0].weight.flatten().tolist()
+    assert torch.equal(lit.embed.weight, before)
+    saw = lit.saw[:]
+    lit.embed.requires_grad_()
+    trainer(2, limit_val_batches=0).fit(lit, loader(), loader(20))
+    assert not torch.equal(lit.embed.weight, before)
+    return saw, weights(lit)
 
 
-def test_a_block_may_thaw_if_the_optimizer_had_it_from_the_start() -> None:
-    (_, last), (saw, first) = run(2, _thaws_a_block)
+def test_a_block_may_thaw_where_an_epoch_starts_and_what_lies_before_the_call_in_a_second_fit() -> None:
+    (_, last), (saw, first) = run(2, _thaws)
     assert last == first
     assert saw[0] == saw[7] == saw[9]  # eight batches are an epoch, and gradients are two batches late
     assert saw[15] != saw[9]
