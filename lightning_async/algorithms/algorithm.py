@@ -51,6 +51,8 @@ class Algorithm(ABC):
     "served gradients" that a server's does, or "nothing": it is never asked."""
     kinds: ClassVar[Mapping[int, str]] = {}
     """What its kinds of messages are called where people read them."""
+    attends: bool = False
+    """Whether the others may need a member while it waits for them to come to a meeting."""
     skipped: int = 0
     """How many exchanges were due and left out, because the one before was still under way."""
 
@@ -111,6 +113,11 @@ class Algorithm(ABC):
     @abstractmethod
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """All members have stopped stepping: drain the mail, settle accounts, return the consensus."""
+
+    def attend(self, replica: Replica, mail: Mail) -> None:
+        """If it `attends`: called again and again while the member waits for the others to come to a meeting, behind
+        its last step and before `meet`. Never waits; asks its mail at least once."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to do there")
 
     @abstractmethod
     def resume(self, replica: Replica, *, adopted: bool) -> None:

@@ -66,12 +66,20 @@ class Consensus:
         progress, office = strategy.clock.progress, strategy.office
         if progress is None:
             raise RuntimeError("there is nothing to meet for outside of `fit`")
-        summon = partial(strategy.clock.summon, strategy.trainer)
-        summon()
+        strategy.clock.summon(strategy.trainer)
         progress.whole = strategy.clock.whole_epoch(strategy.trainer)
         words_of_all = office.rounds.agree(progress.word(), what="roll call")
-        heed = None if strategy.algorithm.in_step else summon  # in step nobody is further away than one step
+        heed = None if strategy.algorithm.in_step else self._heed  # in step nobody is further away than one step
         return progress.settle(office.drive(words_of_all, sign=progress.sign, heed=heed))
+
+    def _heed(self) -> None:
+        """What falls due meanwhile, and what the others need of this rank before they can come."""
+        strategy = self._strategy
+        office, algorithm = strategy.office, strategy.algorithm
+        strategy.clock.summon(strategy.trainer)
+        if algorithm.attends and office.speaks:
+            for _ in office.recording.attends():
+                algorithm.attend(strategy.replica, office.mail)
 
     def reach(self) -> Wish:
         """All that live stop here and see the consensus; nothing is in flight. Returns what was asked for."""
