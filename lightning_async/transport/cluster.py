@@ -110,7 +110,7 @@ class ClusterCarrier:
         }
         self._losses: list[Loss] = []
         self._service: ServiceThread | None = None
-        self._service_failed: str | None = None
+        self._fault: RuntimeError | None = None
         self._loop = Loop(me, self._deliver)
         self._state = "made"
         wished = set(peers)
@@ -158,7 +158,14 @@ class ClusterCarrier:
     @property
     def failed(self) -> str | None:
         """Why this member cannot go on, in words, or None: declared dead, the store lost, another version at a peer."""
-        return self._control.failed or self._links.refused or self._service_failed
+        return self._control.failed or (None if (fault := self.fault) is None else str(fault))
+
+    @property
+    def fault(self) -> RuntimeError | None:
+        """What went wrong at this member while the others still hear it, of which they must know."""
+        if self._control.failed is not None:
+            return None
+        return self._fault or (None if (refused := self._links.refused) is None else RuntimeError(refused))
 
     @property
     def deaths(self) -> dict[int, str]:
@@ -331,8 +338,10 @@ class ClusterCarrier:
     def _is_gone(self, peer: int) -> bool:
         return peer not in self._control.members()
 
-    def _fail_service(self, sentence: str) -> None:
-        self._service_failed = sentence
+    def _fail_service(self, error: Exception) -> None:
+        fault = RuntimeError(f"the service of member {self._me} failed: {type(error).__name__}: {error}")
+        fault.__cause__ = error
+        self._fault = fault
         self._news()
 
     def _linger(self, seconds: float) -> None:
