@@ -115,6 +115,7 @@ class Clock:
         run_start = leash.wrap(trainer.fit_loop.epoch_loop, "on_run_start", keep_wishes)
         advance_end = leash.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", batch_over)
         epoch_end = leash.wrap(trainer.fit_loop, "on_advance_end", epoch_over)
+        leash.replace("fit_loop._iteration_based_training", lambda: False)
         self._requeue = leash.replace("_signal_connector._slurm_sigusr_handler_fn", self._wishes.want_requeue)
         for callback in compat.callbacks(trainer):
             if isinstance(callback, (ModelCheckpoint, Timer)):
@@ -323,6 +324,12 @@ class Clock:
         if self.progress is not None:
             self.progress.wishes &= ~Wish.REQUEUE  # said or not: it is done
         compat.requeue(trainer, self._requeue)
+
+    @property
+    def broke_off(self) -> bool:
+        """Whether the run stopped at the last meeting, and its epoch was not over."""
+        progress = self.progress
+        return progress is not None and not self.ended and progress.agreed != progress.before
 
     # -- a part of the checkpoint --------------------------------------------------------------------------------------
 

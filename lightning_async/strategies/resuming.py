@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_async.strategies.own_state import BEGUN_ANEW, Part, all_parts, own_keys, put_back_tensors
 from lightning_async.strategies.rank_files import RankFiles, main_file, rank_file
-from lightning_async.strategies.saved_loops import is_between_epochs
+from lightning_async.strategies.saved_loops import close, is_between_epochs
 from lightning_async.strategies.trainable import train_again
 from lightning_async.transport.mail import Wait
 
@@ -67,7 +67,10 @@ class Resuming:
         self._waiting, self._between_epochs = own, is_between_epochs(checkpoint["loops"]["fit_loop"])
         waits = own.get("waits", False)  # older versions did not say
         strategy.feeding.load_loader_states(own.get("loaders", ()), in_mid_epoch=not self._between_epochs, over=waits)
-        return {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
+        mine = {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
+        if self._between_epochs:
+            close(mine["loops"]["fit_loop"])
+        return mine
 
     def before_loader(self) -> None:
         """Put the random states back here if the loader's first iterator is that of the epoch to come, once."""
