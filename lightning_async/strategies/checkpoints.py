@@ -220,6 +220,7 @@ class Checkpoints:
             "strategy": strategy.name,
             "algorithm": type(strategy.algorithm).__name__,
             "data": data,
+            "progress": strategy.clock.state_dict(),
             "trained": trained_set(strategy.trainer.lightning_module, strategy.replica),
         }
 

@@ -2,7 +2,7 @@
 
     the same world and method, all files there    each rank has its own back (masses: with the same batch sizes)
     anything else                                 weights: the consensus, so sums are conserved
-                                                  data: what nobody completed
+                                                  data: what nobody completed; counts: those of all
                                                   rank r's optimizer: that of the saved rank r modulo their number
     no word of ours in the file                   as Lightning does it
 
@@ -62,6 +62,8 @@ class Resuming:
         )
         if reasons := dict.fromkeys(sentence.decode(errors="replace") for sentence in said.values() if sentence):
             own = _without_place(own, checkpoint)
+            if shared.get("progress"):  # older versions did not save it
+                own["parts"].setdefault("progress", {**shared["progress"], "ended": False})
             self._warn(path, shared, list(reasons))
         strategy.feeding.load_state_dict(shared["data"])
         self._waiting, self._between_epochs = own, is_between_epochs(checkpoint["loops"]["fit_loop"])
