@@ -78,7 +78,10 @@ class Clock:
         """Keep callbacks from acting by one rank's count or clock: between meetings they are not asked."""
 
         def then_expect() -> None:
-            anew = self.progress is not None and compat.reloads(trainer)
+            reloads = compat.reloads(trainer)
+            anew = self.progress is not None and reloads
+            if reloads:
+                self._strategy.feeding.replace()
             with self._counts.unread(trainer):
                 setup_data()
             self.expect(trainer)

@@ -363,6 +363,12 @@ def reloads(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop._should_reload_train_dl)
 
 
+def reloads_with(trainer: Trainer, epoch: int) -> bool:
+    """Whether a run that was not interrupted makes its training loaders anew for this epoch."""
+    every = int(vars(trainer)["reload_dataloaders_every_n_epochs"])  # public, but declared nowhere
+    return every > 0 and epoch % every == 0
+
+
 def is_in_mid_epoch(trainer: Trainer) -> bool:
     """Whether a fit goes on in the middle of an epoch that a checkpoint had begun."""
     loop = trainer.fit_loop
