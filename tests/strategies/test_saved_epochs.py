@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
@@ -197,18 +199,27 @@ class Odd(Callback):
             self.at.append(trainer.global_step)
 
 
-def _again(speeds: dict[int, float]) -> tuple[list[int], list[int]]:
+def _again(speeds: dict[int, float], folder: str) -> tuple[list[int], list[int]]:
     odd = Odd()
-    t = trainer(2, callbacks=[SpeedFaults(step_seconds=0.003, slow=speeds), odd], max_epochs=1, val_check_interval=2)
+    pace, logger = SpeedFaults(step_seconds=0.003, slow=speeds), CSVLogger(folder, name="", version="")
+    options: dict[str, Any] = {"max_epochs": 1, "val_check_interval": 2, "logger": logger, "log_every_n_steps": 1}
+    t = trainer(2, callbacks=[pace, odd], **options)
     for last in (1, 2):
         t.fit_loop.max_epochs = last
         t.fit(Lit(), loader(BATCH, n=2 * STEPS * BATCH), loader(40, shuffle=False))
     return odd.at, [t.global_step, t.current_epoch]
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
 @pytest.mark.parametrize("speeds", [{}, {1: 3.0}])
-def test_a_second_fit_validates_where_the_first_did(speeds: dict[int, float]) -> None:
-    """What each rank trained in the first one does not matter: they count together."""
-    for at, end in run(2, _again, speeds):
+def test_a_second_fit_validates_where_the_first_did(speeds: dict[int, float], tmp_path: Path) -> None:
+    """What each rank trained in the first one does not matter: they count together, and what is logged goes on."""
+    for at, end in run(2, _again, speeds, str(tmp_path)):
         assert end == [2 * STEPS, 2]
         assert at == [*range(2, 2 * STEPS + 1, 2)]
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["progress/samples"]]
+    for name, each in (("samples", BATCH), ("updates", 1)):
+        logged = [float(row[f"progress/{name}"]) for row in rows]
+        assert logged == sorted(logged)
+        assert logged[-1] == 2 * 2 * STEPS * each
