@@ -129,9 +129,13 @@ class Checkpoints:
     def _loops_of_all(self, fit: saved_loops.Loop) -> bool:
         """Let the loops say what holds for all; whether this rank waits for the others."""
         trainer, clock = self._strategy.trainer, self._strategy.clock
-        if clock.progress is None or saved_loops.is_between_epochs(fit):
+        if clock.progress is None:
             return False
-        if clock.ended:
+        if saved_loops.is_between_epochs(fit):
+            if not clock.broke_off:
+                return False
+            saved_loops.reopen(fit)
+        elif clock.ended:
             saved_loops.end_epoch(fit, counted=trainer.max_epochs != -1)
         elif clock.progress.ended:
             saved_loops.wait_again(fit)
@@ -216,6 +220,7 @@ class Checkpoints:
             "strategy": strategy.name,
             "algorithm": type(strategy.algorithm).__name__,
             "data": data,
+            "progress": strategy.clock.state_dict(),
             "trained": trained_set(strategy.trainer.lightning_module, strategy.replica),
         }
 

@@ -2,7 +2,7 @@
 
     the same world and method, all files there    each rank has its own back (masses: with the same batch sizes)
     anything else                                 weights: the consensus, so sums are conserved
-                                                  data: what nobody completed
+                                                  data: what nobody completed; counts: those of all
                                                   rank r's optimizer: that of the saved rank r modulo their number
     no word of ours in the file                   as Lightning does it
 
@@ -19,9 +19,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_async.strategies import compat
 from lightning_async.strategies.own_state import BEGUN_ANEW, Part, all_parts, own_keys, put_back_tensors
 from lightning_async.strategies.rank_files import RankFiles, main_file, rank_file
-from lightning_async.strategies.saved_loops import is_between_epochs
+from lightning_async.strategies.saved_loops import Loop, close, is_between_epochs
 from lightning_async.strategies.trainable import train_again
 from lightning_async.transport.mail import Wait
 
@@ -62,12 +63,17 @@ class Resuming:
         )
         if reasons := dict.fromkeys(sentence.decode(errors="replace") for sentence in said.values() if sentence):
             own = _without_place(own, checkpoint)
+            if shared.get("progress"):  # older versions did not save it
+                own["parts"].setdefault("progress", {**shared["progress"], "ended": False})
             self._warn(path, shared, list(reasons))
         strategy.feeding.load_state_dict(shared["data"])
         self._waiting, self._between_epochs = own, is_between_epochs(checkpoint["loops"]["fit_loop"])
+        mine = {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
+        epoch = self._tell_epoch(mine["loops"]["fit_loop"])
         waits = own.get("waits", False)  # older versions did not say
-        strategy.feeding.load_loader_states(own.get("loaders", ()), in_mid_epoch=not self._between_epochs, over=waits)
-        return {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
+        loaders = () if self._between_epochs and compat.reloads_with(strategy.trainer, epoch) else own.get("loaders", ())
+        strategy.feeding.load_loader_states(loaders, in_mid_epoch=not self._between_epochs, over=waits)
+        return mine
 
     def before_loader(self) -> None:
         """Put the random states back here if the loader's first iterator is that of the epoch to come, once."""
@@ -96,6 +102,15 @@ class Resuming:
     def forget(self) -> None:
         """The run is over."""
         self._waiting = {}
+
+    def _tell_epoch(self, fit: Loop) -> int:
+        """The epoch to come, or to go on with. The Trainer's loops are told before they are restored: it may make its
+        loaders earlier (`estimated_stepping_batches`), and those of one epoch may not be those of another."""
+        if self._between_epochs:
+            close(fit)
+        epoch: int = fit["epoch_progress"]["current"]["completed"]
+        self._strategy.trainer.fit_loop.epoch_progress.current.completed = epoch
+        return epoch
 
     def _train_again(self, path: str, checkpoint: dict[str, Any]) -> None:
         """What was thawed when the run was saved is thawed, whatever `setup` froze again."""

@@ -496,6 +496,37 @@ def test_a_missing_file_of_one_rank_is_said_and_all_go_on_from_the_consensus(tmp
     assert f"{name} cannot be read (FileNotFoundError" in sentence
 
 
+class Validated(L.Callback):
+    """At which steps of the run this rank validated."""
+
+    def __init__(self) -> None:
+        self.at: list[int] = []
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.at.append(trainer.global_step)
+
+
+def _counted(folder: Path, path: Path | None) -> tuple[list[int], int]:
+    validated = Validated()
+    save: Any = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    pace = SpeedFaults(step_seconds=0.006, slow={1: 4.0})
+    counts: dict[str, Any] = {"max_steps": 14, "max_epochs": -1, "val_check_interval": 3}
+    counts |= {"check_val_every_n_epoch": None, "enable_checkpointing": True}
+    t = trainer(2, callbacks=[pace, validated, save], **counts)
+    t.fit(Lit(), loader(), held_out(), ckpt_path=path)
+    return validated.at, t.global_step
+
+
+@pytest.mark.filterwarnings("ignore:.*does not go on to the bit", "ignore:.*exists and is not empty")
+def test_whose_file_is_missing_counts_as_the_others_do(tmp_path: Path) -> None:
+    """What it did itself, and Lightning counts, is not what all did: it is the slow one."""
+    run(2, _counted, tmp_path, None)
+    (file,) = (tmp_path / "step=6.ckpt.ranks").glob("*.rank1.ckpt")
+    file.unlink()
+    assert run(2, _counted, tmp_path, tmp_path / "step=6.ckpt") == [([9, 12], 14)] * 2
+
+
 def _batches(sizes: tuple[int, int], path: str, resume: bool) -> dict[str, Any]:
     """What a rank of push-sum holds when it begins, and whether it posts."""
     save, pace = Saves(path, epoch=0, batch=4), SpeedFaults(step_seconds=0.002)
