@@ -3,7 +3,8 @@
     the same world and method, all files there    each rank has its own back (masses: with the same batch sizes)
     anything else                                 weights: the consensus, so sums are conserved
                                                   data: what nobody completed; counts: those of all
-                                                  rank r's optimizer: that of the saved rank r modulo their number
+                                                  rank r's optimizer: that of the saved rank r modulo their number,
+                                                  with r the first rank of one's member
     no word of ours in the file                   as Lightning does it
 
 All ranks decide it together: one that goes on from its own state among others that do not would break their sum. What
@@ -62,7 +63,7 @@ class Resuming:
             (self._foreign(shared) or trouble).encode()[:2000], what="how to go on"
         )
         if reasons := dict.fromkeys(sentence.decode(errors="replace") for sentence in said.values() if sentence):
-            own = _without_place(own, checkpoint)
+            own = _without_place((yield from self._of_the_speaker(path, shared, own, trouble)), checkpoint)
             if shared.get("progress"):  # older versions did not save it
                 own["parts"].setdefault("progress", {**shared["progress"], "ended": False})
             self._warn(path, shared, list(reasons))
@@ -139,6 +140,18 @@ class Resuming:
         parts = {name: state for name, state in own["parts"].items() if name != "algorithm"}
         return {**{key: own[key] for key in own if key != "weights"}, "parts": parts}
 
+    def _of_the_speaker(
+        self, path: str, shared: dict[str, Any], own: dict[str, Any], trouble: str
+    ) -> Wait[dict[str, Any]]:
+        """What is this rank's: one state for all ranks of a member, since they step alike. {}: one cannot read it."""
+        office, ranks = self._strategy.office, shared["ranks"]
+        if (siblings := office.siblings) is None:
+            return own
+        if not siblings.speaks:
+            own, trouble = self._read(rank_file(path, shared["save"], ranks[siblings.speaker % len(ranks)]))
+        said = yield from office.rounds.agree(b"unread" if trouble else b"", what="whose optimizers")
+        return {} if any(said.get(rank) for rank in siblings.ranks) else own
+
     def _read(self, file: str) -> tuple[dict[str, Any], str]:
         """A rank's own file, or why there is none."""
         try:
@@ -166,9 +179,10 @@ class Resuming:
         method = f"The state of the method ({anew}) and the random states begin anew"
         if self._strategy.taken_over and another_world(self._strategy, shared):
             method = f"{self._strategy.taken_over}. What else the method knew ({anew}) and the random states begin anew"
+        who = "Rank r" if self._strategy.office.siblings is None else "A rank whose member's first rank is r"
         rank_zero_warn(
             f"{self._strategy.name}: the run does not go on to the bit from {path}: {'; '.join(reasons)}. All ranks "
-            "start from the consensus and go on with the samples of the epoch that nobody completed. Rank r has the "
+            f"start from the consensus and go on with the samples of the epoch that nobody completed. {who} has the "
             f"optimizer state of the saved rank number r modulo {len(ranks)} (of rank {ranks[0]} where that cannot be "
             "read), and the place of its stream, if each rank has a stream of its own: with fewer ranks than before "
             "nobody goes on with the others' streams, with more ranks one is gone on with twice. Gradients that were "

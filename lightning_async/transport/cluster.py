@@ -23,15 +23,13 @@ from lightning_async.transport.gloo import Clients, keys_of
 from lightning_async.transport.header import WIRE_BYTES
 from lightning_async.transport.line import AHEAD, WINDOW
 from lightning_async.transport.links import Links
-from lightning_async.transport.mail import Letter, Loss, Message, Service
+from lightning_async.transport.mail import LONGEST, Letter, Loss, Message, Service
 from lightning_async.transport.pieces import LEAST
 from lightning_async.transport.service import Loop, ServiceThread
 from lightning_async.transport.shared import PLACES
 from lightning_async.transport.slots import Here, Inbox, Slots
 from lightning_async.transport.traffic import Count
 
-LONGEST = 4 << 30
-"""Bytes of the longest body that a member takes."""
 PIECE = 4 << 20
 """Bytes of the longest piece in which a body travels."""
 LOOK = 0.003
