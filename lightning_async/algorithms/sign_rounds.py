@@ -104,6 +104,7 @@ class SignRounds:
     def _exchange_now(self) -> Exchange:
         """What this round goes by: the first ones send whole numbers."""
         if self._warm_up is not None and self.number > self._warm:
+            self.exchange.take_over(self._warm_up)
             self._warm_up = None
         return self._warm_up or self.exchange
 

@@ -139,6 +139,20 @@ def test_a_warm_up_takes_the_steps_of_synchronous_sgd(rule: str) -> None:
     assert all(torch.equal(m.weights[-1], some[0].weights[-1]) for m in some)
 
 
+def test_who_hears_a_part_late_has_those_that_came_early_to_the_warm_up() -> None:
+    """Ranks 0 and 2 do not hear each other's part of the last whole round for a second; rank 1 hears both, goes on."""
+    ends = []
+    for seconds in (0.0, 1.0):
+        some = members(3, [(D,)], form="gather", warm_up=2, **SMALL)
+        virtual = VirtualCluster(3, patience=5.0, limit=20.0)
+        if seconds:
+            virtual.cut(0, 2, seconds=seconds, at=0.03)
+        virtual.run({c.me: life(some[c.me], c, quadratic(3, D)[0], steps=6) for c in virtual.carriers})
+        assert (virtual.time > 1.0) == bool(seconds)
+        ends.append(some[0].flat())
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize("carrier", LIVES)
 def test_without_a_bar_every_rank_sends_whenever_anything_changed(carrier: str) -> None:
     always, lazy = world(3, "always", steps=30), world(3, "accumulate", threshold=0.0, steps=30, carrier=carrier)
