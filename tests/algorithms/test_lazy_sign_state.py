@@ -240,7 +240,7 @@ def test_what_is_held_back_stays_so_where_more_is_trained(kind: str) -> None:
         torch.testing.assert_close(some[0].all() + end, exact, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", THAWING)
 def test_a_run_that_goes_on_behind_the_thaw_does_so_to_the_bit(kind: str) -> None:
     """Also where the rounds that are sent by all, since nobody knows the others' last ones, are not over."""
