@@ -5,6 +5,7 @@ algorithm can be built, pickled and tested anywhere. It has no clock, thread, pr
 generator: where it has to wait it yields the name of what is missing; asynchronous methods never do between meetings.
 
     begin [load_state_dict] -> ( [gradients] before_step -> optimizer -> after_step )* -> meet [state_dict] -> resume
+                                                                                               [renew: another set] -^
 
 A step has one number, from 1 on: `before_step` and `after_step` of one step get the same. Where a run goes on from a
 state, the numbers go on too.
@@ -67,6 +68,14 @@ class Algorithm(ABC):
             rounds: This algorithm's own rounds, to be kept for the hooks that need them: `meet`, and every step of a
                 method in lock-step.
         """
+
+    def renew(self, old: Replica, new: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
+        """What is trained has changed at a meeting: the run goes on with `new`, which is equal everywhere.
+
+        Called between `meet` and `resume`. The parameters that `old` has too are the same ones on all ranks. Most
+        methods begin anew; one that holds something back goes on with what it holds of those.
+        """
+        self.begin(new, mail, mass, rounds)
 
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Gradients are there, the optimizer has not run: may change gradients.

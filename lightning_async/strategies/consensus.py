@@ -136,8 +136,9 @@ class Consensus:
         module = strategy.trainer.lightning_module
         new = None if settled else strategy.together(renewed(module, replica, office.rounds))
         if new is not None:
-            replica = new
-            algorithm.begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
+            begin = partial(algorithm.renew, replica) if new.alike else algorithm.begin
+            replica = new.replica
+            begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
             strategy.together(office.rounds.barrier())  # what is posted to who has not begun its old service would get
         replica.check()  # a callback may have put other tensors in the place of the weights, and keep those
         adopted = not replica.away
