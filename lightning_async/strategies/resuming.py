@@ -44,8 +44,8 @@ class Resuming:
         self._waiting: dict[str, Any] = {}
         self._between_epochs = False
 
-    def load(self, path: str, checkpoint: dict[str, Any]) -> Wait[dict[str, Any]]:
-        """The checkpoint with this rank's own in the place of the first rank's."""
+    def load(self, path: str, checkpoint: dict[str, Any], *, weights_only: bool | None) -> Wait[dict[str, Any]]:
+        """The checkpoint with this rank's own in the place of the first rank's; both are read as the user said."""
         self._waiting = {}
         shared, strategy = checkpoint.get(KEY), self._strategy
         if strategy.trainer.state.fn != TrainerFn.FITTING:
@@ -56,7 +56,8 @@ class Resuming:
         refuse_newer(shared, path)
         path, ranks = main_file(path), shared["ranks"]
         self._train_again(path, checkpoint)
-        own, trouble = self._read(rank_file(path, shared["save"], ranks[strategy.global_rank % len(ranks)]))
+        file = rank_file(path, shared["save"], ranks[strategy.global_rank % len(ranks)])
+        own, trouble = self._read(file, weights_only=weights_only is not False)
         said = yield from strategy.office.rounds.agree(
             (self._foreign(shared) or trouble).encode()[:2000], what="how to go on"
         )
@@ -124,10 +125,10 @@ class Resuming:
         parts = {name: state for name, state in own["parts"].items() if name != "algorithm"}
         return {**{key: own[key] for key in own if key != "weights"}, "parts": parts}
 
-    def _read(self, file: str) -> tuple[dict[str, Any], str]:
+    def _read(self, file: str, *, weights_only: bool) -> tuple[dict[str, Any], str]:
         """A rank's own file, or why there is none."""
         try:
-            return self._strategy.checkpoint_io.load_checkpoint(file, weights_only=True), ""
+            return self._strategy.checkpoint_io.load_checkpoint(file, weights_only=weights_only), ""
         except Exception as error:  # each CheckpointIO has its own way to say that there is no such file
             return {}, f"{file} cannot be read ({type(error).__name__}: {error})"
 
