@@ -91,9 +91,7 @@ class Checkpoints:
         """Remove the files of all ranks beside `path`."""
         self._files.remove(self._strategy.checkpoint_io, path)
 
-    def load(
-        self, path: Any, checkpoint: dict[str, Any], *, weights_only: bool | None = None
-    ) -> Wait[dict[str, Any]]:
+    def load(self, path: Any, checkpoint: dict[str, Any], *, weights_only: bool | None = None) -> Wait[dict[str, Any]]:
         """The checkpoint as this rank goes on from it; what is restored later waits for `put_back`. Called by all."""
         return self._resuming.load(os.fspath(path), checkpoint, weights_only=weights_only)
 
