@@ -24,7 +24,7 @@ import torch
 from lightning_async.data.resume import unite
 from lightning_async.strategies import compat, saved_loops, words
 from lightning_async.strategies.late_files import LateFiles
-from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_tensors
+from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_tensors, primitive
 from lightning_async.strategies.rank_files import RankFiles, rank_file
 from lightning_async.strategies.resuming import KEY, VERSION, Resuming
 from lightning_async.strategies.trainable import trained_set
@@ -91,9 +91,9 @@ class Checkpoints:
         """Remove the files of all ranks beside `path`."""
         self._files.remove(self._strategy.checkpoint_io, path)
 
-    def load(self, path: Any, checkpoint: dict[str, Any]) -> Wait[dict[str, Any]]:
+    def load(self, path: Any, checkpoint: dict[str, Any], *, weights_only: bool | None = None) -> Wait[dict[str, Any]]:
         """The checkpoint as this rank goes on from it; what is restored later waits for `put_back`. Called by all."""
-        return self._resuming.load(os.fspath(path), checkpoint)
+        return self._resuming.load(os.fspath(path), checkpoint, weights_only=weights_only)
 
     def before_loader(self) -> None:
         """The training loader is about to be made: restore what has to be there before its iterator."""
@@ -234,7 +234,8 @@ class Checkpoints:
         state["data"], state["loaders"] = strategy.feeding.state_dict(), strategy.feeding.loader_states()
         state["waits"] = self._waits
         state["parts"] = {name: part.state_dict() for name, part in all_parts(strategy, self.parts).items()}
-        return {"version": VERSION, "save": plan.save, "rank": me, "steps": strategy.steps, **state}
+        own = {"version": VERSION, "save": plan.save, "rank": me, "steps": strategy.steps, **state}
+        return primitive(own)  # type: ignore[no-any-return]
 
 
 def _tried(write: Callable[[], object]) -> BaseException | None:

@@ -38,7 +38,11 @@ class Consensus:
         last: Of the last meeting, how far the replicas were apart, how many seconds it took, and for how many of them
             this rank waited.
         telling: What callbacks tell each other there.
+        rewritten: Whether a callback writes other weights over the consensus before this meeting ends, the same ones on
+            all ranks.
     """
+
+    rewritten = False
 
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.last: dict[str, float] = {}
@@ -47,6 +51,7 @@ class Consensus:
 
     def begin(self, model: torch.nn.Module, replica: Replica) -> None:
         """Give every rank the first one's weights and buffers, if the ranks are alike."""
+        self.rewritten = False
         self._strategy.office.check_alike(creed(self._strategy) | plan(self._strategy.trainer))
         self._strategy.together(self._equalise(model, replica))
 
@@ -140,6 +145,10 @@ class Consensus:
             replica = new.replica
             begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
             strategy.together(office.rounds.barrier())  # what is posted to who has not begun its old service would get
+        if self.rewritten:  # what is held back, or served, is of weights that are no more
+            self.rewritten = False
+            algorithm.begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
+            strategy.together(office.rounds.barrier())
         replica.check()  # a callback may have put other tensors in the place of the weights, and keep those
         adopted = not replica.away
         replica.come_back()

@@ -178,7 +178,8 @@ class CyclicDelayStrategy(AsyncStrategy):
         """Also what all old ranks served, if they were more or fewer; a member's speaker takes it up."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
         if self.trainer.state.fn == TrainerFn.FITTING and self.office.speaks:
-            self.algorithm.heritage = heirlooms(self, checkpoint_path, checkpoint, everything=True)
+            found = heirlooms(self, checkpoint_path, checkpoint, weights_only=weights_only, everything=True)
+            self.algorithm.heritage = found
         return checkpoint
 
     def meet(self) -> Wish:

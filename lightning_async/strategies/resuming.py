@@ -46,8 +46,8 @@ class Resuming:
         self._waiting: dict[str, Any] = {}
         self._between_epochs = False
 
-    def load(self, path: str, checkpoint: dict[str, Any]) -> Wait[dict[str, Any]]:
-        """The checkpoint with this rank's own in the place of the first rank's."""
+    def load(self, path: str, checkpoint: dict[str, Any], *, weights_only: bool | None) -> Wait[dict[str, Any]]:
+        """The checkpoint with this rank's own in the place of the first rank's; both are read as the user said."""
         self._waiting = {}
         shared, strategy = checkpoint.get(KEY), self._strategy
         if strategy.trainer.state.fn != TrainerFn.FITTING:
@@ -58,12 +58,13 @@ class Resuming:
         refuse_newer(shared, path)
         path, ranks = main_file(path), shared["ranks"]
         self._train_again(path, checkpoint)
-        own, trouble = self._read(rank_file(path, shared["save"], ranks[strategy.global_rank % len(ranks)]))
+        file = rank_file(path, shared["save"], ranks[strategy.global_rank % len(ranks)])
+        own, trouble = self._read(file, weights_only)
         said = yield from strategy.office.rounds.agree(
             (self._foreign(shared) or trouble).encode()[:2000], what="how to go on"
         )
         if reasons := dict.fromkeys(sentence.decode(errors="replace") for sentence in said.values() if sentence):
-            own = _without_place((yield from self._of_the_speaker(path, shared, own, trouble)), checkpoint)
+            own = _without_place((yield from self._of_the_speaker(path, shared, own, trouble, weights_only)), checkpoint)
             if shared.get("progress"):  # older versions did not save it
                 own["parts"].setdefault("progress", {**shared["progress"], "ended": False})
             self._warn(path, shared, list(reasons))
@@ -141,21 +142,22 @@ class Resuming:
         return {**{key: own[key] for key in own if key != "weights"}, "parts": parts}
 
     def _of_the_speaker(
-        self, path: str, shared: dict[str, Any], own: dict[str, Any], trouble: str
+        self, path: str, shared: dict[str, Any], own: dict[str, Any], trouble: str, weights_only: bool | None
     ) -> Wait[dict[str, Any]]:
         """What is this rank's: one state for all ranks of a member, since they step alike. {}: one cannot read it."""
         office, ranks = self._strategy.office, shared["ranks"]
         if (siblings := office.siblings) is None:
             return own
         if not siblings.speaks:
-            own, trouble = self._read(rank_file(path, shared["save"], ranks[siblings.speaker % len(ranks)]))
+            file = rank_file(path, shared["save"], ranks[siblings.speaker % len(ranks)])
+            own, trouble = self._read(file, weights_only)
         said = yield from office.rounds.agree(b"unread" if trouble else b"", what="whose optimizers")
         return {} if any(said.get(rank) for rank in siblings.ranks) else own
 
-    def _read(self, file: str) -> tuple[dict[str, Any], str]:
+    def _read(self, file: str, weights_only: bool | None) -> tuple[dict[str, Any], str]:
         """A rank's own file, or why there is none."""
         try:
-            return self._strategy.checkpoint_io.load_checkpoint(file, weights_only=True), ""
+            return self._strategy.checkpoint_io.load_checkpoint(file, weights_only=weights_only is not False), ""
         except Exception as error:  # each CheckpointIO has its own way to say that there is no such file
             return {}, f"{file} cannot be read ({type(error).__name__}: {error})"
 
