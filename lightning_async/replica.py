@@ -184,7 +184,8 @@ def _check(parameters: list[nn.Parameter]) -> None:
     for p in parameters:
         if p.device != parameters[0].device:
             raise ValueError(
-                f"all trainable parameters must live on one device, found {parameters[0].device} and {p.device}"
+                f"all trainable parameters must live on one device, found {parameters[0].device} and {p.device}: move "
+                f"them to one, or freeze those that stay"
             )
         if p.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

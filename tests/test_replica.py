@@ -127,7 +127,10 @@ def test_weights_that_are_kept_aside_come_back_to_the_bit() -> None:
 
 BAD = [
     ([], "no trainable parameters"),
-    ([nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, device="meta"))], "one device, found cpu and meta"),
+    (
+        [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, device="meta"))],
+        "one device, found cpu and meta: move them to one, or freeze those that stay",
+    ),
     ([nn.Parameter(torch.zeros(1, dtype=torch.complex64))], "float32, float64, found torch.complex64"),
 ]
 
