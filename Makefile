@@ -4,20 +4,23 @@
 # make bench   one benchmark:  make bench NAME=straggler      (make bench alone lists them)
 # make clean   remove what was built, the virtual environment included
 #
-# The first call creates .venv and installs into it; later ones are fast. Another torch, or another build of it:
+# The first call creates .venv and installs into it; later ones are fast. Another torch, or another build of it (what is
+# asked for is installed where it is not what was asked for last time):
 #     make test TORCH="torch==2.11.0"            make test TORCH="torch==2.13.0 --index-url <where your build lives>"
 
 PYTHON ?= python3
-TORCH  ?= $(shell grep '^torch==' constraints.txt)
+PINNED := $(shell grep '^torch==' constraints.txt)
+TORCH  ?= $(PINNED)
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+INSTALLED := $(or $(shell cat $(READY) 2>/dev/null),$(PINNED))
 DEMO   := examples/demo.py
 NAME   ?=
 WORKERS ?= auto
 ARGS   ?=
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench clean another
 
 demo: $(READY)
 	$(BIN)/python $(DEMO) $(ARGS)
@@ -47,4 +50,10 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@{ grep -v '^torch==' constraints.txt; $(BIN)/python -m pip freeze --disable-pip-version-check | grep '^torch=='; } > $(VENV)/held.txt
 	@echo "== installing lightning_async and what its tests need"
 	$(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/held.txt -e '.[dev]'
-	@touch $@
+	@printf '%s\n' '$(subst ','\'',$(TORCH))' > $@
+
+ifneq ($(strip $(TORCH)),$(strip $(INSTALLED)))
+$(READY): another
+another:
+	@echo "== $(INSTALLED) was asked for last time"
+endif

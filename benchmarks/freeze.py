@@ -9,8 +9,8 @@
     ddp       everybody stands still for 5 s
 
 The same on four hosts in network namespaces, whose links carry 100 Mbit/s: a model of 1.3 million weights (5 MB) takes
-0.4 s to cross one, and steps are 0.04 s long, so a fault hits a transfer. `link busy %` says how often: the bytes that
-a rank sent, over what its link carries in the time. The run must end by itself, with all ranks equal.
+0.4 s to cross one, and steps are 0.04 s long, so a fault may hit a transfer. `link busy %` says how often: the bytes
+that a rank sent, over what its link carries in the time. The run must end by itself, with all ranks equal.
 """
 
 from __future__ import annotations
@@ -81,13 +81,14 @@ def run(quick: bool, strategy: str = GOSSIP) -> Table:
 def launched(
     job: Work, knobs: Knobs | None, folder: Path | None = None, *, apart: bool, store: bool = False
 ) -> Iterator[Ranks]:
-    """The ranks on this host, or each on one of its own."""
+    """The ranks on this host, or each on one of its own; `store`: it is on none of them, but here or on a host more."""
     arguments = job.arguments(knobs, folder)
     with ExitStack() as stack:
         if apart:
-            hosts = stack.enter_context(Hosts(N, mbit=MBIT))
+            hosts = stack.enter_context(Hosts(N + store, mbit=MBIT))
+            address = hosts.address(N if store else 0)
             yield stack.enter_context(
-                Ranks(fit, N, arguments=arguments, address=hosts.address(0), spawn=hosts.spawn, store=store)
+                Ranks(fit, N, arguments=arguments, address=address, spawn=hosts.spawn, store=store)
             )
         else:
             yield stack.enter_context(Ranks(fit, N, arguments=arguments, store=store))

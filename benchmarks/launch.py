@@ -5,8 +5,9 @@
         +-- start, freeze, kill --> rank 0     rank 1     rank 2
         <------- words, result -----  |          |          |
 
-Lightning's own launcher kills all siblings of a process that dies; here a death stays one. With `store=True` the
-launcher hosts the store, as torchrun's agent does, so that killing rank 0 does not take everybody's store along.
+Lightning's own launcher kills all siblings of a process that dies; here a death stays one. With `store=True` no
+rank hosts the store: the launcher does, as torchrun's agent does, or a host beside those of the ranks. So killing
+rank 0 does not take everybody's store along.
 A rank whose launcher is gone ends itself, and leaving the `with` block ends all of them: nothing outlives it.
 """
 
@@ -28,7 +29,7 @@ from types import TracebackType
 from typing import IO, Any, Protocol
 
 from benchmarks.rank import FOLDER
-from benchmarks.store import Held, Store
+from benchmarks.store import Held, Placed, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 2000  # characters of a failed rank's output that go into the error
@@ -61,7 +62,7 @@ class Ranks:
         n: How many ranks.
         arguments: Keyword arguments, the same for all ranks, of what JSON can hold.
         env: More environment variables.
-        store: Host the store here instead of on rank 0.
+        store: Host the store apart from the ranks instead of on rank 0: here, or with `spawn` where that puts rank `n`.
         address: Where the store is, as the ranks see it.
         spawn: How to start a rank; None: here.
     """
@@ -84,14 +85,15 @@ class Ranks:
         self._what = [f"{function.__module__}:{function.__qualname__}", json.dumps(dict(arguments or {}))]
         self._n, self._extra, self._host_store, self._address = n, dict(env or {}), store, address
         self._spawn: Spawn = spawn or _spawn_here
+        self._elsewhere = spawn is not None
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._meeting_place: Store | Held | None = None
+        self._meeting_place: Store | Placed | Held | None = None
 
     def __enter__(self) -> Ranks:
         self._temporary = tempfile.TemporaryDirectory(prefix="ranks-")
         self._folder = Path(self._temporary.name)
         try:
-            self._meeting_place = Store() if self._host_store else Held()
+            self._meeting_place = self._meet()
             env = self._environment(self._meeting_place.port)
             for rank in range(self._n):
                 self._start(rank, env)
@@ -183,6 +185,15 @@ class Ranks:
         ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         return Outcome(rank, error=f"{ended}, without a result")
 
+    def _meet(self) -> Store | Placed | Held:
+        if not self._host_store:
+            return Held()
+        return Placed(self._start_store) if self._elsewhere else Store()
+
+    def _start_store(self, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+        with (self._folder / "store.log").open("wb") as log:
+            return self._spawn(self._n, argv, self._with_paths(), log)
+
     def _start(self, rank: int, env: Mapping[str, str]) -> None:
         argv = [sys.executable, "-u", "-m", "benchmarks.rank", *self._what]
         own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -190,7 +201,6 @@ class Ranks:
             self._processes.append(self._spawn(rank, argv, own, log))
 
     def _environment(self, port: int) -> dict[str, str]:
-        path = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, sys.path)]))
         launched = {
             "WORLD_SIZE": str(self._n),
             "LOCAL_WORLD_SIZE": str(self._n),
@@ -200,14 +210,12 @@ class Ranks:
             "TORCHELASTIC_RUN_ID": secrets.token_hex(4),
             "TORCHELASTIC_USE_AGENT_STORE": str(self._host_store),
         }
-        return {
-            "OMP_NUM_THREADS": "1",
-            **os.environ,
-            "PYTHONPATH": path,
-            FOLDER: str(self._folder),
-            **launched,
-            **self._extra,
-        }
+        return {**self._with_paths(), FOLDER: str(self._folder), **launched, **self._extra}
+
+    @staticmethod
+    def _with_paths() -> dict[str, str]:
+        path = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, sys.path)]))
+        return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
 
 
 def _spawn_here(rank: int, argv: Sequence[str], env: Mapping[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -107,6 +107,15 @@ class Replica:
         """Of a vector like the flat one, what belongs to each parameter, in their order."""
         return [vector[at : at + p.numel()] for p, at in self._places]
 
+    def carried(self, vector: Tensor, old: Replica) -> Tensor:
+        """A vector like the flat one of `old` as one like this one's: 0 where a parameter is not in both."""
+        of_old = {id(p): part for (p, _), part in zip(old.places, old.parts(vector), strict=True)}
+        carried = torch.zeros_like(self._flat)
+        for (p, _), part in zip(self._places, self.parts(carried), strict=True):
+            if id(p) in of_old:
+                part.copy_(of_old[id(p)])
+        return carried
+
     def holds(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether the trainable ones among `parameters` are those that this replica was made of."""
         return {id(p) for p in parameters if p.requires_grad} == {id(p) for p in self._parameters}
@@ -175,7 +184,8 @@ def _check(parameters: list[nn.Parameter]) -> None:
     for p in parameters:
         if p.device != parameters[0].device:
             raise ValueError(
-                f"all trainable parameters must live on one device, found {parameters[0].device} and {p.device}"
+                f"all trainable parameters must live on one device, found {parameters[0].device} and {p.device}: move "
+                f"them to one, or freeze those that stay"
             )
         if p.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

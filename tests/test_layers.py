@@ -6,7 +6,9 @@ strategies, callbacks, cli  ->  algorithms, pipeline, transport, data, metrics  
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -194,3 +196,19 @@ def test_an_offending_line_is_caught(path: str, line: str) -> None:
 )
 def test_an_honest_line_passes(path: str, line: str) -> None:
     assert not offences(path, line)
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named: list[str] = []
+    here = ""
+    for line in page.partition("## The rooms")[2].partition("\n## ")[0].splitlines():
+        if room := re.match(r"\| \*\*(\w+)/\*\* \|", line):
+            here = f"{room[1]}/"
+        named += [here + name for name in re.findall(r"`([\w*]+\.py)`", line)]
+    modules = [path for path in FILES if not path.endswith("__.py")]
+    assert [path for path in modules if not any(fnmatch(path, name) for name in named)] == []
+    stale = [
+        name for name in named if not any(fnmatch(path, end) for path in modules for end in (name, Path(name).name))
+    ]
+    assert stale == []  # a row may name a module of the top beside its own

@@ -103,9 +103,14 @@ def test_a_link_carries_what_it_is_given() -> None:
 
 
 @pytest.mark.netns
-def test_ranks_on_hosts() -> None:
-    with Hosts(2) as hosts, Ranks(average, 2, address=hosts.address(0), spawn=hosts.spawn) as ranks:
-        assert ranks.values(timeout=120) == [0.5, 0.5]
+@pytest.mark.few(1)
+@pytest.mark.parametrize("store", [True, False])
+def test_ranks_on_hosts(store: bool) -> None:
+    """The store is on a host of its own, where no rank's death takes it along, or on that of rank 0."""
+    with Hosts(2 + store) as hosts:
+        address = hosts.address(2 if store else 0)
+        with Ranks(average, 2, address=address, spawn=hosts.spawn, store=store) as ranks:
+            assert ranks.values(timeout=120) == [0.5, 0.5]
 
 
 @pytest.mark.netns

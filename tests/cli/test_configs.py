@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ from torch.utils.data import DataLoader
 
 from lightning_async.callbacks import DelayStats, SpeedFaults
 from lightning_async.cli.configs import names, read
+from lightning_async.strategies import STRATEGIES, AsyncStrategy, DelayedPipelineStrategy
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* has nothing to say under this strategy")  # here: on one device
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+SET_BY_THE_TRAINER = {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"}
 SMALL = {
     "accelerator": "cpu",
     "devices": 1,
@@ -82,6 +87,14 @@ def test_runs(name: str, fit: Callable[..., Trainer]) -> None:
 @pytest.mark.parametrize("name", [n for n in names() if n.startswith("strategies/")])
 def test_a_strategy_config_sets_nothing_else(name: str) -> None:
     assert _keys(yaml.safe_load(read(name))) == {"trainer": {"strategy"}}
+
+
+@pytest.mark.parametrize("kind", [*STRATEGIES, DelayedPipelineStrategy], ids=lambda kind: kind.name)
+def test_every_knob_stands_in_the_config_and_on_the_page(kind: type[AsyncStrategy | DelayedPipelineStrategy]) -> None:
+    knobs = {*inspect.signature(kind).parameters} - SET_BY_THE_TRAINER
+    config, page = read(f"strategies/{kind.name}"), (DOCS / f"{kind.name}.md").read_text(encoding="utf-8")
+    assert {knob for knob in knobs if not re.search(rf"^ +(# )?{knob}: ", config, re.MULTILINE)} == set()
+    assert {knob for knob in knobs if not re.search(rf"`{knob}[`=]", page)} == set()
 
 
 @pytest.mark.few(3)

@@ -16,8 +16,8 @@ torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 
 import lightning_async  # noqa: E402, F401  # registers the names
-from lightning_async import SpeedFaults  # noqa: E402
-from tests.strategies.lit import Lit, loader, weights  # noqa: E402
+from lightning_async import AsyncStrategy, SpeedFaults  # noqa: E402
+from tests.strategies.lit import Ending, Lit, loader, weights  # noqa: E402
 
 
 class Failing(Lit):
@@ -29,7 +29,7 @@ class Failing(Lit):
 
 
 def main(name: str, mode: str, folder: str, nodes: str = "1", devices: str = "2") -> None:
-    lit = Lit()
+    lit = Ending(folder)
     rank = fit(lit, name, folder, nodes, devices)
     (Path(folder) / f"rank{rank}.txt").write_text(repr(weights(lit)))
     if mode == "works, then fails":
@@ -50,6 +50,8 @@ def fit(lit: Lit, name: str, folder: str, nodes: str, devices: str) -> int:
         enable_model_summary=False,
         default_root_dir=folder,
     )
+    assert isinstance(t.strategy, AsyncStrategy)
+    t.strategy.at_meeting = "keep"  # so that nothing but the end of the fit makes the ranks equal
     t.fit(lit, loader(), loader(40, shuffle=False))
     return t.global_rank
 

@@ -27,8 +27,8 @@ from lightning_async.strategies import refusals
 from lightning_async.strategies.account import Account, Model, account, model_of, short, staged
 from lightning_async.strategies.first_line import learning
 from lightning_async.strategies.waiting import PeerFailedError
-from lightning_async.transport.cluster import LONGEST, PIECE, link_bytes, piece_of
-from lightning_async.transport.mail import CONTRIBUTION, FIRST_FREE_KIND, RESULT
+from lightning_async.transport.cluster import PIECE, link_bytes, piece_of
+from lightning_async.transport.mail import CONTRIBUTION, FIRST_FREE_KIND, LONGEST, RESULT
 from lightning_async.transport.pieces import LEAST
 from tests.strategies.ranks import run
 from tests.strategies.weighing import Weighed, weigh
@@ -266,5 +266,19 @@ def test_a_billion_parameters_go_over_a_link_and_more_than_that_in_shards() -> N
     billion = Model((10**9,))
     assert account(GossipRingStrategy().algorithm, billion, 4).longest == 4 * 10**9 < LONGEST
     more = Model((4 * 10**9,))
-    assert account(GossipRingStrategy().algorithm, more, 8).longest > LONGEST
-    assert account(AsyncGlobalStrategy().algorithm, more, 8).longest == 2 * 10**9
+    for inner in (1, 2):
+        assert account(GossipRingStrategy().algorithm, more, 8, inner=inner).longest > LONGEST
+        assert account(AsyncGlobalStrategy().algorithm, more, 8, inner=inner).longest == 2 * 10**9
+
+
+@pytest.mark.parametrize(("numbers", "whole"), [(10**9, 4 * 10**9), (4 * 10**9, LONGEST)])
+def test_what_a_speaker_holds_for_its_siblings_is_what_the_table_says(numbers: int, whole: int) -> None:
+    """A vector of gradients where the weights are, and in host memory, off the CPU, the same there."""
+    method, model = AsyncGlobalStrategy().algorithm, Model((numbers,))
+    plain, links = account(method, model, 8), link_bytes(PIECE, near=True)
+    for inner in (2, 8):
+        cpu, gpu = (account(method, model, 8, inner=inner, apart=apart) for apart in (False, True))
+        assert cpu.device - plain.device == gpu.device - plain.device == model.nbytes
+        part = min(whole, model.nbytes // inner)
+        assert cpu.host - plain.host - (inner - 1) * links == (inner - 1) * (2 * whole + 3 * part)
+        assert gpu.host - cpu.host == model.nbytes

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.strategies.lit import Lit, loader, trainer, weights
+from lightning_async import GossipRingStrategy
+from tests.strategies.lit import Ending, Lit, loader, trainer, weights
 from tests.strategies.ranks import FORK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +57,11 @@ def _run_as_main(said: Connection, *argv: str) -> None:
     os._exit(0)
 
 
+def held(folder: Path) -> list[str]:
+    """What each rank held at the end of its fit."""
+    return [(folder / f"end{rank}.txt").read_text() for rank in range(2)]
+
+
 def test_popen_by_name_and_a_child_that_fails_is_named_by_rank_0(tmp_path: Path) -> None:
     """A child's own exit would have rank 0 killed before it could say anything: so it lingers."""
     code, said = script("gossip_ring", "works, then fails", tmp_path)
@@ -69,15 +75,16 @@ def test_popen_by_name_and_a_child_that_fails_is_named_by_rank_0(tmp_path: Path)
 def test_spawn_gives_the_caller_the_consensus(tmp_path: Path) -> None:
     code, said = script("gossip_ring_spawn", "works", tmp_path)
     assert code == 0, said[-2000:]
-    assert (tmp_path / "rank0.txt").exists()
+    assert held(tmp_path) == [(tmp_path / "rank0.txt").read_text()] * 2
 
 
-def test_fork_gives_the_caller_the_consensus() -> None:
-    lit = Lit()
+def test_fork_gives_the_caller_the_consensus(tmp_path: Path) -> None:
+    lit = Ending(str(tmp_path))
     before = weights(lit)
-    t = trainer(2, strategy="gossip_ring_fork")
+    t = trainer(2, strategy=GossipRingStrategy(start_method="fork", at_meeting="keep"))
     t.fit(lit, loader(), loader(40, shuffle=False))
     assert weights(lit) != before
+    assert held(tmp_path) == [repr(weights(lit))] * 2
     assert "val" in t.callback_metrics
 
 

@@ -198,6 +198,16 @@ def test_parameters(lit: type[Lit], sentence: str) -> None:
         trainer(1).fit(lit(), loader(), loader(40, shuffle=False))
 
 
+def test_no_parameters_on_two_ranks() -> None:
+    """Each finds out by itself, and neither waits for the other."""
+    with ranks.Forked(2, fit_unmade, Nothing, "gossip_ring") as forked:
+        results = forked.results(20.0)
+    assert "ValueError" in {result.kind for result in results}
+    for result in results:
+        assert result.kind in ("ValueError", "PeerFailedError"), result.trace
+        assert "the module has no trainable parameters" in result.error
+
+
 class Lazy(Lit):
     def __init__(self) -> None:
         super().__init__()
