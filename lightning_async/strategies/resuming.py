@@ -64,7 +64,8 @@ class Resuming:
             (self._foreign(shared) or trouble).encode()[:2000], what="how to go on"
         )
         if reasons := dict.fromkeys(sentence.decode(errors="replace") for sentence in said.values() if sentence):
-            own = _without_place((yield from self._of_the_speaker(path, shared, own, trouble, weights_only)), checkpoint)
+            own = yield from self._of_the_speaker(path, shared, own, trouble, weights_only)
+            own = _without_place(own, checkpoint)
             if shared.get("progress"):  # older versions did not save it
                 own["parts"].setdefault("progress", {**shared["progress"], "ended": False})
             self._warn(path, shared, list(reasons))
@@ -73,7 +74,8 @@ class Resuming:
         mine = {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
         epoch = self._tell_epoch(mine["loops"]["fit_loop"])
         waits = own.get("waits", False)  # older versions did not say
-        loaders = () if self._between_epochs and compat.reloads_with(strategy.trainer, epoch) else own.get("loaders", ())
+        anew = self._between_epochs and compat.reloads_with(strategy.trainer, epoch)
+        loaders = () if anew else own.get("loaders", ())
         strategy.feeding.load_loader_states(loaders, in_mid_epoch=not self._between_epochs, over=waits)
         return mine
 

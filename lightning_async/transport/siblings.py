@@ -150,7 +150,7 @@ class Siblings:
 
     def _pieces(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """At least one."""
-        return tensor.split(max(1, self._longest // tensor.element_size()))
+        return torch.split(tensor, max(1, self._longest // tensor.element_size()))
 
     def _post(self, message: Message, name: str) -> Wait[None]:
         """To all siblings."""
