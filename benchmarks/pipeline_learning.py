@@ -30,7 +30,8 @@ from torch.nn import functional as F  # noqa: N812
 from benchmarks.pipeline_nets import Draws, Job, jobs
 from benchmarks.table import Claim, Role, Row, Table
 from benchmarks.tasks import Score
-from lightning_async.pipeline.compensate import predicted, scaled, sees_no_factor
+from lightning_async.algorithms.scale_free import sees_no_factor
+from lightning_async.pipeline.compensate import predicted, scaled
 from lightning_async.pipeline.partition import even, spans
 from lightning_async.pipeline.simulator import simulate
 from lightning_async.pipeline.stage import Stage

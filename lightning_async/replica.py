@@ -107,6 +107,15 @@ class Replica:
         """Of a vector like the flat one, what belongs to each parameter, in their order."""
         return [vector[at : at + p.numel()] for p, at in self._places]
 
+    def carried(self, vector: Tensor, old: Replica) -> Tensor:
+        """A vector like the flat one of `old` as one like this one's: 0 where a parameter is not in both."""
+        of_old = {id(p): part for (p, _), part in zip(old.places, old.parts(vector), strict=True)}
+        carried = torch.zeros_like(self._flat)
+        for (p, _), part in zip(self._places, self.parts(carried), strict=True):
+            if id(p) in of_old:
+                part.copy_(of_old[id(p)])
+        return carried
+
     def holds(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether the trainable ones among `parameters` are those that this replica was made of."""
         return {id(p) for p in parameters if p.requires_grad} == {id(p) for p in self._parameters}

@@ -90,6 +90,19 @@ def test_it_knows_what_it_was_made_of() -> None:
     assert not replica.holds(module.parameters())
 
 
+def test_a_vector_is_carried_to_where_its_parameters_lie_now() -> None:
+    module = net()
+    module[0].requires_grad_(False)
+    old = Replica(module.parameters())
+    vector = torch.arange(float(old.numel)) + 1
+    module[0].requires_grad_(True)
+    module.append(nn.Linear(1, 1))
+    new = Replica(module.parameters())
+    thawed, thawed_bias, kept, *appended = new.parts(new.carried(vector, old))
+    assert torch.equal(kept, vector[:5])
+    assert not any(part.any() for part in (thawed, thawed_bias, *appended))
+
+
 def test_a_module_that_is_converted_in_mid_run_is_refused() -> None:
     module = net()
     replica = Replica(module.parameters())

@@ -5,6 +5,7 @@ algorithm can be built, pickled and tested anywhere. It has no clock, thread, pr
 generator: where it has to wait it yields the name of what is missing; asynchronous methods never do between meetings.
 
     begin [load_state_dict] -> ( [gradients] before_step -> optimizer -> after_step )* -> meet [state_dict] -> resume
+                                                                                               [renew: another set] -^
 
 A step has one number, from 1 on: `before_step` and `after_step` of one step get the same. Where a run goes on from a
 state, the numbers go on too.
@@ -51,6 +52,8 @@ class Algorithm(ABC):
     "served gradients" that a server's does, or "nothing": it is never asked."""
     kinds: ClassVar[Mapping[int, str]] = {}
     """What its kinds of messages are called where people read them."""
+    attends: bool = False
+    """Whether the others may need a member while it waits for them to come to a meeting."""
     skipped: int = 0
     """How many exchanges were due and left out, because the one before was still under way."""
 
@@ -65,6 +68,14 @@ class Algorithm(ABC):
             rounds: This algorithm's own rounds, to be kept for the hooks that need them: `meet`, and every step of a
                 method in lock-step.
         """
+
+    def renew(self, old: Replica, new: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
+        """What is trained has changed at a meeting: the run goes on with `new`, which is equal everywhere.
+
+        Called between `meet` and `resume`. The parameters that `old` has too are the same ones on all ranks. Most
+        methods begin anew; one that holds something back goes on with what it holds of those.
+        """
+        self.begin(new, mail, mass, rounds)
 
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Gradients are there, the optimizer has not run: may change gradients.
@@ -111,6 +122,11 @@ class Algorithm(ABC):
     @abstractmethod
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """All members have stopped stepping: drain the mail, settle accounts, return the consensus."""
+
+    def attend(self, replica: Replica, mail: Mail) -> None:
+        """If it `attends`: called again and again while the member waits for the others to come to a meeting, behind
+        its last step and before `meet`. Never waits; asks its mail at least once."""
+        raise NotImplementedError(f"{type(self).__name__} has nothing to do there")
 
     @abstractmethod
     def resume(self, replica: Replica, *, adopted: bool) -> None:

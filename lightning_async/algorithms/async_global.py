@@ -77,6 +77,7 @@ class AsyncGlobal(Algorithm):
             the beginning.
     """
 
+    attends = True
     kinds: ClassVar[Mapping[int, str]] = NAMES
 
     def __init__(
@@ -174,6 +175,10 @@ class AsyncGlobal(Algorithm):
         """This member goes to where all wait for each other: from now on nobody may wait for its next push."""
         if self.on_late == "wait":
             yield from self._meeting(replica, mail).push_all(replica, mail)
+
+    def attend(self, replica: Replica, mail: Mail) -> None:
+        """It may have to be an heir, which it must hear of, or its mirrors must go to another member."""
+        self._pump(replica, mail)
 
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """Push what is left; when all have, pull: the consensus is the server's W."""

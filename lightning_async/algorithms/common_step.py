@@ -53,7 +53,8 @@ class _Step:
 
 
 class CommonStep:
-    """One rank's gradients on their way through the member."""
+    """One rank's gradients on their way through the member: as long as the weights where these are, and, if that is not
+    host memory, once more there."""
 
     def __init__(self) -> None:
         self._vector = self._host = torch.empty(0)
@@ -92,7 +93,7 @@ class CommonStep:
         used = yield from self._averaged(step, replica, average)
         if math.inf in used:
             used = yield from self._averaged(self._begun(replica, average), replica, average)
-        mean = self._host.to(replica.device)
+        mean = self._vector.copy_(self._host)
         for (parameter, at), share in zip(replica.places, used, strict=True):
             if not share:
                 continue
@@ -106,7 +107,7 @@ class CommonStep:
         length, like = replica.numel + len(replica.places), replica.flat
         if (self._vector.numel(), self._vector.dtype, self._vector.device) != (length, like.dtype, like.device):
             self._vector = torch.zeros(length, dtype=like.dtype, device=like.device)
-        self._host = self._vector
+            self._host = self._vector if like.device.type == "cpu" else torch.zeros(length, dtype=like.dtype)
         buckets = _buckets(replica, BUCKET // like.element_size())
         if len(buckets) == 1:  # leaves with the numbers, when backward is over
             buckets[0].end = length
@@ -132,7 +133,7 @@ class CommonStep:
                 same = parameter.grad is left[0] and left[0]._version == left[1]
                 numbers.append(1.0 if same else math.inf)
         self._vector[replica.numel :] = torch.tensor(numbers, dtype=self._vector.dtype)
-        self._host = self._vector.cpu()
+        self._host.copy_(self._vector)
         for bucket in step.buckets:
             bucket.missing = 0
         yield from step.work

@@ -90,6 +90,7 @@ class CyclicDelay(Algorithm):
             the beginning.
     """
 
+    attends = True
     kinds: ClassVar[Mapping[int, str]] = {**NAMES, TOKEN: "token", BID: "token"}
 
     def __init__(
@@ -227,6 +228,13 @@ class CyclicDelay(Algorithm):
         """This member goes to where all wait for each other: from now on nobody may wait for its next push."""
         if self.token == "strict" or self.max_accumulate is not None:
             yield from self._meeting(replica, mail).push_all(replica, mail)
+
+    def attend(self, replica: Replica, mail: Mail) -> None:
+        """An heir that knows of no pause may give this member a turn; it may have to be an heir itself."""
+        if self._paused:
+            self._tend(replica, mail, LAST)
+        else:
+            self._pump(replica, mail)
 
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """Push what is left, by turns; when all have, pull: the consensus is the server's W."""

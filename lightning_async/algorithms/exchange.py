@@ -66,7 +66,7 @@ class Exchange:
     def belongs_to(self, owner: int, place: int) -> None:
         """The shard has another owner: what was asked of the old one will not be answered."""
         if self.asked in (PUSH, LAST):
-            self._unanswered = self.step
+            self._unanswered = self.number
         self._moved_in = self.place >= 0
         self.owner, self.place, self.asked = owner, place, 0
 
@@ -74,6 +74,11 @@ class Exchange:
     def astray(self) -> bool:
         """Whether the shard has a new owner, who was not asked yet."""
         return self._moved_in
+
+    @property
+    def number(self) -> int:
+        """Of the last push, in the owners' books: an exact one may follow a rounded one in the same step."""
+        return 2 * self.step + self._exact
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
@@ -90,7 +95,8 @@ class Exchange:
         difference = torch.sub(replica.flat[self.shard.part], self.base, out=self._pushed)
         body = codec.encode(difference)
         numbers = {"version": self.version, "echo": micros, "samples": self.samples, "weight": weight()}
-        if mail.post(self.owner, Message(kind, body, step=step, reference=self.place, **numbers)):
+        number = 2 * step + (codec is EXACT)  # see `number`
+        if mail.post(self.owner, Message(kind, body, step=number, reference=self.place, **numbers)):
             if body is not difference:
                 self._pushed.copy_(codec.decode(body, difference.dtype))
             self.asked, self.step, self._exact = kind, step, codec is EXACT
@@ -145,7 +151,7 @@ class Exchange:
         at = max(0, m.version - 1)
         base, factor = min(self.version, at), max(0, said) / MILLION
         if factor > 0:
-            self._mine = [*self._mine, (self.step, m.version, self._sent)][-REMEMBERED:]
+            self._mine = [*self._mine, (self.number, m.version, self._sent)][-REMEMBERED:]
         return Arrival(self._me, base, base, at, letter.seconds, self._sent, factor, fate, owner=letter.peer)
 
     def _lost(self, letter: Letter) -> list[Arrival]:

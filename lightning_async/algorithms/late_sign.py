@@ -13,7 +13,7 @@ it is `LazySign` by slices, to the bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -73,6 +73,9 @@ class LateSign(LazySign):
             counted=self._counted,
             serve=serve,
         )
+
+    def _go_on(self, before: Mapping[str, Any], carried: Callable[[Tensor], Tensor]) -> None:
+        self.late.number, self.late.missed = before["round"], self.skipped
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Send this rank's step; take those that all agreed on, of one round or of several."""

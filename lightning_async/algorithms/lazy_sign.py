@@ -15,6 +15,7 @@ LASG for the trigger; EF21 (Richtarik et al. 2021) for `innovation`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -95,6 +96,23 @@ class LazySign(Algorithm):
             return
         self._kept = replica.weights() if self.compress == "update" else torch.zeros_like(replica.flat)
         self.signs = self._new_rounds(replica, replica.flat)
+
+    def renew(self, old: Replica, new: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
+        """What is held back of parameters that are trained on stays so: the mean over all ranks and servers is kept.
+
+        What a server held back its rank does from here on. Of what is frozen now it is dropped, what is new has none.
+        """
+        before, n, skipped = self.state_dict(), len(self._members), self.skipped
+        self.begin(new, mail, mass, rounds)
+        self._step, self._met, self.skipped = before["step"], before["step"], skipped
+        if not self._alone and "rest" in before:
+            rest = _with_served(before["rest"], before["exchange"], n)
+            self._rest.vector.copy_(new.carried(rest, old))
+            self._go_on(before, partial(new.carried, old=old))
+
+    def _go_on(self, before: Mapping[str, Any], carried: Callable[[Tensor], Tensor]) -> None:
+        """Rounds go on from a state of others, whose vectors are to be carried over."""
+        self.signs.go_on(before["round"], None if before["common"] is None else carried(before["common"]))
 
     def _begin(self, mail: Mail, rounds: Rounds) -> None:
         self._rounds, self._members, self._me = rounds, mail.members(), mail.me
@@ -263,10 +281,7 @@ class LazySign(Algorithm):
             alike = (state.get("rule"), state.get("compress", self.compress)) == (self.rule, self.compress)
             if not alike or "rest" not in state or self.rule == "innovation":
                 continue
-            rest, served = state["rest"], state["exchange"]
-            all_of_it = rest / world
-            if (slice_ := served.get("rest")) is not None:
-                all_of_it[served["base"] : served["base"] + slice_.numel()] += slice_
+            all_of_it = _with_served(state["rest"] / world, state["exchange"])
             if not self._alone:
                 self._rest.vector.add_(all_of_it.to(replica.flat), alpha=len(self._members))
             elif self.compress == "update":
@@ -325,6 +340,13 @@ class LazySign(Algorithm):
             max_skip=self.max_skip,
             like=flat if remembers else None,
         )
+
+
+def _with_served(rest: Tensor, exchange: Mapping[str, Any], times: int = 1) -> Tensor:
+    """What a rank holds back, and so many times what its server does added to it."""
+    if (served := exchange.get("rest")) is not None:
+        rest[exchange["base"] : exchange["base"] + served.numel()].add_(served, alpha=times)
+    return rest
 
 
 def _read_gradients(replica: Replica, into: Tensor) -> None:

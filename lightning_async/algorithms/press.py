@@ -189,6 +189,8 @@ class Press:
             for i, span in enumerate(cut.whole):
                 numbers = torch.empty_like(rest.part(span))
                 source.whole(i, span, numbers)
+                if not _finite(numbers):
+                    raise NotFinite
                 rest.part(span).add_(numbers)
 
     def add(self, source: Source, cut: Cut, to: Rest) -> None:
@@ -221,7 +223,9 @@ class Press:
             source.whole(i, span, numbers)
             if plus is not None:
                 numbers.add_(plus.part(span))
-            total += float(torch.dot(numbers, numbers))
+            if math.isnan(square := float(torch.dot(numbers, numbers))):  # an infinity is news enough to be sent
+                raise NotFinite
+            total += square
         return total, missed
 
     def _each(self, count: int, one: Callable[[int, Signs[Flat], Flat], None]) -> None:
@@ -240,14 +244,18 @@ class Press:
             list(pool.map(some, range(workers)))
 
 
+def _finite(numbers: Tensor) -> bool:
+    return bool(torch.isfinite(numbers).all())
+
+
 def _pack_whole(source: Source, rest: Rest, sheet: Sheet, i: int, span: Span, tells: bool) -> None:
     numbers = sheet.whole(i)
     source.whole(i, span, numbers)
     covered = rest.covers(span)
     if covered:
         numbers.add_(rest.part(span))
-    finite = bool(torch.isfinite(numbers).all())
+    finite = _finite(numbers)
     if not finite and not tells:
-        raise NotFinite("there are numbers that are not finite")
+        raise NotFinite
     if covered and finite:
         rest.part(span).sub_(numbers) if rest.tracks else rest.part(span).zero_()

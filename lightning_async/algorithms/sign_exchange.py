@@ -73,10 +73,10 @@ class Exchange(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
 
-    def early(self) -> list[Letter]:
-        """Give up the letters that came early: the run meets."""
-        early, self._early = self._early, []
-        return early
+    def take_over(self, other: Exchange) -> None:
+        """Another one made the rounds so far, and letters that came to it early are for this one: a peer that has heard
+        all of the last of those rounds is in the next one, while this rank still waits for a third."""
+        self._early, other._early = other._early, []
 
     def _new(self, cut: Cut) -> Sheet:
         return cut.sheet(device=self._like.device)
@@ -146,7 +146,7 @@ class Gather(Exchange):
 
     def state_dict(self) -> dict[str, Any]:
         """The last sheets, where they are used again."""
-        return {"parts": {m: self._parts[m].body.clone() for m in self.members if self._reuse}}
+        return {"parts": {m: self._parts[m].body.cpu().clone() for m in self.members if self._reuse}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""

@@ -59,6 +59,7 @@ class SignRounds:
         heard: Heard,
     ) -> None:
         self.number, self.exchange, self.notices, self.trigger = 0, exchange, notices, trigger
+        self._since = 0
         self.rest = Rest(torch.zeros_like(like), tracks=silence.tracks)
         self.common = torch.zeros_like(like) if silence.tracks else None
         self._silence, self._press, self._warm_up, self._warm, self._period = silence, press, warm_up, warm, period
@@ -100,10 +101,17 @@ class SignRounds:
         self.trigger.remember(moved)
         return onto
 
+    def go_on(self, number: int, common: Tensor | None) -> None:
+        """So many rounds were made of other parameters too: nobody knows yet what the others sent of these."""
+        self.number = self._since = number
+        if self.common is not None and common is not None:
+            self.common.copy_(common)
+
     @property
     def _exchange_now(self) -> Exchange:
         """What this round goes by: the first ones send whole numbers."""
         if self._warm_up is not None and self.number > self._warm:
+            self.exchange.take_over(self._warm_up)
             self._warm_up = None
         return self._warm_up or self.exchange
 
@@ -119,8 +127,9 @@ class SignRounds:
 
     @property
     def _first(self) -> int:
-        """So many rounds are sent by all without a word."""
-        return max(self.trigger.history, self.notices.ahead, self._warm + 1 if self._warm else 0)
+        """Up to this round all send without a word."""
+        remembered = self._since + max(self.trigger.history, self.notices.ahead)
+        return max(remembered, self._warm + 1 if self._warm else 0)
 
     def _decide(self, mail: Mail, number: int, source: Source) -> None:
         """Tell the others whether this rank sends in a round to come."""
@@ -138,6 +147,7 @@ class SignRounds:
             "exchange": self.exchange.state_dict(),
             "notices": self.notices.state_dict(),
             "trigger": self.trigger.state_dict(),
+            "since": self._since,
         }
 
     def load_state_dict(self, state: Any) -> None:
@@ -148,3 +158,4 @@ class SignRounds:
         self.exchange.load_state_dict(state["exchange"])
         self.notices.load_state_dict(state["notices"])
         self.trigger.load_state_dict(state["trigger"])
+        self._since = state.get("since", 0)  # older states did not say

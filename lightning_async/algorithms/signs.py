@@ -41,6 +41,9 @@ F = TypeVar("F", contravariant=True)
 class NotFinite(ValueError):  # noqa: N818  # it names a state of affairs, as StopIteration does
     """There is a NaN or an infinity where numbers were to be sent."""
 
+    def __init__(self) -> None:
+        super().__init__("there are numbers that are not finite")
+
 
 class Signs(Protocol[F]):
     """What is done to one block. All are flat and contiguous, bits are bytes, number 8i + j is bit j of byte i."""
@@ -219,5 +222,5 @@ def _table() -> Array:
 def checked(mean: float) -> float:
     """A mean, or NotFinite."""
     if not math.isfinite(mean):
-        raise NotFinite("there are numbers that are not finite")
+        raise NotFinite
     return mean

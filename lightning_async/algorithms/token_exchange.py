@@ -44,6 +44,11 @@ class TokenExchange(Exchange):
         """Whether it is this member's turn."""
         return self.token == self.place
 
+    @property
+    def number(self) -> int:
+        """Of the last push."""
+        return self.step
+
     def add(self, gradient: Tensor, samples: int) -> None:
         """One batch more."""
         if not self.count:

@@ -113,18 +113,22 @@ class TurnService(ShardService):
         for at, turns in self.turns.items():
             server = self.owned[at].server
             alone = len(server.members) == 1  # what its last push rounded off it may push again
-            # who was not heard since the shard was taken over may wait at a meeting, where nobody takes a token; with
-            # "skip" it is passed over, by who waits for it
-            away = server.pausing if self._skip or not server.unheard else {*server.pausing, *server.unheard}
+            # who was not heard since the shard was taken over may be frozen, or not have heard of the heir
+            away = {*server.pausing, *server.unheard} if server.unheard else server.pausing
             granted = turns.grant(server.members, () if alone else away)
             if granted is not None:
                 yield granted, Message(TOKEN, reference=at)
+            for late in turns.meet(server.members, server.unheard):
+                yield late, Message(TOKEN, reference=at)
 
     def _begin_turns(self) -> Iterator[tuple[int, Message]]:
         """Of what was taken over all hear: who waits for a token asks nobody for anything, and may believe in another
         owner."""
         taken = self.owned.keys() - self.turns.keys()
-        self.turns = {at: self.turns.get(at) or Turns(after=self._me, skip=self._skip) for at in self.owned}
+        self.turns = {
+            at: self.turns.get(at) or Turns(after=self._me, skip=self._skip, strangers=owned.server.unheard)
+            for at, owned in self.owned.items()
+        }
         for at in sorted(taken):
             for member in sorted(self.owned[at].server.unheard):
                 yield member, Message(TOKEN, weight=ANOTHERS, reference=at)

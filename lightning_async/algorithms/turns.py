@@ -23,16 +23,20 @@ class Turns:
         first: Who holds the token; None: nobody yet.
         after: Where nobody does: the one before the first.
         skip: Whether an idle holder is passed over.
+        strangers: Of a shard that was taken over: of whom nothing was heard since.
 
     Attributes:
         holder: Who has the token; None: nobody that may.
         passed: Who was passed over and has not pushed since.
     """
 
-    def __init__(self, first: int | None = None, *, after: int = -1, skip: bool) -> None:
+    def __init__(
+        self, first: int | None = None, *, after: int = -1, skip: bool, strangers: Collection[int] = ()
+    ) -> None:
         self.holder, self.passed = first, set[int]()
         self._last = after if first is None else first
         self._skip = skip
+        self._strangers = set(strangers) if skip else set[int]()
         self._bids: dict[int, int] = {}
 
     def pushed(self, peer: int) -> None:
@@ -49,6 +53,15 @@ class Turns:
         if self._bids[peer] >= BATCHES or self.holder not in live:
             self.passed.add(self.holder)
             self.holder = None
+
+    def meet(self, members: Collection[int], unheard: Collection[int]) -> list[int]:
+        """Who was heard for the first time since a takeover may push once, whoever's turn it is: the heir does not know
+        whose turn was before, and who waits for a turn here may keep all others waiting at another shard."""
+        met = self._strangers.difference(unheard)
+        self._strangers -= met
+        late = sorted(met.intersection(members) - self.passed - {self.holder})
+        self.passed.update(late)
+        return late
 
     def grant(self, members: Sequence[int], pausing: Collection[int]) -> int | None:
         """Who gets the token now; None: it is somebody's already, or nobody may have it."""

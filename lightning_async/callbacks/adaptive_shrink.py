@@ -21,15 +21,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_async.algorithms.algorithm import Shrink, no_shrink
+from lightning_async.algorithms.scale_free import sees_no_factor
 from lightning_async.algorithms.shrink import Law, LawName, Stability, law
 from lightning_async.arrival import Arrival
 from lightning_async.callbacks.stats import Figures, Stats, check_by_rank
 from lightning_async.callbacks.watched import Board, Watched
 from lightning_async.fresh import Fresh, nothing_fresh
 from lightning_async.progress.stretch import Stretch
-
-SCALE_FREE = ("Adam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "Lion", "LAMB", "Adafactor", "Muon", "SignSGD")
-
 
 OWN = -1
 """The peer under which a rank to which nothing comes late keeps the law that the others go by."""
@@ -117,10 +115,10 @@ class AdaptiveShrink(Stats):
         self._healthy = self._strategy.healthy_delay if self.healthy is None else self.healthy
         self._inherited = self._strategy.inherited
         self._refuse_unseen(trainer.optimizers)
-        self._through_lr = self._strategy.shrinks == "gradients" and any(map(_is_scale_free, trainer.optimizers))
+        self._through_lr = self._strategy.shrinks == "gradients" and any(map(sees_no_factor, trainer.optimizers))
         if self._through_lr:
             self.listen("on_before_optimizer_step", self._slow_down)
-            self._hooks = [o.register_step_post_hook(self._speed_up) for o in trainer.optimizers if _is_scale_free(o)]
+            self._hooks = [o.register_step_post_hook(self._speed_up) for o in trainer.optimizers if sees_no_factor(o)]
             if trainer.is_global_zero:
                 name = type(trainer.optimizers[0]).__name__
                 warnings.warn(
@@ -189,7 +187,7 @@ class AdaptiveShrink(Stats):
 
     def _refuse_unseen(self, optimizers: list[Optimizer]) -> None:
         """A server's steps are its own: no learning rate of this rank slows them."""
-        unseen = [type(_bare(one)).__name__ for one in optimizers if _is_scale_free(one)]
+        unseen = [type(_bare(one)).__name__ for one in optimizers if sees_no_factor(one)]
         if unseen and self._strategy is not None and self._strategy.shrinks == "served gradients":
             raise MisconfigurationException(
                 f"AdaptiveShrink: {unseen[0]} takes the same steps whatever its gradients are multiplied by, and here "
@@ -199,7 +197,7 @@ class AdaptiveShrink(Stats):
     def _slow_down(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """For this step only: the gradients are there, the optimizer has not used its learning rate yet."""
         self._speed_up(optimizer)  # a step that fp16's scaler skipped left it slow
-        if self._latest < 1 and _is_scale_free(optimizer):
+        if self._latest < 1 and sees_no_factor(optimizer):
             self._rates[id(_bare(optimizer))] = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * self._latest
@@ -280,11 +278,6 @@ class _Kept:
 def _bare(optimizer: Optimizer) -> Any:
     """Lightning hands out wrappers."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def _is_scale_free(optimizer: Optimizer) -> bool:
-    names = [kind.__name__ for kind in type(_bare(optimizer)).__mro__]
-    return any(family in name for name in names for family in SCALE_FREE)
 
 
 def _figures(rows: list[list[float]]) -> Figures:

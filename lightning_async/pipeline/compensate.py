@@ -5,8 +5,7 @@
     nesterov   give momentum at once what a gradient will add to it until it is d updates old (spike compensation):
                w <- w - lr * (a * v + b * g), a = m^d, b = (1 - m^d) / (1 - m)
 
-And shrinking itself where it cannot be seen: Adam divides every gradient by its own size, so a factor on the gradient
-does nothing to it. There the factor goes on the learning rate.
+And where shrinking itself cannot be seen (`algorithms/scale_free.py`), its factor goes on the learning rate.
 """
 
 from __future__ import annotations
@@ -20,12 +19,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Compensate = Literal["none", "lr", "predict", "nesterov"]
-_BLIND = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "Adafactor", "Muon")
-
-
-def sees_no_factor(optimizer: Optimizer) -> bool:
-    """Whether a factor on all gradients changes nothing of its steps."""
-    return any(kind.__name__ in _BLIND for kind in type(optimizer).__mro__)
 
 
 def annealed(updates: int, late: float, anneal: int) -> float:
@@ -75,7 +68,7 @@ def spike(optimizer: Optimizer, late: float) -> None:
             velocity = optimizer.state.get(parameter, {}).get("momentum_buffer")
             if velocity is None or parameter.grad is None:
                 continue
-            gradient = parameter.grad
+            gradient = -parameter.grad if group["maximize"] else parameter.grad
             if group["weight_decay"]:  # as the step saw it
                 gradient = gradient + group["weight_decay"] * (parameter + lr * velocity)
             ahead = (1 - kept) / (1 - momentum)

@@ -37,6 +37,7 @@ from lightning_async.pipeline.edge import DEPTH
 from lightning_async.pipeline.stash import Semantics
 from lightning_async.replica import ALIGNMENT
 from lightning_async.transport.cluster import PIECE, link_bytes
+from lightning_async.transport.mail import LONGEST
 from lightning_async.transport.rounds import OWNERS, SHORT
 
 
@@ -116,7 +117,14 @@ def model_of(parameters: Iterable[nn.Parameter], **more: int | frozenset[int]) -
 
 
 def account(
-    algorithm: Algorithm, model: Model, members: int, *, inner: int = 1, near: int | None = None, piece: int = PIECE
+    algorithm: Algorithm,
+    model: Model,
+    members: int,
+    *,
+    inner: int = 1,
+    near: int | None = None,
+    piece: int = PIECE,
+    apart: bool = False,
 ) -> Account:
     """What a method holds and sends.
 
@@ -127,6 +135,7 @@ def account(
         inner: How many ranks a member has.
         near: How many other ranks are on the same host, as far as links go there; None: all.
         piece: The longest piece in which a body travels.
+        apart: Whether the weights are on a device with memory of its own.
     """
     links = members - 1 + inner - 1
     found = _method(algorithm, model, members)
@@ -135,9 +144,8 @@ def account(
     host = rounds(model.nbytes, members) + linked(links, links if near is None else min(near, links), piece)
     longest = -(-model.nbytes // min(OWNERS, members)) if members > 1 else 0
     if inner > 1:
-        longest = model.nbytes
         device += model.nbytes
-        host += inside(model.nbytes, inner)
+        host += inside(model.nbytes, inner) + apart * model.nbytes
     return found.plus(device=device, host=host, longest=longest)
 
 
@@ -157,8 +165,8 @@ def rounds(nbytes: int, members: int) -> int:
 
 def inside(nbytes: int, inner: int) -> int:
     """The slots and boxes of a member's speaker for its siblings (`transport/siblings.py`)."""
-    others, part = inner - 1, -(-nbytes // inner)
-    return others * (part + nbytes + 2 * part + nbytes)
+    others, part, whole = inner - 1, min(LONGEST, -(-nbytes // inner)), min(LONGEST, nbytes)
+    return others * (part + whole + 2 * part + whole)
 
 
 def _method(algorithm: Algorithm, model: Model, members: int) -> Account:

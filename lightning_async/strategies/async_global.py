@@ -173,10 +173,11 @@ class AsyncGlobalStrategy(AsyncStrategy):
             self.keep("quality", self.quality)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
-        """Also what all old ranks served, if they were more or fewer."""
+        """Also what all old ranks served, if they were more or fewer; a member's speaker takes it up."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self.algorithm.heritage = heirlooms(self, checkpoint_path, checkpoint, everything=True)
+        if self.trainer.state.fn == TrainerFn.FITTING and self.office.speaks:
+            found = heirlooms(self, checkpoint_path, checkpoint, weights_only=weights_only, everything=True)
+            self.algorithm.heritage = found
         return checkpoint
 
     @property

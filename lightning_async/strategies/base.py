@@ -244,7 +244,8 @@ class AsyncStrategy(Shown):
         model = model_of((p for p, _ in self.replica.places), **self._beside())
         near = self.num_processes - 1
         inner = max(map(len, self.office.ranks_of_members), default=1)
-        return account(self.algorithm, model, self.members, inner=inner, near=near, piece=self.office.piece)
+        apart, piece = self.root_device.type != "cpu", self.office.piece
+        return account(self.algorithm, model, self.members, inner=inner, near=near, piece=piece, apart=apart)
 
     def _beside(self) -> dict[str, Any]:
         """What of `account.Model` goes by the optimizers, or by names."""

@@ -24,7 +24,7 @@ import torch
 from lightning_async.data.resume import unite
 from lightning_async.strategies import compat, saved_loops, words
 from lightning_async.strategies.late_files import LateFiles
-from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_tensors
+from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_tensors, primitive
 from lightning_async.strategies.rank_files import RankFiles, rank_file
 from lightning_async.strategies.resuming import KEY, VERSION, Resuming
 from lightning_async.strategies.trainable import trained_set
@@ -91,9 +91,9 @@ class Checkpoints:
         """Remove the files of all ranks beside `path`."""
         self._files.remove(self._strategy.checkpoint_io, path)
 
-    def load(self, path: Any, checkpoint: dict[str, Any]) -> Wait[dict[str, Any]]:
+    def load(self, path: Any, checkpoint: dict[str, Any], *, weights_only: bool | None = None) -> Wait[dict[str, Any]]:
         """The checkpoint as this rank goes on from it; what is restored later waits for `put_back`. Called by all."""
-        return self._resuming.load(os.fspath(path), checkpoint)
+        return self._resuming.load(os.fspath(path), checkpoint, weights_only=weights_only)
 
     def before_loader(self) -> None:
         """The training loader is about to be made: restore what has to be there before its iterator."""
@@ -129,9 +129,13 @@ class Checkpoints:
     def _loops_of_all(self, fit: saved_loops.Loop) -> bool:
         """Let the loops say what holds for all; whether this rank waits for the others."""
         trainer, clock = self._strategy.trainer, self._strategy.clock
-        if clock.progress is None or saved_loops.is_between_epochs(fit):
+        if clock.progress is None:
             return False
-        if clock.ended:
+        if saved_loops.is_between_epochs(fit):
+            if not clock.broke_off:
+                return False
+            saved_loops.reopen(fit)
+        elif clock.ended:
             saved_loops.end_epoch(fit, counted=trainer.max_epochs != -1)
         elif clock.progress.ended:
             saved_loops.wait_again(fit)
@@ -216,6 +220,7 @@ class Checkpoints:
             "strategy": strategy.name,
             "algorithm": type(strategy.algorithm).__name__,
             "data": data,
+            "progress": strategy.clock.state_dict(),
             "trained": trained_set(strategy.trainer.lightning_module, strategy.replica),
         }
 
@@ -229,7 +234,8 @@ class Checkpoints:
         state["data"], state["loaders"] = strategy.feeding.state_dict(), strategy.feeding.loader_states()
         state["waits"] = self._waits
         state["parts"] = {name: part.state_dict() for name, part in all_parts(strategy, self.parts).items()}
-        return {"version": VERSION, "save": plan.save, "rank": me, "steps": strategy.steps, **state}
+        own = {"version": VERSION, "save": plan.save, "rank": me, "steps": strategy.steps, **state}
+        return primitive(own)  # type: ignore[no-any-return]
 
 
 def _tried(write: Callable[[], object]) -> BaseException | None:

@@ -61,8 +61,8 @@ class Clock:
         self.closing = Closing(strategy, self._wishes)
         self._schedules, self._log_steps, self._logbook = Schedules(), LogSteps(), Logbook()
         self._restored: dict[str, Any] = {}
-        self._fitted: Tally | None = None  # what all had trained when the last fit of this Trainer ended
-        self._fitted_by = 1  # and what a step of it weighed
+        self._fitted: tuple[Tally, int, int] | None = None  # what all had trained when the last fit of this Trainer
+        # ended, what a step of it weighed, and how many updates that took
         self._written = 0
         self._partly = False  # whether the epoch under way was begun by a run with other steps
         self._closes = False  # whether the epoch is over with the batch under way, if all do their parts by then
@@ -78,7 +78,10 @@ class Clock:
         """Keep callbacks from acting by one rank's count or clock: between meetings they are not asked."""
 
         def then_expect() -> None:
-            anew = self.progress is not None and compat.reloads(trainer)
+            reloads = compat.reloads(trainer)
+            anew = self.progress is not None and reloads
+            if reloads:
+                self._strategy.feeding.replace()
             with self._counts.unread(trainer):
                 setup_data()
             self.expect(trainer)
@@ -115,6 +118,7 @@ class Clock:
         run_start = leash.wrap(trainer.fit_loop.epoch_loop, "on_run_start", keep_wishes)
         advance_end = leash.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", batch_over)
         epoch_end = leash.wrap(trainer.fit_loop, "on_advance_end", epoch_over)
+        leash.replace("fit_loop._iteration_based_training", lambda: False)
         self._requeue = leash.replace("_signal_connector._slurm_sigusr_handler_fn", self._wishes.want_requeue)
         for callback in compat.callbacks(trainer):
             if isinstance(callback, (ModelCheckpoint, Timer)):
@@ -185,7 +189,7 @@ class Clock:
         self._schedules.give_back()
         self._restored = {}
         if self.progress is not None:
-            self._fitted, self._fitted_by = self.progress.agreed, self.progress.n
+            self._fitted = self.progress.agreed, self.progress.n, self.progress.taken
         self.progress, self.empty = None, ()
         self.ended = self.over = self._wishes.requeue = self._wishes.stop = False
         self.closing.forget()
@@ -195,16 +199,18 @@ class Clock:
         state = self._restored
         if not state:
             batches = trainer.fit_loop.epoch_loop.batch_progress
-            counted = batches.total.ready * n
+            done, by = Tally(batches.total.ready), 1
             if self._fitted is not None and trainer.global_step:  # else this is another Trainer
-                counted = self._fitted.batches * n // self._fitted_by
-            before = Tally(counted, trainer.global_step * n)
+                done, by, _ = self._fitted
+            before = Tally(done.batches * n // by, trainer.global_step * n, done.samples)
             return before, before.minus(Tally(batches.current.ready * n if compat.is_in_mid_epoch(trainer) else 0))
         return tuple(_scaled(Tally(*state[name]), n, state["n"]) for name in ("agreed", "epoch"))  # type: ignore[return-value]
 
     def _taken(self, counted: int, n: int, members: int) -> int:
         """How many updates that took, one by one, as if by so many members as there are now."""
         state = self._restored
+        if not state and self._fitted is not None and counted:
+            return self._fitted[2]
         if "taken" not in state:
             return counted * members // n
         return int(state["taken"]) * members // int(state["members"])
@@ -323,6 +329,12 @@ class Clock:
         if self.progress is not None:
             self.progress.wishes &= ~Wish.REQUEUE  # said or not: it is done
         compat.requeue(trainer, self._requeue)
+
+    @property
+    def broke_off(self) -> bool:
+        """Whether the run stopped at the last meeting, and its epoch was not over."""
+        progress = self.progress
+        return progress is not None and not self.ended and progress.agreed != progress.before
 
     # -- a part of the checkpoint --------------------------------------------------------------------------------------
 

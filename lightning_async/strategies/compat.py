@@ -36,6 +36,7 @@ IN_A_FIT = {
     "fit_loop.epoch_loop._should_check_val_epoch": "whether an epoch is one with validation",
     "fit_loop.epoch_loop._should_check_val_fx": "it would validate by one rank's clock",
     "fit_loop.epoch_loop.on_advance_end": "one rank alone would leave the loop right behind it",
+    "fit_loop._iteration_based_training": "with `max_steps` it would go on with an epoch that was over, and lose one",
 }
 """What `Clock` replaces or asks while it lasts."""
 _NOT_SET = object()
@@ -360,6 +361,12 @@ def behind_epoch(trainer: Trainer) -> Iterator[None]:
 def reloads(trainer: Trainer) -> bool:
     """Whether the training loaders are about to be made anew."""
     return bool(trainer.fit_loop._should_reload_train_dl)
+
+
+def reloads_with(trainer: Trainer, epoch: int) -> bool:
+    """Whether a run that was not interrupted makes its training loaders anew for this epoch."""
+    every = int(vars(trainer)["reload_dataloaders_every_n_epochs"])  # public, but declared nowhere
+    return every > 0 and epoch % every == 0
 
 
 def is_in_mid_epoch(trainer: Trainer) -> bool:

@@ -38,7 +38,11 @@ class Consensus:
         last: Of the last meeting, how far the replicas were apart, how many seconds it took, and for how many of them
             this rank waited.
         telling: What callbacks tell each other there.
+        rewritten: Whether a callback writes other weights over the consensus before this meeting ends, the same ones on
+            all ranks.
     """
+
+    rewritten = False
 
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.last: dict[str, float] = {}
@@ -47,6 +51,7 @@ class Consensus:
 
     def begin(self, model: torch.nn.Module, replica: Replica) -> None:
         """Give every rank the first one's weights and buffers, if the ranks are alike."""
+        self.rewritten = False
         self._strategy.office.check_alike(creed(self._strategy) | plan(self._strategy.trainer))
         self._strategy.together(self._equalise(model, replica))
 
@@ -66,12 +71,20 @@ class Consensus:
         progress, office = strategy.clock.progress, strategy.office
         if progress is None:
             raise RuntimeError("there is nothing to meet for outside of `fit`")
-        summon = partial(strategy.clock.summon, strategy.trainer)
-        summon()
+        strategy.clock.summon(strategy.trainer)
         progress.whole = strategy.clock.whole_epoch(strategy.trainer)
         words_of_all = office.rounds.agree(progress.word(), what="roll call")
-        heed = None if strategy.algorithm.in_step else summon  # in step nobody is further away than one step
+        heed = None if strategy.algorithm.in_step else self._heed  # in step nobody is further away than one step
         return progress.settle(office.drive(words_of_all, sign=progress.sign, heed=heed))
+
+    def _heed(self) -> None:
+        """What falls due meanwhile, and what the others need of this rank before they can come."""
+        strategy = self._strategy
+        office, algorithm = strategy.office, strategy.algorithm
+        strategy.clock.summon(strategy.trainer)
+        if algorithm.attends and office.speaks:
+            for _ in office.recording.attends():
+                algorithm.attend(strategy.replica, office.mail)
 
     def reach(self) -> Wish:
         """All that live stop here and see the consensus; nothing is in flight. Returns what was asked for."""
@@ -128,9 +141,14 @@ class Consensus:
         module = strategy.trainer.lightning_module
         new = None if settled else strategy.together(renewed(module, replica, office.rounds))
         if new is not None:
-            replica = new
-            algorithm.begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
+            begin = partial(algorithm.renew, replica) if new.alike else algorithm.begin
+            replica = new.replica
+            begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
             strategy.together(office.rounds.barrier())  # what is posted to who has not begun its old service would get
+        if self.rewritten:  # what is held back, or served, is of weights that are no more
+            self.rewritten = False
+            algorithm.begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
+            strategy.together(office.rounds.barrier())
         replica.check()  # a callback may have put other tensors in the place of the weights, and keep those
         adopted = not replica.away
         replica.come_back()

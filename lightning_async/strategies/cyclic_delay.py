@@ -175,10 +175,11 @@ class CyclicDelayStrategy(AsyncStrategy):
         return f"The server's shards are cut anew for the members of now{with_states}"
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
-        """Also what all old ranks served, if they were more or fewer."""
+        """Also what all old ranks served, if they were more or fewer; a member's speaker takes it up."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self.algorithm.heritage = heirlooms(self, checkpoint_path, checkpoint, everything=True)
+        if self.trainer.state.fn == TrainerFn.FITTING and self.office.speaks:
+            found = heirlooms(self, checkpoint_path, checkpoint, weights_only=weights_only, everything=True)
+            self.algorithm.heritage = found
         return checkpoint
 
     def meet(self) -> Wish:

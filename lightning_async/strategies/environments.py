@@ -90,6 +90,11 @@ class UnevenNodesEnvironment(LightningEnvironment):
     def set_global_rank(self, rank: int) -> None:
         """Nothing: it would be made of a product."""
 
+    def teardown(self) -> None:
+        """A stage ends. What Lightning's own launcher set goes; what torchrun said holds for the next stage too."""
+        if not self.launched:
+            super().teardown()
+
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         """Raise where the Trainer, the list and torchrun say different things."""
         if self.launched and self.devices_per_node is not None:

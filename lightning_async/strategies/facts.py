@@ -101,7 +101,7 @@ def knobs_of_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 def _is_plain(value: Any) -> bool:
     one = value is None or isinstance(value, (bool, int, float, str))
-    return one or (isinstance(value, list) and all(isinstance(number, int) for number in value))
+    return one or (isinstance(value, (list, tuple)) and all(isinstance(each, (int, float, str)) for each in value))
 
 
 def _plain(value: Any) -> Any:

@@ -185,6 +185,10 @@ class Feeding:
         self._new_loaders()
         self._streams.note(loader)
 
+    def replace(self) -> None:
+        """Lightning is about to make its loaders: they come in the place of those before, drawn from or not."""
+        self._begun = True
+
     def agree(self, rounds: Rounds) -> Wait[None]:
         """All ranks made their loaders: what a batch of a member is on average decides how many an epoch has; who
         speaks for one says it. Before any of them draws."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_async.algorithms.algorithm import Algorithm
 from lightning_async.algorithms.async_global import AsyncGlobal
@@ -52,6 +53,19 @@ def bound(algorithm: Algorithm, members: int) -> str:
         done = {"shrink": "shrunk", "drop": "dropped"}[what]
         return f"a push that is later than a healthy one by more than {late} versions is {done}"
     return "members meet at the ends of epochs only"
+
+
+def learning(trainer: Trainer, stages: int, compensate: str, baseline: str) -> str:
+    """With what a pipeline learns better, where gradients are more than an update late and nothing is done about it."""
+    schedules = [c for c in compat.callbacks(trainer) if isinstance(c, GradientAccumulationScheduler)]
+    every = max([trainer.accumulate_grad_batches, *(m for one in schedules for m in one.scheduling.values())])
+    parts = 2 * (stages - 1)
+    if every >= parts or compensate != "none" or baseline == "sync":
+        return ""
+    return (
+        f"with accumulate_grad_batches={parts}, batches as many times smaller, and compensate='predict' it learns more "
+        "like plain training (docs/delayed_pipeline.md)"
+    )
 
 
 def statistics(trainer: Trainer) -> str:

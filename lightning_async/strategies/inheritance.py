@@ -20,24 +20,30 @@ if TYPE_CHECKING:
 
 
 def heirlooms(
-    strategy: AsyncStrategy, path: Any, checkpoint: dict[str, Any], *, everything: bool = False
+    strategy: AsyncStrategy,
+    path: Any,
+    checkpoint: dict[str, Any],
+    *,
+    weights_only: bool | None,
+    everything: bool = False,
 ) -> list[dict[str, Any]]:
     """The states of the algorithm on the old ranks that fall to this one; none where the world is the same.
 
-    With `everything` those of all old ranks, for a method that takes from each file its own part.
+    With `everything` those of all old ranks, for a method that takes from each file its own part. The files are read
+    with `weights_only`, unless the user said otherwise of the main file.
     """
     shared = checkpoint.get(KEY)
     if shared is None or not another_world(strategy, shared):
         return []
     old = shared["ranks"] if everything else shared["ranks"][strategy.global_rank :: strategy.world_size]
-    states = (_state(strategy, path, shared["save"], rank) for rank in old)
+    states = (_state(strategy, path, shared["save"], rank, weights_only is not False) for rank in old)
     return [state for state in states if state]  # of a member of several ranks, one has it
 
 
-def _state(strategy: AsyncStrategy, path: Any, save: str, rank: int) -> dict[str, Any] | None:
+def _state(strategy: AsyncStrategy, path: Any, save: str, rank: int, weights_only: bool) -> dict[str, Any] | None:
     file = rank_file(main_file(os.fspath(path)), save, rank)
     try:
-        own = strategy.checkpoint_io.load_checkpoint(file, weights_only=True)
+        own = strategy.checkpoint_io.load_checkpoint(file, weights_only=weights_only)
     except Exception as error:  # each CheckpointIO has its own way to say that there is no such file
         rank_zero_warn(
             f"{strategy.name}: {file} cannot be read ({type(error).__name__}: {error}); what that rank had not sent "

@@ -204,7 +204,8 @@ class LazySignStrategy(AsyncStrategy):
         """Where another number of ranks saved it, what they had not sent yet falls to these."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only, **options)
         if self.trainer.state.fn == TrainerFn.FITTING and KEY in checkpoint:
-            self._heirlooms = (heirlooms(self, checkpoint_path, checkpoint), checkpoint[KEY]["world"])
+            found = heirlooms(self, checkpoint_path, checkpoint, weights_only=weights_only)
+            self._heirlooms = (found, checkpoint[KEY]["world"])
         return checkpoint
 
     @property

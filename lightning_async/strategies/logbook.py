@@ -6,16 +6,31 @@
 
 An entry is made where Lightning logs a step, and at every meeting. At a meeting it is exact; in between it is what the
 others have told by then, so never more than was done. Nobody waits for it: every rank makes its entries alone, and the
-loggers write those of rank 0.
+loggers write those of rank 0. (Of a pipeline rank 0 alone makes them, and its meetings are its rests.)
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from lightning.pytorch import Trainer
 
-from lightning_async.progress.progress import Progress
 from lightning_async.progress.tally import Tally
 from lightning_async.strategies import compat
+
+
+class Counts(Protocol):
+    """How far the run has come."""
+
+    @property
+    def n(self) -> int:
+        """So many updates are a step of the run."""
+
+    def told(self) -> Tally:
+        """What all have done at least."""
+
+    def told_taken(self) -> int:
+        """The updates of it, one by one and not weighed."""
 
 
 class Logbook:
@@ -26,21 +41,21 @@ class Logbook:
         self._batch = 0.0
         self._step = -1
 
-    def begin(self, progress: Progress) -> None:
+    def begin(self, progress: Counts) -> None:
         """The run goes on from here."""
         self._mark, self._batch, self._step = progress.told(), 0.0, -1
 
-    def stepped(self, trainer: Trainer, progress: Progress) -> None:
+    def stepped(self, trainer: Trainer, progress: Counts) -> None:
         """A batch is trained on: an entry where Lightning logs it."""
         if trainer.loggers and compat.logs_now(trainer) and (step := compat.log_step(trainer)) != self._step:
             self._enter(trainer, progress, step)
 
-    def met(self, trainer: Trainer, progress: Progress) -> None:
+    def met(self, trainer: Trainer, progress: Counts) -> None:
         """All have met: an entry, and the effective batch counts from here."""
         self._enter(trainer, progress, max(0, trainer.global_step - 1))
         self._mark = progress.told()
 
-    def _enter(self, trainer: Trainer, progress: Progress, step: int) -> None:
+    def _enter(self, trainer: Trainer, progress: Counts, step: int) -> None:
         done = progress.told()
         since = done.minus(self._mark)
         if since.updates > 0:

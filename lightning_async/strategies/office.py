@@ -258,7 +258,7 @@ class Office:
         carrier.propose(f"bye/{carrier.me}", BYE)
         stopped = self.flags.failed is not None or carrier.decided("abort") is not None
         end = carrier.now() + (FAREWELL_FAILED if stopped else FAREWELL)
-        while carrier.now() < end and carrier.failed is None:
+        while carrier.now() < end and (carrier.failed is None or carrier.fault is not None):
             gone = [r for r in everybody if r not in carrier.members()]
             for rank in gone:
                 carrier.propose(f"bye/{rank}", DIED)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -110,6 +111,16 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers that a state dict has."""
     saved = module.state_dict().keys()
     return ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
+
+
+def primitive(state: Any) -> Any:
+    """The same with Python's numbers in the place of NumPy's, which others hand in (a schedule that was computed with
+    NumPy) and `weights_only=True` does not read."""
+    if isinstance(state, np.generic):
+        return state.item()
+    if type(state) is dict:
+        return {primitive(key): primitive(value) for key, value in state.items()}
+    return type(state)(map(primitive, state)) if type(state) in (list, tuple) else state
 
 
 def all_parts(strategy: AsyncStrategy, more: dict[str, Part]) -> dict[str, Part]:

@@ -7,7 +7,8 @@ A rank holds the weights of its own stage. Those of the others keep their name a
 all: so `configure_optimizers` runs as written, and the optimizer then keeps what lives here.
 
 What lies before the call shows in the first batch: there the input of the call knows which parameters it came from.
-Until then both ends hold what is outside the blocks; an optimizer does nothing to parameters without a gradient.
+Until then both ends hold what is outside the blocks; an optimizer does nothing to parameters without a gradient. From
+then on a gradient that comes to an end where nobody uses it is refused, whenever that is (`refuse_strays`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,16 @@ from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 
 OUTSIDE = -1
+THAW = "thaw in a second `fit`, whose `configure_optimizers` finds thawed what is trained from then on"
+BESIDE = (
+    "is used before the call of the stages, or inside another stage, and reaches the loss also on another way: such a "
+    "gradient would be lost. Let it reach the loss through the stages only (tied weights and penalties on all "
+    "parameters have to be taken apart; optimizers have `weight_decay`)"
+)
+LATE_BEFORE = (
+    "is trained before the call of the stages, and was not in the first batch of the run, which shows whose it is: it "
+    f"was frozen, or not used, and its gradient would be lost. Use it in each batch, or {THAW}"
+)
 
 
 class Parts:
@@ -35,7 +46,7 @@ class Parts:
         self.blocks = [blocks[i] for i in spans[index]]
         self._stage_of = _stages(module, blocks, spans)
         self._before: set[int] = set()
-        self._entered: set[int] = set()
+        self._strays: list[tuple[str, nn.Parameter]] = []
         self._away: list[nn.Parameter] = []
         self._full: list[tuple[Optimizer, list[list[Tensor]]]] = []
 
@@ -134,16 +145,18 @@ class Parts:
             others = [p for p in outside if (id(p) in self._before) != (self.index == 0)]
             for optimizer in optimizers:
                 self._drop(optimizer, others)
+            gone = {id(p) for p in others} | (self._before if self.index == self.last else set())
+            self._strays = [(n, p) for n, p in self.module.named_parameters() if id(p) in gone or not self._is_here(p)]
 
     def refuse_strays(self) -> None:
-        """After a backward pass of the last stage: gradients may be where its weights are, and nowhere else."""
-        for name, parameter in self.module.named_parameters():
-            if parameter.grad is None or (self._is_here(parameter) and id(parameter) not in self._before):
-                continue
+        """After a backward pass: gradients may be where they are used, and nowhere else; so too in later epochs."""
+        for name, parameter in self._strays:
+            if parameter.grad is not None:
+                raise MisconfigurationException(f"`{name}` {LATE_BEFORE if self.index == 0 else BESIDE}")
+        if any(len(optimizer.param_groups) != len(groups) for optimizer, groups in self._full):
             raise MisconfigurationException(
-                f"`{name}` is used before the call of the stages, or inside another stage, and reaches the loss also on"
-                " another way: such a gradient would be lost. Let it reach the loss through the stages only (tied "
-                "weights and penalties on all parameters have to be taken apart; optimizers have `weight_decay`)"
+                "an optimizer was given another group of parameters during the fit, and here each stage has its part "
+                f"of those that `configure_optimizers` made: {THAW}"
             )
 
     def is_outside(self, parameter: Tensor) -> bool:

@@ -76,6 +76,7 @@ class PipeBatches(Resting):
         """Right before the first batch."""
         self._garbage.set_aside()
         self.batches_alone, self._stepped = 0, -1
+        self.begin_log()
         self.recording.start(self)
         if self.piped:
             self.begun = True
@@ -158,6 +159,7 @@ class PipeBatches(Resting):
         step = self.turns.batches if self.piped else self.batches_alone
         self.office.mail.at(step)
         recording.stepped(step, self.held)
+        self.log_batch()
 
     @property
     def held(self) -> Held:

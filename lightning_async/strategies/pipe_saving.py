@@ -77,6 +77,7 @@ class PipeSaving(PipelineShown):
             rank_zero_warn(f"{self.name}: {filepath} is not written: after an exception a rank has its own stage only")
             return
         if self.piped and self.fitting:
+            self.hear_counts()
             checkpoint[KEY] = {
                 "batches": self.turns.batches,
                 "passes": self.turns.passes,
@@ -85,7 +86,10 @@ class PipeSaving(PipelineShown):
                 "seed": self.turns.seed,
                 "kept": self.together(self.keeping()),
                 "gradients": self._added_up(),
+                "counted": list(self.counts.told()),
             }
+        elif self.fitting:
+            checkpoint[KEY] = {"counted": list(self.counts.told())}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _added_up(self) -> list[dict[str, dict[str, Tensor]]]:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_async.strategies import compat
 from lightning_async.strategies.knobs import check_count, check_part, check_word
+from lightning_async.strategies.parts import THAW
 
 
 def check_knobs(
@@ -62,6 +63,11 @@ def refuse_pipeline(trainer: Trainer, name: str, world: int, replicas: int) -> N
             raise MisconfigurationException(
                 f"strategy={name!r}: `{found.pop()}` copies the whole model, and here each rank has a part of it; "
                 "average checkpoints afterwards"
+            )
+        if world > 1 and "BaseFinetuning" in kinds:
+            raise MisconfigurationException(
+                f"strategy={name!r}: `{type(callback).__name__}` gives the optimizer new groups in mid-run, and here "
+                f"each stage has its part of those that it began with: freeze with `requires_grad_(False)`, and {THAW}"
             )
 
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_async.algorithms.algorithm import no_shrink
@@ -21,8 +22,10 @@ from lightning_async.pipeline.edge import ACTIVATIONS, GRADIENTS
 from lightning_async.pipeline.place import Shrink
 from lightning_async.pipeline.replicas import AVERAGES
 from lightning_async.progress.tally import Tally
+from lightning_async.strategies import words
 from lightning_async.strategies.office import CALLBACKS
 from lightning_async.strategies.own_state import Part
+from lightning_async.strategies.pipe_counts import PipeCounts
 from lightning_async.strategies.pipes import Pipes
 from lightning_async.strategies.telling import Hear, Say, Telling
 from lightning_async.transport.mail import KIND_NAMES, Wait
@@ -35,6 +38,7 @@ class PipelineShown(Pipes):
     Attributes:
         order: Whether a stage updates before its forward pass: its gradients are an update less late then.
         telling: What callbacks tell each other.
+        counts: How far the run has come.
         last_meeting: Of the last rest: "seconds" and "idle" seconds; there are no replicas that could be apart.
         has_replicas: Each rank has a part of the module.
         healthy_delay: All delay is shrunk: it is structural.
@@ -47,6 +51,7 @@ class PipelineShown(Pipes):
 
     order: schedule.Order
     telling: Telling
+    counts: PipeCounts
     last_meeting: Mapping[str, float] = {"spread": 0.0, "seconds": 0.0, "idle": 0.0}
     has_replicas = False
     healthy_delay = 0
@@ -60,6 +65,7 @@ class PipelineShown(Pipes):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.telling = Telling(lambda: self.office, self._trained)
+        self.counts = PipeCounts(lambda: Tally(0, self.updates, self.samples))
 
     @property
     def shrink(self) -> float | Shrink:
@@ -135,11 +141,17 @@ class PipelineShown(Pipes):
         yield from self.telling.exchange()
         self.last_meeting = {"spread": 0.0, "seconds": self.telling.lasted, "idle": self.telling.idle}
 
+    def hear_counts(self) -> None:
+        """What all pipelines have trained on. Called by all."""
+        if self.replicas > 1:
+            mine = torch.tensor([self.counts.mine])
+            self.counts.hear(int(self.together(words.reduce(self.office.rounds, mine, "sum"))) - self.counts.mine)
+
     def keeping(self) -> Wait[dict[str, Any]]:
         """What all ranks keep, by rank. Called by all; the states are what JSON can hold."""
         mine = {name: part.state_dict() for name, part in self.telling.parts.items()}
-        words = yield from self.office.rounds.agree(json.dumps(mine).encode(), what="what ranks keep")
-        return {str(rank): json.loads(word) for rank, word in words.items()}
+        said = yield from self.office.rounds.agree(json.dumps(mine).encode(), what="what ranks keep")
+        return {str(rank): json.loads(word) for rank, word in said.items()}
 
     def put_back(self, kept: Mapping[str, Any]) -> None:
         """This rank's own, if as many ranks have kept something; else it is no longer that of this stage."""

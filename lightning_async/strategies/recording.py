@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -212,6 +212,12 @@ class Recording:
         """A step was taken, and what came was folded."""
         if self._scribe is not None and step % EVERY == 0:
             self._note("weights", digest(replica.flat))
+
+    def attends(self) -> Iterator[None]:
+        """A look at the mail, by who waits for the others to come to a meeting."""
+        if self._scribe is not None:
+            self._scribe.note("attend", True)
+        yield
 
     def meeting(self, replica: Weights) -> None:
         """The members meet, each with its own weights."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_async.strategies import compat
 from lightning_async.strategies.members import sizes
-from lightning_async.transport.cluster import LONGEST
+from lightning_async.transport.mail import LONGEST
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy

@@ -59,13 +59,16 @@ class ReplayedOffice(Office):
     ) -> T:
         """What waits for the log goes on at once, what waits for the hall lets the others do something."""
         asked = self._replayed.asked
+        heed = heed or (lambda: None)
         try:
             while True:
                 word = next(waiting)
+                heed()
                 if self._replayed.asked == asked:
                     self._hall.stage.rest(word)
                 asked = self._replayed.asked
         except StopIteration as end:
+            heed()  # the others may be further than they were
             result: T = end.value
             return result
 

@@ -17,7 +17,9 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.progress.report import Wish
+from lightning_async.progress.tally import ZERO
 from lightning_async.strategies import compat, words
+from lightning_async.strategies.logbook import Logbook
 from lightning_async.strategies.pipe_saving import PipeSaving
 
 
@@ -32,12 +34,18 @@ class Resting(PipeSaving):
 
     rested = closing = begun = False
     _stop = _requeue = False
+    _entered = ZERO
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._logbook = Logbook()
 
     def rest(self, *, drain: bool = False) -> None:
         """All stages are after the same batch; all know what the last one logged, and whether to stop."""
         if not self.piped and self.fitting:  # nobody to rest with: its callbacks hear what they say themselves
             self.telling.arrive()
             self.together(self.tell())
+            self._enter()
         if not self.meeting:
             return
         turns, trainer = self.turns, self.trainer
@@ -53,6 +61,27 @@ class Resting(PipeSaving):
         wish = trainer.should_stop or self._stop
         trainer.should_stop = self.together(words.decide(self.office.rounds, wish, False))
         self.rested = True
+        if self.fitting:
+            self.hear_counts()
+            self._enter()
+
+    def begin_log(self) -> None:
+        """Training starts: from a checkpoint, behind an earlier fit of this Trainer, or from nothing."""
+        before = self.counts.told() if self.trainer.global_step else ZERO
+        self.counts.begin(self.resumed.get("counted", before))
+        self._entered = self.counts.told()
+        self._logbook.begin(self.counts)
+
+    def log_batch(self) -> None:
+        """A batch is trained on: what rank 0 knows of all goes to the loggers, if that is due."""
+        if self.global_rank == 0:
+            self._logbook.stepped(self.trainer, self.counts)
+
+    def _enter(self) -> None:
+        """All rest: an entry, if something was trained on since the last rest."""
+        if self.global_rank == 0 and self.counts.told() != self._entered:
+            self._entered = self.counts.told()
+            self._logbook.met(self.trainer, self.counts)
 
     def hear_requeue(self, leash: compat.Leash) -> None:
         """SLURM's signal sets a flag: in its handler nobody may wait for the others."""

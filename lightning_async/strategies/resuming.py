@@ -2,8 +2,9 @@
 
     the same world and method, all files there    each rank has its own back (masses: with the same batch sizes)
     anything else                                 weights: the consensus, so sums are conserved
-                                                  data: what nobody completed
-                                                  rank r's optimizer: that of the saved rank r modulo their number
+                                                  data: what nobody completed; counts: those of all
+                                                  rank r's optimizer: that of the saved rank r modulo their number,
+                                                  with r the first rank of one's member
     no word of ours in the file                   as Lightning does it
 
 All ranks decide it together: one that goes on from its own state among others that do not would break their sum. What
@@ -19,9 +20,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_async.strategies import compat
 from lightning_async.strategies.own_state import BEGUN_ANEW, Part, all_parts, own_keys, put_back_tensors
 from lightning_async.strategies.rank_files import RankFiles, main_file, rank_file
-from lightning_async.strategies.saved_loops import is_between_epochs
+from lightning_async.strategies.saved_loops import Loop, close, is_between_epochs
 from lightning_async.strategies.trainable import train_again
 from lightning_async.transport.mail import Wait
 
@@ -44,8 +46,8 @@ class Resuming:
         self._waiting: dict[str, Any] = {}
         self._between_epochs = False
 
-    def load(self, path: str, checkpoint: dict[str, Any]) -> Wait[dict[str, Any]]:
-        """The checkpoint with this rank's own in the place of the first rank's."""
+    def load(self, path: str, checkpoint: dict[str, Any], *, weights_only: bool | None) -> Wait[dict[str, Any]]:
+        """The checkpoint with this rank's own in the place of the first rank's; both are read as the user said."""
         self._waiting = {}
         shared, strategy = checkpoint.get(KEY), self._strategy
         if strategy.trainer.state.fn != TrainerFn.FITTING:
@@ -56,18 +58,26 @@ class Resuming:
         refuse_newer(shared, path)
         path, ranks = main_file(path), shared["ranks"]
         self._train_again(path, checkpoint)
-        own, trouble = self._read(rank_file(path, shared["save"], ranks[strategy.global_rank % len(ranks)]))
+        file = rank_file(path, shared["save"], ranks[strategy.global_rank % len(ranks)])
+        own, trouble = self._read(file, weights_only)
         said = yield from strategy.office.rounds.agree(
             (self._foreign(shared) or trouble).encode()[:2000], what="how to go on"
         )
         if reasons := dict.fromkeys(sentence.decode(errors="replace") for sentence in said.values() if sentence):
+            own = yield from self._of_the_speaker(path, shared, own, trouble, weights_only)
             own = _without_place(own, checkpoint)
+            if shared.get("progress"):  # older versions did not save it
+                own["parts"].setdefault("progress", {**shared["progress"], "ended": False})
             self._warn(path, shared, list(reasons))
         strategy.feeding.load_state_dict(shared["data"])
         self._waiting, self._between_epochs = own, is_between_epochs(checkpoint["loops"]["fit_loop"])
+        mine = {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
+        epoch = self._tell_epoch(mine["loops"]["fit_loop"])
         waits = own.get("waits", False)  # older versions did not say
-        strategy.feeding.load_loader_states(own.get("loaders", ()), in_mid_epoch=not self._between_epochs, over=waits)
-        return {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
+        anew = self._between_epochs and compat.reloads_with(strategy.trainer, epoch)
+        loaders = () if anew else own.get("loaders", ())
+        strategy.feeding.load_loader_states(loaders, in_mid_epoch=not self._between_epochs, over=waits)
+        return mine
 
     def before_loader(self) -> None:
         """Put the random states back here if the loader's first iterator is that of the epoch to come, once."""
@@ -97,6 +107,15 @@ class Resuming:
         """The run is over."""
         self._waiting = {}
 
+    def _tell_epoch(self, fit: Loop) -> int:
+        """The epoch to come, or to go on with. The Trainer's loops are told before they are restored: it may make its
+        loaders earlier (`estimated_stepping_batches`), and those of one epoch may not be those of another."""
+        if self._between_epochs:
+            close(fit)
+        epoch: int = fit["epoch_progress"]["current"]["completed"]
+        self._strategy.trainer.fit_loop.epoch_progress.current.completed = epoch
+        return epoch
+
     def _train_again(self, path: str, checkpoint: dict[str, Any]) -> None:
         """What was thawed when the run was saved is thawed, whatever `setup` froze again."""
         saved = checkpoint[KEY].get("trained")  # older versions did not save it
@@ -124,10 +143,23 @@ class Resuming:
         parts = {name: state for name, state in own["parts"].items() if name != "algorithm"}
         return {**{key: own[key] for key in own if key != "weights"}, "parts": parts}
 
-    def _read(self, file: str) -> tuple[dict[str, Any], str]:
+    def _of_the_speaker(
+        self, path: str, shared: dict[str, Any], own: dict[str, Any], trouble: str, weights_only: bool | None
+    ) -> Wait[dict[str, Any]]:
+        """What is this rank's: one state for all ranks of a member, since they step alike. {}: one cannot read it."""
+        office, ranks = self._strategy.office, shared["ranks"]
+        if (siblings := office.siblings) is None:
+            return own
+        if not siblings.speaks:
+            file = rank_file(path, shared["save"], ranks[siblings.speaker % len(ranks)])
+            own, trouble = self._read(file, weights_only)
+        said = yield from office.rounds.agree(b"unread" if trouble else b"", what="whose optimizers")
+        return {} if any(said.get(rank) for rank in siblings.ranks) else own
+
+    def _read(self, file: str, weights_only: bool | None) -> tuple[dict[str, Any], str]:
         """A rank's own file, or why there is none."""
         try:
-            return self._strategy.checkpoint_io.load_checkpoint(file, weights_only=True), ""
+            return self._strategy.checkpoint_io.load_checkpoint(file, weights_only=weights_only is not False), ""
         except Exception as error:  # each CheckpointIO has its own way to say that there is no such file
             return {}, f"{file} cannot be read ({type(error).__name__}: {error})"
 
@@ -151,9 +183,10 @@ class Resuming:
         method = f"The state of the method ({anew}) and the random states begin anew"
         if self._strategy.taken_over and another_world(self._strategy, shared):
             method = f"{self._strategy.taken_over}. What else the method knew ({anew}) and the random states begin anew"
+        who = "Rank r" if self._strategy.office.siblings is None else "A rank whose member's first rank is r"
         rank_zero_warn(
             f"{self._strategy.name}: the run does not go on to the bit from {path}: {'; '.join(reasons)}. All ranks "
-            "start from the consensus and go on with the samples of the epoch that nobody completed. Rank r has the "
+            f"start from the consensus and go on with the samples of the epoch that nobody completed. {who} has the "
             f"optimizer state of the saved rank number r modulo {len(ranks)} (of rank {ranks[0]} where that cannot be "
             "read), and the place of its stream, if each rank has a stream of its own: with fewer ranks than before "
             "nobody goes on with the others' streams, with more ranks one is gone on with twice. Gradients that were "

@@ -23,6 +23,22 @@ def is_between_epochs(fit: Loop) -> bool:
     return bool(current["ready"] == current["started"] == current["processed"])
 
 
+def close(fit: Loop) -> None:
+    """The epoch is over, also for Lightning, which goes by this count: it begins the next one."""
+    epochs = fit["epoch_progress"]
+    for count in (epochs["current"], epochs["total"]):
+        count["completed"] = count["processed"]
+
+
+def reopen(fit: Loop) -> None:
+    """Of a run that stopped within the epoch, whose hooks at its end Lightning calls: it goes on there."""
+    epochs = fit["epoch_progress"]
+    for count in (epochs["current"], epochs["total"]):
+        count["processed"] -= 1
+        count["completed"] = count["processed"]
+    wait_again(fit)
+
+
 def wait_again(fit: Loop) -> None:
     """Of a rank whose batches are over, and others' are not: its epoch is not, which Lightning would take for over if
     the last batch were still to be counted as completed, or known to be the last."""

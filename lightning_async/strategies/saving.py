@@ -49,7 +49,9 @@ class Saving(Collectives):
         """What Lightning restores on this rank. Read by all ranks."""
         load = partial(super().load_checkpoint, checkpoint_path, weights_only=weights_only, **options)
         checkpoint = foreign.read(load, checkpoint_path, self.name)
-        return self.together(self.checkpoints.load(checkpoint_path, checkpoint)) if self.meeting else checkpoint
+        if not self.meeting:
+            return checkpoint
+        return self.together(self.checkpoints.load(checkpoint_path, checkpoint, weights_only=weights_only))
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """The main file, then the files of all ranks."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,10 +38,24 @@ def check_unchanged(module: nn.Module, replica: Replica) -> None:
         )
 
 
+class Renewed(NamedTuple):
+    """What is trained from here on.
+
+    Attributes:
+        replica: The weights, equal on all ranks.
+        alike: Whether what was trained before and is so still is the same on all ranks: a layer may have been replaced
+            on one of them.
+    """
+
+    replica: Replica
+    alike: bool
+
+
 def trained_word(module: nn.Module, replica: Replica) -> bytes:
-    """What this rank trains, and whether that is what it trained: its word for the others."""
-    digest = hashlib.sha256("\n".join(_names(module)).encode()).hexdigest()
-    return f"{int(replica.holds(module.parameters()))}{digest}".encode()
+    """What this rank trains, whether that is what it trained, and what of it is: its word for the others."""
+    held = {id(p) for p, _ in replica.places}
+    still = [name for name, p in module.named_parameters() if p.requires_grad and id(p) in held]
+    return f"{int(replica.holds(module.parameters()))}{_digest(_names(module))} {_digest(still)}".encode()
 
 
 def all_unchanged(words: Collection[bytes]) -> bool:
@@ -49,10 +63,11 @@ def all_unchanged(words: Collection[bytes]) -> bool:
     return len(set(words)) == 1 and all(word[:1] == b"1" for word in words)
 
 
-def renewed(module: nn.Module, replica: Replica, rounds: Rounds) -> Wait[Replica | None]:
+def renewed(module: nn.Module, replica: Replica, rounds: Rounds) -> Wait[Renewed | None]:
     """A replica of what is trained from here on; None if that is what it was."""
     words = yield from rounds.agree(trained_word(module, replica), what="what is trained")
-    if len({word[1:] for word in words.values()}) > 1:
+    trained, still = zip(*(word[1:].split() for word in words.values()), strict=True)
+    if len(set(trained)) > 1:
         yield from _refuse(_names(module), tuple(words), rounds)
     if all_unchanged(words.values()):
         return None
@@ -61,7 +76,7 @@ def renewed(module: nn.Module, replica: Replica, rounds: Rounds) -> Wait[Replica
     weights = yield from rounds.broadcast(new.flat.cpu(), min(words))
     new.stand_in(weights)
     new.stay()
-    return new
+    return Renewed(new, alike=len(set(still)) == 1)
 
 
 def trained_set(module: nn.Module, replica: Replica) -> dict[str, list[str]]:
@@ -98,6 +113,10 @@ def _norms(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _names(module: nn.Module) -> list[str]:
     return sorted(name for name, p in module.named_parameters() if p.requires_grad)
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def _refuse(names: list[str], ranks: tuple[int, ...], rounds: Rounds) -> Wait[None]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.algorithms.algorithm import no_shrink
+from lightning_async.algorithms.scale_free import sees_no_factor
 from lightning_async.arrival import ArrivalLog
 from lightning_async.pipeline import compensate, draws, schedule
 from lightning_async.pipeline.place import Place
@@ -54,7 +55,7 @@ class Turns:
         self._entered: Tensor | None = None
         self._noted: list[Tensor] = []
         self._started = 0.0
-        self._looked = self._first = self._begun = False
+        self._looked = self._begun = False
 
     def begin(self, *, fitting: bool) -> None:
         """Take this rank's place in the pipe."""
@@ -68,8 +69,6 @@ class Turns:
             semantics=strategy.semantics,
             reseed=lambda batch: draws.reseed(seed, batch, index + 1),
         )
-        every = strategy.trainer.accumulate_grad_batches
-        self._late = max(0, stage.delay - (strategy.order == "update_first")) / every
         self._lr = 1.0
         shrink = strategy.shrink if strategy.shrink is not no_shrink else 1.0
         if fitting and isinstance(shrink, (int, float)) and shrink != 1.0 and self._is_blind():
@@ -98,8 +97,15 @@ class Turns:
         if self._begun:
             self.place.stage.clear()
 
+    @property
+    def _late(self) -> float:
+        """By how many updates a gradient is late, with the accumulation of now."""
+        strategy = self._strategy
+        batches = self.place.stage.delay - (strategy.order == "update_first")
+        return max(0, batches) / strategy.trainer.accumulate_grad_batches
+
     def _is_blind(self) -> bool:
-        blind = [o for o in self._strategy.optimizers if compensate.sees_no_factor(o)]
+        blind = [o for o in self._strategy.optimizers if sees_no_factor(o)]
         if blind:
             rank_zero_warn(
                 f"{self._strategy.name}: a factor on the gradients changes nothing for {type(blind[0]).__name__}; "
@@ -138,8 +144,7 @@ class Turns:
         """Lightning's backward pass of the last stage is done."""
         if self._entered is None:
             return
-        if self._first:
-            self.parts.refuse_strays()
+        self.parts.refuse_strays()
         entered, self._entered, place, batch = self._entered, None, self.place, self.batches
         place.note("B", batch, self._started)
         mine = place.wish
@@ -152,6 +157,7 @@ class Turns:
     def average(self) -> None:
         """The gradients are those of all replicas."""
         self._strategy.together(self.replicas.average(self.parts.own(), wish=self.place.wish))
+        self.parts.refuse_strays()
 
     def drain(self) -> None:
         """Apply what is on its way."""
@@ -259,8 +265,8 @@ class Turns:
 
     def _look(self, x: Tensor) -> None:
         """In the first batch of a run the call shows what lies before it."""
-        self._first, self._looked = not self._looked, True
-        if self._first:
+        if not self._looked:
+            self._looked = True
             self.parts.saw_call(x, self._noted, self._strategy.optimizers)
 
     @contextmanager

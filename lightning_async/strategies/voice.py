@@ -59,6 +59,11 @@ class Speaker(_Voice):
         self._algorithm.begin(replica, mail, mass, rounds)
         self._moves = replica.moves
 
+    def renew(self, old: Replica, new: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
+        """See `Algorithm.renew`."""
+        self._algorithm.renew(old, new, mail, mass, rounds)
+        self._moves = new.moves
+
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """See `Algorithm.before_step`."""
         return self._algorithm.before_step(replica, mail, step)
@@ -107,6 +112,9 @@ class Listener(_Voice):
     """No algorithm of its own, so no state either: it hears."""
 
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
+        """Nothing."""
+
+    def renew(self, old: Replica, new: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """Nothing."""
 
     def before_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:

@@ -71,6 +71,9 @@ class Flags:
         abort = self.carrier.decided("abort")
         if abort is not None:
             raise PeerFailedError(f"{abort.decode()} (this is rank {self.carrier.me}, which stops because of it)")
+        fault: RuntimeError | None = getattr(self.carrier, "fault", None)
+        if fault is not None:
+            raise fault
         if (lost := getattr(self.carrier, "failed", None)) is not None:
             raise PeerFailedError(f"rank {self.carrier.me} cannot go on: {lost}")
         self._check_siblings()

@@ -23,15 +23,13 @@ from lightning_async.transport.gloo import Clients, keys_of
 from lightning_async.transport.header import WIRE_BYTES
 from lightning_async.transport.line import AHEAD, WINDOW
 from lightning_async.transport.links import Links
-from lightning_async.transport.mail import Letter, Loss, Message, Service
+from lightning_async.transport.mail import LONGEST, Letter, Loss, Message, Service
 from lightning_async.transport.pieces import LEAST
 from lightning_async.transport.service import Loop, ServiceThread
 from lightning_async.transport.shared import PLACES
 from lightning_async.transport.slots import Here, Inbox, Slots
 from lightning_async.transport.traffic import Count
 
-LONGEST = 4 << 30
-"""Bytes of the longest body that a member takes."""
 PIECE = 4 << 20
 """Bytes of the longest piece in which a body travels."""
 LOOK = 0.003
@@ -110,7 +108,7 @@ class ClusterCarrier:
         }
         self._losses: list[Loss] = []
         self._service: ServiceThread | None = None
-        self._service_failed: str | None = None
+        self._fault: RuntimeError | None = None
         self._loop = Loop(me, self._deliver)
         self._state = "made"
         wished = set(peers)
@@ -158,7 +156,14 @@ class ClusterCarrier:
     @property
     def failed(self) -> str | None:
         """Why this member cannot go on, in words, or None: declared dead, the store lost, another version at a peer."""
-        return self._control.failed or self._links.refused or self._service_failed
+        return self._control.failed or (None if (fault := self.fault) is None else str(fault))
+
+    @property
+    def fault(self) -> RuntimeError | None:
+        """What went wrong at this member while the others still hear it, of which they must know."""
+        if self._control.failed is not None:
+            return None
+        return self._fault or (None if (refused := self._links.refused) is None else RuntimeError(refused))
 
     @property
     def deaths(self) -> dict[int, str]:
@@ -331,8 +336,10 @@ class ClusterCarrier:
     def _is_gone(self, peer: int) -> bool:
         return peer not in self._control.members()
 
-    def _fail_service(self, sentence: str) -> None:
-        self._service_failed = sentence
+    def _fail_service(self, error: Exception) -> None:
+        fault = RuntimeError(f"the service of member {self._me} failed: {type(error).__name__}: {error}")
+        fault.__cause__ = error
+        self._fault = fault
         self._news()
 
     def _linger(self, seconds: float) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from torch.distributed import DistError
 
 from lightning_async.transport.checks import check_amount, check_note
-from lightning_async.transport.gloo import Keys
+from lightning_async.transport.gloo import Keys, client_of
 from lightning_async.transport.heartbeat import Beat
 from lightning_async.transport.requests import SAID, Requests
 from lightning_async.transport.roll import LEFT, NOBODY, Roll
@@ -188,7 +188,7 @@ class Control:
     def _run(self) -> None:
         ended = "the control thread ended by an error; its traceback is in the log"
         try:
-            store = self._keys.clone()
+            store = client_of(self._keys)
             self._prepare(store)
             while not self._stop:
                 self._one_tick(store)

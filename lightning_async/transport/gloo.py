@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
 
+CONNECTED = timedelta(days=20)
+"""How long a client that has reached the store waits for its answers; torch counts that in milliseconds of 32 bits."""
 CANCEL_TAG = 0
 """Nothing is ever sent under it."""
 _record: Callable[[bool], None] = cast(Any, torch.autograd)._enable_record_function
@@ -27,6 +29,9 @@ class Keys(Protocol):
 
     def clone(self) -> Keys:
         """Another client, with a socket of its own."""
+
+    def set_timeout(self, timeout: timedelta, /) -> None:
+        """The longest that `get` and `multi_get` wait for an answer, also of a host that is frozen."""
 
     def set(self, key: str, value: bytes, /) -> None:
         """Write; not acknowledged."""
@@ -53,6 +58,16 @@ class Keys(Protocol):
 def keys_of(store: Store, prefix: str) -> Keys:
     """A view of `store` in which every key begins with `prefix`."""
     return cast(Keys, PrefixStore(prefix, store))
+
+
+def client_of(keys: Keys) -> Keys:
+    """A client of one's own that outlasts a host that is frozen or cut off; one that is gone is an error at once.
+
+    The time in which a clone has to reach the store would bound its answers, too.
+    """
+    client = keys.clone()
+    client.set_timeout(CONNECTED)
+    return client
 
 
 class Pending(Protocol):
@@ -102,7 +117,7 @@ class Clients:
         try:
             client = self._idle.pop()
         except IndexError:
-            client = self._keys.clone()
+            client = client_of(self._keys)
         yield client
         self._idle.append(client)
 

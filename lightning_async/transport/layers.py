@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_async.transport.mail import Carrier, Wait
@@ -50,7 +51,8 @@ class Speakers:
 class LayeredRounds(Rounds):
     """Rounds of all ranks, whose tensors go between members once.
 
-    Words go over the board, and what is gathered is everybody's own: both as ever.
+    Words go over the board, as ever. What is gathered is everybody's own, and goes by the speakers too: else each rank
+    would need a link to all others.
 
     Args:
         carrier: This rank's mail and board.
@@ -65,8 +67,10 @@ class LayeredRounds(Rounds):
     def _attempt(
         self, tensor: Tensor, how: How, weight: int, members: tuple[int, ...], gatherers: tuple[int, ...]
     ) -> Wait[list[Tensor] | None]:
-        if how == "gather":
+        if how == "gather" and gatherers != members:
             return (yield from super()._attempt(tensor, how, weight, members, gatherers))
+        if how == "gather":
+            return (yield from self._gathered(tensor, members))
         siblings, result = self._siblings, None
         parts = yield from siblings.collect(tensor, weight)
         if siblings.speaks:
@@ -76,3 +80,42 @@ class LayeredRounds(Rounds):
             result = yield from super()._attempt(mine, how, weight, speakers, speakers)
         done = yield from siblings.word("whether a round is done", result is not None)
         return [(yield from siblings.spread(result[0] if result else None))] if done else None
+
+    def _gathered(self, tensor: Tensor, members: tuple[int, ...]) -> Wait[list[Tensor] | None]:
+        """Everybody's tensor, in the order of ranks; they may be of unlike length."""
+        siblings, packed = self._siblings, None
+        parts = yield from siblings.collect(tensor, 1)
+        if siblings.speaks:
+            mine = _packed({rank: part for rank, (part, _) in zip(siblings.ranks, parts, strict=True)})
+            speakers = tuple(rank for rank in members if rank in self._speakers)
+            found = yield from super()._attempt(mine, "gather", 1, speakers, speakers)
+            packed = None if found is None else torch.cat(found)
+        done = yield from siblings.word("whether a round is done", packed is not None)
+        if not done:
+            return None
+        of_all = _unpacked((yield from siblings.spread(packed)), tensor.dtype)
+        return [of_all[rank] for rank in members]
+
+
+def _packed(parts: dict[int, Tensor]) -> Tensor:
+    """As bytes: how many there are, then whose and how many bytes each, then these."""
+    sizes = [(rank, part.nbytes) for rank, part in parts.items()]
+    head = torch.tensor([len(sizes), *(number for size in sizes for number in size)])
+    return torch.cat([part.contiguous().view(torch.uint8) for part in (head, *parts.values())])
+
+
+def _unpacked(whole: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+    """What was packed, of any number of members one behind the other."""
+    found, at = dict[int, Tensor](), 0
+    while at < whole.numel():
+        count = int(whole[at : at + HEAD].clone().view(torch.int64))
+        sizes = whole[at + HEAD : at + HEAD + 2 * count * HEAD].clone().view(torch.int64).view(count, 2).tolist()
+        at += HEAD + 2 * count * HEAD
+        for rank, size in sizes:
+            found[rank] = whole[at : at + size].clone().view(dtype)
+            at += size
+    return found
+
+
+HEAD = 8
+"""Bytes of a number."""

@@ -42,7 +42,7 @@ class Link:
     """One connection; it opens itself in the background and never blocks the thread that made it.
 
     Attributes:
-        since: When it came up.
+        since: When it came up; 0 before.
         error: Why it is dead, in words.
         refused: Whether that is because the peer is of another run, or speaks another protocol.
     """

@@ -9,11 +9,12 @@ is dead: then its silence is counted, it is declared dead, and what it never fol
 Two that both beat but cannot reach each other (a cut between their hosts, a firewall) are told by the headers: each
 side sends one at least every half second. After `patience` without one the link is made anew, and after twice that the
 higher of the two is declared dead: a pair that never heals must end somehow, and all must agree how. A link that has
-just come up is given its time.
+just come up is given its time, and one that is wanted for the first time, however late in the run.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -80,6 +81,8 @@ class Links:
         self._errors: dict[int, str] = {}
         self._wished = set(wished)
         self._eager = 0.0
+        self._closing = threading.Lock()
+        self._closed = False
 
     # the training thread
 
@@ -96,7 +99,9 @@ class Links:
         return True
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up, for good: a control thread that the store holds up may look once more."""
+        with self._closing:
+            self._closed = True
         for link in list(self.by_peer.values()):
             link.close()
         self.by_peer.clear()
@@ -105,6 +110,8 @@ class Links:
 
     def look(self, control: Control) -> bool:
         """Replace broken links, open wanted ones. True: something will happen soon."""
+        if self._closed:
+            return False
         counts = {peer: slots.traffic[HEADERS].messages_in for peer, slots in self._slots.items()}
         self._lines.look(now=self._here.now(), counts=counts)
         for peer in control.members():
@@ -134,7 +141,7 @@ class Links:
         quiet = self._quiet(peer, link)
         if link is not None and link.state == "up" and quiet >= self._patience:
             generation = max(generation, link.generation + 1)  # a cut that nobody told us of
-        if generation and quiet >= 2 * self._patience and self._me < peer:
+        if before and quiet >= 2 * self._patience and self._me < peer:
             why = f"it beats, but no connection with member {self._me} could be made or kept"
             control.roll.condemn(peer, f"{why}: {self._errors[peer]}" if peer in self._errors else why)
         generation = max(generation, control.wanted(peer))
@@ -155,7 +162,8 @@ class Links:
         if link is not None:
             if link.error is not None:
                 self._errors[peer] = link.error
-            control.roll.broken(peer, link.state == "dead")
+            if link.since:  # else nothing was closed: there was no connection yet
+                control.roll.broken(peer, link.state == "dead")
             link.close()
         if generation == 1:
             self._lines.reset(peer)
@@ -165,19 +173,22 @@ class Links:
 
     def _open(self, peer: int, generation: int) -> None:
         self._eager = time.monotonic() + EAGER
-        self.by_peer[peer] = Link(
-            self._clients,
-            me=self._me,
-            slots=self._slots[peer],
-            here=self._here,
-            run=self._run,
-            generation=generation,
-            pieces=self._pieces[peer],
-            connect_timeout=self._timeout,
-            interface=self._interface,
-            shared_memory=self._shared_memory,
-            news=self._news,
-        )
+        with self._closing:
+            if self._closed:
+                return
+            self.by_peer[peer] = Link(
+                self._clients,
+                me=self._me,
+                slots=self._slots[peer],
+                here=self._here,
+                run=self._run,
+                generation=generation,
+                pieces=self._pieces[peer],
+                connect_timeout=self._timeout,
+                interface=self._interface,
+                shared_memory=self._shared_memory,
+                news=self._news,
+            )
 
     def _refuse(self, link: Link) -> None:
         if self.refused is None:

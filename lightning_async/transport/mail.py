@@ -46,6 +46,10 @@ KIND_NAMES |= dict.fromkeys((CONTRIBUTION, RESULT, CONTRIBUTION + 2, RESULT + 2)
 """What kinds are called where people read them; algorithms name their own."""
 
 
+LONGEST = 4 << 30
+"""Bytes of the longest body that a member of a real run takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """What is posted: a fixed header of integers and at most one flat tensor.

@@ -39,7 +39,7 @@ class ServiceThread:
         folded: Gives a letter back.
         gathering: What is gathered of its member's mail.
         gone: Whether a peer is dead.
-        failed: Called with a sentence when the service raises.
+        failed: Called with what the service raises.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ServiceThread:
         folded: Callable[[Letter], None],
         gathering: Gathering,
         gone: Callable[[int], bool],
-        failed: Callable[[str], None],
+        failed: Callable[[Exception], None],
     ) -> None:
         self.kinds: set[int] = set()
         self._folded, self._failed, self._gathering = folded, failed, gathering
@@ -120,7 +120,7 @@ class ServiceThread:
                     self._serve(letter())
                 self._owed.pay()
         except Exception as error:  # a service must not end in silence: its member says why and stops
-            self._failed(f"the service of member {self._me} failed: {type(error).__name__}: {error}")
+            self._failed(error)
 
     def _next(self) -> Callable[[], Letter] | None:
         with self._changed:

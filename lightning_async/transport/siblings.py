@@ -2,6 +2,7 @@
 
     word       rank 2 says ---------------------> ranks 3, 4 and 5 hear it, under the same name
     spread     rank 2's tensor -----------------> ranks 3, 4 and 5 have it
+               what is longer than a link takes goes in pieces, one after the other
     average    each rank owns a slice: parts to their owners, the owners' means to all, so all get the same bits;
                also piece by piece: whose turn it is to send or to take is known from the slices
 
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.transport.mail import Carrier, Letter, Message, Wait
+from lightning_async.transport.mail import LONGEST, Carrier, Letter, Message, Wait
 
 TENSOR, PART, MEAN = 9, 10, 11
 """Reserved kinds: what a speaker spreads; what siblings owe each other in an average."""
@@ -42,12 +43,13 @@ class Siblings:
     Args:
         carrier: This rank's mail and board.
         ranks: The ranks of the member; the first one speaks for it.
+        longest: Bytes of the longest body that a link takes.
     """
 
-    def __init__(self, carrier: Carrier, ranks: tuple[int, ...]) -> None:
+    def __init__(self, carrier: Carrier, ranks: tuple[int, ...], longest: int = LONGEST) -> None:
         self.ranks, self.speaker, self.me = ranks, ranks[0], carrier.me
         self.others = tuple(rank for rank in ranks if rank != carrier.me)
-        self._carrier = carrier
+        self._carrier, self._longest = carrier, longest
         self._number = self._words = 0
         self._heard = list[Letter]()  # words whose slots are still taken
 
@@ -83,20 +85,38 @@ class Siblings:
         if self.speaks:
             assert tensor is not None  # the speaker brings it
             tensor = tensor.detach().cpu()
-            yield from self._post(Message(TENSOR, tensor), "its weights")
+            for piece in self._pieces(tensor):
+                yield from self._post(Message(TENSOR, piece, version=tensor.numel()), "its weights")
             return tensor
         letter = yield from self._letter(TENSOR, self.speaker, "its weights")
-        return self._body(letter, take)
+        if _numel(letter) == letter.message.version:
+            return self._body(letter, take)
+        came = [self._body(letter)]
+        while sum(piece.numel() for piece in came) < letter.message.version:
+            came.append(self._body((yield from self._letter(TENSOR, self.speaker, "its weights"))))
+        return take(torch.cat(came))
 
     def collect(self, tensor: Tensor, weight: int) -> Wait[list[tuple[Tensor, int]]]:
-        """Everybody's flat tensor with its weight, in the order of ranks, at the speaker; nothing elsewhere."""
+        """Everybody's flat tensor with its weight, in the order of ranks, at the speaker; nothing elsewhere.
+
+        They may be of unlike length. A word of the speaker's follows: before that nobody may send its next part.
+        """
         self._number += 1
         if not self.speaks:
-            part = Message(PART, tensor, weight=weight, reference=self._number)
-            yield from self._swap(PART, {self.speaker: part}, ())
+            for piece in self._pieces(tensor):
+                part = Message(PART, piece, version=tensor.numel(), weight=weight, reference=self._number)
+                yield from self._swap(PART, {self.speaker: part}, ())
             return []
-        came = yield from self._swap(PART, {}, self.others)
-        return [(tensor, weight), *((self._body(came[rank]), came[rank].message.weight) for rank in self.others)]
+        weights, pieces = dict[int, int](), {rank: list[Tensor]() for rank in self.others}
+        left = self.others
+        while left:
+            came = yield from self._swap(PART, {}, left)
+            missing = {rank: came[rank].message.version for rank in left}
+            for rank in left:
+                weights[rank] = came[rank].message.weight
+                pieces[rank].append(self._body(came[rank]))
+            left = tuple(rank for rank in left if sum(piece.numel() for piece in pieces[rank]) < missing[rank])
+        return [(tensor, weight), *((_joined(pieces[rank]), weights[rank]) for rank in self.others)]
 
     def average(self, vector: Tensor, begin: int = 0, end: int | None = None) -> Wait[Tensor]:
         """The mean of all siblings' vectors, the same bits on all; in place of the vector, if that is in host memory.
@@ -104,9 +124,17 @@ class Siblings:
         Of a part of it only that is averaged, with the same bits: an element's owner is the whole vector's matter.
         Nothing is allocated for it: a vector is as long as the weights, and new memory costs its page faults.
         """
-        self._number += 1
         vector = vector.detach().cpu()
-        slices = self._slices(vector, begin, vector.numel() if end is None else end)
+        end, most = vector.numel() if end is None else end, max(1, self._longest // vector.element_size())
+        for low in range(begin, max(end, begin + 1), most):
+            yield from self._average(vector, low, min(low + most, end))
+        return vector
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _average(self, vector: Tensor, begin: int, end: int) -> Wait[None]:
+        self._number += 1
+        slices = self._slices(vector, begin, end)
         mine, owners = slices.get(self.me), tuple(rank for rank in self.others if rank in slices)
         parts = {rank: Message(PART, slices[rank], reference=self._number) for rank in owners}
         came = yield from self._swap(PART, parts, () if mine is None else self.others)
@@ -119,9 +147,10 @@ class Siblings:
         came = yield from self._swap(MEAN, means, owners)
         for rank in owners:
             self._use(came[rank], slices[rank].copy_)
-        return vector
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    def _pieces(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """At least one."""
+        return torch.split(tensor, max(1, self._longest // tensor.element_size()))
 
     def _post(self, message: Message, name: str) -> Wait[None]:
         """To all siblings."""
@@ -182,3 +211,11 @@ class Siblings:
         tensor = take(torch.empty(0) if body is None else body)
         self._carrier.folded(letter)
         return tensor
+
+
+def _numel(letter: Letter) -> int:
+    return 0 if letter.message.body is None else letter.message.body.numel()
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

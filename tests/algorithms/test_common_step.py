@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_async.algorithms import common_step
 from lightning_async.algorithms.common_step import CommonStep
@@ -212,6 +213,51 @@ def test_an_error_in_backward_is_its_own_and_leaves_no_hooks() -> None:
     with pytest.raises(ZeroDivisionError):
         fails()
     assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
+
+
+# -- where the weights are not in host memory --------------------------------------------------------------------------
+
+
+class Sizes(TorchDispatchMode):
+    """Weights on the meta device stand for those on a GPU: what is copied from there has no numbers.
+
+    Attributes:
+        made: The bytes of each memory that was made, there and in host memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[str, list[int]] = {"meta": [], "cpu": []}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0]
+        if function is torch.ops.aten._to_copy.default and args[0].is_meta:
+            function, args, kwargs = torch.ops.aten.zeros.default, (args[0].shape,), {"dtype": args[0].dtype}
+        known = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.untyped_storage()._cdata not in known:
+            self.made[found.device.type].append(found.nbytes)
+        return found
+
+
+def test_off_the_cpu_there_is_one_vector_there_and_one_in_host_memory_and_no_step_makes_another() -> None:
+    cluster, steps = VirtualCluster(2), [CommonStep(), CommonStep()]
+    nets = [nn.Linear(100, 100, device="meta") for _ in steps]
+    replicas = [Replica(net.parameters()) for net in nets]
+    for parameter in [p for net in nets for p in net.parameters()]:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def life(rank: int) -> Any:
+        siblings = Siblings(cluster.carriers[rank], (0, 1))
+        for _ in range(3):
+            yield from steps[rank].average(replicas[rank], siblings.average)
+
+    with Sizes() as sizes:
+        cluster.run({rank: life(rank) for rank in (0, 1)})
+    whole = replicas[0].numel * 4
+    for there in ("meta", "cpu"):
+        assert len([size for size in sizes.made[there] if size >= whole]) == 2, there
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

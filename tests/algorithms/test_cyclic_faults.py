@@ -149,8 +149,8 @@ def _all_applied(run: Struck, trained: dict[int, Any], fault: str) -> None:
 
 
 def all_meet(cluster: VirtualCluster, steps: list[int], **knobs: Any) -> set[int]:
-    """Who meets at the end of so many steps each. Whoever has ended waits for the others before they meet, without a
-    look at its mail."""
+    """Who meets at the end of so many steps each. Whoever has ended waits for the others before they meet, as a
+    strategy's consensus does."""
     members = [Member(r, counting=True, make_optimizer=sgd(1.0), **knobs) for r in range(len(steps))]
 
     def life(member: Member, carrier: Carrier) -> Program:
@@ -164,7 +164,9 @@ def all_meet(cluster: VirtualCluster, steps: list[int], **knobs: Any) -> set[int
             carrier.at(step)
             yield from algorithm.after_step(replica, carrier, step)
         yield from algorithm.stop(replica, carrier)
-        yield from rounds.barrier()
+        for what in rounds.barrier():
+            algorithm.attend(replica, carrier)
+            yield what
         return (yield from algorithm.meet(replica, carrier))
 
     ends = cluster.run({c.me: life(members[c.me], c) for c in cluster.carriers})
@@ -177,7 +179,9 @@ STRICT, BOUNDED = {"token": "strict"}, {"max_accumulate": 4}
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("push", ["gradient", "delta"])
-@pytest.mark.parametrize(("turns", "fault"), [(STRICT, "kill"), (STRICT, "freeze"), (BOUNDED, "freeze")], ids=str)
+@pytest.mark.parametrize(
+    ("turns", "fault"), [(STRICT, "kill"), (STRICT, "freeze"), (BOUNDED, "kill"), (BOUNDED, "freeze")], ids=str
+)
 def test_nobody_waits_for_the_turn_of_who_waits_in_a_meeting(turns: dict[str, Any], push: str, fault: str) -> None:
     """That member 0 does may have been known to the struck owner alone."""
     for victim, at in [(1, 0.3), (1, 0.6), (2, 0.6), (1, 0.8), (2, 0.8)]:

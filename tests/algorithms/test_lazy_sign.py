@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_async.transport.virtual import VirtualCluster
+from lightning_async.algorithms.training import train
+from lightning_async.transport.mail import Carrier
+from lightning_async.transport.rounds import Rounds
+from lightning_async.transport.virtual import Program, VirtualCluster
 from tests.algorithms.sign_twin import Twin
 from tests.algorithms.sign_twin import train as train_twin
 from tests.algorithms.sign_world import LIVES, Member, life, members, on_virtual, quadratic
@@ -137,6 +140,20 @@ def test_a_warm_up_takes_the_steps_of_synchronous_sgd(rule: str) -> None:
     torch.testing.assert_close(some[0].weights[19], exact_sgd(3, 20, 0.5), rtol=1e-12, atol=1e-12)
     assert not (some[0].weights[-1] - exact_sgd(3, 60, 0.5)).abs().max() < 1e-6
     assert all(torch.equal(m.weights[-1], some[0].weights[-1]) for m in some)
+
+
+def test_who_hears_a_part_late_has_those_that_came_early_to_the_warm_up() -> None:
+    """Ranks 0 and 2 do not hear each other's part of the last whole round for a second; rank 1 hears both, goes on."""
+    ends = []
+    for seconds in (0.0, 1.0):
+        some = members(3, [(D,)], form="gather", warm_up=2, **SMALL)
+        virtual = VirtualCluster(3, patience=5.0, limit=20.0)
+        if seconds:
+            virtual.cut(0, 2, seconds=seconds, at=0.03)
+        virtual.run({c.me: life(some[c.me], c, quadratic(3, D)[0], steps=6) for c in virtual.carriers})
+        assert (virtual.time > 1.0) == bool(seconds)
+        ends.append(some[0].flat())
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("carrier", LIVES)
@@ -267,6 +284,72 @@ def test_a_jitter_of_links_changes_no_weights() -> None:
         ends.append(some[0].flat())
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])
+
+
+# -- what is not a number, and what has no gradient --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "always"])
+def test_a_nan_of_a_tensor_that_travels_whole_stops_a_silent_round_too(rule: str, ahead: int) -> None:
+    """Before it is kept at home, where it would stay for ever."""
+    some = members(2, [(D,), (8,)], rule=rule, ahead=ahead, history=2, threshold=1e30, **{**SMALL, "min_size": 16})
+
+    def gradient(rank: int, k: int, w: Tensor) -> Tensor:
+        g = w.clone()
+        if (rank, k) == (1, 5):
+            g[D] = float("nan")
+        return g
+
+    with pytest.raises(RuntimeError, match="the update of rank 1 in round 5 has a NaN or an infinity"):
+        on_virtual(some, gradient, steps=20)
+    assert some[1].algorithm.signs.rest.vector.isfinite().all()
+    assert some[1].algorithm.skipped > 0
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("form", ["slices", "gather"])
+@pytest.mark.parametrize("compress", ["update", "gradient"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_parameter_without_a_gradient_is_left_alone(rule: str, compress: str, form: str) -> None:
+    """On no rank: the optimizer does not see it, so decay does not either. On one: all have the mean of all moves."""
+    some = members(
+        3,
+        [(48,), (D,), (8,)],
+        rule=rule,
+        compress=compress,
+        form=form,
+        **{**SMALL, "min_size": 16, "history": 3, "max_skip": 2},
+        optimizer=lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.5),
+    )
+    start = [p.detach().clone() for p in some[0].parameters]
+
+    def lived(m: Member, carrier: Carrier) -> Program:
+        def take_step(k: int) -> None:
+            used = {1, 2} if m.rank == 0 else {1}  # of the last one rank 0 has gradients alone, of the first nobody
+            for i, p in enumerate(m.parameters):
+                p.grad = p.detach() - m.rank if i in used else None
+
+        yield from train(
+            m.algorithm,
+            m.replica,
+            carrier,
+            steps=12,
+            take_step=take_step,
+            optimizer_step=m.optimizer.step,
+            seconds=lambda me, k: 0.02,
+            rounds=Rounds(carrier),
+        )
+        if compress == "gradient":
+            assert m.parameters[0].grad is None
+
+    virtual = VirtualCluster(3, patience=5.0)
+    virtual.run({c.me: lived(some[c.me], c) for c in virtual.carriers})
+    for m in some:
+        assert torch.equal(m.parameters[0], start[0])
+        assert not torch.equal(m.parameters[1], start[1])
+        assert not torch.equal(m.parameters[2], start[2])
+        assert torch.equal(m.flat(), some[0].flat())
 
 
 # -- those who end early or die ----------------------------------------------------------------------------------------

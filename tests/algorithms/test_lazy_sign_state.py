@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.algorithms.late_sign import LateSign
 from lightning_async.algorithms.lazy_sign import LazySign
+from lightning_async.replica import Replica
+from lightning_async.transport.mail import Carrier
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import Program, VirtualCluster
 from tests.algorithms.legs import through_a_file
@@ -119,3 +125,153 @@ def test_a_state_of_another_rule_is_refused_in_words() -> None:
     other = "update" if member.algorithm.compress == "gradient" else "gradient"
     with pytest.raises(ValueError, match=f"compress='{other}' does not fit"):
         member.algorithm.load_state_dict({**member.algorithm.state_dict(), "compress": other})
+
+
+# -- what is trained changes -------------------------------------------------------------------------------------------
+
+LEGS = (14, 2, 9)
+"""Rounds that leave something held back by the clock of `periodic`; fewer than `history`; and to the end."""
+
+
+@dataclass
+class Thawing:
+    """A rank with a backbone of 40 numbers that thaws after the first leg, before a head that is always trained."""
+
+    rank: int
+    algorithm: LazySign
+    replaces: bool = False
+
+    def __post_init__(self) -> None:
+        draw = torch.Generator().manual_seed(7)
+        self.backbone, self.head = (nn.Parameter(torch.randn(n, generator=draw, dtype=torch.float64)) for n in (40, D))
+        self.backbone.requires_grad_(False)
+        self.replica = Replica(self.parameters)
+        self.start, self.moved = self.all(), torch.zeros(40 + D, dtype=torch.float64)
+        self.states: list[dict[str, Any]] = []
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.backbone, self.head]
+
+    def all(self) -> Tensor:
+        return torch.cat([p.detach().clone() for p in self.parameters])
+
+    @torch.no_grad()
+    def step(self, k: int) -> None:
+        """A pull to somewhere else on each rank, and noise."""
+        before, draw = self.all(), torch.Generator().manual_seed(1000 * self.rank + k)
+        for p in self.parameters:
+            noise = torch.randn(p.numel(), generator=draw, dtype=torch.float64)
+            p.grad = (0.1 * (p - self.rank) + 0.05 * noise) if p.requires_grad else None
+            if p.grad is not None and self.algorithm.compress == "update":
+                p.sub_(p.grad)
+        self.moved += self.all() - before
+
+    def change(self, carrier: Carrier, rounds: Rounds) -> None:
+        self.states.append(self.algorithm.state_dict())
+        old = self.replica
+        if self.replaces:
+            self.head = nn.Parameter(self.head.detach().clone())
+        self.backbone.requires_grad_(True)
+        self.replica = Replica(self.parameters)
+        self.algorithm.renew(old, self.replica, carrier, UNIT, rounds)
+        self.states.append(self.algorithm.state_dict())
+
+
+def thaw(n: int, new: Callable[[], LazySign], *, anew: bool = False, replaces: bool = False) -> list[Thawing]:
+    """Three legs, a meeting behind each; behind the first the backbone thaws, behind the second `anew` resumes."""
+    virtual = VirtualCluster(n)
+    some = [Thawing(rank, new(), replaces) for rank in range(n)]
+
+    def life(one: Thawing, carrier: Any) -> Program:
+        rounds, done = Rounds(carrier), 0
+        one.algorithm.begin(one.replica, carrier, UNIT, rounds)
+        for leg, steps in enumerate(LEGS):
+            if leg == 1:
+                one.change(carrier, rounds)
+                yield from rounds.barrier()
+            elif leg == 2 and anew:
+                state = through_a_file(one.algorithm.state_dict())
+                one.algorithm = new()
+                one.algorithm.begin(one.replica, carrier, UNIT, rounds)
+                one.algorithm.load_state_dict(state)
+            one.algorithm.resume(one.replica, adopted=True)
+            late = 1 + one.rank if isinstance(one.algorithm, LateSign) else 1
+            for k in range(done + 1, done + 1 + steps // late):
+                yield 0.02 * late
+                one.step(k)
+                yield from one.algorithm.before_step(one.replica, carrier, k)
+                carrier.at(k)
+                yield from one.algorithm.after_step(one.replica, carrier, k)
+                done = k
+            consensus = yield from one.algorithm.meet(one.replica, carrier)
+            assert torch.equal(consensus, one.replica.flat)
+        one.states.append(one.algorithm.state_dict())
+
+    virtual.run({c.me: life(some[c.me], c) for c in virtual.carriers})
+    assert all(torch.equal(one.all(), some[0].all()) for one in some)
+    return some
+
+
+THAWING: dict[str, Callable[[], LazySign]] = {
+    **{
+        f"{rule}, {form}": partial(LazySign, **{**KNOBS, "rule": rule, "form": form, "warm_up": 3})
+        for rule in RULES
+        for form in ("slices", "gather")
+    },
+    "deadline": partial(LateSign, deadline=0.004, block=16, min_size=0),
+}
+
+
+@pytest.mark.few(5)
+@pytest.mark.parametrize("kind", THAWING)
+def test_what_is_held_back_stays_so_where_more_is_trained(kind: str) -> None:
+    some = thaw(3, THAWING[kind])
+    before, after, end = (held([one.states[i] for one in some]) for i in range(3))
+    assert before.abs().min() > 0
+    torch.testing.assert_close(after[40:], before, rtol=1e-12, atol=1e-14)
+    assert not after[:40].any()
+    if kind.startswith("innovation"):
+        for one in some:  # what all have of all ranks is what these have sent, less what the servers hold
+            torch.testing.assert_close(one.states[1]["common"], -after, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(one.states[2]["common"], -end, rtol=1e-10, atol=1e-12)
+    elif not kind.startswith("paper"):
+        exact = some[0].start + torch.stack([one.moved for one in some]).mean(0)
+        torch.testing.assert_close(some[0].all() + end, exact, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("kind", THAWING)
+def test_a_run_that_goes_on_behind_the_thaw_does_so_to_the_bit(kind: str) -> None:
+    """Also where the rounds that are sent by all, since nobody knows the others' last ones, are not over."""
+    one, other = (thaw(3, THAWING[kind], anew=anew) for anew in (False, True))
+    assert torch.equal(one[1].all(), other[1].all())
+    assert_equal(one[1].states[-1], other[1].states[-1])
+
+
+def test_whole_numbers_travel_once_in_a_run() -> None:
+    """A warm-up that was over when the backbone thawed does not begin again: signs leave something at home."""
+    (one, *_) = thaw(3, partial(LazySign, **KNOBS, warm_up=LEGS[0]))
+    assert not one.states[0]["rest"].any()
+    assert one.states[0]["round"] == one.states[1]["round"] == LEGS[0]
+    (one, *_) = thaw(3, partial(LazySign, **KNOBS, warm_up=sum(LEGS) - 1))
+    assert one.states[-1]["rest"].any()
+    (one, *_) = thaw(3, partial(LazySign, **KNOBS, warm_up=sum(LEGS)))
+    assert not one.states[-1]["rest"].any()
+
+
+def test_a_layer_that_is_replaced_begins_with_nothing_held_back() -> None:
+    for one in thaw(2, partial(LazySign, **KNOBS), replaces=True):
+        assert one.states[0]["rest"].any()
+        assert not one.states[1]["rest"].any()
+
+
+def test_another_fit_of_the_same_object_begins_with_nothing_held_back() -> None:
+    virtual = VirtualCluster(2)
+    algorithm, other = LazySign(**KNOBS), Thawing(0, LazySign(**KNOBS))
+    for _ in range(2):
+        algorithm.begin(other.replica, virtual.carriers[0], UNIT, Rounds(virtual.carriers[0]))
+        assert not algorithm.state_dict()["rest"].any()
+        assert algorithm.state_dict()["round"] == 0
+        algorithm.signs.rest.vector.fill_(1.0)
+        algorithm.signs.number = 5

@@ -9,13 +9,16 @@ import pytest
 from lightning_async.algorithms.turns import Turns
 
 
+@pytest.mark.parametrize("inherited", [False, True])
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_nobody_has_two_tokens_and_who_may_gets_one(skip: bool, seed: int) -> None:
+def test_nobody_has_two_tokens_and_who_may_gets_one(skip: bool, seed: int, inherited: bool) -> None:
     chance, members, pausing = random.Random(seed), [0, 1, 2, 3, 4], set[int]()
-    turns, held = Turns(2, skip=skip), {2}  # what the members know: who may push once
-    for _ in range(300):
+    unheard = set(members) if inherited else set[int]()
+    turns, held = Turns(None if inherited else 2, skip=skip, strangers=unheard), set[int]() if inherited else {2}
+    for _ in range(300):  # what the members know: who may push once
         event, peer = chance.choice(["push", "push", "bid", "pause", "go on", "die"]), chance.choice(members)
+        unheard.discard(peer)
         if event == "push" and peer in held:
             held.discard(peer)
             turns.pushed(peer)
@@ -29,12 +32,15 @@ def test_nobody_has_two_tokens_and_who_may_gets_one(skip: bool, seed: int) -> No
             members.remove(peer)
             held.discard(peer)
             pausing.discard(peer)
-        granted = turns.grant(members, pausing)
-        if granted is not None:
-            assert granted not in held | pausing
-            held.add(granted)
+        granted = turns.grant(members, pausing | unheard)
+        late = turns.meet(members, unheard)
+        for given in late if granted is None else [granted, *late]:
+            assert given not in held | unheard
+            held.add(given)
+        assert granted not in pausing
+        assert skip or not late
         assert held == turns.passed | ({turns.holder} - {None})
-        assert turns.holder is not None or set(members) <= held | pausing
+        assert turns.holder is not None or set(members) <= held | pausing | unheard
     assert skip or not turns.passed
 
 
@@ -66,3 +72,18 @@ def test_skip_passes_over_who_keeps_another_waiting_for_two_batches_or_is_not_he
     turns.pushed(1)
     turns.pushed(2)
     assert turns.grant([0, 1, 2], ()) == 1
+
+
+def test_who_is_heard_by_an_heir_may_push_once_whoever_has_the_turn() -> None:
+    """Who waits for a turn here may be the idle holder of another shard, whom all others wait for."""
+    turns, unheard = Turns(after=0, skip=True, strangers=[0, 1, 2]), {0, 2}
+    assert turns.grant([0, 1, 2], unheard) == 1
+    assert turns.meet([0, 1, 2], unheard) == []
+    unheard.discard(2)
+    assert turns.grant([0, 1, 2], unheard) is None
+    assert turns.meet([0, 1, 2], unheard) == [2]
+    assert turns.passed == {2}
+    for peer in (1, 2):
+        turns.pushed(peer)
+    assert turns.grant([0, 1, 2], unheard) == 2
+    assert turns.meet([0, 1, 2], unheard) == []  # once

@@ -20,7 +20,7 @@ from lightning_async.algorithms.algorithm import no_shrink
 from lightning_async.algorithms.gossip import Alone
 from lightning_async.algorithms.shrink import Stability
 from lightning_async.arrival import Arrival
-from lightning_async.callbacks.adaptive_shrink import _is_scale_free, _Kept
+from lightning_async.callbacks.adaptive_shrink import _Kept
 from lightning_async.fresh import Fresh, nothing_fresh
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Mail, Wait
@@ -105,14 +105,6 @@ def test_with_sgd_it_is_the_factor() -> None:
     assert set(used) == set(left) == {0.01}
     assert said == []
     assert factor == 0.125
-
-
-@pytest.mark.parametrize(
-    ("kind", "free"),
-    [(torch.optim.SGD, False), (torch.optim.AdamW, True), (torch.optim.RMSprop, True), (torch.optim.NAdam, True)],
-)
-def test_whose_steps_do_not_see_a_factor(kind: Any, free: bool) -> None:
-    assert _is_scale_free(kind([torch.nn.Parameter(torch.ones(2))])) is free
 
 
 def _saved_and_resumed(folder: str, n: int, world_then: int) -> dict[str, Any]:

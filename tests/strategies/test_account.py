@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_async import (
@@ -24,9 +25,10 @@ from lightning_async.algorithms.shards import ANSWER as SERVED
 from lightning_async.algorithms.shards import PUSH
 from lightning_async.strategies import refusals
 from lightning_async.strategies.account import Account, Model, account, model_of, short, staged
+from lightning_async.strategies.first_line import learning
 from lightning_async.strategies.waiting import PeerFailedError
-from lightning_async.transport.cluster import LONGEST, PIECE, link_bytes, piece_of
-from lightning_async.transport.mail import CONTRIBUTION, FIRST_FREE_KIND, RESULT
+from lightning_async.transport.cluster import PIECE, link_bytes, piece_of
+from lightning_async.transport.mail import CONTRIBUTION, FIRST_FREE_KIND, LONGEST, RESULT
 from lightning_async.transport.pieces import LEAST
 from tests.strategies.ranks import run
 from tests.strategies.weighing import Weighed, weigh
@@ -95,6 +97,7 @@ def test_a_member_holds_and_sends_what_it_says(case: str) -> None:
 @pytest.mark.parametrize("semantics", ["stash", "recompute"])
 def test_a_stage_holds_and_sends_what_it_says(semantics: Any, staging: int | None) -> None:
     found = run(3, weigh, lambda: DelayedPipelineStrategy(stages="net", semantics=semantics, staging=staging))
+    assert "accumulate_grad_batches=4" in found[0].line
     for one in found:
         assert one.held == pytest.approx(one.said.device + one.said.host, rel=0.05)
         sizes = {
@@ -206,6 +209,35 @@ def test_the_first_line_says_it_all() -> None:
         assert words in line
 
 
+class Every:
+    """As much of a Trainer as accumulates."""
+
+    def __init__(self, every: int, scheduling: dict[int, int] | None = None) -> None:
+        self.accumulate_grad_batches = every
+        self.callbacks = [GradientAccumulationScheduler(scheduling)] if scheduling else []
+
+
+LEARNING: list[tuple[int, Every, str, str, str]] = [
+    (2, Every(1), "none", "none", "accumulate_grad_batches=2"),
+    (4, Every(5), "none", "none", "accumulate_grad_batches=6"),
+    (3, Every(1, {2: 3}), "none", "none", "accumulate_grad_batches=4"),
+    (4, Every(6), "none", "none", ""),
+    (3, Every(1, {0: 4}), "none", "none", ""),
+    (3, Every(1), "predict", "none", ""),
+    (3, Every(2), "none", "sync", ""),
+]
+
+
+@pytest.mark.parametrize(("stages", "every", "compensate", "baseline", "advice"), LEARNING)
+def test_the_first_line_of_a_pipeline_says_with_what_it_learns(
+    stages: int, every: Any, compensate: str, baseline: str, advice: str
+) -> None:
+    """Where gradients are more than an update late, and nothing is done about it."""
+    said = learning(every, stages, compensate, baseline)
+    assert advice in said
+    assert bool(said) == bool(advice)
+
+
 def test_bytes_for_people() -> None:
     assert [short(n) for n in (0, 999, 1000, 8_080_004, 999_900_000, 4e9)] == [
         "0 bytes",
@@ -234,5 +266,19 @@ def test_a_billion_parameters_go_over_a_link_and_more_than_that_in_shards() -> N
     billion = Model((10**9,))
     assert account(GossipRingStrategy().algorithm, billion, 4).longest == 4 * 10**9 < LONGEST
     more = Model((4 * 10**9,))
-    assert account(GossipRingStrategy().algorithm, more, 8).longest > LONGEST
-    assert account(AsyncGlobalStrategy().algorithm, more, 8).longest == 2 * 10**9
+    for inner in (1, 2):
+        assert account(GossipRingStrategy().algorithm, more, 8, inner=inner).longest > LONGEST
+        assert account(AsyncGlobalStrategy().algorithm, more, 8, inner=inner).longest == 2 * 10**9
+
+
+@pytest.mark.parametrize(("numbers", "whole"), [(10**9, 4 * 10**9), (4 * 10**9, LONGEST)])
+def test_what_a_speaker_holds_for_its_siblings_is_what_the_table_says(numbers: int, whole: int) -> None:
+    """A vector of gradients where the weights are, and in host memory, off the CPU, the same there."""
+    method, model = AsyncGlobalStrategy().algorithm, Model((numbers,))
+    plain, links = account(method, model, 8), link_bytes(PIECE, near=True)
+    for inner in (2, 8):
+        cpu, gpu = (account(method, model, 8, inner=inner, apart=apart) for apart in (False, True))
+        assert cpu.device - plain.device == gpu.device - plain.device == model.nbytes
+        part = min(whole, model.nbytes // inner)
+        assert cpu.host - plain.host - (inner - 1) * links == (inner - 1) * (2 * whole + 3 * part)
+        assert gpu.host - cpu.host == model.nbytes

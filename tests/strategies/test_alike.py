@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_async import AsyncGlobalStrategy, GossipRingStrategy
+from lightning_async import AsyncGlobalStrategy, GossipRingStrategy, LazySignStrategy
 from lightning_async.strategies.alike import check_alike, creed
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import VirtualCluster
@@ -44,6 +44,7 @@ def test_what_belongs_to_a_host_may_differ() -> None:
     assert creed(GossipRingStrategy()) == creed(GossipRingStrategy(inner_threads=2, record="here", patience=60.0))
     for knobs in ({"mode": "none"}, {"wire": "bf16"}, {"balance": "equal"}, {"at_meeting": "keep"}, {"period": 3}):
         assert creed(GossipRingStrategy()) != creed(GossipRingStrategy(**knobs))
+    assert creed(LazySignStrategy(exact=["*.weight"])) != creed(LazySignStrategy())
     assert creed(GossipRingStrategy())["strategy"] != creed(AsyncGlobalStrategy())["strategy"]
 
 

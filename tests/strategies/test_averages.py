@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_async import GossipRingStrategy, SpeedFaults
+from lightning_async import AsyncGlobalStrategy, AsyncStrategy, CyclicDelayStrategy, LazySignStrategy, SpeedFaults
 from lightning_async.strategies import compat
 from lightning_async.strategies.averages import mean_of_averages, miss_no_step
 from lightning_async.transport.rounds import Rounds
@@ -59,7 +59,7 @@ class Trace(Callback):
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.consensus.append(flat(module))
         strategy = trainer.strategy
-        assert isinstance(strategy, GossipRingStrategy)
+        assert isinstance(strategy, AsyncStrategy)
         own = strategy.replica._own
         self.own.append(flat(module) if own is None else own.tolist())
 
@@ -71,14 +71,14 @@ def flat(module: nn.Module) -> list[float]:
     return [float(x) for p in module.parameters() for x in p.detach().flatten()]
 
 
-def fit(*callbacks: Callback, slow: float = 3.0, knobs: dict[str, Any], lit: Lit | None = None, **options: Any) -> Any:
+def fit(*callbacks: Callback, slow: float = 3.0, lit: Lit | None = None, **options: Any) -> Any:
     torch.manual_seed(int(os.environ["RANK"]))  # the ranks' averages begin unequal too
     lit = Lit() if lit is None else lit
     trace = Trace()
     faults = [SpeedFaults(step_seconds=0.002, slow={1: slow})] if slow > 1 else []
     validation = options.pop("validation", True)
     options = {"max_epochs": 3, "num_sanity_val_steps": 0, **options}
-    t = trainer(2, knobs=knobs, callbacks=[*faults, *callbacks, trace], **options)
+    t = trainer(2, callbacks=[*faults, *callbacks, trace], **options)
     t.fit(lit, loader(8), loader(40, shuffle=False) if validation else None)
     return t, lit, trace
 
@@ -320,11 +320,14 @@ class NoNorm(Lit):
 
 
 def _swa(mode: str, at_meeting: str, norm: bool, validation: bool, balance: str) -> Any:
-    swa = StochasticWeightAveraging(swa_lrs=0.005, swa_epoch_start=2, annealing_epochs=1)
     knobs = {"mode": mode, "at_meeting": at_meeting, "balance": balance}
     lit = Lit() if norm else NoNorm()
-    slow = 1.0 if mode == "sync" else 3.0
-    t, lit, trace = fit(swa, knobs=knobs, lit=lit, slow=slow, max_epochs=4, validation=validation)
+    return _averaged(lit=lit, slow=1.0 if mode == "sync" else 3.0, validation=validation, knobs=knobs)
+
+
+def _averaged(**options: Any) -> Any:
+    swa = StochasticWeightAveraging(swa_lrs=0.005, swa_epoch_start=2, annealing_epochs=1)
+    t, lit, trace = fit(swa, max_epochs=4, **options)
     rates = [group["lr"] for group in t.optimizers[0].param_groups]
     return {
         "end": weights(lit),
@@ -354,3 +357,26 @@ def test_swa_leaves_the_mean_of_the_consensus_over_its_epochs(
     mean = torch.tensor(first["epochs"][1:4]).mean(0)
     torch.testing.assert_close(torch.tensor(first["flat"]), mean, rtol=1e-5, atol=1e-6)
     assert first["length"] == float("inf")  # shared data have no length, and have none again
+
+
+SERVED = {
+    "async_global": lambda: AsyncGlobalStrategy(outer_lr=0.7, outer_momentum=0.5),
+    "cyclic_delay": lambda: CyclicDelayStrategy(push="gradient"),
+    "lazy_sign": lambda: LazySignStrategy(compress="gradient", min_size=1),
+}
+"""Methods that know of weights, or of gradients, beside what the replicas hold."""
+
+
+def _swa_beside(name: str) -> Any:
+    return _averaged(strategy=SERVED[name](), slow=1.0 if name == "lazy_sign" else 3.0)
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("name", SERVED)
+def test_swa_is_left_where_a_method_knows_of_other_weights(name: str) -> None:
+    first, second = run(2, _swa_beside, name)
+    assert first["end"] == second["end"]
+    assert first["epochs"] == second["epochs"]
+    mean = torch.tensor(first["epochs"][1:4]).mean(0)
+    torch.testing.assert_close(torch.tensor(first["flat"]), mean, rtol=1e-5, atol=1e-6)

@@ -13,6 +13,7 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
@@ -47,6 +48,7 @@ def test_each_private_name_exists(t: L.Trainer, path: str) -> None:
         (_TrainingEpochLoop, "_should_check_val_epoch"),
         (_TrainingEpochLoop, "_should_check_val_fx"),
         (_TrainingEpochLoop, "on_advance_end"),
+        (_FitLoop, "_iteration_based_training"),
     ],
 )
 def test_a_name_that_vanished_is_refused(t: L.Trainer, owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_async.pipeline import draws
+from lightning_async.pipeline import compensate, draws
 from lightning_async.pipeline.partition import even, spans
 from lightning_async.pipeline.simulator import simulate
 from lightning_async.pipeline.stage import Stage
@@ -258,6 +259,24 @@ def test_weights_are_predicted_for_the_steps_that_shrinking_leaves() -> None:
         run(3, _late, {"shrink": 1e-6, "compensate": how}, "adam")[0]["losses"] for how in ("none", "predict")
     )
     assert ahead == pytest.approx(bare, rel=1e-4)
+
+
+def _predicts() -> list[float]:
+    seen, original = [], compensate.predicted
+
+    def predicted(optimizer: torch.optim.Optimizer, late: float) -> Any:
+        seen.append(late)
+        return original(optimizer, late)
+
+    compensate.predicted = predicted  # in this process, which is forked for this run
+    parts = GradientAccumulationScheduler({1: 4})
+    trainer(2, knobs={"compensate": "predict"}, callbacks=[parts]).fit(Piped(), loader(), loader(20))
+    return seen
+
+
+def test_weights_are_predicted_by_the_accumulation_of_now() -> None:
+    """A gradient that is a batch late is a quarter of an update late where four batches make one."""
+    assert run(2, _predicts)[1] == [1.0] * 8 + [0.25] * 8
 
 
 def test_delays_are_shown() -> None:

@@ -326,6 +326,18 @@ def test_reloaded_loaders_replace_those_before() -> None:
     assert feeding.loader_states() == [{"at": 2}]
 
 
+@pytest.mark.parametrize("kind", ["note", "watch"])
+def test_loaders_that_nobody_drew_from_are_replaced_too(kind: str) -> None:
+    feeding = Feeding("claim")
+    feeding.replace()
+    getattr(feeding, kind)(loader(n=80))
+    getattr(feeding, kind)(loader(n=96))
+    assert feeding.epoch_batches() == 12, "of the longer one of two that are drawn from together"
+    feeding.replace()
+    getattr(feeding, kind)(loader(n=40))
+    assert feeding.epoch_batches() == 5
+
+
 def test_state_that_advances_unseen_is_told() -> None:
     with pytest.warns(UserWarning, match="`Numbers` has a state, but its copies in the workers advance unseen"):
         shared_out(Feeding("claim"), DataLoader(Numbers(), num_workers=1))

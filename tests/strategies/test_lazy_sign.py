@@ -411,7 +411,7 @@ def _recorded(folder: str, knobs: dict[str, Any]) -> None:
 
 
 @pytest.mark.few(0)
-@pytest.mark.parametrize("knobs", [{}, {"rule": "accumulate"}, {"deadline": 0.0}], ids=str)
+@pytest.mark.parametrize("knobs", [{"exact": ["layer.0.*"]}, {}, {"rule": "accumulate"}, {"deadline": 0.0}], ids=str)
 def test_a_recorded_run_is_replayed_to_the_bit(
     knobs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

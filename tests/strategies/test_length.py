@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,16 +65,24 @@ def test_it_is_the_length_that_ddp_tells() -> None:
 
 
 class Own(Lit):
-    """What Lightning foresees, and behind which steps of an epoch it validated."""
+    """What Lightning foresees, and behind which steps of an epoch it validated.
 
-    def __init__(self, lengths: tuple[int, ...]) -> None:
+    It may save at the end of the first epoch, and ask how long the run is before the loops know where it goes on.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], path: Path | None = None, *, asks: bool = False) -> None:
         super().__init__()
-        self.lengths, self.foreseen = lengths, 0.0
+        self.lengths, self.foreseen, self.path, self.asks = lengths, 0.0, path, asks
         self.validated: list[tuple[int, int]] = []
         self.began = 0
 
     def train_dataloader(self) -> Any:
         return loader(n=self.lengths[min(self.trainer.current_epoch, len(self.lengths) - 1)])
+
+    def configure_optimizers(self) -> Any:
+        if self.asks:
+            assert self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
 
     def on_train_start(self) -> None:
         self.foreseen = self.trainer.estimated_stepping_batches
@@ -80,35 +90,50 @@ class Own(Lit):
     def on_train_epoch_start(self) -> None:
         self.began = self.trainer.global_step
 
+    def on_train_epoch_end(self) -> None:
+        if self.path is not None and self.trainer.current_epoch == 0:
+            self.trainer.save_checkpoint(self.path)
+
     def on_validation_end(self) -> None:
         if not self.trainer.sanity_checking:
             self.validated.append((self.trainer.current_epoch, self.trainer.global_step - self.began))
 
 
-def _own(lengths: tuple[int, ...], options: dict[str, Any]) -> tuple[float, list[tuple[int, int]]]:
+def _own(lengths: tuple[int, ...], options: dict[str, Any]) -> tuple[float, list[tuple[int, int]], list[int]]:
     warnings.simplefilter("ignore")
-    lit = Own(lengths)
-    trainer(RANKS, **options).fit(lit, val_dataloaders=loader(40, shuffle=False))
-    return lit.foreseen, lit.validated
+    own = {name: options.pop(name) for name in ("path", "asks") if name in options}
+    start = options.pop("start", None)
+    lit = Own(lengths, **own)
+    trainer(RANKS, **options).fit(lit, val_dataloaders=loader(40, shuffle=False), ckpt_path=start)
+    return lit.foreseen, lit.validated, lit.seen
 
 
 def test_a_loader_of_the_user_s_own_has_the_length_that_it_says() -> None:
     options = {"use_distributed_sampler": False, "limit_train_batches": 10, "max_epochs": 3, "val_check_interval": 0.5}
-    for foreseen, validated in run(RANKS, _own, (SAMPLES,), options):
+    for foreseen, validated, _ in run(RANKS, _own, (SAMPLES,), options):
         assert foreseen == 30
         assert validated == [(epoch, step) for epoch in range(3) for step in (5, 10)]
 
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("lengths", [(64, 160, 32), (160, 64)])
+@pytest.mark.parametrize("asks", [True, False])
 @pytest.mark.parametrize(("interval", "fed"), [(0.5, True), (4, True), (0.5, False)])
 def test_loaders_that_are_made_anew_are_validated_by_their_own_length(
-    lengths: tuple[int, ...], interval: float, fed: bool
+    lengths: tuple[int, ...], interval: float, fed: bool, asks: bool, tmp_path: Path
 ) -> None:
+    """Also by a run that goes on from the end of an epoch."""
     options: dict[str, Any] = {"max_epochs": len(lengths), "val_check_interval": interval}
     options |= {"reload_dataloaders_every_n_epochs": 1, "use_distributed_sampler": fed}
     steps = [length // 4 // (RANKS if fed else 1) for length in lengths]
-    for _, validated in run(RANKS, _own, lengths, options):
-        every = [int(n * interval) if isinstance(interval, float) else interval for n in steps]
-        points = [range(one, n + 1, one) for n, one in zip(steps, every, strict=True)]
-        assert validated == [(epoch, step) for epoch, found in enumerate(points) for step in found]
+    every = [int(n * interval) if isinstance(interval, float) else interval for n in steps]
+    points = [range(one, n + 1, one) for n, one in zip(steps, every, strict=True)]
+    expected = [(epoch, step) for epoch, found in enumerate(points) for step in found]
+    path = tmp_path / "end.ckpt"
+    for _, validated, _ in run(RANKS, _own, lengths, {**options, "path": path}):
+        assert validated == expected
+    resumed = run(RANKS, _own, lengths, {**options, "start": path, "asks": asks})
+    for _, validated, _ in resumed:
+        assert validated == [(epoch, step) for epoch, step in expected if epoch > 0]
+    samples = Counter(index for _, _, seen in resumed for index in seen)
+    assert samples == Counter(index for n in lengths[1:] for index in range(n) for _ in range(1 if fed else RANKS))

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_async import SpeedFaults
+from tests.strategies import piped
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
 
@@ -90,6 +91,38 @@ def test_the_effective_batch_of_accumulated_steps(tmp_path: Path) -> None:
     last = entries(tmp_path)[-1]
     assert last["progress/updates"] == 16
     assert 23.0 <= last["progress/batch"] <= 25.0
+
+
+def piped_through(folder: Path, devices: int, replicas: int, epochs: int, resumes: bool) -> dict[str, float]:
+    saver = ModelCheckpoint(folder / "saved", filename=f"{epochs}")
+    one = piped.trainer(
+        devices,
+        knobs={"replicas": replicas},
+        callbacks=[saver],
+        logger=CSVLogger(folder / str(epochs), name="", version=""),
+        log_every_n_steps=1,
+        enable_checkpointing=True,
+        max_epochs=epochs,
+    )
+    one.fit(piped.Piped(), piped.loader(), ckpt_path=str(folder / "saved" / "2.ckpt") if resumes else None)
+    return {key: float(value) for key, value in one.logged_metrics.items() if key.startswith("progress/")}
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:You defined a `validation_step`")
+@pytest.mark.parametrize(("devices", "replicas"), [(2, 1), (4, 2), (1, 1)])
+def test_a_pipeline_enters_what_its_replicas_have_trained_on(devices: int, replicas: int, tmp_path: Path) -> None:
+    """60 samples an epoch, in batches of 8; a run that goes on counts on."""
+    steps = 8 // replicas
+    for before, epochs in ((0, 2), (2, 3)):
+        (last, *_) = run(devices, piped_through, tmp_path, devices, replicas, epochs, before > 0)
+        assert (last["progress/samples"], last["progress/updates"]) == (60 * epochs, steps * epochs)
+        assert last["progress/batch"] == 60 / steps
+        rows = entries(tmp_path / str(epochs))
+        for name in ("samples", "updates"):
+            counts = [row[f"progress/{name}"] for row in rows]
+            assert counts == sorted(counts)
+        assert {int(row["step"]) for row in rows} >= set(range(before * steps, epochs * steps))
 
 
 def unlogged(options: dict[str, Any]) -> int:

@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
 from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.strategies.own_state import primitive
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 from tests.strategies.resumable import (
@@ -356,6 +359,43 @@ def test_each_rank_has_its_own_scaler_back(tmp_path: Path) -> None:
 # -- another world -----------------------------------------------------------------------------------------------------
 
 
+class ByNumPy(Draws):
+    """Its learning rates are NumPy's numbers."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), 0.01)
+        return [optimizer], [LambdaLR(optimizer, lambda epoch: 0.5 * (1 + np.cos(epoch / 4)))]
+
+
+class StandsInNumPy(Stateful):
+    """Its state is an array, which `weights_only` does not read."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": np.array([self.at])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = int(state["at"][0])
+
+
+def _by_numpy(path: str, resume: bool) -> Any:
+    seed()
+    lit, save = ByNumPy(), Saves(path, epoch=1, batch=4)
+    t = trainer(2, knobs={"mode": "none"}, max_epochs=3, callbacks=[save], use_distributed_sampler=False)
+    t.fit(lit, StandsInNumPy(rank(), 2), held_out(), ckpt_path=path if resume else None, weights_only=False)
+    return lit.losses if resume else lit.losses[save.losses :], weights(lit)
+
+
+def test_what_weights_only_does_not_read_is_read_for_who_says_so(tmp_path: Path) -> None:
+    """Of all ranks, and not of the main file alone: a file that cannot be read would be warned about."""
+    path = str(tmp_path / "x.ckpt")
+    assert run(2, _by_numpy, path, False) == run(2, _by_numpy, path, True)
+
+
+def test_numbers_of_numpy_are_saved_as_pythons(tmp_path: Path) -> None:
+    torch.save(primitive({"rates": [np.float64(0.5), (np.int32(3), None)], "on": np.bool_(True)}), tmp_path / "x")
+    assert torch.load(tmp_path / "x", weights_only=True) == {"rates": [0.5, (3, None)], "on": True}
+
+
 def _data_of(t: L.Trainer) -> list[dict[str, Any]]:
     """Every rank says that it completed ten positions of its own, and two with all others. Returns what it is told."""
     told: list[dict[str, Any]] = []
@@ -494,6 +534,37 @@ def test_a_missing_file_of_one_rank_is_said_and_all_go_on_from_the_consensus(tmp
     assert first["seen"]["optimizers"] == second["seen"]["optimizers"] == saved[0]["seen"]["optimizers"]
     (sentence,) = first["said"]
     assert f"{name} cannot be read (FileNotFoundError" in sentence
+
+
+class Validated(L.Callback):
+    """At which steps of the run this rank validated."""
+
+    def __init__(self) -> None:
+        self.at: list[int] = []
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.at.append(trainer.global_step)
+
+
+def _counted(folder: Path, path: Path | None) -> tuple[list[int], int]:
+    validated = Validated()
+    save: Any = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    pace = SpeedFaults(step_seconds=0.006, slow={1: 4.0})
+    counts: dict[str, Any] = {"max_steps": 14, "max_epochs": -1, "val_check_interval": 3}
+    counts |= {"check_val_every_n_epoch": None, "enable_checkpointing": True}
+    t = trainer(2, callbacks=[pace, validated, save], **counts)
+    t.fit(Lit(), loader(), held_out(), ckpt_path=path)
+    return validated.at, t.global_step
+
+
+@pytest.mark.filterwarnings("ignore:.*does not go on to the bit", "ignore:.*exists and is not empty")
+def test_whose_file_is_missing_counts_as_the_others_do(tmp_path: Path) -> None:
+    """What it did itself, and Lightning counts, is not what all did: it is the slow one."""
+    run(2, _counted, tmp_path, None)
+    (file,) = (tmp_path / "step=6.ckpt.ranks").glob("*.rank1.ckpt")
+    file.unlink()
+    assert run(2, _counted, tmp_path, tmp_path / "step=6.ckpt") == [([9, 12], 14)] * 2
 
 
 def _batches(sizes: tuple[int, int], path: str, resume: bool) -> dict[str, Any]:

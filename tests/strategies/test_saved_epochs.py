@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
@@ -69,14 +72,20 @@ def _seen(ends: list[dict[str, Any]]) -> list[list[int]]:
     return [[index for epoch in end["epochs"] for index in epoch] for end in ends]
 
 
+LIMITS: dict[str, dict[str, Any]] = {
+    "epochs": {"max_epochs": EPOCHS},
+    "steps": {"max_epochs": -1, "max_steps": EPOCHS * STEPS},
+    "both": {"max_epochs": EPOCHS, "max_steps": EPOCHS * STEPS + 100},
+}
+
+
 @pytest.mark.few(2)
 @pytest.mark.parametrize("validates", VALIDATES)
 @pytest.mark.parametrize("fed", FED)
-@pytest.mark.parametrize("counted", [True, False])
-def test_no_epoch_is_lost_or_trained_twice(fed: str, validates: str, counted: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", LIMITS)
+def test_no_epoch_is_lost_or_trained_twice(fed: str, validates: str, limit: str, tmp_path: Path) -> None:
     """Saved in the middle, where a rank has no more, and at the very end of an epoch; resumed once, and twice."""
-    limit = {"max_epochs": EPOCHS} if counted else {"max_epochs": -1, "max_steps": EPOCHS * STEPS}
-    options = {**limit, **VALIDATES[validates]}
+    options, counted = {**LIMITS[limit], **VALIDATES[validates]}, limit != "steps"
     whole = run(2, _fit, 2, fed, options, str(tmp_path), STEPS // 2, None, [])
     assert [end["step"] for end in whole] == [EPOCHS * STEPS] * 2
     for step in (STEPS // 2, STEPS, STEPS * 3 // 2):
@@ -87,11 +96,23 @@ def test_no_epoch_is_lost_or_trained_twice(fed: str, validates: str, counted: bo
             _is_rest_of(whole, later, 2 * STEPS, fed, counted)
         _is_rest_of(whole, ends, step, fed, counted)
     others = _resumed(3, fed, options, tmp_path / f"step={STEPS // 2}.ckpt")
-    if fed == "share":
-        assert sum(map(len, _seen(others))) == BATCH * (EPOCHS * 2 * STEPS - STEPS) or not counted
+    _has_all_that_was_left(whole, others, fed, counted)
+
+
+def _has_all_that_was_left(whole: list[dict[str, Any]], others: list[dict[str, Any]], fed: str, counted: bool) -> None:
+    """Of one rank more, saved in the middle of the first epoch."""
+    steps, samples = EPOCHS * STEPS - STEPS // 2, sum(map(len, _seen(others)))
+    first, second = _seen(whole)[1], _seen(others)[1]
+    assert second
+    if fed == "share" and counted:
+        assert samples == BATCH * (EPOCHS * 2 * STEPS - STEPS)
+    elif fed == "share":  # the last step of an epoch may have less than a batch of each
+        assert 3 * BATCH * (steps - EPOCHS - 1) <= samples <= 3 * BATCH * steps
+    elif counted:
+        assert first[len(first) - len(second) :] == second
     else:
-        first, second = _seen(whole)[1], _seen(others)[1]
-        assert first[len(first) - len(second) :] == second or not counted
+        assert samples == 3 * BATCH * steps
+        assert second == [100 + (second[0] - 100 + k) % LENGTHS[1] for k in range(len(second))]
 
 
 def _is_rest_of(whole: list[dict[str, Any]], ends: list[dict[str, Any]], step: int, fed: str, counted: bool) -> None:
@@ -109,6 +130,35 @@ def test_a_run_that_stopped_by_its_steps_while_one_rank_waited_trains_on_nothing
     first, second = _resumed(2, "stream", options, tmp_path / "step=6.ckpt")
     assert [len(epoch) for epoch in first["epochs"][:EPOCHS]] == [0, 16, 16]
     assert [len(epoch) for epoch in second["epochs"][1:EPOCHS]] == [48, 48]
+
+
+class AtTheEnd(Callback):
+    """Saves in the hook of an epoch's end, as a ModelCheckpoint by epochs does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("fed", FED)
+@pytest.mark.parametrize("limit", ["epochs", "both"])
+def test_a_run_that_broke_off_within_an_epoch_and_was_saved_at_its_end_goes_on_there(
+    limit: str, fed: str, tmp_path: Path
+) -> None:
+    """Lightning calls the hooks of the epoch's end where a run stops by its steps, and counts it."""
+    first, path = {"max_epochs": EPOCHS, "max_steps": STEPS + 4, **VALIDATES["never"]}, tmp_path / "end.ckpt"
+    cut = run(2, _fit, 2, fed, first, None, 100, None, [AtTheEnd(path)])
+    ends = _resumed(2, fed, {**LIMITS[limit], **VALIDATES["never"]}, path)
+    assert [end["epoch"] for end in ends] == [EPOCHS] * 2
+    assert [end["step"] for end in ends] == [EPOCHS * STEPS] * 2
+    seen = [a + b for a, b in zip(_seen(cut), _seen(ends), strict=True)]
+    if fed == "share":
+        assert Counter(seen[0] + seen[1]) == dict.fromkeys(range(2 * STEPS * BATCH), EPOCHS)
+    else:
+        assert seen == [EPOCHS * list(range(100 * k, 100 * k + LENGTHS[k])) for k in range(2)]
 
 
 class Terminated(Callback):
@@ -149,18 +199,27 @@ class Odd(Callback):
             self.at.append(trainer.global_step)
 
 
-def _again(speeds: dict[int, float]) -> tuple[list[int], list[int]]:
+def _again(speeds: dict[int, float], folder: str) -> tuple[list[int], list[int]]:
     odd = Odd()
-    t = trainer(2, callbacks=[SpeedFaults(step_seconds=0.003, slow=speeds), odd], max_epochs=1, val_check_interval=2)
+    pace, logger = SpeedFaults(step_seconds=0.003, slow=speeds), CSVLogger(folder, name="", version="")
+    options: dict[str, Any] = {"max_epochs": 1, "val_check_interval": 2, "logger": logger, "log_every_n_steps": 1}
+    t = trainer(2, callbacks=[pace, odd], **options)
     for last in (1, 2):
         t.fit_loop.max_epochs = last
         t.fit(Lit(), loader(BATCH, n=2 * STEPS * BATCH), loader(40, shuffle=False))
     return odd.at, [t.global_step, t.current_epoch]
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
 @pytest.mark.parametrize("speeds", [{}, {1: 3.0}])
-def test_a_second_fit_validates_where_the_first_did(speeds: dict[int, float]) -> None:
-    """What each rank trained in the first one does not matter: they count together."""
-    for at, end in run(2, _again, speeds):
+def test_a_second_fit_validates_where_the_first_did(speeds: dict[int, float], tmp_path: Path) -> None:
+    """What each rank trained in the first one does not matter: they count together, and what is logged goes on."""
+    for at, end in run(2, _again, speeds, str(tmp_path)):
         assert end == [2 * STEPS, 2]
         assert at == [*range(2, 2 * STEPS + 1, 2)]
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["progress/samples"]]
+    for name, each in (("samples", BATCH), ("updates", 1)):
+        logged = [float(row[f"progress/{name}"]) for row in rows]
+        assert logged == sorted(logged)
+        assert logged[-1] == 2 * 2 * STEPS * each

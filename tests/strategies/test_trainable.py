@@ -11,13 +11,15 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback
 from torch import nn
 
-from lightning_async import GossipRingStrategy, SpeedFaults, SpreadStats
+from lightning_async import GossipRingStrategy, LazySignStrategy, SpeedFaults, SpreadStats
 from lightning_async.algorithms.gossip import Gossip
 from lightning_async.algorithms.pairwise import ANSWER, ASK
+from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.transport.rounds import Rounds
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
+SIGNS: dict[str, Any] = {"block": 8, "min_size": 0}
 MODES = [("pairwise", "adopt"), ("pairwise", "keep"), ("push_sum", "keep"), ("sync", "adopt"), ("none", "adopt")]
 
 
@@ -47,7 +49,7 @@ class Sizes(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
         strategy = trainer.strategy
-        assert isinstance(strategy, GossipRingStrategy)
+        assert isinstance(strategy, AsyncStrategy)
         self.numel.append(strategy.replica.numel)
         first, length = strategy.replica.flat.data_ptr(), strategy.replica.numel * 4
         self.views.append(all((first <= p.data_ptr() < first + length) == p.requires_grad for p in module.parameters()))
@@ -93,6 +95,47 @@ def test_a_backbone_thaws_at_a_meeting(mode: str, at_meeting: str) -> None:
         assert end["moved"]
         assert end["stretched"] == (mode != "none")
         assert bool(end["arrivals"]) == (mode != "none")
+
+
+class HeldBack(Callback):
+    """What this rank holds back of the head as it meets, and as it goes on, with what its server does."""
+
+    def __init__(self) -> None:
+        self.found: list[list[float]] = []
+
+    def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, LazySignStrategy)
+        state = strategy.algorithm.state_dict()
+        held, served = state["rest"] / trainer.world_size, state["exchange"]
+        held[served["base"] : served["base"] + served["rest"].numel()] += served["rest"]
+        parts = dict(zip((p for p, _ in strategy.replica.places), strategy.replica.parts(held), strict=True))
+        self.found.append([x for p in module.layer[1].parameters() for x in parts[p].tolist()])  # type: ignore[index, union-attr]
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.look(trainer, module)
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 and trainer.current_epoch > 0:
+            self.look(trainer, module)
+
+
+def _holds_back() -> Any:
+    lit, held = Backbone(), HeldBack()
+    thaw = BackboneFinetuning(unfreeze_backbone_at_epoch=1, train_bn=False)
+    strategy = LazySignStrategy(form="slices", **SIGNS)
+    _, sizes = fit(lit, thaw, held, slow=1.0, strategy=strategy, num_sanity_val_steps=0)
+    return weights(lit), held.found, list(dict.fromkeys(sizes.numel))
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+def test_what_signs_held_back_is_not_forgotten_where_a_backbone_thaws() -> None:
+    (first, one, sizes), (second, other, _) = run(2, _holds_back)
+    assert first == second
+    assert len(sizes) == 2
+    met, thawed = (torch.tensor(one[i]) + torch.tensor(other[i]) for i in (0, 1))
+    assert met.all()
+    torch.testing.assert_close(thawed, met)
 
 
 class Spreads(SpreadStats):
@@ -178,14 +221,17 @@ class Replaces(Backbone):
             assert old is not self.layer[1]
 
 
-def _replaces() -> Any:
+def _replaces(signs: bool) -> Any:
     lit = Replaces()
-    _, sizes = fit(lit)
+    innovation = {"strategy": LazySignStrategy(rule="innovation", **SIGNS)} if signs else {}
+    _, sizes = fit(lit, **innovation)
     return weights(lit), sizes.starts
 
 
-def test_a_replaced_layer() -> None:
-    (first, starts), (second, also_starts) = run(2, _replaces)
+@pytest.mark.parametrize("signs", [False, True])
+def test_a_replaced_layer(signs: bool) -> None:
+    """Also with signs that say how updates have changed: what all have of them must not stay on some ranks alone."""
+    (first, starts), (second, also_starts) = run(2, _replaces, signs)
     assert first == second
     assert starts == also_starts
 

@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_async import SpeedFaults
+from lightning_async import AsyncGlobalStrategy, SpeedFaults
 from lightning_async.algorithms import common_step
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
@@ -108,6 +108,39 @@ def test_an_exception_on_a_sibling_or_a_speaker_stops_all_and_all_name_it(rank: 
     for number, result in enumerate(results):
         assert "the fifth batch is too much" in result.error
         assert result.kind == ("ValueError" if number == rank else "PeerFailedError")
+
+
+class Law(Callback):
+    """One rank's law for late contributions raises at the fifth question, in the thread of its service."""
+
+    asked = 0
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if trainer.global_rank == 2:
+            trainer.strategy.shrink = self.law  # type: ignore[attr-defined]
+
+    def law(self, *arguments: Any) -> float:
+        self.asked += 1
+        if self.asked == 5:
+            raise ValueError("the fifth arrival is too much")
+        return 1.0
+
+
+def _serves(knobs: dict[str, Any]) -> int:
+    t = trainer(4, strategy=AsyncGlobalStrategy(**knobs), callbacks=[Law()], max_epochs=1000)
+    t.fit(Lit(), loader(), loader(40, shuffle=False))
+    return t.current_epoch
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("knobs", [{"inner_size": 2}, {}], ids=["two layers", "one layer"])
+def test_a_service_that_fails_on_one_rank_stops_all_and_all_name_it(knobs: dict[str, Any]) -> None:
+    with Forked(4, _serves, knobs) as forked:
+        results = ended(forked)
+    for number, result in enumerate(results):
+        assert "the service of member 2 failed: ValueError: the fifth arrival is too much" in result.error
+        assert result.kind == ("RuntimeError" if number == 2 else "PeerFailedError")
+    assert "ValueError: the fifth arrival is too much" in results[2].trace.splitlines(), "where, too"
 
 
 @pytest.mark.few(1)

@@ -91,6 +91,13 @@ def test_torchrun_says_who_each_is(nodes: list[int] | None, nobody: pytest.Monke
     assert environment.creates_processes_externally
 
 
+def test_what_torchrun_says_stays_when_a_stage_ends(nobody: pytest.MonkeyPatch) -> None:
+    torchrun(nobody, 5, [4, 2])
+    environment = UnevenNodesEnvironment()
+    environment.teardown()
+    assert place(environment) == (5, 6, 1, 1, 2, 2)
+
+
 def test_a_list_says_it_where_lightning_starts_the_ranks_of_a_node(nobody: pytest.MonkeyPatch) -> None:
     environment = UnevenNodesEnvironment([4, 2, 3])
     assert place(environment) == (0, 9, 0, 0, 4, 3)
@@ -307,6 +314,27 @@ def test_and_so_it_is_by_a_list_alone(of: str) -> None:
 
 def test_under_slurm_nodes_are_members_of_unlike_size() -> None:
     are_two(run(3, _fit, "gossip_ring", {"inner": "node"}, None, "SLURM"), {})
+
+
+def _stages(how: str, folder: str) -> tuple[Any, ...]:
+    """What one Trainer does, one thing after the other."""
+    t = on_nodes(NODES, how, GossipRingStrategy(), max_epochs=1)
+    t.fit(lit := Lit(), loader(), held := loader(40, shuffle=False))
+    fitted = float(t.callback_metrics["val"])
+    (validated,) = t.validate(lit, held, verbose=False)
+    t.save_checkpoint(f"{folder}/end.ckpt")
+    t.fit_loop.max_epochs = 2
+    t.fit(lit, loader(), held)
+    return fitted, validated["val"], t.world_size, t.current_epoch
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("how", ["torchrun", "SLURM", "by a list"])
+def test_one_trainer_fits_validates_saves_and_fits_on(how: str, tmp_path: Path) -> None:
+    for fitted, validated, world, epoch in run(3, _stages, how, str(tmp_path)):
+        assert validated == pytest.approx(fitted)
+        assert (world, epoch) == (3, 2)
+    assert (tmp_path / "end.ckpt").exists()
 
 
 def are_members(ends: list[dict[str, Any]]) -> None:

@@ -73,6 +73,23 @@ def test_waiting_ends_when_the_run_is_stopped() -> None:
         drive(patient(3), Flags(carrier(stop=b"1")), limit=60.0)
 
 
+def test_a_fault_of_this_rank_stops_all_and_its_death_in_the_eyes_of_the_others_does_not() -> None:
+    said: list[tuple[str, bytes]] = []
+    living = {"me": 2, "decided": lambda key: None, "propose": lambda key, value: said.append((key, value))}
+    dead = Flags(SimpleNamespace(**living, failed="declared dead", fault=None))  # type: ignore[arg-type]
+    with pytest.raises(PeerFailedError, match="rank 2 cannot go on: declared dead") as error:
+        dead.raise_if_set()
+    dead.announce(error.value)
+    assert said == []
+    fault = RuntimeError("the service failed: KeyError: 3")
+    faulty = Flags(SimpleNamespace(**living, failed=str(fault), fault=fault))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError) as own:
+        drive(patient(3), faulty, limit=60.0)
+    assert own.value is fault
+    faulty.announce(own.value)
+    assert said == [("abort", b"rank 2 stopped: RuntimeError: the service failed: KeyError: 3")]
+
+
 def test_waits_inside_of_a_member_have_a_limit_and_name_the_rank() -> None:
     alone = SimpleNamespace(
         me=0,

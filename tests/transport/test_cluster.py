@@ -19,6 +19,7 @@ import torch
 from torch.distributed import HashStore, TCPStore
 from torch.distributed.distributed_c10d import Store
 
+from lightning_async.transport import header as wire_header
 from lightning_async.transport.cluster import ClusterCarrier
 from lightning_async.transport.mail import Carrier, Letter, Message
 from tests.transport.worlds import BUSY
@@ -89,6 +90,17 @@ def test_a_post_without_a_link_is_refused_and_asks_for_one(store: Store) -> None
         assert (letter.peer, letter.number) == (0, 1)
         assert set(carriers[0]._links.by_peer) == {1}
         assert set(carriers[2]._links.by_peer) == set()
+
+
+def test_a_first_link_that_is_wanted_late_is_given_its_time(store: Store) -> None:
+    """Before it was wanted nobody was silent on it, for however long."""
+    a, b = carriers = [make(store, me, 2) for me in range(2)]
+    with a, b:
+        until(carriers, lambda: all(c.live() == (0, 1) for c in carriers))
+        for c in carriers:
+            c._links._lines._quiet[1 - c.me] = 2 * 20.0  # of patience
+        until(carriers, lambda: a.failed or b.failed or a.post(1, Message(KIND, torch.ones(3))))
+        assert (take([b], b).peer, a.members(), a.failed, b.failed) == (0, (0, 1), None, None)
 
 
 def test_mail_of_all_to_all(cluster: Cluster) -> None:
@@ -191,7 +203,7 @@ def test_two_that_beat_but_cannot_talk_do_not_go_on_for_ever(cluster: Cluster, m
 class _Deaf:
     """A link that never comes up."""
 
-    error, refused = None, False
+    error, refused, since = None, False, 0.0
 
     def __init__(self, generation: int = 1) -> None:
         self.state, self.generation = "opening", generation
@@ -223,6 +235,56 @@ def test_a_link_that_could_not_be_made_for_long_stays_when_it_is(
     until([a], lambda: min(looks.count(c._control) for c in carriers) > 2)
     assert [c._links.by_peer.get(1 - c.me) for c in carriers] == links
     assert [(c.members(), c.failed) for c in carriers] == [((0, 1), None)] * 2
+
+
+def test_who_freezes_in_a_rendezvous_has_all_the_patience(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection was closed: there was none."""
+    carriers = a, b = [make(store, me, 2) for me in range(2)]
+    frozen, thawed, tick = threading.Event(), threading.Event(), b._control._one_tick
+
+    def freeze(store: Any) -> None:
+        frozen.set()
+        assert thawed.wait(BUSY)
+        tick(store)
+
+    def alone(*args: Any, **knobs: Any) -> None:
+        raise RuntimeError("the other one did not come")
+
+    with a, b:
+        until(carriers, lambda: all(c.live() == (0, 1) for c in carriers))
+        try:
+            with monkeypatch.context() as cut:
+                cut.setattr("lightning_async.transport.link.Wire", alone)
+                until(carriers, lambda: a.post(1, Message(KIND)) or a._links._generations.get(1, 0) > 1)
+                cut.setattr(b._control, "_one_tick", freeze)
+                assert frozen.wait(BUSY)
+                until([a], lambda: a.live() == (0,))
+                assert a.members() == (0, 1)
+        finally:
+            thawed.set()
+        until(carriers, lambda: linked(carriers))
+        assert [(c.members(), c.failed) for c in carriers] == [((0, 1), None)] * 2
+
+
+def test_a_peer_of_another_version_is_a_fault_of_both(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And both are heard, so that all others can be told."""
+    versions, pack = iter([1, 2]), wire_header.pack_into
+
+    def pack_one_of_each(buffer: memoryview, header: wire_header.Header, *, run: int) -> None:
+        pack(buffer, header, run=run)
+        buffer[8:16] = next(versions).to_bytes(8, "little")
+
+    monkeypatch.setattr("lightning_async.transport.line.pack_into", pack_one_of_each)
+    monkeypatch.setattr("lightning_async.transport.header.PROTOCOL", 9)
+    carriers = a, b = [make(store, me, 2, peers=[1 - me]) for me in range(2)]
+    with a, b:
+        until(carriers, lambda: a.fault and b.fault)
+        for c in carriers:
+            assert "of the protocol" in str(c.fault)
+            assert c.failed == str(c.fault)
+        a._control.roll.condemn(1, "for this test")
+        until(carriers, lambda: b.fault is None)
+        assert "for this test" in (b.failed or "")
 
 
 def test_one_who_is_to_come_is_waited_for(store: Store) -> None:
@@ -280,6 +342,31 @@ def test_starting_and_closing_twice_and_never(store: Store) -> None:
     a.start()
     assert not a.post(1, Message(KIND))
     until([never], lambda: len(os.listdir("/proc/self/task")) <= before)  # one of an earlier test may have been ending
+
+
+def test_a_control_thread_that_outlives_the_carrier_opens_no_link(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store held it up, as it does while its host is frozen, and the peer still wants one."""
+    a, b = cluster(2)
+    held, go_on, tick = threading.Event(), threading.Event(), a._control._one_tick
+
+    def frozen(store: Any) -> None:
+        held.set()
+        assert go_on.wait(BUSY)
+        tick(store)
+
+    monkeypatch.setattr(a._control, "_one_tick", frozen)
+    assert held.wait(BUSY)
+    control = a._control._thread
+    a.close()
+    assert control.is_alive()
+    until([b], lambda: b._links._generations[0] == 2)
+    go_on.set()
+    control.join(BUSY)
+    assert not control.is_alive()
+    assert a._links.by_peer == {}
+    until([b], lambda: not any(thread.name.startswith("link-0-") for thread in threading.enumerate()))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
@@ -381,8 +382,9 @@ def host() -> Iterator[tuple[int, int]]:
 
 
 def test_with_the_host_frozen_nobody_is_judged_and_nothing_blocks(host: tuple[int, int]) -> None:
+    """Also for longer than its clients were told to wait when they were made: that is for reaching it."""
     pid, port = host
-    with Room(TCPStore("127.0.0.1", port, is_master=False), 3) as room:
+    with Room(TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=1)), 3) as room:
         os.kill(pid, signal.SIGSTOP)
         end = time.monotonic() + 1.5  # nearly four times `silence`
         slowest = 0.0
@@ -398,6 +400,9 @@ def test_with_the_host_frozen_nobody_is_judged_and_nothing_blocks(host: tuple[in
         os.kill(pid, signal.SIGCONT)
         stays(lambda: all(one.live() == (0, 1, 2) for one in room.all), 0.5)
         until(lambda: room.all[1].decided("key") == b"v")
+        room.all[2].propose("behind it", b"w")
+        until(lambda: room.all[1].decided("behind it") == b"w")
+        assert [one.failed for one in room.all] == [None] * 3
         assert slowest < 0.2
 
 

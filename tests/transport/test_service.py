@@ -186,6 +186,8 @@ def test_a_service_that_raises_ends_its_member_with_a_sentence() -> None:
         post(world, 1, 0, Message(ADD, body(1.0)))
         world.until(lambda: world.carriers[0].failed is not None)
         assert world.carriers[0].failed == "the service of member 0 failed: KeyError: 'nothing of that kind'"
+        assert world.carriers[0].fault is not None
+        assert isinstance(world.carriers[0].fault.__cause__, KeyError)
     finally:
         world.close()
 

@@ -17,11 +17,11 @@ from lightning_async.transport.virtual import VirtualCluster
 Say = Callable[[VirtualCluster, Siblings], Wait[Any]]
 
 
-def members(ranks: int, each: int, say: Say) -> tuple[list[Any], VirtualCluster]:
+def members(ranks: int, each: int, say: Say, **knobs: Any) -> tuple[list[Any], VirtualCluster]:
     """What each of so many ranks, in members of `each`, ends with."""
     cluster = VirtualCluster(ranks)
     firsts = [rank - rank % each for rank in range(ranks)]
-    own = [Siblings(cluster.carriers[r], tuple(range(f, f + each))) for r, f in enumerate(firsts)]
+    own = [Siblings(cluster.carriers[r], tuple(range(f, f + each)), **knobs) for r, f in enumerate(firsts)]
     ends = cluster.run({r: say(cluster, own[r]) for r in range(ranks)})
     return [ends[r] for r in range(ranks)], cluster
 
@@ -64,6 +64,46 @@ def test_a_word_is_the_speakers_and_so_is_a_tensor() -> None:
 
     ends, _ = members(4, 2, say)
     assert ends == [[first, vector(first).tolist(), None] for first in (0, 0, 2, 2)]
+
+
+def watched(cluster: VirtualCluster, me: int, sent: dict[tuple[int, int], int]) -> None:
+    """Remember the longest body that this rank posts to each other one."""
+    carrier = cluster.carriers[me]
+    post = carrier.post
+
+    def watching(peer: int, message: Message) -> bool:
+        went = post(peer, message)
+        if went and message.body is not None:
+            sent[me, peer] = max(sent.get((me, peer), 0), message.body.nbytes)
+        return went
+
+    carrier.post = watching  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("size", [0, 1, 16, 17, 1000])
+def test_what_is_longer_than_a_link_takes_goes_in_pieces_and_is_the_same(size: int) -> None:
+    sent: dict[tuple[int, int], int] = {}
+
+    def say(cluster: VirtualCluster, siblings: Siblings) -> Wait[list[Any]]:
+        ends: list[Any] = []
+        watched(cluster, siblings.me, sent)
+        for turn in (0, 10):
+            average = yield from siblings.average(vector(siblings.me + turn, size))
+            some = yield from siblings.average(vector(siblings.me, size), size // 3, size // 2)
+            spread = yield from siblings.spread(vector(turn, size) if siblings.speaks else None)
+            taken = yield from siblings.spread(vector(turn, size) if siblings.speaks else None, torch.Tensor.abs)
+            parts = yield from siblings.collect(vector(turn, size + 20 * siblings.me), 1 + siblings.me)
+            yield from siblings.word("how many", 1)
+            ends += [each.tolist() for each in (average, some, spread, taken.abs())]
+            ends += [(part.tolist(), weight) for part, weight in parts]
+        return ends
+
+    whole, _ = members(6, 3, say)
+    assert max(sent.values()) >= 4 * size
+    sent.clear()
+    pieces, _ = members(6, 3, say, longest=64)
+    assert pieces == whole
+    assert max(sent.values()) <= 64
 
 
 def test_a_speaker_says_the_words_of_a_step_before_anybody_has_heard_the_first() -> None:
@@ -164,6 +204,35 @@ def test_between_members_a_tensor_travels_as_if_they_had_no_siblings() -> None:
     members(2, 1, alone)
     assert sent[4, 0, 2] == sent[2, 0, 1] > 0
     assert {(me, peer) for world, me, peer in sent if world == 4 and me // 2 != peer // 2} == {(0, 2), (2, 0)}
+
+
+@pytest.mark.parametrize("ranks_of_members", [((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 1, 2), (3,)), ((0, 1, 2, 3),)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_what_is_gathered_is_everybodys_own_and_goes_by_the_speakers(
+    ranks_of_members: tuple[tuple[int, ...], ...], dtype: torch.dtype
+) -> None:
+    """So ranks of unlike members need no links to each other."""
+    cluster, speakers = VirtualCluster(4), [ranks[0] for ranks in ranks_of_members]
+    sent: dict[tuple[int, int], int] = {}
+
+    def say(me: int) -> Wait[Any]:
+        watched(cluster, me, sent)
+        siblings = Siblings(cluster.carriers[me], next(ranks for ranks in ranks_of_members if me in ranks))
+        rounds, ends = LayeredRounds(cluster.carriers[me], siblings, speakers), []
+        for size in (5, 0, 3):
+            own = torch.arange(size * me).add(me).to(dtype)
+            ends.append((yield from rounds.exchange(own, "gather")))
+            ends.append((yield from rounds.exchange(own[:size].new_ones(2), "sum")))
+        return ends
+
+    for found in cluster.run({rank: say(rank) for rank in range(4)}).values():
+        for (gathered, members), size in zip(found[::2], (5, 0, 3), strict=True):
+            assert members == (0, 1, 2, 3)
+            assert [part.tolist() for part in gathered] == [[*range(r, r + size * r)] for r in range(4)]
+            assert {part.dtype for part in gathered} == {dtype}
+        assert all(total.tolist() == [4, 4] for (total,), _ in found[1::2])
+    joined = {(a, b) for ranks in ranks_of_members for a in ranks for b in ranks}
+    assert {pair for pair in sent if pair not in joined} <= {(a, b) for a in speakers for b in speakers}
 
 
 def test_only_speakers_are_members() -> None:
