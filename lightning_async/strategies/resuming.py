@@ -71,7 +71,9 @@ class Resuming:
         mine = {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
         epoch = self._tell_epoch(mine["loops"]["fit_loop"])
         waits = own.get("waits", False)  # older versions did not say
-        loaders = () if self._between_epochs and compat.reloads_with(strategy.trainer, epoch) else own.get("loaders", ())
+        loaders = (
+            () if self._between_epochs and compat.reloads_with(strategy.trainer, epoch) else own.get("loaders", ())
+        )
         strategy.feeding.load_loader_states(loaders, in_mid_epoch=not self._between_epochs, over=waits)
         return mine
 
