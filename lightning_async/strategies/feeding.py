@@ -69,7 +69,7 @@ class Feeding:
         self._speaks = True
         self._usual: Fraction | None = None
         self._batches_of: dict[int, int] = {}
-        self._lengths: dict[int, int] = {}
+        self._lengths_of: dict[int, int] = {}
         self._total: int | None = None
         self._by_sample = False
         self._begun = True
@@ -193,12 +193,12 @@ class Feeding:
     def agree(self, rounds: Rounds, *, in_step: bool = False) -> Wait[None]:
         """All ranks made their loaders: what a batch of a member is on average decides how many an epoch has, and how
         long its streams are; who speaks for one says it. Before any of them draws. Raises on all ranks."""
-        mine = [str(self._batch)] if self._speaks else []
-        mine += [str(length)] if mine and (length := self.length()) is not None else []
-        words = yield from rounds.agree(" ".join(mine).encode(), what="the batch sizes")
+        length = self._streams.batches(1.0) if self._streams.known else None
+        mine = f"{self._batch} {'' if length is None else length}".strip() if self._speaks else ""
+        words = yield from rounds.agree(mine.encode(), what="the batch sizes")
         said = {rank: [int(number) for number in word.split()] for rank, word in words.items() if word}
         self._batches_of = {rank: batch for rank, (batch, *_) in said.items()}
-        self._lengths = {rank: lengths[0] for rank, (_, *lengths) in said.items() if lengths}
+        self._lengths_of = {rank: lengths[0] for rank, (_, *lengths) in said.items() if lengths}
         sizes = self._batches_of.values()
         self._usual = Fraction(sum(sizes), len(sizes)) if sizes else None
         if in_step and self.share is not None and len(set(sizes)) > 1:
@@ -233,9 +233,9 @@ class Feeding:
         """The same, for who plans ahead: streams may be of unlike lengths, and the run has those of all."""
         mine, n = self.epoch_batches(), len(self._batches_of)
         part = isinstance(self.limit, float) and self.limit < 1.0
-        if not mine or part or self.share is not None or not n or len(self._lengths) < n:
+        if not mine or part or self.share is not None or not n or len(self._lengths_of) < n:
             return mine
-        whole = sum(length * self.weight_of(rank) for rank, length in self._lengths.items())
+        whole = sum(length * self.weight_of(rank) for rank, length in self._lengths_of.items())
         steps = math.ceil(whole / self.step_of(n))
         return min(steps, self.limit) if isinstance(self.limit, int) else steps
 
@@ -263,7 +263,7 @@ class Feeding:
         """The run is over."""
         self.under_way = False
         self.share = self._kept = self._total = self._usual = None
-        self._batches_of, self._lengths = {}, {}
+        self._batches_of, self._lengths_of = {}, {}
         self.batches = self.samples = 0
         self._begun, self._by_sample = True, False
         self._tell_epoch = self._tell_dealt = None
