@@ -260,12 +260,12 @@ class AsyncStrategy(Shown):
             self.checkpoints.before_loader()
         if not trainer.training:
             return dataloader
-        if not compat.wants_our_sampler(trainer):
-            self.feeding.note(dataloader)
-            return dataloader
-        fed = self.feeding.share_out(dataloader, self.office, lambda: trainer.current_epoch)
+        if compat.wants_our_sampler(trainer):
+            fed = self.feeding.share_out(dataloader, self.office, lambda: trainer.current_epoch)
+        else:
+            self.feeding.note(fed := dataloader)
         if self.meeting:
-            self.together(self.feeding.agree(self.office.rounds))
+            self.together(self.feeding.agree(self.office.rounds, in_step=self.algorithm.in_step))
         return fed
 
     def on_train_start(self) -> None:

@@ -36,7 +36,7 @@ IN_A_FIT = {
     "fit_loop.epoch_loop._should_check_val_epoch": "whether an epoch is one with validation",
     "fit_loop.epoch_loop._should_check_val_fx": "it would validate by one rank's clock",
     "fit_loop.epoch_loop.on_advance_end": "one rank alone would leave the loop right behind it",
-    "fit_loop._iteration_based_training": "with `max_steps` it would go on with an epoch that was over, and lose one",
+    "fit_loop._iteration_based_training": "with `max_steps` it would lose the epoch behind one that was over",
 }
 """What `Clock` replaces or asks while it lasts."""
 _NOT_SET = object()

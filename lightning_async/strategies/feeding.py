@@ -69,6 +69,7 @@ class Feeding:
         self._speaks = True
         self._usual: Fraction | None = None
         self._batches_of: dict[int, int] = {}
+        self._lengths_of: dict[int, int] = {}
         self._total: int | None = None
         self._by_sample = False
         self._begun = True
@@ -189,13 +190,24 @@ class Feeding:
         """Lightning is about to make its loaders: they come in the place of those before, drawn from or not."""
         self._begun = True
 
-    def agree(self, rounds: Rounds) -> Wait[None]:
-        """All ranks made their loaders: what a batch of a member is on average decides how many an epoch has; who
-        speaks for one says it. Before any of them draws."""
-        words = yield from rounds.agree(str(self._batch).encode() if self._speaks else b"", what="the batch sizes")
-        self._batches_of = {rank: int(word) for rank, word in words.items() if word}
-        said = self._batches_of.values()
-        self._usual = Fraction(sum(said), len(said)) if said else None
+    def agree(self, rounds: Rounds, *, in_step: bool = False) -> Wait[None]:
+        """All ranks made their loaders: what a batch of a member is on average decides how many an epoch has, and how
+        long its streams are; who speaks for one says it. Before any of them draws. Raises on all ranks."""
+        length = self._streams.batches(1.0) if self._streams.known else None
+        mine = f"{self._batch} {'' if length is None else length}".strip() if self._speaks else ""
+        words = yield from rounds.agree(mine.encode(), what="the batch sizes")
+        said = {rank: [int(number) for number in word.split()] for rank, word in words.items() if word}
+        self._batches_of = {rank: batch for rank, (batch, *_) in said.items()}
+        self._lengths_of = {rank: lengths[0] for rank, (_, *lengths) in said.items() if lengths}
+        sizes = self._batches_of.values()
+        self._usual = Fraction(sum(sizes), len(sizes)) if sizes else None
+        if in_step and self.share is not None and len(set(sizes)) > 1:
+            told = ", ".join(f"on rank {rank}: {size}" for rank, size in self._batches_of.items())
+            raise MisconfigurationException(
+                f"the batch sizes are unlike ({told}), and all ranks take each step together: equal shares of one data "
+                "set would be unequal numbers of batches. So give all ranks one batch_size, or take a mode in which "
+                "nobody waits"
+            )
 
     def completed(self, batch: object = None) -> None:
         """A batch was trained on."""
@@ -216,6 +228,16 @@ class Feeding:
             return self._streams.batches(self.limit) if self._streams.known else None
         span, usual = self._span(self._total), self._usual or self._batch
         return epoch_batches(span, members=self._world, batch=usual, drop_last=self._drop_last)
+
+    def foreseen(self) -> int | None:
+        """The same, for who plans ahead: streams may be of unlike lengths, and the run has those of all."""
+        mine, n = self.epoch_batches(), len(self._batches_of)
+        part = isinstance(self.limit, float) and self.limit < 1.0
+        if not mine or part or self.share is not None or not n or len(self._lengths_of) < n:
+            return mine
+        whole = sum(length * self.weight_of(rank) for rank, length in self._lengths_of.items())
+        steps = math.ceil(whole / self.step_of(n))
+        return min(steps, self.limit) if isinstance(self.limit, int) else steps
 
     def length(self) -> int | None:
         """How many batches this rank's own streams have in an epoch, limits aside; None while that is not known."""
@@ -241,7 +263,7 @@ class Feeding:
         """The run is over."""
         self.under_way = False
         self.share = self._kept = self._total = self._usual = None
-        self._batches_of = {}
+        self._batches_of, self._lengths_of = {}, {}
         self.batches = self.samples = 0
         self._begun, self._by_sample = True, False
         self._tell_epoch = self._tell_dealt = None

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_async import AsyncStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
 from tests.strategies.lit import Lit, Numbers, loader, trainer
-from tests.strategies.ranks import run
+from tests.strategies.ranks import Forked, run
 
 
 class Seen(L.Callback):
@@ -165,3 +165,13 @@ def test_saved_logged_and_gone_on_with(tmp_path: Path) -> None:
     assert float(last["progress/batch"]) == 16, "a step is a batch of each, whoever took it"
     before = [samples / size for (_, samples), size in zip([one["saved"][0] for one in found], (4, 12), strict=True)]
     assert float(last["progress/updates"]) == sum(taken) + sum(before), "one by one"
+
+
+def test_unlike_sizes_of_one_data_set_are_refused_where_all_step_together() -> None:
+    """Equal shares of it are then unequal numbers of batches: said before the first of them."""
+    with Forked(2, fit, (4, 12), {"mine": LazySignStrategy, "slow": {}, "max_epochs": 1}) as forked:
+        results = forked.results()
+    assert {result.kind for result in results} == {"MisconfigurationException"}
+    for result in results:
+        assert "give all ranks one batch_size, or take a mode in which nobody waits" in result.error
+        assert "on rank 0: 4, on rank 1: 12" in result.error

@@ -252,6 +252,31 @@ def test_schedules_by_step_end_where_they_should(name: str, options: dict[str, A
     assert len(set(found[0]["rates"])) > 10
 
 
+class Long(IterableDataset[Any]):
+    """40 batches of four on rank 0, and 16 on rank 1; it says so."""
+
+    def __len__(self) -> int:
+        return 160 if os.environ["RANK"] == "0" else 64
+
+    def __iter__(self) -> Any:
+        return ((i, INPUTS[i], TARGETS[i]) for i in range(len(self)))
+
+
+def scheduled_streams(sampler: bool) -> dict[str, Any]:
+    data = torch.utils.data.DataLoader(Long(), batch_size=4)
+    return scheduled("onecycle", {"data": data, "max_epochs": 1, "slow": 0, "use_distributed_sampler": sampler})
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize("sampler", [True, False])
+def test_schedules_end_where_streams_of_unlike_lengths_do(sampler: bool) -> None:
+    """A run of 40 and of 16 batches has 28 steps."""
+    found = both(scheduled_streams, sampler)
+    assert [(one["total"], one["global_step"]) for one in found] == [(28, 28)] * 2
+    assert found[0]["rates"][-1] <= 1e-3, "the last batch of the longer stream is at the end of the schedule"
+
+
 def stopped_by_time(folder: Path) -> dict[str, Any]:
     return fit(max_epochs=-1, max_time={"seconds": 1})
 
