@@ -72,6 +72,11 @@ class PipeBatches(Resting):
             if not fresh:
                 draws.reseed(self.turns.seed, self.turns.batches, draws.BETWEEN)
 
+    def epoch_ended(self) -> None:
+        """Whatever iterator was made for it, the next epoch makes its own. (A run that goes on from a validation behind
+        the last batch of an epoch first ends that epoch, which does not start again.)"""
+        self._fresh = False
+
     def on_train_start(self) -> None:
         """Right before the first batch."""
         self._garbage.set_aside()

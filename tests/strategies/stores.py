@@ -1,4 +1,4 @@
-"""CheckpointIOs that go wrong, that write later, and one that writes nowhere near the path it is given."""
+"""Who saves; CheckpointIOs that go wrong, that write later, and one that writes nowhere near the path it is given."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from lightning_async.strategies.whole_files import WholeFiles
@@ -29,6 +31,19 @@ class Recorded(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         self.calls.append(("remove", os.path.basename(path)))
         super().remove_checkpoint(path)
+
+
+class SavesTwice(Callback):
+    """Two saves at one path; before the second one `arm` is called."""
+
+    def __init__(self, path: str, arm: Callable[[], None]) -> None:
+        self.path, self.arm = path, arm
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        if not trainer.sanity_checking:
+            if trainer.current_epoch == 1:
+                self.arm()
+            trainer.save_checkpoint(self.path)
 
 
 class Dies(Recorded):

@@ -33,7 +33,7 @@ from tests.strategies.resumable import (
     rank,
     samples,
 )
-from tests.strategies.stores import Dies, DiesWriting, Elsewhere, Full, Recorded
+from tests.strategies.stores import Dies, DiesWriting, Elsewhere, Full, Recorded, SavesTwice
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory", "ignore:.*multiple `ModelCheckpoint`", "ignore:Using `DistributedSampler` with"
@@ -41,19 +41,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 # -- a save that is cut short ------------------------------------------------------------------------------------------
-
-
-class SavesTwice(Callback):
-    """Two saves at one path; before the second one `arm` is called."""
-
-    def __init__(self, path: str, arm: Callable[[], None]) -> None:
-        self.path, self.arm = path, arm
-
-    def on_validation_end(self, trainer: Any, module: Any) -> None:
-        if not trainer.sanity_checking:
-            if trainer.current_epoch == 1:
-                self.arm()
-            trainer.save_checkpoint(self.path)
 
 
 def _dies(folder: str, dead: int, at: int, patience: float, kind: type[Dies] | type[DiesWriting] = Dies) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.strategies.features import others, page
+from tests.strategies.features import others, others_more, page
 from tests.strategies.features.table import Scene, Verdict
 from tests.strategies.ranks import run
 
@@ -40,6 +40,14 @@ def test_each_line_is_true_of_the_other_strategies(name: str, tmp_path: Path) ->
     first, second = run(2, others.fits, name, tmp_path, timeout=SECONDS)
     wrong = [line for line in others.LINES if not line.cells[name].holds(first, second)]
     assert not wrong, "\n".join(f"{line.of}: not `{line.cells[name]}`" for line in wrong)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("way", others_more.WAYS)
+def test_each_line_is_true_in_the_modes_of_the_other_strategies(way: str, tmp_path: Path) -> None:
+    first, second = run(2, others_more.fits, way, tmp_path, timeout=SECONDS)
+    wrong = [line for line in others_more.LINES if not line.cells[way].holds(first, second)]
+    assert not wrong, "\n".join(f"{line.of} {line.value}: not `{line.cells[way]}`" for line in wrong)
 
 
 def test_nothing_that_lightning_has_is_missing() -> None:

@@ -238,7 +238,6 @@ def remote(root: Path, steps: int, path: str | None, later: bool) -> dict[str, A
 
 
 @pytest.mark.few(1)
-@pytest.mark.filterwarnings("ignore:.*does not go on to the bit:UserWarning")
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("path", ["bucket://saved/last.ckpt", "last"])
 def test_checkpoints_in_a_remote_store_hold_every_rank(path: str, later: bool, tmp_path: Path) -> None:

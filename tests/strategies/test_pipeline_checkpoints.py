@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.strategies.piped import Piped, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
+from tests.strategies.stores import Dies, DiesWriting, SavesTwice
 
 SAVING = {"enable_checkpointing": True}
 MISSING = "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"
@@ -195,3 +197,44 @@ def test_a_rank_that_saves_alone_stops_the_run_at_once(rank: int, batch: int, tm
     sentence = "the ranks are at different things" if batch == 7 else "stop, save and validate after the same ones"
     assert any(sentence in r.error for r in results), results
     assert not list(tmp_path.iterdir())
+
+
+# -- a save that is cut short ------------------------------------------------------------------------------------------
+
+
+class DiesBringing(Callback):
+    """The process is killed in a save, when it has brought the weights of its stage, and is waited for no less."""
+
+    def __init__(self, *, at: int) -> None:
+        self.at, self.armed = at, False
+
+    def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Any) -> None:
+        if self.armed and self.at >= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed(folder: str, dead: int, kind: Any, resume: bool) -> list[float]:
+    dies = kind(at=0 if os.environ["RANK"] == str(dead) else -1)
+    own: dict[str, Any] = {"callbacks": [dies]} if kind is DiesBringing else {"callbacks": [], "plugins": [dies]}
+
+    def arm() -> None:
+        dies.armed = True
+
+    own["callbacks"].append(SavesTwice(f"{folder}/x.ckpt", arm))
+    lit = Piped()
+    t = trainer(2, max_epochs=2, **own)
+    t.fit(lit, loader(shuffle=True), loader(20), ckpt_path=f"{folder}/x.ckpt" if resume else None)
+    return weights(lit)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize(("dead", "kind"), [(1, DiesBringing), (0, DiesWriting), (0, Dies)])
+def test_a_kill_in_a_save_leaves_the_checkpoint_of_before(dead: int, kind: Any, tmp_path: Path) -> None:
+    """Whoever it hits: while a stage brings its part, before the file is written, and in the middle of that."""
+    with Forked(2, _killed, str(tmp_path), dead, kind, False, store=True) as forked:
+        forked.processes[dead].join(30)  # the other is killed with it
+        assert forked.processes[dead].exitcode == -signal.SIGKILL
+    assert (tmp_path / "x.ckpt.part").exists() is (kind is DiesWriting)
+    assert torch.load(tmp_path / "x.ckpt", weights_only=True)["epoch"] == 0
+    on = run(2, _killed, str(tmp_path), -1, kind, True)
+    assert on == run(2, _killed, str(tmp_path), -1, kind, False)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
-from lightning_async import AsyncGlobalStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
+from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
 from lightning_async.progress.progress import Progress
 from tests.strategies import piped, resumable
 from tests.strategies.lit import Lit, Numbers, loader, trainer, weights
@@ -70,6 +70,7 @@ def queue(folder: Path) -> dict[str, Any]:
 STRATEGIES: dict[str, Any] = {
     "gossip_ring": GossipRingStrategy,
     "async_global": AsyncGlobalStrategy,
+    "cyclic_delay": CyclicDelayStrategy,
     "lazy_sign": LazySignStrategy,
 }
 
@@ -122,7 +123,7 @@ def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slur
 
 @pytest.mark.few(0)
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("strategy", ["async_global", "lazy_sign"])
+@pytest.mark.parametrize("strategy", ["async_global", "cyclic_delay", "lazy_sign"])
 def test_the_same_under_other_strategies(slurm: Path, strategy: str, rank: int) -> None:
     first, second = run(2, job, slurm, rank, 40, False, strategy)
     assert first["steps"] == second["steps"] == 40

@@ -53,8 +53,9 @@ class Line:
     value: str
     cells: dict[str, Cell]
 
-    def __str__(self) -> str:
-        return f"| {self.of} | {self.value} | {' | '.join(str(self.cells[name]) for name in NAMES)} |\n"
+    def row(self, names: Sequence[str]) -> str:
+        """For the page, a cell for each of `names`."""
+        return f"| {self.of} | {self.value} | {' | '.join(str(self.cells[name]) for name in names)} |\n"
 
 
 # -- the fits ----------------------------------------------------------------------------------------------------------
@@ -74,10 +75,10 @@ class Told(L.Callback):
     """At its third batch, rank 1 is told something."""
 
     def __init__(self, do: Callable[[L.Trainer], object]) -> None:
-        self.do, self.batches = do, 0
+        self.do, self.batches, self.epoch = do, 0, 0
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.batches += 1
+        self.batches, self.epoch = self.batches + 1, trainer.current_epoch
         if (trainer.global_rank, self.batches) == (1, 3):
             self.do(trainer)
 
@@ -86,13 +87,14 @@ def fits(name: str, folder: Path) -> dict[str, Fitted]:
     """The same fits, under one strategy."""
 
     def fit(callbacks: Sequence[L.Callback] = (), module: Any = None, data: Any = None, **options: Any) -> Fitted:
-        return _tried(lambda: _fit(name, callbacks, module or _module(name), data, options))
+        return tried(lambda: _fit(name, callbacks, module or _module(name), data, options))
 
     def saver(part: str, **when: Any) -> ModelCheckpoint:
         return ModelCheckpoint(folder / part, filename="{step}", save_top_k=-1, **when)
 
     by_hand = _module(name)
     by_hand.automatic_optimization = False
+    ended = Told(lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
     across = {"val_check_interval": EVERY, "check_val_every_n_epoch": None, "max_epochs": -1, "max_steps": MOST}
     found = {
         "steps": fit([saver("steps", every_n_train_steps=EVERY)], _scheduled(name, _cycle), **across),
@@ -108,12 +110,8 @@ def fits(name: str, folder: Path) -> dict[str, Fitted]:
         "whole": fit(module=_stepped_by(name, torch.optim.Adafactor), max_epochs=1),
         "stop": fit([Told(lambda trainer: setattr(trainer, "should_stop", True))], max_epochs=9),
         "stream": fit(data=DataLoader(Own(name), batch_size=4), max_epochs=1),
-        "end": fit(
-            [
-                Told(lambda trainer: os.kill(os.getpid(), signal.SIGTERM)),
-                saver("end", save_on_exception=True, every_n_epochs=99),
-            ],
-            max_epochs=99,
+        "end": Fitted(
+            fit([ended, saver("end", save_on_exception=True, every_n_epochs=99)], max_epochs=99), reached=ended.epoch
         ),
     }
     return {
@@ -132,7 +130,8 @@ def _fit(name: str, callbacks: Sequence[L.Callback], module: Any, data: Any, opt
     return Fitted(told(one, module, watch), total=getattr(module, "total", 0))
 
 
-def _tried(fit: Callable[[], Fitted]) -> Fitted:
+def tried(fit: Callable[[], Fitted]) -> Fitted:
+    """What the rank saw, or the sentence with which it was refused."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -219,6 +218,12 @@ def _cycled(one: Any) -> bool:
     return bool(one.total == MOST and round(one.rates[-1], 9) == round(optimizer.param_groups[0]["lr"], 9))
 
 
+def _ended(a: Any, b: Any) -> bool:
+    """Both were stopped by the signal, at one place, and not by the end of their epochs."""
+    one, other = a["end"], b["end"]
+    return bool(one.said) and one.said == other.said and bool(one.files) and max(one.reached, other.reached) < 98
+
+
 OF_THE_RUN = "steps of the run"
 LINES = [
     _line(
@@ -266,7 +271,7 @@ LINES = [
     _line(
         "SIGTERM to one rank",
         "`ModelCheckpoint(save_on_exception=True)`",
-        Cell(Verdict.WORKS, "all save, and stop", lambda a, b: a["end"].said == b["end"].said and bool(a["end"].files)),
+        Cell(Verdict.WORKS, "all save, and stop", _ended),
     ),
     _line("`AsyncCheckpointIO`", "", works("later", lambda one: len(one.files) == 1)),
     _line(
@@ -313,5 +318,10 @@ for one may come later.
 
 def section() -> str:
     """This part of the page."""
-    head = f"| feature | value | {' | '.join(f'`{name}`' for name in NAMES)} |\n|{' --- |' * (2 + len(NAMES))}\n"
-    return HEAD + head + "".join(map(str, LINES))
+    return HEAD + table(NAMES, LINES)
+
+
+def table(names: Sequence[str], lines: Sequence[Line]) -> str:
+    """Lines under a head, a column for each of `names`."""
+    head = f"| feature | value | {' | '.join(f'`{name}`' for name in names)} |\n|{' --- |' * (2 + len(names))}\n"
+    return head + "".join(line.row(names) for line in lines)

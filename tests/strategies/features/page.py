@@ -21,6 +21,7 @@ from tests.strategies.features import (
     modes,
     optimizers,
     others,
+    others_more,
     precisions,
     savers,
     schedules,
@@ -104,7 +105,12 @@ def page() -> str:
     by_section: dict[str, list[Row]] = {section: [] for section in LISTS}
     for section, row in rows():
         by_section.setdefault(section, []).append(row)
-    parts = [HEAD, summary(), *(_section(name, found) for name, found in by_section.items() if found), others.section()]
+    parts = [
+        HEAD,
+        summary(),
+        *(_section(name, found) for name, found in by_section.items() if found),
+        others.section() + others_more.section(),
+    ]
     return "\n".join(parts)
 
 
