@@ -126,7 +126,8 @@ class Clock:
 
     def expect(self, trainer: Trainer) -> None:
         """Let Lightning foresee the length of an epoch; it must not stop there by itself (`begin`)."""
-        if self._counts.taken and (length := self._strategy.feeding.foreseen()) is not None:
+        length = self._strategy.feeding.foreseen(trainer.accumulate_grad_batches)
+        if self._counts.taken and length is not None:
             trainer.fit_loop.max_batches = length if self.progress is None else float("inf")
 
     def _renew(self, trainer: Trainer) -> None:

@@ -229,15 +229,18 @@ class Feeding:
         span, usual = self._span(self._total), self._usual or self._batch
         return epoch_batches(span, members=self._world, batch=usual, drop_last=self._drop_last)
 
-    def foreseen(self) -> int | None:
-        """The same, for who plans ahead: streams may be of unlike lengths, and the run has those of all."""
-        mine, n = self.epoch_batches(), len(self._batches_of)
+    def foreseen(self, accumulated: int = 1) -> int | None:
+        """The same, for who plans ahead: streams may be of unlike lengths, and the run has those of all, each of which
+        ends with a step of the batches that are left, if so many make a step."""
+        mine, n, lengths = self.epoch_batches(), len(self._batches_of), self._lengths_of
         part = isinstance(self.limit, float) and self.limit < 1.0
-        if not mine or part or self.share is not None or not n or len(self._lengths_of) < n:
+        if not mine or part or self.share is not None or len(lengths) < n or len(set(lengths.values())) < 2:
             return mine
-        whole = sum(length * self.weight_of(rank) for rank, length in self._lengths_of.items())
-        steps = math.ceil(whole / self.step_of(n))
-        return min(steps, self.limit) if isinstance(self.limit, int) else steps
+        whole = sum(length * self.weight_of(rank) for rank, length in lengths.items())
+        if isinstance(self.limit, int) and self.limit * self.step_of(n) <= whole:
+            return self.limit
+        steps = sum(math.ceil(length / accumulated) * self.weight_of(rank) for rank, length in lengths.items())
+        return math.ceil(steps / self.step_of(n)) * accumulated
 
     def length(self) -> int | None:
         """How many batches this rank's own streams have in an epoch, limits aside; None while that is not known."""

@@ -262,18 +262,24 @@ class Long(IterableDataset[Any]):
         return ((i, INPUTS[i], TARGETS[i]) for i in range(len(self)))
 
 
-def scheduled_streams(sampler: bool) -> dict[str, Any]:
+def scheduled_streams(sampler: bool, options: dict[str, Any]) -> dict[str, Any]:
     data = torch.utils.data.DataLoader(Long(), batch_size=4)
-    return scheduled("onecycle", {"data": data, "max_epochs": 1, "slow": 0, "use_distributed_sampler": sampler})
+    return scheduled("onecycle", {"data": data, "slow": 0, "use_distributed_sampler": sampler, **options})
 
 
 @pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
 @pytest.mark.parametrize("sampler", [True, False])
-def test_schedules_end_where_streams_of_unlike_lengths_do(sampler: bool) -> None:
-    """A run of 40 and of 16 batches has 28 steps."""
-    found = both(scheduled_streams, sampler)
-    assert [(one["total"], one["global_step"]) for one in found] == [(28, 28)] * 2
+@pytest.mark.parametrize(
+    ("options", "total", "step"),
+    [({"max_epochs": 1}, 28, 28), ({"max_epochs": 2, "accumulate_grad_batches": 7}, 10, 9)],
+)
+def test_schedules_end_where_streams_of_unlike_lengths_do(
+    options: dict[str, Any], total: int, step: int, sampler: bool
+) -> None:
+    """A run of 40 and of 16 batches has 28 steps; of seven batches each, it takes 6 and 3 an epoch."""
+    found = both(scheduled_streams, sampler, options)
+    assert [(one["total"], one["global_step"]) for one in found] == [(total, step)] * 2
     assert found[0]["rates"][-1] <= 1e-3, "the last batch of the longer stream is at the end of the schedule"
 
 

@@ -265,6 +265,37 @@ def test_the_batches_of_an_epoch_go_by_the_mean_of_what_all_say() -> None:
     assert feeding.epoch_batches() == 1
 
 
+class OfThree:
+    """Rounds in which the others say this."""
+
+    def __init__(self, *others: bytes) -> None:
+        self.others = others
+
+    def agree(self, word: bytes, *, what: str) -> Any:
+        yield from ()
+        return dict(enumerate([word, *self.others]))
+
+
+@pytest.mark.parametrize(
+    ("limit", "others", "accumulated", "steps"),
+    [
+        (1.0, [b"8 3", b"8 4"], 1, 5),  # 7, 3 and 4 batches
+        (1.0, [b"8 3", b"8 4"], 3, 6),  # 3, 1 and 2 steps, each of 3 batches
+        (1.0, [b"16 3", b"8 4"], 1, 5),  # 17 batches of 8, four of which are a step
+        (1.0, [b"8 7", b"8 7"], 3, 7),
+        (1.0, [b"8", b"8 4"], 1, 7),  # one does not know
+        (4, [b"8 3", b"8 4"], 1, 4),
+        (6, [b"8 3", b"8 4"], 1, 5),
+    ],
+)
+def test_streams_foresee_what_all_have(limit: float, others: list[bytes], accumulated: int, steps: int) -> None:
+    feeding, rounds = Feeding("claim"), OfThree(*others)
+    feeding.limit = limit
+    feeding.watch(loader())
+    assert list(feeding.agree(rounds)) == []  # type: ignore[arg-type]
+    assert feeding.foreseen(accumulated) == steps
+
+
 def test_counts_are_of_batches_and_the_samples_in_them() -> None:
     feeding = Feeding("claim")
     drawn(feeding, shared_out(feeding, loader()), 7)

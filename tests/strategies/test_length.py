@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_async import SpeedFaults
-from tests.strategies.lit import Lit, loader, trainer
+from tests.strategies.lit import Lit, Numbers, loader, trainer
 from tests.strategies.ranks import run
 
 RANKS, SAMPLES = 2, 60
@@ -137,3 +138,24 @@ def test_loaders_that_are_made_anew_are_validated_by_their_own_length(
         assert validated == [(epoch, step) for epoch, step in expected if epoch > 0]
     samples = Counter(index for _, _, seen in resumed for index in seen)
     assert samples == Counter(index for n in lengths[1:] for index in range(n) for _ in range(1 if fed else RANKS))
+
+
+class Streaming(Own):
+    """A stream of its own for each epoch; the state of one that came to its end is not a beginning."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Numbers(self.lengths[self.trainer.current_epoch]), batch_size=4)
+
+
+def _streaming(path: Path, resume: bool) -> list[int]:
+    warnings.simplefilter("ignore")
+    lit = Streaming((16, 24), None if resume else path)
+    options = {"max_epochs": 2, "reload_dataloaders_every_n_epochs": 1}
+    trainer(1, **options).fit(lit, ckpt_path=path if resume else None)
+    return lit.seen
+
+
+def test_a_stream_that_is_made_anew_begins_in_a_run_that_goes_on_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "end.ckpt"
+    assert run(1, _streaming, path, False) == [[*range(16), *range(24)]]
+    assert run(1, _streaming, path, True) == [[*range(24)]]
