@@ -70,8 +70,13 @@ class Consensus:
         summon()
         progress.whole = strategy.clock.whole_epoch(strategy.trainer)
         words_of_all = office.rounds.agree(progress.word(), what="roll call")
-        heed = None if strategy.algorithm.in_step else summon  # in step nobody is further away than one step
-        return progress.settle(office.drive(words_of_all, sign=progress.sign, heed=heed))
+
+        def heed() -> None:
+            summon()
+            progress.overhear()
+
+        in_step = strategy.algorithm.in_step  # then nobody is further away than one step
+        return progress.settle(office.drive(words_of_all, sign=progress.sign, heed=None if in_step else heed))
 
     def reach(self) -> Wish:
         """All that live stop here and see the consensus; nothing is in flight. Returns what was asked for."""
