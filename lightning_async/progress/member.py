@@ -82,6 +82,11 @@ class ToldProgress(_Shared):
         self._shown = (Progress.steps(self), Progress.about(self))
         self._say("the run's steps", self._shown, leaves="later")  # with the next word, whether a meeting follows
 
+    def overhear(self) -> None:
+        """Call the others if a sibling wishes for something; its own word brings the wish, now or at the next one."""
+        if self._wished():
+            self._stops.ask(self._report())
+
     def is_last(self) -> bool:
         """See `Progress.is_last`."""
         return bool(self._say("whether the epoch ends with this batch", super().is_last()))

@@ -160,6 +160,9 @@ class Progress:
         self.wishes |= wishes
         self._stops.ask(self._report())
 
+    def overhear(self) -> None:
+        """Called by who waits for the others at a meeting. Nothing: this rank is a member by itself."""
+
     def steps(self) -> int:
         """Steps of the run by now: never less than before, not the next point before all are there, and none beyond the
         epoch's."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_async.progress.progress import Outcome
+from lightning_async.progress.progress import Outcome, Progress
 from lightning_async.progress.report import Wish
 from lightning_async.progress.tally import ZERO, Tally
 from lightning_async.replica import Replica
@@ -74,14 +74,16 @@ class Consensus:
         strategy.clock.summon(strategy.trainer)
         progress.whole = strategy.clock.whole_epoch(strategy.trainer)
         words_of_all = office.rounds.agree(progress.word(), what="roll call")
-        heed = None if strategy.algorithm.in_step else self._heed  # in step nobody is further away than one step
+        in_step = strategy.algorithm.in_step  # then nobody is further away than one step
+        heed = None if in_step else partial(self._heed, progress)
         return progress.settle(office.drive(words_of_all, sign=progress.sign, heed=heed))
 
-    def _heed(self) -> None:
+    def _heed(self, progress: Progress) -> None:
         """What falls due meanwhile, and what the others need of this rank before they can come."""
         strategy = self._strategy
         office, algorithm = strategy.office, strategy.algorithm
         strategy.clock.summon(strategy.trainer)
+        progress.overhear()
         if algorithm.attends and office.speaks:
             for _ in office.recording.attends():
                 algorithm.attend(strategy.replica, office.mail)

@@ -148,9 +148,10 @@ class Siblings:
         for rank in owners:
             self._use(came[rank], slices[rank].copy_)
 
-    def _pieces(self, tensor: Tensor) -> tuple[Tensor, ...]:
+    def _pieces(self, tensor: Tensor) -> list[Tensor]:
         """At least one."""
-        return torch.split(tensor, max(1, self._longest // tensor.element_size()))
+        most = max(1, self._longest // tensor.element_size())
+        return [tensor[at : at + most] for at in range(0, max(1, tensor.numel()), most)]
 
     def _post(self, message: Message, name: str) -> Wait[None]:
         """To all siblings."""

@@ -333,11 +333,30 @@ def process_of_mpi(words: list[str], file: str) -> dict[str, Any]:
     return train(words)
 
 
+def mpirun(out: str) -> tuple[list[str], list[str]]:
+    """What `mpirun.sh` gives mpirun, and the script."""
+    words = words_of("mpirun.sh", "mpirun", {"HOSTS": "one:2,two:2", "OUT": out})
+    at = words.index("examples/launch/train.py")
+    assert words[at - 1] == "python"
+    return words[: at - 1], words[at + 1 :]
+
+
+def test_the_line_of_mpirun_starts_as_many_processes_as_it_tells_the_script() -> None:
+    line, script = mpirun("out")
+    told = dict(zip(script[::2], script[1::2], strict=True))
+    assert told["--out"] == "out"
+    assert line[:4] == ["-np", "4", "--host", "one:2,two:2"]
+    assert line[1] == str(int(told["--nodes"]) * int(told["--devices"]))
+    assert "ppr:2:node:PE=4" in line
+    assert told["--devices"] == "2"
+    assert "OMP_NUM_THREADS=4" in line
+
+
 @pytest.mark.few(0)
 @pytest.mark.parametrize("strategy", ["by_node", "gossip_ring"])
 def test_the_processes_of_mpirun(strategy: str, tmp_path: Path) -> None:
     """By what Lightning asks `mpi4py`, of two hosts with two processes each: there is no MPI here."""
-    words = ["--nodes", "2", "--devices", "2", "--out", str(tmp_path / "out"), "--strategy", strategy]
+    words = [*mpirun(str(tmp_path / "out"))[1], "--strategy", strategy]
     found = run(4, process_of_mpi, words, str(tmp_path / "world"))
     ran(found, "MPIEnvironment", 4)
     assert len({one["node"] for one in found[::2]}) == len({one["node"] for one in found[1::2]}) == 1

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch.utils.data import DataLoader
 
 from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
+from lightning_async.progress.member import HeardProgress
 from lightning_async.progress.progress import Progress
 from tests.strategies import piped, resumable
 from tests.strategies.lit import Lit, Numbers, loader, trainer, weights
@@ -234,6 +235,38 @@ def test_who_waits_for_the_others_hears_the_signal_too(slurm: Path, rank: int) -
     seen = again[1 - rank]["seen"]
     assert seen[0] // 4 - (2 * at - 4) in (0, 1), "it went on from where it was saved"
     assert seen == list(range(seen[0], (2 * 40 - 4) * 4))
+
+
+def waiting_member(folder: Path) -> dict[str, Any]:
+    """The signal comes to the second rank of the quick member alone, when its member waits for the slow one."""
+    sign, looks = HeardProgress.sign, 0
+
+    def looked(progress: HeardProgress) -> int:
+        nonlocal looks
+        looks += progress.meetings > 0
+        if looks == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return sign(progress)
+
+    if os.environ["RANK"] == "1":
+        HeardProgress.sign = looked  # type: ignore[method-assign]
+    watch = Warned(None)
+    faults = SpeedFaults(step_seconds=0.01, slow={2: 10.0, 3: 10.0})
+    strategy = GossipRingStrategy(inner_size=2, balance="equal")
+    t = trainer(4, strategy=strategy, callbacks=[faults, watch], **queue(folder))
+    t.fit(Lit(), loader(shuffle=False), loader(40, shuffle=False))
+    return {"saved": watch.saved, "steps": t.global_step, "epoch": t.current_epoch}
+
+
+@pytest.mark.few(0)
+def test_a_member_that_waits_hears_the_signal_of_any_of_its_ranks(slurm: Path) -> None:
+    """It is saved in the epoch that the others are still at, not at its end, which may be far."""
+    found = run(4, waiting_member, slurm)
+    assert all(one == found[0] for one in found)
+    (at,) = found[0]["saved"]
+    assert 15 // 2 <= at < 15, "30 batches of two members are an epoch, of which the quick one has done its 15"
+    assert (found[0]["steps"], found[0]["epoch"]) == (30, 2)
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n", "by one rank, once"
 
 
 class InValidation(L.Callback):

@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import CatMetric
 
 from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy
 from lightning_async.algorithms import common_step
@@ -365,3 +366,47 @@ def test_between_members_travels_what_travels_between_two_ranks() -> None:
     assert four[0][2] == two[0][1] > 0
     assert four[2][0] == two[1][0] > 0
     assert four[0].get(3, 0) == four[1].get(2, 0) == four[1].get(3, 0) == four[3].get(1, 0) == 0
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+class Lists(Plain):
+    """A metric that keeps all it saw: more than goes as a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = CatMetric()
+        self.whole: list[float] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.all.update(batch[0].float().repeat(1000))
+
+    def on_validation_epoch_end(self) -> None:
+        self.whole = self.all.compute().tolist()
+        self.all.reset()
+
+
+def _lists() -> tuple[list[float], set[int]]:
+    torch.manual_seed(0)
+    lit, peers = Lists(), set[int]()
+    t = trainer(4, knobs={"inner_size": 2, "mode": "none"}, max_epochs=1, num_sanity_val_steps=0)
+    close = t.strategy.office.close  # type: ignore[attr-defined]
+
+    def look_and_close() -> None:
+        sent = t.strategy.traffic()  # type: ignore[attr-defined]
+        peers.update(peer for peer, kinds in sent.items() if any(count.messages_out for count in kinds.values()))
+        close()
+
+    t.strategy.office.close = look_and_close  # type: ignore[attr-defined]
+    t.fit(lit, loader(shuffle=False), loader(20, shuffle=False))
+    return lit.whole, peers
+
+
+@pytest.mark.few(0)
+def test_a_metric_that_keeps_all_it_saw_opens_no_links_between_all_ranks() -> None:
+    """A fourth of 240 samples a thousand times is 240 kB for each rank."""
+    ends = run(4, _lists)
+    assert all(Counter(whole) == dict.fromkeys(range(240), 1000) for whole, _ in ends)
+    assert all(whole == ends[0][0] for whole, _ in ends)
+    assert [peers for _, peers in ends] == [{1, 2}, {0}, {0, 3}, {2}]

@@ -28,6 +28,7 @@ from lightning_async import (
     UnevenNodesEnvironment,
     UnevenSLURMEnvironment,
 )
+from lightning_async.strategies import one_thread
 from lightning_async.strategies.members import ranks_of_members, sizes
 from tests.strategies.lit import INPUTS, Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
@@ -335,6 +336,29 @@ def test_one_trainer_fits_validates_saves_and_fits_on(how: str, tmp_path: Path) 
         assert validated == pytest.approx(fitted)
         assert (world, epoch) == (3, 2)
     assert (tmp_path / "end.ckpt").exists()
+
+
+class Threads(L.Callback):
+    """On how many this rank trains."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.found = torch.get_num_threads()
+
+
+def _on_four_cores() -> int:
+    """Nobody says on how many threads: torch begins with one for each core that the process may run on."""
+    one_thread.ENOUGH = 30.0
+    os.sched_getaffinity = lambda _: set(range(4))  # type: ignore[assignment, attr-defined]  # for this forked process
+    os.environ.pop("OMP_NUM_THREADS", None)
+    torch.set_num_threads(4)
+    t = on_nodes(None, "SLURM", GossipRingStrategy(inner="node"), max_epochs=1, callbacks=[threads := Threads()])
+    t.fit(Lit(), loader(shuffle=False), loader(40, shuffle=False))
+    return threads.found
+
+
+def test_tasks_of_plain_srun_share_the_cores_of_their_node() -> None:
+    """Lightning sees to it (`docs/launching.md`)."""
+    assert run(3, _on_four_cores) == [2, 2, 4]
 
 
 def are_members(ends: list[dict[str, Any]]) -> None:
