@@ -239,7 +239,7 @@ def _no_knob(key: str, knob: str) -> Cell:
 
 
 SHARED = "of the epoch of all, shared out by speed"
-TOGETHER = "where all ranks take each step together they need equal numbers of batches"
+TOGETHER = "give all ranks one batch_size, or take a mode in which nobody waits"
 LINES = [
     _line(
         "`min_steps`, and one rank stops early",
@@ -304,7 +304,7 @@ LINES = [
         "`BackboneFinetuning`",
         "",
         works("thawed", lambda one: {*one.looked} == {25, 97}),
-        pipe=Cell(Verdict.UNTRIED, "", lambda a, b: True),
+        pipe=refused("thawed", "gives the optimizer new groups in mid-run"),
     ),
     _line("`buffers` (of the strategy)", '`"reestimate"`', works("anew", _finite), pipe=_no_knob("anew", "buffers")),
     _line(
