@@ -335,10 +335,7 @@ class CyclicDelay(Algorithm):
     def _pump(self, replica: Replica, mail: Mail) -> None:
         mail.lost()  # what was asked of the dead is asked of others
         for letter in mail.take(TOKEN):
-            exchange = self.exchanges[shard_of(letter.message.reference)]
-            exchange.known = max(exchange.known, letter.message.reference)
-            if letter.message.weight != ANOTHERS:
-                exchange.token = max(exchange.token, letter.message.reference)
+            self._hear(letter.message)
             mail.folded(letter)
         for letter in mail.take(ANSWER):
             self._fold(letter, replica)
@@ -350,20 +347,28 @@ class CyclicDelay(Algorithm):
                 self._move(exchange)
         self._own.tell(exchange.owner for exchange in self.exchanges)
 
+    def _hear(self, token: Message) -> None:
+        """A turn, or whose the shard is now. There may have been more shards before what is trained changed."""
+        for exchange in self.exchanges:
+            if exchange.shard.number == shard_of(token.reference):
+                exchange.known = max(exchange.known, token.reference)
+                if token.weight != ANOTHERS:
+                    exchange.token = max(exchange.token, token.reference)
+
     def _fold(self, letter: Letter, replica: Replica) -> None:
         exchange = self.exchanges[shard_of(letter.message.reference)]
         if letter.message.weight == NOT_HERE and letter.message.reference == exchange.place:
             self.owners.doubt(exchange.shard.number)
         self._arrivals += exchange.fold(letter, replica)
 
-    def _bid(self, exchange: TokenExchange | DeltaExchange, mail: Mail) -> None:
-        """Once for each batch, and when others are heard than before."""
-        bid = (self._step, mail.live())
+    def _bid(self, exchange: TokenExchange | DeltaExchange, mail: Mail, *, idle: bool = False) -> None:
+        """Once for each batch, and when others are heard than before; who is `idle` in its turn says so too."""
+        bid = (self._step, mail.live(), exchange.place if idle else 0)
         through = self._paused and exchange.clean >= self._step  # nothing is left to push until all have met
-        if self.token == "strict" or through or exchange.has_token or exchange.asked or exchange.bidden == bid:
+        if self.token == "strict" or through or exchange.has_token != idle or exchange.asked or exchange.bidden == bid:
             return
         heard = torch.tensor(bid[1], dtype=torch.int64)
-        if mail.post(exchange.owner, Message(BID, heard, reference=exchange.place)):
+        if mail.post(exchange.owner, Message(BID, heard, weight=int(idle), reference=exchange.place)):
             exchange.bidden = bid
 
     def _move(self, exchange: TokenExchange | DeltaExchange) -> None:
@@ -398,6 +403,9 @@ class CyclicDelay(Algorithm):
         while (waits := next((x for x in self.exchanges if not done(x)), None)) is not None:
             yield f"{what} of shard {waits.shard.number}"
             self._tend(replica, mail)
+            for exchange in self.exchanges:
+                if not exchange.count:
+                    self._bid(exchange, mail, idle=True)
 
     def _current_shrink(self) -> Shrink:
         return self.shrink

@@ -25,5 +25,6 @@ FAMILIES = (
 
 
 def sees_no_factor(optimizer: Optimizer) -> bool:
-    """Whether a factor on all gradients changes nothing of its steps."""
-    return any(family in kind.__name__ for kind in type(optimizer).__mro__ for family in FAMILIES)
+    """Whether a factor on all gradients changes nothing of its steps; of a wrapper, of what it wraps."""
+    bare = getattr(optimizer, "optimizer", optimizer)
+    return any(family in kind.__name__ for kind in type(bare).__mro__ for family in FAMILIES)

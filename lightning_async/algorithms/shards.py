@@ -44,7 +44,8 @@ retired since; none: all that it owns. The answer. And: they are this (a run tha
 the generation in which it owns these and no others; 0: it owns those that it has."""
 TOKEN, BID = FIRST_FREE_KIND + 12, FIRST_FREE_KIND + 13
 """From the owner: it is your turn; or, with the weight ANOTHERS, the shard is here now. And to it: a batch has ended
-without it; body: who is heard."""
+without it; body: who is heard. With the weight 1: it is its turn, but it has nothing to push and waits for another
+shard."""
 RATES = FIRST_FREE_KIND + 14
 """From the member to its own service: the optimizer's numbers are these now."""
 SERVED = (PUSH, LAST, PULL, MIRROR, MIRRORED, NEWS, TAKE, RETIRE, SHOW, PUT)

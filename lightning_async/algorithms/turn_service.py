@@ -1,7 +1,7 @@
 """A member's service where pushes come by turns: it gives the tokens of the shards that it owns.
 
     PUSH, LAST of the holder  -->  the shard's optimizer steps  -->  ANSWER to it, TOKEN to the next
-    BID of another            -->  the holder is idle? (turns)  -->  TOKEN to the next
+    BID of anybody            -->  the holder is idle? (turns)  -->  TOKEN to the next
     NEWS: the holder is dead  -->                                    TOKEN to the next
     TAKE: a shard is ours now -->                                    TOKEN of the new generation, to whoever has asked
 
@@ -85,7 +85,7 @@ class TurnService(ShardService):
             return []
         if m.kind == BID:
             if turns is not None and m.body is not None:
-                turns.bid(letter.peer, m.body.tolist())
+                turns.bid(letter.peer, m.body.tolist(), idle=bool(m.weight))
             return []
         if turns is not None and m.kind in (PUSH, LAST) and not m.weight:
             turns.pushed(letter.peer)

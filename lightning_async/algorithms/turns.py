@@ -2,7 +2,8 @@
 
     member 0 --> 1 --> 2 --> 3 --> 0           the holder pushes: its turn ends, the next one's begins
                        |                       "skip": it keeps two batches of another one waiting: it is passed over,
-                       +--> may push late      keeps its right to push once, and gets no other token until it has
+                       +--> may push late      keeps its right to push once, and gets no other token until it has;
+                                               so does a holder that has nothing to push and waits for another shard
 
 The shard's server gives the tokens, in one place and one order: so there is exactly one for each shard and generation,
 and none can be lost but with a member that is declared dead, which the server hears of.
@@ -45,9 +46,13 @@ class Turns:
             self.holder = None
         self.passed.discard(peer)
 
-    def bid(self, peer: int, live: Collection[int]) -> None:
-        """A batch of a member has ended without the token; it hears these."""
-        if not self._skip or self.holder is None or peer == self.holder:
+    def bid(self, peer: int, live: Collection[int], *, idle: bool = False) -> None:
+        """A batch of a member has ended without the token; it hears these. Or the holder is idle and waits for the turn
+        of another shard: who waits for this one may be whom it waits for."""
+        if idle and self._skip and peer == self.holder:
+            self.passed.add(peer)
+            self.holder = None
+        if idle or not self._skip or self.holder is None or peer == self.holder:
             return
         self._bids[peer] = self._bids.get(peer, 0) + 1
         if self._bids[peer] >= BATCHES or self.holder not in live:

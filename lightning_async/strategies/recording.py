@@ -53,6 +53,9 @@ class Weights(Protocol):
 class Scribe(Protocol):
     """A carrier that notes: the recording one writes, the replaying one looks up. Both return what is in the log."""
 
+    def attends(self) -> Iterator[None]:
+        """A look at the mail by who waits for the others."""
+
     def note_fetched(self, sample_ids: Iterable[Any]) -> None:
         """A batch was fetched."""
 
@@ -215,9 +218,7 @@ class Recording:
 
     def attends(self) -> Iterator[None]:
         """A look at the mail, by who waits for the others to come to a meeting."""
-        if self._scribe is not None:
-            self._scribe.note("attend", True)
-        yield
+        return iter((None,)) if self._scribe is None else self._scribe.attends()
 
     def meeting(self, replica: Weights) -> None:
         """The members meet, each with its own weights."""

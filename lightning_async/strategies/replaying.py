@@ -10,7 +10,7 @@ A member stops at its first difference, before it posts anything that came of it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -106,11 +106,6 @@ class Replaying(Recording):
         super().stepped(step, replica)
         if step == self._course.until:
             self._hall.stage.park()
-
-    def attends(self) -> Iterator[None]:
-        """As often as it looked."""
-        while self._carrier.note("attend", None):
-            yield
 
     def meeting(self, replica: Weights) -> None:
         """What is folded from here on belongs to the meeting."""

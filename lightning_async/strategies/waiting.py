@@ -18,6 +18,7 @@ from lightning_async.transport.mail import Carrier, Wait
 
 T = TypeVar("T")
 GLANCE = 0.2  # seconds between two looks at the flags while waiting
+UNHEARD = 2.0  # seconds in which the board decides that the run is to end, if it answers
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +52,7 @@ class Flags:
     siblings: tuple[int, ...] = ()
     orphaned: bool = False
     _stopping: float | None = None
+    _told: float | None = None  # when this rank's own SIGTERM was seen
     _mourned: set[int] = field(default_factory=set)  # whose deaths were told
 
     @property
@@ -67,6 +69,7 @@ class Flags:
         """Raise if the run is to stop. Called before every batch and at every glance of a wait."""
         self._mourn()
         if self.sigterm:  # set by a signal handler, which may not do more than that
+            self._told = self._told or time.monotonic()
             self.carrier.propose("stop", str(self.carrier.me).encode())
         abort = self.carrier.decided("abort")
         if abort is not None:
@@ -81,6 +84,8 @@ class Flags:
             self._stopping = self._stopping or time.monotonic()
             if not self.patient() or time.monotonic() - self._stopping >= self.grace:
                 raise SIGTERMException()
+        elif self._told is not None and time.monotonic() - self._told >= self.grace + UNHEARD:
+            raise SIGTERMException()  # the board does not answer, and this process is to end
 
     def _check_siblings(self) -> None:
         """The ranks of one member step together: without one of them there is no step for the others."""

@@ -82,7 +82,8 @@ class LayeredRounds(Rounds):
         return [(yield from siblings.spread(result[0] if result else None))] if done else None
 
     def _gathered(self, tensor: Tensor, members: tuple[int, ...]) -> Wait[list[Tensor] | None]:
-        """Everybody's tensor, in the order of ranks; they may be of unlike length."""
+        """Everybody's tensor, in the order of ranks; they may be of unlike length. None: nobody has that of one whose
+        speaker died; it will be missing in the next attempt."""
         siblings, packed = self._siblings, None
         parts = yield from siblings.collect(tensor, 1)
         if siblings.speaks:
@@ -94,7 +95,7 @@ class LayeredRounds(Rounds):
         if not done:
             return None
         of_all = _unpacked((yield from siblings.spread(packed)), tensor.dtype)
-        return [of_all[rank] for rank in members]
+        return [of_all[rank] for rank in members] if of_all.keys() >= set(members) else None
 
 
 def _packed(parts: dict[int, Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, SupportsIndex
 
 import torch
@@ -87,7 +87,7 @@ class RecordingCarrier:
         self._guesses = Guesses(carrier.world)
         self._noted: dict[str, Any] = {}
         self._lock = threading.Lock()
-        self._services = self._served = 0
+        self._services = self._served = self._written = 0
         header = {"schema": SCHEMA, "me": carrier.me, "world": carrier.world, "seed": seed}
         versions = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
         self._line({**header, **versions, **(about or {})})
@@ -126,6 +126,15 @@ class RecordingCarrier:
             self._line([self._count, NOTE, name, value])
             self._noted[name] = value
         return value
+
+    def attends(self) -> Iterator[None]:
+        """A look at the mail by who waits for the others; one that found nothing new is not recorded, nor counted."""
+        before, written = self._count, self._written
+        yield
+        if self._written == written:
+            self._count = before
+        else:
+            self._line([before, NOTE, "attend", True])
 
     def finish(self) -> None:
         """Record that the program ended, after it did; a log without it is replayed as that of a killed member."""
@@ -251,6 +260,7 @@ class RecordingCarrier:
 
     def _write(self, *words: Any) -> None:
         self._count += 1
+        self._written += 1
         self._line([self._count, *words])
 
     def _line(self, content: Any) -> None:

@@ -11,7 +11,7 @@ member that was killed just ends, and so does its replay, without a result.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -121,6 +121,11 @@ class ReplayCarrier:
         if (recorded := self._log.note(name)) is None:
             self._check_killed()
         return recorded
+
+    def attends(self) -> Iterator[None]:
+        """As often as the recorded member looked, and found something."""
+        while self.note("attend", None):
+            yield
 
     def meets(self) -> bool:
         """Whether the members met at this point."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -310,6 +311,46 @@ def legs(member: Member, carrier: Carrier, count: int, *, anew: bool, fall: floa
 
 
 ADAM: dict[str, Any] = {"make_optimizer": lambda parameters: optim.Adam(parameters, 0.05)}
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("push", PUSHES)
+@pytest.mark.parametrize(("n", "most"), [(2, 2), (3, 2), (4, 3)])
+@pytest.mark.parametrize("batches", [2.5, 1, 4, 10])
+def test_members_that_keep_to_a_bound_do_not_wait_for_each_other_in_a_circle(
+    n: int, most: int, batches: float, push: str
+) -> None:
+    """A push takes so many batches to arrive: meanwhile its sender is passed over, and others have turns of which they
+    make nothing, since they wait for the turn of another shard."""
+    cluster = {"latency": batches * STEP, "jitter": 0.0, "silence": 2.0, "limit": 60.0}
+    members, trained = go([1] * n, max_accumulate=most, push=push, counting=True, seconds=2.0, cluster=cluster)
+    assert set(trained) == set(range(n))
+    for member in members:
+        applied = sum(a.samples for a in trained[member.rank].arrivals if a.fate is Fate.FOLDED)
+        assert applied == len(member.algorithm.exchanges) * member.computed
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("push", PUSHES)
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_whatever_the_speeds_and_the_network_nobody_waits_for_ever(first: int, push: str) -> None:
+    for seed in range(first, first + 10):
+        chance = random.Random(seed)
+        n, most = chance.choice([2, 3, 4, 6]), chance.choice([1, 2, 3, 5])
+        speeds = [chance.choice([1, 1, 1.3, 2, 4]) for _ in range(n)]
+        knobs = {"shards": chance.choice([None, 1, 3]), "mirror_every": chance.choice([1, None])}
+        cluster = {"latency": chance.uniform(0, 6) * STEP, "jitter": chance.choice([0.0, 1.0]), "seed": seed}
+        members, trained = go(
+            speeds,
+            max_accumulate=most,
+            push=push,
+            counting=True,
+            cluster={**cluster, "silence": 2.0, "limit": 60.0},
+            **knobs,
+        )
+        for member in members:
+            applied = sum(a.samples for a in trained[member.rank].arrivals if a.fate is Fate.FOLDED)
+            assert applied == len(member.algorithm.exchanges) * member.computed, seed
 
 
 @pytest.mark.few(4)

@@ -87,3 +87,16 @@ def test_who_is_heard_by_an_heir_may_push_once_whoever_has_the_turn() -> None:
         turns.pushed(peer)
     assert turns.grant([0, 1, 2], unheard) == 2
     assert turns.meet([0, 1, 2], unheard) == []  # once
+
+
+def test_a_holder_that_is_idle_may_push_late_and_the_turn_goes_on() -> None:
+    turns = Turns(0, skip=True)
+    turns.bid(1, [0, 1], idle=True)  # of one that had its turn when it said so
+    assert turns.grant([0, 1], ()) is None
+    turns.bid(0, [0, 1], idle=True)
+    assert turns.grant([0, 1], ()) == 1
+    turns.pushed(1)
+    assert turns.grant([0, 1], ()) == 1
+    turns.pushed(0)
+    turns.bid(1, [0, 1], idle=True)
+    assert turns.grant([0, 1], ()) == 0

@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.data.share import make_share
-from lightning_async.strategies.waiting import Flags, PeerFailedError, drive
+from lightning_async.strategies import waiting
+from lightning_async.strategies.waiting import UNHEARD, Flags, PeerFailedError, drive
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.siblings import Siblings
@@ -55,6 +56,22 @@ def test_who_waits_in_vain_says_for_whom_and_for_what_and_what_to_do() -> None:
     wanted = r"rank 0 waited 0 s for rank \d to come to 'where to save' \(round0/1\); .* raise `meeting_timeout`"
     with pytest.raises(TimeoutError, match=wanted):
         drive(Rounds(alone).agree(b"", what="where to save"), Flags(alone), limit=0.0)  # type: ignore[arg-type]
+
+
+def test_a_rank_that_is_told_to_end_ends_where_the_board_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store's host may be frozen, and then nobody can decide that the run is to stop."""
+    clock = [100.0]
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: clock[0])
+    mute = SimpleNamespace(me=0, decided=lambda key: None, propose=lambda key, word: None, members=lambda: (0, 1))
+    flags = Flags(mute, grace=5.0)  # type: ignore[arg-type]
+    flags.raise_if_set()
+    flags.sigterm = True
+    for _ in range(3):
+        flags.raise_if_set()
+        clock[0] += 2.0
+    clock[0] += UNHEARD
+    with pytest.raises(SIGTERMException):
+        flags.raise_if_set()
 
 
 def test_a_death_is_told_once_by_the_first_that_lives(caplog: pytest.LogCaptureFixture) -> None:

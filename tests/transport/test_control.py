@@ -384,7 +384,9 @@ def host() -> Iterator[tuple[int, int]]:
 def test_with_the_host_frozen_nobody_is_judged_and_nothing_blocks(host: tuple[int, int]) -> None:
     """Also for longer than its clients were told to wait when they were made: that is for reaching it."""
     pid, port = host
-    with Room(TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=1)), 3) as room:
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    store.set_timeout(timedelta(seconds=1))
+    with Room(store, 3) as room:
         os.kill(pid, signal.SIGSTOP)
         end = time.monotonic() + 1.5  # nearly four times `silence`
         slowest = 0.0

@@ -235,6 +235,28 @@ def test_what_is_gathered_is_everybodys_own_and_goes_by_the_speakers(
     assert {pair for pair in sent if pair not in joined} <= {(a, b) for a in speakers for b in speakers}
 
 
+def test_what_is_gathered_is_gathered_without_a_member_whose_speaker_died() -> None:
+    """Its sibling had said its word for the round, and is no member without it."""
+    cluster, speakers = VirtualCluster(4, silence=0.3, patience=1.0, limit=30.0), (0, 2)
+
+    def say(me: int) -> Wait[Any]:
+        carrier = cluster.carriers[me]
+        rounds = LayeredRounds(carrier, Siblings(carrier, (0, 1) if me < 2 else (2, 3)), speakers)
+        return (yield from rounds.exchange(torch.full((me + 1,), me, dtype=torch.uint8), "gather"))
+
+    def mute(me: int) -> Wait[Any]:
+        while True:
+            yield "nothing"
+
+    cluster.kill(2, at=0.5)
+    cluster.kill(3, at=3.0)
+    found = cluster.run({0: say(0), 1: say(1), 2: mute(2), 3: say(3)})
+    for rank in (0, 1):
+        gathered, members = found[rank]
+        assert members == (0, 1)
+        assert [part.tolist() for part in gathered] == [[0], [1, 1]]
+
+
 def test_only_speakers_are_members() -> None:
     cluster = VirtualCluster(6)
     seen = Speakers(cluster.carriers[2], (0, 2, 4))
