@@ -116,6 +116,7 @@ def _keep_few(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 def _skip(items: list[pytest.Item]) -> None:
     reasons = {"gpu": None if torch.cuda.is_available() else "needs a CUDA device, and torch finds none"}
+    reasons["forks"] = "Lightning forks nothing there with a build of torch for GPUs" if torch.version.cuda else None
     if any(item.get_closest_marker("netns") for item in items):
         from benchmarks.hosts import available
 

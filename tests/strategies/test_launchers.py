@@ -103,7 +103,10 @@ def test_a_fork_that_fails_is_named() -> None:
     ("second", "sentence"),
     [
         ("gossip_ring", "an earlier Trainer made this process one of 1 ranks, and this one asks for 2"),
-        ("gossip_ring_fork", "forked from a process that an earlier Trainer had made one of 1 ranks"),
+        pytest.param(
+            *("gossip_ring_fork", "forked from a process that an earlier Trainer had made one of 1 ranks"),
+            marks=pytest.mark.forks,
+        ),
     ],
 )
 def test_a_process_of_another_world_is_told_so(second: str, sentence: str) -> None:

@@ -65,12 +65,14 @@ def _ends_well(function: Any, *arguments: Any) -> None:
     assert process.exitcode == 0
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize(("computes", "threads"), [(True, "1"), (False, "2")])
 def test_what_was_computed_before_fit_hangs_nobody(computes: bool, threads: str, tmp_path: Path) -> None:
     _ends_well(_notebook, computes, tmp_path)
     assert [(tmp_path / rank).read_text() for rank in "01"] == [threads, threads]
 
 
+@pytest.mark.forks
 def test_nor_a_stage_of_a_pipeline(tmp_path: Path) -> None:
     _ends_well(_pipeline, tmp_path)
     assert (tmp_path / "ended").exists()

@@ -79,7 +79,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("validates", VALIDATES)
 @pytest.mark.parametrize("fed", FED)
 @pytest.mark.parametrize("limit", LIMITS)
@@ -142,9 +142,9 @@ class AtTheEnd(Callback):
         trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fed", FED)
-@pytest.mark.parametrize("limit", ["epochs", "both"])
+@pytest.mark.parametrize("limit", ["both", "epochs"])
 def test_a_run_that_broke_off_within_an_epoch_and_was_saved_at_its_end_goes_on_there(
     limit: str, fed: str, tmp_path: Path
 ) -> None:

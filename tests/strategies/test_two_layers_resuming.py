@@ -119,7 +119,7 @@ def _others(of: str, knobs: dict[str, Any], path: str, unread: dict[int, tuple[i
     }
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("of", "before", "after", "unread", "whose", "sentence"),
     [
