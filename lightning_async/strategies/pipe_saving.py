@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_async.strategies import compat, foreign, whole
+from lightning_async.strategies import compat, foreign, saved_loops, whole
 from lightning_async.strategies.pipeline_shown import PipelineShown
 
 KEY = "delayed_pipeline"
@@ -31,10 +31,12 @@ class PipeSaving(PipelineShown):
     Attributes:
         resumed: What the checkpoint said that the run goes on from.
         epoch_began: After how many batches the epoch began.
+        halted: Whether all are behind a batch and its hooks, for what somebody wished.
     """
 
     resumed: Mapping[str, Any]
     epoch_began = 0
+    halted = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -78,11 +80,12 @@ class PipeSaving(PipelineShown):
             return
         if self.piped and self.fitting:
             self.hear_counts()
+            between = self._is_over(checkpoint["loops"]["fit_loop"])
             checkpoint[KEY] = {
                 "batches": self.turns.batches,
                 "passes": self.turns.passes,
-                "epoch_began": self.epoch_began,
-                "between_epochs": self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
+                "epoch_began": self.turns.batches if between else self.epoch_began,
+                "between_epochs": between,
                 "seed": self.turns.seed,
                 "kept": self.together(self.keeping()),
                 "gradients": self._added_up(),
@@ -91,6 +94,19 @@ class PipeSaving(PipelineShown):
         elif self.fitting:
             checkpoint[KEY] = {"counted": list(self.counts.told())}
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _is_over(self, fit: saved_loops.Loop) -> bool:
+        """Whether all batches of the epoch are trained on; let the loops say so too."""
+        last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self.halted:
+            saved_loops.within_batch(fit)
+        if not saved_loops.is_between_epochs(fit):
+            if last and saved_loops.is_within_batch(fit):
+                compat.count_log_step(fit)
+                saved_loops.end_epoch(fit, counted=True)
+        elif not last and self.turns.batches > self.epoch_began:
+            saved_loops.reopen(fit)
+        return last
 
     def _added_up(self) -> list[dict[str, dict[str, Tensor]]]:
         """What each pipeline has added up by now to a step still to come, by name, on rank 0. What is outside of the
@@ -127,6 +143,9 @@ class PipeSaving(PipelineShown):
         load = partial(super().load_checkpoint, checkpoint_path, weights_only=weights_only, **options)
         checkpoint = foreign.read(load, checkpoint_path, self.name)
         self.resumed = checkpoint.get(KEY, {}) if self.fitting else {}
+        fit = checkpoint.get("loops", {}).get("fit_loop")
+        if self.fitting and fit and saved_loops.is_between_epochs(fit):
+            saved_loops.close(fit)
         return checkpoint
 
 

@@ -136,11 +136,13 @@ class Resting(PipeSaving):
         for word in said.values():
             wishes |= Wish(word[0])
         self.turns.go_on()
+        self.halted = True
         if wishes & Wish.REQUEUE:
             self._save_for_queue()
         if wishes & Wish.TERMINATE:
             self.closing = True
             raise SIGTERMException()
+        self.halted = False
         self.trainer.should_stop = bool(wishes & Wish.STOP)
 
     def _save_for_queue(self) -> None:

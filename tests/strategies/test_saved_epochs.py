@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_async import SpeedFaults
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
+from tests.strategies.stores import AtTheEnd
 from tests.strategies.test_streams import Batches, ByEpoch, Stream
 
 BATCH, STEPS, EPOCHS = 4, 8, 3
@@ -130,16 +131,6 @@ def test_a_run_that_stopped_by_its_steps_while_one_rank_waited_trains_on_nothing
     first, second = _resumed(2, "stream", options, tmp_path / "step=6.ckpt")
     assert [len(epoch) for epoch in first["epochs"][:EPOCHS]] == [0, 16, 16]
     assert [len(epoch) for epoch in second["epochs"][1:EPOCHS]] == [48, 48]
-
-
-class AtTheEnd(Callback):
-    """Saves in the hook of an epoch's end, as a ModelCheckpoint by epochs does."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.few(2)
