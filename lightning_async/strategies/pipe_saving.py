@@ -32,11 +32,12 @@ class PipeSaving(PipelineShown):
         resumed: What the checkpoint said that the run goes on from.
         epoch_began: After how many batches the epoch began.
         halted: Whether all are behind a batch and its hooks, for what somebody wished.
+        at_home: Whether the fit is over, and each rank has the whole module.
     """
 
     resumed: Mapping[str, Any]
     epoch_began = 0
-    halted = False
+    halted = at_home = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -74,11 +75,15 @@ class PipeSaving(PipelineShown):
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Rank 0 writes an ordinary checkpoint; after an exception there is nothing whole to write."""
+        """Rank 0 writes an ordinary checkpoint; after an exception there is nothing whole to write, and behind the fit
+        only the module is."""
         if self.piped and self.fitting and self.alone:
-            rank_zero_warn(f"{self.name}: {filepath} is not written: after an exception a rank has its own stage only")
-            return
-        if self.piped and self.fitting:
+            if not self.at_home:
+                why = "after an exception a rank has its own stage only"
+                rank_zero_warn(f"{self.name}: {filepath} is not written: {why}")
+                return
+            self._leave_out_parts(checkpoint, filepath)
+        elif self.piped and self.fitting:
             self.hear_counts()
             between = self._is_over(checkpoint["loops"]["fit_loop"])
             checkpoint[KEY] = {
@@ -94,6 +99,15 @@ class PipeSaving(PipelineShown):
         elif self.fitting:
             checkpoint[KEY] = {"counted": list(self.counts.told())}
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _leave_out_parts(self, checkpoint: dict[str, Any], filepath: Any) -> None:
+        """Behind the fit the optimizers know their own stage, and none is there to ask."""
+        parts = [checkpoint.pop(key, None) for key in ("optimizer_states", "lr_schedulers")]
+        if any(parts):
+            rank_zero_warn(
+                f"{self.name}: {filepath} is saved behind the fit, where a rank has the whole module and its own part "
+                "of the optimizer's state: it holds the weights alone. What a run is to go on from, save in the fit"
+            )
 
     def _is_over(self, fit: saved_loops.Loop) -> bool:
         """Whether all batches of the epoch are trained on; let the loops say so too."""
