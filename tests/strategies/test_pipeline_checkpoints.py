@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.strategies import compat
+from lightning_async.transport.mail import Wait
 from tests.strategies.piped import Piped, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 from tests.strategies.stores import AtTheEnd, Dies, DiesWriting, SavesTwice
@@ -105,8 +106,15 @@ class Told(Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (trainer.current_epoch, batch_idx + 1) == (0, self.batch):
-            signal.raise_signal(signal.SIGTERM)  # in this thread, so before the next line
-            trainer.strategy.turns.place.halt = trainer.strategy.turns.batches
+            strategy = trainer.strategy
+            os.kill(os.getpid(), signal.SIGTERM)
+            strategy.together(_heard(strategy.office.flags))
+            strategy.turns.place.halt = strategy.turns.batches
+
+
+def _heard(flags: Any) -> Wait[None]:
+    while not flags.terminating:
+        yield "the run to be told to end"
 
 
 def _told(folder: str, batch: int) -> None:
