@@ -5,16 +5,17 @@
 # make clean   remove what was built, the virtual environment included
 #
 # The first call creates .venv and installs into it; later ones are fast. Another torch, or another build of it (what is
-# asked for is installed where it is not what was asked for last time):
+# asked for is installed where it is not what was asked for last time, and stays until another one is asked for):
 #     make test TORCH="torch==2.11.0"            make test TORCH="torch==2.13.0 --index-url <where your build lives>"
 
 PYTHON ?= python3
 PINNED := $(shell grep '^torch==' constraints.txt)
-TORCH  ?= $(PINNED)
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 INSTALLED := $(or $(shell cat $(READY) 2>/dev/null),$(PINNED))
+TORCH  ?= $(INSTALLED)
+CHOSEN := $(if $(filter-out $(PINNED),$(TORCH)),$(TORCH))
 DEMO   := examples/demo.py
 NAME   ?=
 WORKERS ?= auto
@@ -42,6 +43,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and is then held: otherwise a dependency could bring another build of it, several gigabytes large.
+# Who chose none goes with constraints.txt when that changes, so only another one is written down.
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	@test -x $(BIN)/python || { echo "== creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
@@ -50,7 +52,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@{ grep -v '^torch==' constraints.txt; $(BIN)/python -m pip freeze --disable-pip-version-check | grep '^torch=='; } > $(VENV)/held.txt
 	@echo "== installing lightning_async and what its tests need"
 	$(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/held.txt -e '.[dev]'
-	@printf '%s\n' '$(subst ','\'',$(TORCH))' > $@
+	@printf '%s\n' '$(subst ','\'',$(CHOSEN))' > $@
 
 ifneq ($(strip $(TORCH)),$(strip $(INSTALLED)))
 $(READY): another

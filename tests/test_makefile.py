@@ -1,4 +1,4 @@
-"""`make` installs where another torch is asked for than last time, and is fast where it is the same."""
+"""`make` installs where another torch is asked for than last time, and leaves what is there where none is named."""
 
 from __future__ import annotations
 
@@ -23,24 +23,49 @@ OLDER, ELSEWHERE = "torch==2.11.0", f"{PINNED} --index-url 'https://torch.exampl
         ("", OLDER, True),
         (PINNED, OLDER, True),
         (OLDER, OLDER, False),
-        (OLDER, None, True),
+        (OLDER, None, False),
+        (OLDER, PINNED, True),
         (PINNED, ELSEWHERE, True),
         (ELSEWHERE, ELSEWHERE, False),
+        (ELSEWHERE, None, False),
     ],
 )
 def test_the_torch_that_is_asked_for_is_tested(tmp_path: Path, last: str, now: str | None, installs: bool) -> None:
-    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / ".ready").write_text(last)
-    said = _make("-n", "test", *([] if now is None else [f"TORCH={now}"]))
+    _copy(tmp_path, last)
+    said = _make(tmp_path, *([] if now is None else [f"TORCH={now}"]))
     assert (f"-m pip install --disable-pip-version-check {now or PINNED}" in said) == installs
+    assert installs or "pip install" not in said
     assert "-m pytest" in said
 
 
-def _make(*arguments: str) -> str:
-    """In this folder, and as a shell would: the suite's own `make` hands on its variables."""
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("last", "wanted", "kept"), [("", PINNED, ""), (OLDER, OLDER, OLDER), (ELSEWHERE,) * 3])
+def test_what_the_project_needs_may_change_and_the_torch_that_was_chosen_stays(
+    tmp_path: Path, last: str, wanted: str, kept: str
+) -> None:
+    _copy(tmp_path, last)
+    os.utime(tmp_path / ".venv" / ".ready", (0, 0))  # older than pyproject.toml
+    said = _make(tmp_path)
+    assert f"-m pip install --disable-pip-version-check {wanted}\n" in said
+    assert f"printf '%s\\n' {_quoted(kept)} > .venv/.ready" in said
+
+
+def _quoted(word: str) -> str:
+    return "'" + word.replace("'", "'\\''") + "'"
+
+
+def _copy(folder: Path, last: str) -> None:
+    """What `make` goes by, where this torch was chosen last time."""
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / ".ready").write_text(last)
+
+
+def _make(folder: Path, *arguments: str) -> str:
+    """What `make test` would do there, if a shell called it: the suite's own `make` hands on its variables."""
     inherited = ("MAKE", "MFLAGS", "TORCH", "GNUMAKEFLAGS")
     env = {name: value for name, value in os.environ.items() if not name.startswith(inherited)}
-    done = subprocess.run(["make", *arguments], env=env, capture_output=True, text=True, check=True, timeout=60)
+    command = ["make", "-C", str(folder), "-n", "test", *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60)
     return done.stdout

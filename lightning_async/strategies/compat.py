@@ -38,7 +38,7 @@ IN_A_FIT = {
     "fit_loop.epoch_loop.on_advance_end": "one rank alone would leave the loop right behind it",
     "fit_loop._iteration_based_training": "with `max_steps` it would lose the epoch behind one that was over",
 }
-"""What `Clock` replaces or asks while it lasts."""
+"""What `Clock` and the pipeline replace or ask while it lasts."""
 _NOT_SET = object()
 
 
@@ -272,6 +272,11 @@ def log_step(trainer: Trainer) -> int:
 def set_log_step(trainer: Trainer, step: int) -> None:
     """Log under this step from here on."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def count_log_step(fit: dict[str, Any]) -> None:
+    """Of a saved loop over epochs: its last batch stepped, which Lightning notes behind the hooks of the batch."""
+    fit["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
 
 
 def logs_now(trainer: Trainer) -> bool:

@@ -152,7 +152,8 @@ class Parts:
         """After a backward pass: gradients may be where they are used, and nowhere else; so too in later epochs."""
         for name, parameter in self._strays:
             if parameter.grad is not None:
-                raise MisconfigurationException(f"`{name}` {LATE_BEFORE if self.index == 0 else BESIDE}")
+                late = self.index == 0 and self.is_outside(parameter)
+                raise MisconfigurationException(f"`{name}` {LATE_BEFORE if late else BESIDE}")
         if any(len(optimizer.param_groups) != len(groups) for optimizer, groups in self._full):
             raise MisconfigurationException(
                 "an optimizer was given another group of parameters during the fit, and here each stage has its part "

@@ -197,6 +197,7 @@ class PipeBatches(Resting):
         for part in self.together(whole.gather(self.office.rounds, self.answered_for(state))):
             state |= part
         self.turns.parts.take_home(state)
+        self.at_home = True
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """What rank 0 has is the run's."""

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_async.strategies import compat, foreign, whole
+from lightning_async.strategies import compat, foreign, saved_loops, whole
 from lightning_async.strategies.pipeline_shown import PipelineShown
 
 KEY = "delayed_pipeline"
@@ -31,10 +31,13 @@ class PipeSaving(PipelineShown):
     Attributes:
         resumed: What the checkpoint said that the run goes on from.
         epoch_began: After how many batches the epoch began.
+        halted: Whether all are behind a batch and its hooks, for what somebody wished.
+        at_home: Whether the fit is over, and each rank has the whole module.
     """
 
     resumed: Mapping[str, Any]
     epoch_began = 0
+    halted = at_home = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -72,17 +75,22 @@ class PipeSaving(PipelineShown):
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Rank 0 writes an ordinary checkpoint; after an exception there is nothing whole to write."""
+        """Rank 0 writes an ordinary checkpoint; after an exception there is nothing whole to write, and behind the fit
+        only the module is."""
         if self.piped and self.fitting and self.alone:
-            rank_zero_warn(f"{self.name}: {filepath} is not written: after an exception a rank has its own stage only")
-            return
-        if self.piped and self.fitting:
+            if not self.at_home:
+                why = "after an exception a rank has its own stage only"
+                rank_zero_warn(f"{self.name}: {filepath} is not written: {why}")
+                return
+            self._leave_out_parts(checkpoint, filepath)
+        elif self.piped and self.fitting:
             self.hear_counts()
+            between = self._is_over(checkpoint["loops"]["fit_loop"])
             checkpoint[KEY] = {
                 "batches": self.turns.batches,
                 "passes": self.turns.passes,
-                "epoch_began": self.epoch_began,
-                "between_epochs": self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
+                "epoch_began": self.turns.batches if between else self.epoch_began,
+                "between_epochs": between,
                 "seed": self.turns.seed,
                 "kept": self.together(self.keeping()),
                 "gradients": self._added_up(),
@@ -91,6 +99,28 @@ class PipeSaving(PipelineShown):
         elif self.fitting:
             checkpoint[KEY] = {"counted": list(self.counts.told())}
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _leave_out_parts(self, checkpoint: dict[str, Any], filepath: Any) -> None:
+        """Behind the fit the optimizers know their own stage, and none is there to ask."""
+        parts = [checkpoint.pop(key, None) for key in ("optimizer_states", "lr_schedulers")]
+        if any(parts):
+            rank_zero_warn(
+                f"{self.name}: {filepath} is saved behind the fit, where a rank has the whole module and its own part "
+                "of the optimizer's state: it holds the weights alone. What a run is to go on from, save in the fit"
+            )
+
+    def _is_over(self, fit: saved_loops.Loop) -> bool:
+        """Whether all batches of the epoch are trained on; let the loops say so too."""
+        last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self.halted:
+            saved_loops.within_batch(fit)
+        if not saved_loops.is_between_epochs(fit):
+            if last and saved_loops.is_within_batch(fit):
+                compat.count_log_step(fit)
+                saved_loops.end_epoch(fit, counted=True)
+        elif not last and self.turns.batches > self.epoch_began:
+            saved_loops.reopen(fit)
+        return last
 
     def _added_up(self) -> list[dict[str, dict[str, Tensor]]]:
         """What each pipeline has added up by now to a step still to come, by name, on rank 0. What is outside of the
@@ -127,6 +157,9 @@ class PipeSaving(PipelineShown):
         load = partial(super().load_checkpoint, checkpoint_path, weights_only=weights_only, **options)
         checkpoint = foreign.read(load, checkpoint_path, self.name)
         self.resumed = checkpoint.get(KEY, {}) if self.fitting else {}
+        fit = checkpoint.get("loops", {}).get("fit_loop")
+        if self.fitting and fit and saved_loops.is_between_epochs(fit):
+            saved_loops.close(fit)
         return checkpoint
 
 

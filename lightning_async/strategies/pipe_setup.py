@@ -102,10 +102,11 @@ class PipeSetup(PipeBatches):
             self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=self.fitting
         )
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
-        self.closing = self.begun = self._stop = self._requeue = False
+        self.closing = self.begun = self.halted = self.at_home = self._stop = self._requeue = False
         self.office.flags.patient = lambda: self.closing or self.begun
         if self.fitting and self.piped:
             self.hear_requeue(self._leash)
+            self._leash.replace("fit_loop._iteration_based_training", lambda: False)
         if self.replicas > 1:
             compat.share_by_sampler(trainer, self._leash)
         self.alone = not self.piped

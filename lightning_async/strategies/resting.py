@@ -75,7 +75,7 @@ class Resting(PipeSaving):
     def log_batch(self) -> None:
         """A batch is trained on: what rank 0 knows of all goes to the loggers, if that is due."""
         if self.global_rank == 0:
-            self._logbook.stepped(self.trainer, self.counts)
+            self._logbook.stepped(self.trainer, self.counts, all_told=self.replicas == 1)
 
     def _enter(self) -> None:
         """All rest: an entry, if something was trained on since the last rest."""
@@ -136,11 +136,13 @@ class Resting(PipeSaving):
         for word in said.values():
             wishes |= Wish(word[0])
         self.turns.go_on()
+        self.halted = True
         if wishes & Wish.REQUEUE:
             self._save_for_queue()
         if wishes & Wish.TERMINATE:
             self.closing = True
             raise SIGTERMException()
+        self.halted = False
         self.trainer.should_stop = bool(wishes & Wish.STOP)
 
     def _save_for_queue(self) -> None:

@@ -48,6 +48,19 @@ def wait_again(fit: Loop) -> None:
         count["completed"] = count["processed"]
 
 
+def within_batch(fit: Loop) -> None:
+    """Of who saves right behind the hooks of a batch: as in them."""
+    batches = fit["epoch_loop.batch_progress"]
+    for count in (batches["current"], batches["total"]):
+        count["completed"] = count["processed"] - 1
+
+
+def is_within_batch(fit: Loop) -> bool:
+    """Whether it was saved in the hooks of a batch that is trained on."""
+    current = fit["epoch_loop.batch_progress"]["current"]
+    return bool(current["completed"] < current["processed"])
+
+
 def go_on(fit: Loop) -> None:
     """Of a rank that goes on behind this batch."""
     fit["epoch_loop.batch_progress"]["is_last_batch"] = False
@@ -57,7 +70,7 @@ def end_epoch(fit: Loop, *, counted: bool) -> None:
     """Behind the last batch of all. Where nobody counts epochs, Lightning ends this one when it goes on."""
     batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
     batches["is_last_batch"] = True
-    if counted and batches["current"]["completed"] < batches["current"]["processed"]:  # in the hooks of the batch
+    if counted and is_within_batch(fit):
         for count in (epochs["current"], epochs["total"]):
             count["processed"] = count["ready"]
         for count in (batches["current"], batches["total"]):

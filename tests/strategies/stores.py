@@ -46,6 +46,16 @@ class SavesTwice(Callback):
             trainer.save_checkpoint(self.path)
 
 
+class AtTheEnd(Callback):
+    """Saves in the hook of an epoch's end, as a ModelCheckpoint by epochs does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
 class Dies(Recorded):
     """The process is killed before the write or removal of this number, counted from when `armed` is set."""
 

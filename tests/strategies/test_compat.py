@@ -130,6 +130,10 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
     assert compat.log_every(t) == t.log_every_n_steps
     compat.set_log_step(t, 7)
     assert compat.log_step(t) == 7
+    saved = t.fit_loop.state_dict()
+    compat.count_log_step(saved)
+    t.fit_loop.load_state_dict(saved)
+    assert compat.log_step(t) == 8
     assert compat.logs_now(t)  # outside of a loop always
     compat.log(t, {"a": 1.0}, 7)
     assert compat.wants_our_sampler(t)

@@ -101,6 +101,22 @@ def test_gradients_that_would_be_lost() -> None:
         last.refuse_strays()
 
 
+def test_who_is_told_to_thaw_in_a_second_fit() -> None:
+    """On the first stage a gradient that was not in the first batch may be of another stage too: that is no thaw."""
+    first = _parts(0)
+    module = first.module
+    module.embed.requires_grad_(False)  # type: ignore[operator,union-attr]
+    first.saw_call(module.embed(torch.ones(2, WIDTH)), [], [])  # type: ignore[operator]
+    module.net[3](torch.ones(2, WIDTH)).sum().backward()  # type: ignore[index]
+    with pytest.raises(MisconfigurationException, match=r"`net\.3\.1\.weight` is used before the call .*another"):
+        first.refuse_strays()
+    module.zero_grad()
+    module.embed.requires_grad_()  # type: ignore[operator,union-attr]
+    module.embed(torch.ones(2, WIDTH)).sum().backward()  # type: ignore[operator]
+    with pytest.raises(MisconfigurationException, match=r"`embed\.weight` is trained before the call .*second `fit`"):
+        first.refuse_strays()
+
+
 def test_weights_in_two_places() -> None:
     tied = Piped()
     tied.net[3][1] = tied.net[1][1]

@@ -13,36 +13,124 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_async.strategies import compat
+from lightning_async.transport.mail import Wait
 from tests.strategies.piped import Piped, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
-from tests.strategies.stores import Dies, DiesWriting, SavesTwice
+from tests.strategies.stores import AtTheEnd, Dies, DiesWriting, SavesTwice
 
 SAVING = {"enable_checkpointing": True}
 MISSING = "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"
+BOTH = {"max_steps": 100}
+"""Limits by epochs and by steps: Lightning takes that for training without epochs."""
+UNSEEN = {"limit_val_batches": 0}
 
 
 def _train(
-    folder: str, devices: int, epochs: int, resume: str | None, module: dict[str, Any], every: int | None
+    folder: str,
+    devices: int,
+    epochs: int,
+    resume: str | None,
+    module: dict[str, Any],
+    every: int | None,
+    options: dict[str, Any] | None = None,
 ) -> Any:
-    warnings.filterwarnings("ignore", "The dirpath has changed")
+    for sentence in ("The dirpath has changed", MISSING):
+        warnings.filterwarnings("ignore", sentence)
     lit = Piped(**module)
     saved = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=every)
-    t = trainer(devices, max_epochs=epochs, callbacks=[saved], **SAVING)
+    t = trainer(devices, **{"max_epochs": epochs, "callbacks": [saved], **SAVING, **(options or {})})
     t.fit(lit, loader(shuffle=True), loader(20), ckpt_path=resume)
-    return weights(lit), lit.losses
+    return weights(lit), lit.losses, (t.global_step, t.current_epoch, compat.log_step(t))
+
+
+def _is_rest_of(whole: Any, rest: Any, batches: int) -> None:
+    """Behind so many batches of the run that was not interrupted."""
+    assert rest[0][1] == whole[0][1][batches:]
+    assert [(end[0], end[2]) for end in rest] == [(end[0], end[2]) for end in whole]
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize(("devices", "module"), [(2, {"optimizer": "adam"}), (3, {"schedule": "step"})])
-def test_a_run_goes_on_to_the_bit(devices: int, module: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("devices", "module", "limited"), [(2, {"optimizer": "adam"}, BOTH), (3, {"schedule": "step"}, BOTH | UNSEEN)]
+)
+def test_a_run_goes_on_to_the_bit(
+    devices: int, module: dict[str, Any], limited: dict[str, Any], tmp_path: Path
+) -> None:
     whole = run(devices, _train, str(tmp_path / "a"), devices, 3, None, module, None)
     run(devices, _train, str(tmp_path / "b"), devices, 1, None, module, None)
     file = str(tmp_path / "b" / "epoch=0-step=8.ckpt")
-    rest = run(devices, _train, str(tmp_path / "c"), devices, 3, file, module, None)
-    assert rest[0][1] == whole[0][1][8:]
-    assert rest[0][0] == whole[0][0]
-    assert rest[-1][0] == whole[0][0]
+    for name, options in {"by epochs": {}, "limited": limited}.items():
+        _is_rest_of(whole, run(devices, _train, str(tmp_path / name), devices, 3, file, module, None, options), 8)
+
+
+def _breaks_off(file: Path) -> None:
+    trainer(2, max_steps=4, callbacks=[AtTheEnd(file)]).fit(Piped(), loader(shuffle=True), loader(20))
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("options", [{}, BOTH])
+def test_a_run_that_broke_off_within_an_epoch_and_was_saved_at_its_end_goes_on_there(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Lightning calls the hooks of the epoch's end where a run stops by its steps, and counts it."""
+    file = tmp_path / "end.ckpt"
+    run(2, _breaks_off, file)
+    whole = run(2, _train, str(tmp_path / "a"), 2, 2, None, {}, 4)
+    _is_rest_of(whole, run(2, _train, str(tmp_path / "b"), 2, 2, str(file), {}, 4, options), 4)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("step", [12, 16])
+@pytest.mark.parametrize("options", [{}, BOTH | UNSEEN, {"max_epochs": -1, "max_steps": 24}])
+def test_a_run_that_was_saved_by_its_steps_where_an_epoch_ends_goes_on_twice(
+    options: dict[str, Any], step: int, tmp_path: Path
+) -> None:
+    """In the middle of the next epoch, and at its end."""
+
+    def train(folder: str, file: Path | None) -> Any:
+        return run(2, _train, str(tmp_path / folder), 2, 3, file and str(file), {}, 4, options)
+
+    whole = train("whole", None)
+    _is_rest_of(whole, train("once", next((tmp_path / "whole").glob("*step=8.ckpt"))), 8)
+    _is_rest_of(whole, train("twice", next((tmp_path / "once").glob(f"*step={step}.ckpt"))), step)
+
+
+class Told(Callback):
+    """All ranks are told to end behind this batch of the first epoch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx + 1) == (0, self.batch):
+            strategy = trainer.strategy
+            os.kill(os.getpid(), signal.SIGTERM)
+            strategy.together(_heard(strategy.office.flags))
+            strategy.turns.place.halt = strategy.turns.batches
+
+
+def _heard(flags: Any) -> Wait[None]:
+    while not flags.terminating:
+        yield "the run to be told to end"
+
+
+def _told(folder: str, batch: int) -> None:
+    saver = ModelCheckpoint(folder, save_on_exception=True, every_n_epochs=100)
+    with pytest.raises(SIGTERMException):
+        trainer(2, callbacks=[Told(batch), saver], **SAVING, **UNSEEN).fit(Piped(), loader(shuffle=True), loader(20))
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("batch", [8, 4])
+def test_a_run_that_was_told_to_end_goes_on_behind_its_last_batch(batch: int, tmp_path: Path) -> None:
+    """Which may be the last one of an epoch."""
+    run(2, _told, str(tmp_path / "told"), batch)
+    (file,) = (tmp_path / "told").iterdir()
+    whole = run(2, _train, str(tmp_path / "a"), 2, 2, None, {}, batch, UNSEEN)
+    _is_rest_of(whole, run(2, _train, str(tmp_path / "b"), 2, 2, str(file), {}, batch, UNSEEN), batch)
 
 
 def _load(file: str) -> Any:
@@ -67,14 +155,23 @@ def test_plain_lightning_loads_it_and_goes_on_from_it(tmp_path: Path) -> None:
 def _two_then_three(file: str, devices: int) -> Any:
     warnings.filterwarnings("ignore", MISSING)
     lit = Piped()
-    trainer(devices, max_epochs=2).fit(lit, loader(), loader(20), ckpt_path=file)
+    t = trainer(devices, max_epochs=2)
+    t.fit(lit, loader(), loader(20), ckpt_path=file)
+    warnings.filterwarnings("ignore", ".*it holds the weights alone")
+    t.save_checkpoint(f"{file}.behind")
     return weights(lit)
 
 
 def test_another_number_of_stages_goes_on_from_it(tmp_path: Path) -> None:
     run(2, _train, str(tmp_path), 2, 1, None, {}, None)
-    ends = run(3, _two_then_three, str(tmp_path / "epoch=0-step=8.ckpt"), 3)
+    file = str(tmp_path / "epoch=0-step=8.ckpt")
+    ends = run(3, _two_then_three, file, 3)
     assert ends[0] == ends[1] == ends[2]
+    behind = torch.load(
+        f"{file}.behind", weights_only=True
+    )  # saved behind the fit, where each rank has the whole module
+    assert "optimizer_states" not in behind
+    assert weights(Piped.load_from_checkpoint(f"{file}.behind")) == ends[0]
 
 
 def test_saves_in_mid_epoch_are_whole(tmp_path: Path) -> None:

@@ -154,21 +154,23 @@ REFUSALS: list[tuple[int, str, dict[str, Any], dict[str, Any], str]] = [
 
 
 class Blockwise(Piped):
-    """What lies before the call stays frozen, the first block thaws; the optimizer has had all from the start."""
+    """What lies before the call stays frozen, the first block and the head thaw; the optimizer has had all of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed.requires_grad_(False)
         self.net[0].requires_grad_(False)
+        self.head.requires_grad_(False)
         self.saw: list[list[float]] = []
 
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == 1:
             self.net[0].requires_grad_()
+            self.head.requires_grad_()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        if self.global_rank:  # the first stage
-            self.saw.append(self.net[0][0].weight.flatten().tolist())
+        mine = self.net[0][0] if self.global_rank else self.head  # what thaws on the first stage, and on the last
+        self.saw.append(mine.weight.flatten().tolist())
 
 
 def _thaws() -> tuple[list[list[float]], list[float]]:
@@ -183,9 +185,10 @@ def _thaws() -> tuple[list[list[float]], list[float]]:
     return saw, weights(lit)
 
 
-def test_a_block_may_thaw_where_an_epoch_starts_and_what_lies_before_the_call_in_a_second_fit() -> None:
-    (_, last), (saw, first) = run(2, _thaws)
+def test_all_may_thaw_where_an_epoch_starts_but_what_lies_before_the_call_in_a_second_fit() -> None:
+    (head, last), (saw, first) = run(2, _thaws)
     assert last == first
+    assert head[0] == head[7] != head[8]
     assert saw[0] == saw[7] == saw[9]  # eight batches are an epoch, and gradients are two batches late
     assert saw[15] != saw[9]
 

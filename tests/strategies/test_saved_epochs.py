@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_async import SpeedFaults
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
+from tests.strategies.stores import AtTheEnd
 from tests.strategies.test_streams import Batches, ByEpoch, Stream
 
 BATCH, STEPS, EPOCHS = 4, 8, 3
