@@ -133,16 +133,6 @@ def test_a_run_that_stopped_by_its_steps_while_one_rank_waited_trains_on_nothing
     assert [len(epoch) for epoch in second["epochs"][1:EPOCHS]] == [48, 48]
 
 
-class AtTheEnd(Callback):
-    """Saves in the hook of an epoch's end, as a ModelCheckpoint by epochs does."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        trainer.save_checkpoint(self.path)
-
-
 @pytest.mark.few(1)
 @pytest.mark.parametrize("fed", FED)
 @pytest.mark.parametrize("limit", ["both", "epochs"])
