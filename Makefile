@@ -12,7 +12,7 @@ PYTHON ?= python3
 PINNED := $(shell grep '^torch==' constraints.txt)
 VENV   := .venv
 BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
+READY  := $(VENV)/.chosen
 INSTALLED := $(or $(shell cat $(READY) 2>/dev/null),$(PINNED))
 TORCH  ?= $(INSTALLED)
 CHOSEN := $(if $(filter-out $(PINNED),$(TORCH)),$(TORCH))

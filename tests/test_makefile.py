@@ -44,10 +44,10 @@ def test_what_the_project_needs_may_change_and_the_torch_that_was_chosen_stays(
     tmp_path: Path, last: str, wanted: str, kept: str
 ) -> None:
     _copy(tmp_path, last)
-    os.utime(tmp_path / ".venv" / ".ready", (0, 0))  # older than pyproject.toml
+    os.utime(tmp_path / ".venv" / ".chosen", (0, 0))  # older than pyproject.toml
     said = _make(tmp_path)
     assert f"-m pip install --disable-pip-version-check {wanted}\n" in said
-    assert f"printf '%s\\n' {_quoted(kept)} > .venv/.ready" in said
+    assert f"printf '%s\\n' {_quoted(kept)} > .venv/.chosen" in said
 
 
 def _quoted(word: str) -> str:
@@ -59,7 +59,7 @@ def _copy(folder: Path, last: str) -> None:
     for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     (folder / ".venv").mkdir()
-    (folder / ".venv" / ".ready").write_text(last)
+    (folder / ".venv" / ".chosen").write_text(last)
 
 
 def _make(folder: Path, *arguments: str) -> str:

@@ -256,6 +256,8 @@ class Office:
         everybody = self._members or tuple(range(carrier.world))
         first = carrier.members()[0]
         carrier.propose(f"bye/{carrier.me}", BYE)
+        if self.flags.unheard:  # nor is this one
+            return everybody
         stopped = self.flags.failed is not None or carrier.decided("abort") is not None
         end = carrier.now() + (FAREWELL_FAILED if stopped else FAREWELL)
         while carrier.now() < end and (carrier.failed is None or carrier.fault is not None):

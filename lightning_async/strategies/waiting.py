@@ -40,6 +40,7 @@ class Flags:
         waited: Seconds of these in which there was nothing to do but wait.
         siblings: The other ranks of this rank's member, which ends with each of them.
         orphaned: Whether it ended so.
+        unheard: Whether this rank ended by itself, told to end where the board does not answer.
     """
 
     carrier: Carrier
@@ -51,6 +52,7 @@ class Flags:
     waited: float = 0.0
     siblings: tuple[int, ...] = ()
     orphaned: bool = False
+    unheard: bool = False
     _stopping: float | None = None
     _told: float | None = None  # when this rank's own SIGTERM was seen
     _mourned: set[int] = field(default_factory=set)  # whose deaths were told
@@ -85,6 +87,7 @@ class Flags:
             if not self.patient() or time.monotonic() - self._stopping >= self.grace:
                 raise SIGTERMException()
         elif self._told is not None and time.monotonic() - self._told >= self.grace + UNHEARD:
+            self.unheard = True
             raise SIGTERMException()  # the board does not answer, and this process is to end
 
     def _check_siblings(self) -> None:

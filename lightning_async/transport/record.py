@@ -87,7 +87,8 @@ class RecordingCarrier:
         self._guesses = Guesses(carrier.world)
         self._noted: dict[str, Any] = {}
         self._lock = threading.Lock()
-        self._services = self._served = self._written = 0
+        self._services = self._served = 0
+        self._looked: int | None = None  # the count at which a look began that has found nothing yet
         header = {"schema": SCHEMA, "me": carrier.me, "world": carrier.world, "seed": seed}
         versions = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
         self._line({**header, **versions, **(about or {})})
@@ -129,12 +130,10 @@ class RecordingCarrier:
 
     def attends(self) -> Iterator[None]:
         """A look at the mail by who waits for the others; one that found nothing new is not recorded, nor counted."""
-        before, written = self._count, self._written
+        before = self._looked = self._count
         yield
-        if self._written == written:
-            self._count = before
-        else:
-            self._line([before, NOTE, "attend", True])
+        if self._looked is not None:
+            self._count, self._looked = before, None
 
     def finish(self) -> None:
         """Record that the program ended, after it did; a log without it is replayed as that of a killed member."""
@@ -259,8 +258,10 @@ class RecordingCarrier:
         self._write(*question, answer)
 
     def _write(self, *words: Any) -> None:
+        if self._looked is not None:
+            look, self._looked = self._looked, None
+            self._line([look, NOTE, "attend", True])
         self._count += 1
-        self._written += 1
         self._line([self._count, *words])
 
     def _line(self, content: Any) -> None:

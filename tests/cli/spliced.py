@@ -25,7 +25,6 @@ def everything() -> None:
 
 def continued(through: list[Any], resumed: list[Any]) -> list[Any]:
     """The log of a run that began as `resumed` did, at the first meeting of `through`, and then went the same way."""
-    through, resumed = _in_order(through), _in_order(resumed)
     began = next(i for i, line in enumerate(resumed) if i and line[1:3] == [NOTE, "start"])
     met = next(i for i, line in enumerate(through) if i and line[1:3] == [NOTE, "consensus"])
     before = [line[1:] for line in through[1 : met + 1] if line[1] != SERVED]
@@ -39,12 +38,6 @@ def continued(through: list[Any], resumed: list[Any]) -> list[Any]:
         lines.append([questions, *words])
     served = enumerate(_served(through, met, resumed, head), start=1)
     return [resumed[0], *lines, *([number, SERVED, *words] for number, words in served)]
-
-
-def _in_order(log: list[Any]) -> list[Any]:
-    """With what was noted of a look at the mail before the questions of this look, behind which it was written down."""
-    asked = iter(sorted((line for line in log[1:] if line[1] != SERVED), key=lambda line: line[0]))
-    return [log[0], *(line if line[1] == SERVED else next(asked) for line in log[1:])]
 
 
 def _tail(before: list[Line], after: list[Line]) -> Iterator[Line]:

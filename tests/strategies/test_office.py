@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from contextlib import closing
 from datetime import timedelta
 from types import SimpleNamespace
@@ -9,11 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from benchmarks.store import Store
-from lightning_async.strategies.office import CONNECT, Office
+from lightning_async.strategies import waiting
+from lightning_async.strategies.office import CONNECT, FAREWELL_FAILED, Office
 from lightning_async.transport.control import Control
 from lightning_async.transport.mail import Wait
+from tests.transport.far_store import far_store
+from tests.transport.worlds import BUSY
 
 
 def _heard(office: Office) -> Wait[None]:
@@ -21,15 +29,39 @@ def _heard(office: Office) -> Wait[None]:
         yield "a word"
 
 
+KNOBS: dict[str, Any] = {"silence": 2.0, "patience": 30.0, "limit": 60.0, "interface": "lo", "record": None}
+
+
+def _open(office: Office, port: int) -> None:
+    where: Any = SimpleNamespace(main_address="127.0.0.1", main_port=port)
+    office.open(where, 0, 1, torch.device("cpu"), fitting=False)
+
+
 def test_the_time_to_reach_the_store_does_not_bound_its_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its host may be frozen for longer than that, and for longer than patience."""
     found: list[Any] = []
     prepare = Control._prepare
     monkeypatch.setattr(Control, "_prepare", lambda control, store: (found.append(store), prepare(control, store))[1])
-    knobs: dict[str, Any] = {"silence": 2.0, "patience": 30.0, "limit": 60.0, "interface": "lo", "record": None}
-    with closing(Store()) as store, closing(Office(**knobs)) as office:
-        where: Any = SimpleNamespace(main_address="127.0.0.1", main_port=store.port)
-        office.open(where, 0, 1, torch.device("cpu"), fitting=False)
+    with closing(Store()) as store, closing(Office(**KNOBS)) as office:
+        _open(office, store.port)
         office.carrier.propose("a word", b"")
         office.drive(_heard(office))
     assert [one.timeout > timedelta(days=1) > timedelta(seconds=CONNECT) for one in found] == [True]
+
+
+def test_who_ended_by_itself_says_good_bye_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told to end while the store's host is frozen, a rank is gone before it is killed for being late."""
+    monkeypatch.setattr(waiting, "UNHEARD", 0.1)
+    office = Office(**KNOBS, grace=0.0)
+    with far_store() as (host, port), closing(office):
+        _open(office, port)
+        control = next(thread for thread in threading.enumerate() if thread.name.startswith("control"))
+        os.kill(host, signal.SIGSTOP)
+        office.sigterm()
+        with pytest.raises(SIGTERMException):
+            office.drive(_heard(office))
+        began = time.monotonic()
+        office.close()
+        assert time.monotonic() - began < FAREWELL_FAILED
+        os.kill(host, signal.SIGCONT)
+        control.join(BUSY)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +19,8 @@ from lightning_async.transport.control import Control
 from lightning_async.transport.gloo import keys_of
 from lightning_async.transport.heartbeat import Beat, Silence
 from lightning_async.transport.requests import FLAGS, Requests
+from tests.transport.far_store import far_store
 from tests.transport.worlds import BUSY
-
-FORK = multiprocessing.get_context("fork")
 
 
 def until(condition: Callable[[], object], limit: float = BUSY) -> None:
@@ -360,25 +355,10 @@ def test_who_was_not_there_at_the_start_is_no_member(store: Store) -> None:
 # the store's host
 
 
-def _host(out: Connection) -> None:
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    out.send(server.port)
-    signal.pause()
-
-
 @pytest.fixture
 def host() -> Iterator[tuple[int, int]]:
-    """The process id and the port of a store in a process of its own."""
-    with ExitStack() as stack:
-        gc.collect()  # a store's server that is garbage in the child makes it wait for a thread that was not forked
-        mine, theirs = (stack.enter_context(end) for end in FORK.Pipe())
-        process = FORK.Process(target=_host, args=(theirs,))
-        process.start()
-        stack.callback(process.close)
-        stack.callback(process.join)
-        stack.callback(process.kill)
-        assert process.pid is not None
-        yield process.pid, mine.recv()
+    with far_store() as found:
+        yield found
 
 
 def test_with_the_host_frozen_nobody_is_judged_and_nothing_blocks(host: tuple[int, int]) -> None:

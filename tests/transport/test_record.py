@@ -231,6 +231,28 @@ def test_the_cut_last_line_of_a_killed_member_is_left_out() -> None:
     assert replay(logs, everybody()) == whole
 
 
+def test_a_look_is_written_before_what_it_found_and_not_at_all_where_it_found_nothing() -> None:
+    def program(carrier: Any) -> Program:
+        if carrier.me == 0:
+            yield 0.3
+            carrier.post(1, Message(KIND, torch.ones(2)))
+            return []
+        found: list[float] = []
+        while not found:
+            yield 0.01
+            for _ in carrier.attends():
+                found += [x.message.body.sum().item() for x in carrier.take(KIND)]
+        carrier.note_meeting()
+        return found
+
+    results, logs = record(program=program, n=2)
+    assert results == {0: [], 1: [2.0]}
+    assert [json.loads(line)[:3] for line in logs[1][1:4]] == [[0, "note", "attend"], [1, "take", KIND], [2, "meet"]]
+    assert replay(logs, everybody(program, 2)) == results
+    for end in (2, 3):  # killed in the look, and behind it
+        assert replay({0: logs[0], 1: logs[1][:end]}, everybody(program, 2)) == {0: []}
+
+
 # -- replays that stray -----------------------------------------------------------------------------------------------
 
 
