@@ -61,7 +61,7 @@ def settings(quick: bool) -> list[Setting]:
     """Much compute and few weights; many weights and no compute but their own."""
     small = Work(N * (80 if quick else 250), step=0.02)
     large = Work(N * (30 if quick else 50), width=2048, layers=7, step=0.0)
-    four = Work(FOUR * (100 if quick else 300), width=512, layers=6, step=0.0)
+    four = Work(FOUR * (100 if quick else 900), width=512, layers=6, step=0.0)
     turns = 1 if quick else 5
     return [
         Setting("20 ms of compute", small, 1.03, turns),
@@ -112,7 +112,8 @@ def _copy_seconds(numel: int) -> float:
 def _measure(knobs: Knobs | None, work: Work, n: int = N) -> Measures:
     with Ranks(fit, n, arguments=work.arguments(knobs)) as ranks:
         records = [Record(**value) for value in ranks.values(timeout=LIMIT)]
-    steps = [[seconds for _, seconds in record.gaps()][WARM:] for record in records]
+    seen = [[seconds for _, seconds in record.gaps()][WARM:] for record in records]
+    steps = [seconds for seconds in seen if seconds]  # who began last may find nothing left to train on
     return {
         "step": fmean(fmean(seconds) for seconds in steps),
         "median": fmean(median(seconds) for seconds in steps),
