@@ -15,6 +15,8 @@ from types import FrameType
 from typing import Any
 
 import lightning
+import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
@@ -145,10 +147,16 @@ def synchronises_batchnorm(trainer: Trainer) -> bool:
 
 
 def first_batch(trainer: Trainer) -> Any:
-    """The first batch of a training loader that is made for this alone."""
+    """The first batch of a training loader that is made for this alone; generators of its own stay as they are."""
     loader = trainer.fit_loop._data_source.dataloader()
     combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+    parts = [part for one in combined.flattened for part in (one, getattr(one, "sampler", None))]
+    found = [getattr(part, "generator", None) for part in parts]
+    own = [generator for generator in found if isinstance(generator, torch.Generator)]
+    states = [generator.get_state() for generator in own]
     batch, *_ = next(iter(combined))
+    for generator, state in zip(own, states, strict=True):
+        generator.set_state(state)
     return trainer.precision_plugin.convert_input(batch)
 
 
@@ -187,6 +195,26 @@ class _FetchesLate(_PrefetchDataFetcher):
         if self.length is None and not self.batches and not self.done:
             with suppress(StopIteration):  # `done` from here on
                 self.batches.append(_DataFetcher.__next__(self))
+
+
+def skip_batch(fetcher: Any) -> None:
+    """Fetch a batch in vain; what was fetched ahead is the next one. Lightning counts those before where it resumes."""
+    ahead, fetched = getattr(fetcher, "batches", []), fetcher.fetched
+    with suppress(StopIteration):
+        ahead.append(_DataFetcher.__next__(fetcher))
+    del ahead[:1]
+    fetcher.fetched = fetched
+
+
+def set_sampler_epoch(trainer: Trainer, loader: object) -> None:
+    """As Lightning does behind its first `iter`: where a run goes on, workers have drawn an order by then."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    _set_sampler_epoch(loader, progress.processed)
+
+
+def has_iterator(trainer: Trainer) -> bool:
+    """Whether an epoch takes the iterator that was made at set-up; for the others Lightning makes one each."""
+    return trainer.current_epoch == 0 or bool(trainer.fit_loop.is_resuming)
 
 
 def skip_backward(trainer: Trainer, leash: Leash, skip: bool) -> None:

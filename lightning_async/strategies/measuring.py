@@ -1,7 +1,8 @@
 """How long each block takes, on the input that the user's code gives the first of them.
 
 The first batch goes through the user's `training_step` up to the call of the blocks, on rank 0 and once more than it
-would otherwise; weights, statistics, random numbers and logs are as if it had not.
+would otherwise; weights, statistics, random numbers and logs are as if it had not. All ranks fetch that batch: a loader
+that remembers what it gave goes on alike everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def measured(strategy: PipeSetup, handover: Handover) -> list[float]:
-    """Seconds of each block, forward and backward. The call must be answered by `handover` already."""
+    """Seconds of each block, forward and backward, on rank 0; called by all. `handover` must stand in the call."""
     module, precision, found = strategy.trainer.lightning_module, strategy.precision_plugin, []
 
     def answer(x: Tensor) -> NoReturn:
@@ -33,12 +34,16 @@ def measured(strategy: PipeSetup, handover: Handover) -> list[float]:
 
     strategy.measuring = True
     try:
-        with _as_it_was(module), handover.answering(answer), precision.train_step_context():
-            batch = strategy.batch_to_device(compat.first_batch(strategy.trainer), strategy.root_device)
-            try:
-                module.training_step(batch, 0)
-            except HandedOver:
-                return partition.measure(handover.as_they_are(), found[0])
+        with _as_it_was(module):
+            batch = compat.first_batch(strategy.trainer)
+            if strategy.global_rank != 0:
+                return []
+            batch = strategy.batch_to_device(batch, strategy.root_device)
+            with handover.answering(answer), precision.train_step_context():
+                try:
+                    module.training_step(batch, 0)
+                except HandedOver:
+                    return partition.measure(handover.as_they_are(), found[0])
     finally:
         strategy.measuring = False
     return []

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_async.algorithms.algorithm import no_shrink
 from lightning_async.data.counts import samples_in
 from lightning_async.pipeline import draws
-from lightning_async.strategies import whole
+from lightning_async.strategies import compat, whole
 from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of
@@ -38,7 +38,6 @@ class PipeBatches(Resting):
     """
 
     timelines: dict[int, Timeline]
-    _fresh = False
     _stepped = -1
     _here = 0
 
@@ -52,30 +51,31 @@ class PipeBatches(Resting):
         self.office.listen()
 
     def process_dataloader(self, dataloader: object) -> object:
-        """A new iterator draws its order next; where a run goes on, the one that it drew then."""
+        """A new iterator draws its order next; where a run goes on in mid-epoch, the one that it drew then."""
         if not self.trainer.training:
             return dataloader
         if not self.piped:
             return self.recording.noted(self, dataloader)
-        turns, between = self.turns, self.resumed.get("between_epochs", True)
-        self._fresh = between  # in mid-epoch no epoch starts next
-        draws.reseed(turns.seed, turns.batches if between else self.epoch_began, draws.BETWEEN)
-        done = 0 if between else turns.batches - self.epoch_began
+        compat.set_sampler_epoch(self.trainer, dataloader)
+        began = self.turns.batches if self.begun else self.epoch_began  # `begun`: it is loaded anew for the next epoch
+        draws.reseed(self.turns.seed, began, draws.BETWEEN)
+        done = self.turns.batches - began
         noted = self.recording.noted(self, dataloader, done=done)
-        return noted if between else FromMidEpoch(noted, done)
+        return FromMidEpoch(noted) if done else noted
 
     def epoch_started(self) -> None:
         """The order of the data is drawn next, the same on all ranks."""
         if self.piped:
-            fresh, self._fresh = self._fresh, False
             self.epoch_began = self.turns.batches
-            if not fresh:
+            if not compat.has_iterator(self.trainer):
                 draws.reseed(self.turns.seed, self.turns.batches, draws.BETWEEN)
 
-    def epoch_ended(self) -> None:
-        """Whatever iterator was made for it, the next epoch makes its own. (A run that goes on from a validation behind
-        the last batch of an epoch first ends that epoch, which does not start again.)"""
-        self._fresh = False
+    def skip_done(self, fetcher: Any) -> None:
+        """Where a run goes on in mid-epoch: what it was trained on is fetched in vain, from the random numbers of then.
+        All loaders together: the order of each is drawn with its first batch, and a short one begins again."""
+        for batch in range(self.epoch_began, self.turns.batches):
+            compat.skip_batch(fetcher)
+            draws.reseed(self.turns.seed, batch + 1, draws.BETWEEN)
 
     def on_train_start(self) -> None:
         """Right before the first batch."""
@@ -86,7 +86,7 @@ class PipeBatches(Resting):
         if self.piped:
             self.begun = True
             self.put_back(self.resumed.get("kept", {}))
-            self.go_on_adding_up()
+            self.go_on_between_steps()
         if not self.last and self.lr_scheduler_configs:
             for optimizer in self.optimizers:  # its first real step comes late: without this torch would warn
                 optimizer.zero_grad()

@@ -30,10 +30,10 @@ def stamp_of(batch: Any) -> int:
 
 
 class FromMidEpoch:
-    """A loader whose first epoch begins where a checkpoint left it."""
+    """A loader of a run that goes on in mid-epoch: the strategy skips what was trained on, so it begins anew itself."""
 
-    def __init__(self, loader: Any, done: int) -> None:
-        self._loader, self._done = loader, done
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -42,11 +42,7 @@ class FromMidEpoch:
         return getattr(self.__dict__["_loader"], name)
 
     def __iter__(self) -> Iterator[Any]:
-        done, self._done = self._done, 0
-        batches: Iterator[Any] = iter(self._loader)
-        for _ in range(done):
-            next(batches, None)
-        return batches
+        return iter(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning asks whether a loader can go on; what it needs is in the strategy's part of the checkpoint."""

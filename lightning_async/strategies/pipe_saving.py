@@ -23,6 +23,8 @@ from lightning_async.strategies.pipeline_shown import PipelineShown
 
 KEY = "delayed_pipeline"
 """Our key in a checkpoint: what a plain run has no need of."""
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""Gradients by name, of what lies before the call and of the rest."""
 
 
 class PipeSaving(PipelineShown):
@@ -86,14 +88,17 @@ class PipeSaving(PipelineShown):
         elif self.piped and self.fitting:
             self.hear_counts()
             between = self._is_over(checkpoint["loops"]["fit_loop"])
+            stages = self.together(whole.collect(self.office.rounds, self._between_steps(), 0))
             checkpoint[KEY] = {
                 "batches": self.turns.batches,
                 "passes": self.turns.passes,
                 "epoch_began": self.turns.batches if between else self.epoch_began,
                 "between_epochs": between,
                 "seed": self.turns.seed,
+                "cuts": list(self.cuts),
                 "kept": self.together(self.keeping()),
-                "gradients": self._added_up(),
+                "gradients": self._added_up([stage["gradients"] for stage in stages]),
+                "norms": [stage["norms"] for stage in stages[: self.depth]],
                 "counted": list(self.counts.told()),
             }
         elif self.fitting:
@@ -122,27 +127,38 @@ class PipeSaving(PipelineShown):
             saved_loops.reopen(fit)
         return last
 
-    def _added_up(self) -> list[dict[str, dict[str, Tensor]]]:
-        """What each pipeline has added up by now to a step still to come, by name, on rank 0. What is outside of the
-        blocks is at both of its ends, and before the first batch nobody knows where it belongs: so that is said too.
-        Called by all."""
-        stage, mine = self.turns.place.stage, dict[str, dict[str, Tensor]]({"before": {}, "rest": {}})
-        for (name, parameter), gradient in zip(self._named(), stage.added_up(), strict=True):
+    def _between_steps(self) -> dict[str, Any]:
+        """What this stage knows of steps: the gradients added up to the next, and the norms of the last. What is
+        outside of the blocks is at both ends, and before the first batch nobody knows where it belongs: so that is said
+        too."""
+        place, mine = self.turns.place, dict[str, dict[str, Tensor]]({"before": {}, "rest": {}})
+        for (name, parameter), gradient in zip(self._named(), place.stage.added_up(), strict=True):
             if gradient is not None and not compat.ends_in_step(self.trainer):
                 mine[self._lies_before(parameter)][name] = gradient
-        of_all = self.together(whole.collect(self.office.rounds, mine, 0))
-        pipes = [of_all[first : first + self.depth] for first in range(0, len(of_all), self.depth)]
-        return [{where: {k: v for part in pipe for k, v in part[where].items()} for where in mine} for pipe in pipes]
+        return {"gradients": mine, "norms": vars(place.norms)}
 
-    def go_on_adding_up(self) -> None:
-        """What the checkpoint has of the group of batches under way. Another number of pipelines takes their mean."""
+    def _added_up(self, stages: Sequence[Parts]) -> list[Parts]:
+        """What each pipeline has added up by now to a step still to come, by name."""
+        pipes = [stages[first : first + self.depth] for first in range(0, len(stages), self.depth)]
+        return [
+            {where: {k: v for part in pipe for k, v in part[where].items()} for where in ("before", "rest")}
+            for pipe in pipes
+        ]
+
+    def go_on_between_steps(self) -> None:
+        """How many steps were taken, and what the checkpoint has of the one under way: as many stages know each other's
+        norms; another number of pipelines takes the mean of their gradients."""
+        place, norms = self.turns.place, self.resumed.get("norms", [])
+        place.updates = self.counts.told_taken()
+        if len(norms) == self.depth:
+            vars(place.norms).update(norms[self.global_rank % self.depth])
         pipes = self.resumed.get("gradients", [])
         if len(pipes) != self.replicas:
             mean = {where: _mean([pipe[where] for pipe in pipes]) for where in ("before", "rest")}
             pipes = [mean] * self.replicas
         mine = pipes[self.global_rank // self.depth]
         found = [(p, mine[self._lies_before(p)].get(name)) for name, p in self._named()]
-        self.turns.place.stage.go_on_with([None if g is None else g.to(p, copy=True) for p, g in found])
+        place.stage.go_on_with([None if g is None else g.to(p, copy=True) for p, g in found])
 
     def _named(self) -> list[tuple[str, Tensor]]:
         """The parameters of this stage, in its own order."""

@@ -104,9 +104,10 @@ class PipeSetup(PipeBatches):
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
         self.closing = self.begun = self.halted = self.at_home = self._stop = self._requeue = False
         self.office.flags.patient = lambda: self.closing or self.begun
+        if self.fitting:
+            self._leash.replace("fit_loop._iteration_based_training", lambda: False)
         if self.fitting and self.piped:
             self.hear_requeue(self._leash)
-            self._leash.replace("fit_loop._iteration_based_training", lambda: False)
         if self.replicas > 1:
             compat.share_by_sampler(trainer, self._leash)
         self.alone = not self.piped
@@ -170,16 +171,17 @@ class PipeSetup(PipeBatches):
             if isinstance(self.split, list):
                 return partition.check_cuts(self.split, blocks, self.depth)
             if self.split == "auto" and self.fitting:
-                self._found = self.together(self._measured(handover))
+                saved = tuple(self.resumed.get("cuts", ()))
+                as_many = len(saved) == self.depth - 1
+                self._found = saved if as_many else self.together(self._measured(handover))
             return self._found or partition.even(blocks, self.depth)
         except ValueError as error:
             raise MisconfigurationException(f"strategy={self.name!r}: `{handover.name}`: {error}") from None
 
     def _measured(self, handover: Handover) -> Wait[tuple[int, ...]]:
-        """The cuts by rank 0's measurement of the blocks, on its first batch."""
-        cuts: list[int] = []
-        if self.global_rank == 0:
-            cuts = list(partition.balanced(measured(self, handover), self.depth))
+        """The cuts by rank 0's measurement of the blocks, on the first batch."""
+        seconds = measured(self, handover)
+        cuts = list(partition.balanced(seconds, self.depth)) if self.global_rank == 0 else []
         return tuple((yield from words.broadcast(self.office.rounds, cuts, 0)))
 
     def _clip(self, optimizer: Optimizer, clip_val: int | float) -> None:
@@ -204,6 +206,7 @@ class PipeSetup(PipeBatches):
             self.rest()
 
         def on_run_start(fetcher: Any) -> None:
+            self.skip_done(fetcher)
             run_start(fetcher)
             self.keep_stop()
 

@@ -106,6 +106,9 @@ class SeatedPipeline(DelayedPipelineStrategy):
         """The recorded batches."""
         return self.recorded.share_out(dataloader, self.office, lambda: self.trainer.current_epoch)
 
+    def skip_done(self, fetcher: Any) -> None:
+        """The log has only what was trained on."""
+
     def batch_ended(self, outputs: Any) -> None:
         """One of the recorded batches is trained on."""
         self.recorded.completed()

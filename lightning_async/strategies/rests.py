@@ -45,7 +45,6 @@ class Rests(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """One stage alone waits for nobody's hooks; several rest behind those of all (`_watch_loop`)."""
-        self.strategy.epoch_ended()
         if not self.strategy.piped:
             self.strategy.rest()
 

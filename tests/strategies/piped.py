@@ -19,9 +19,20 @@ TARGETS = INPUTS @ torch.randn(WIDTH, 2, generator=SOURCE)
 
 
 class Piped(L.LightningModule):
-    """Noise and a layer before the call, four blocks, a head and a loss behind them."""
+    """Noise and a layer before the call, four blocks, a head and a loss behind them.
 
-    def __init__(self, lr: float = 0.05, *, dropout: float = 0.2, optimizer: str = "sgd", schedule: str = "") -> None:
+    `noisy`: how much of the noise that was drawn before the call the loss asks for.
+    """
+
+    def __init__(
+        self,
+        lr: float = 0.05,
+        *,
+        dropout: float = 0.2,
+        optimizer: str = "sgd",
+        schedule: str = "",
+        noisy: float = 0.0,
+    ) -> None:
         super().__init__()
         torch.manual_seed(5)
         self.embed = nn.Linear(WIDTH, WIDTH)
@@ -34,19 +45,21 @@ class Piped(L.LightningModule):
         )
         self.head = nn.Linear(WIDTH, 2)
         self.metric = MeanMetric()
-        self.lr, self.optimizer, self.schedule = lr, optimizer, schedule
+        self.lr, self.optimizer, self.schedule, self.noisy = lr, optimizer, schedule, noisy
         self.losses: list[float] = []
-        self.started = 0
+        self.started, self.drawn = 0, torch.zeros(1, WIDTH)
 
     def prepare(self, x: Tensor) -> Tensor:
-        return self.norm(self.embed(x + 0.01 * torch.randn_like(x) * self.training))  # type: ignore[no-any-return]
+        self.drawn = torch.randn_like(x)
+        return self.norm(self.embed(x + 0.01 * self.drawn * self.training))  # type: ignore[no-any-return]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.started += 1
         x, y = batch
         self.log("started", float(self.started), on_step=True)
+        self.log("batches", 1.0, on_epoch=True, on_step=False, reduce_fx="sum")
         hidden = self.net(self.prepare(x))
-        loss = (self.head(hidden) - y).square().mean()
+        loss = (self.head(hidden) - y - self.noisy * self.drawn[:, :2]).square().mean()
         self.losses.append(float(loss.detach()))
         self.log("train", loss, on_step=True, on_epoch=True, sync_dist=True, prog_bar=True)
         return loss

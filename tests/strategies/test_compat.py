@@ -19,6 +19,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_async.strategies import compat
 from tests.strategies.lit import Lit, trainer
@@ -89,6 +91,32 @@ def test_the_batch_ahead_is_fetched_late(t: L.Trainer) -> None:
         assert t.fit_loop.epoch_loop.batch_progress.is_last_batch is (k == 2)
     with pytest.raises(StopIteration):
         next(fetcher)
+
+
+@pytest.mark.parametrize("endless", [True, False])
+def test_a_batch_is_skipped_whether_one_is_fetched_ahead_or_none(t: L.Trainer, endless: bool) -> None:
+    fetcher: Any = _PrefetchDataFetcher()
+    fetcher.setup(CombinedLoader((k for k in range(4)) if endless else list(range(4)), "max_size_cycle"))
+    iter(fetcher)
+    before = fetcher.fetched
+    for _ in range(2):
+        compat.skip_batch(fetcher)
+    assert fetcher.fetched == before
+    assert [next(fetcher)[0] for _ in range(2)] == [2, 3]
+    compat.skip_batch(fetcher)
+    with pytest.raises(StopIteration):
+        next(fetcher)
+
+
+def test_the_epoch_is_told_to_a_sampler_and_an_iterator_is_there(t: L.Trainer) -> None:
+    sampler: Any = DistributedSampler(range(4), num_replicas=2, rank=0)
+    progress = t.fit_loop.epoch_progress.current
+    progress.processed = progress.completed = 3
+    compat.set_sampler_epoch(t, DataLoader(range(4), sampler=sampler))
+    assert sampler.epoch == 3
+    assert not compat.has_iterator(t)
+    t.fit_loop.load_state_dict(t.fit_loop.state_dict())
+    assert compat.has_iterator(t)
 
 
 def test_everything_is_put_back(t: L.Trainer) -> None:

@@ -11,12 +11,13 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_async.pipeline import compensate, draws
 from lightning_async.pipeline.partition import even, spans
 from lightning_async.pipeline.simulator import simulate
 from lightning_async.pipeline.stage import Stage
-from tests.strategies.piped import INPUTS, TARGETS, Piped, loader, trainer, weights
+from tests.strategies.piped import INPUTS, TARGETS, WIDTH, Piped, loader, trainer, weights
 from tests.strategies.ranks import run
 
 PLAIN = {"strategy": "auto"}
@@ -25,12 +26,16 @@ PLAIN = {"strategy": "auto"}
 def _fit(devices: int, knobs: dict[str, Any], module: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     lit = Piped(**module)
     t = trainer(devices, knobs=knobs, **options)
+    arrived: dict[int, torch.dtype] = {}
+    for at, block in enumerate(lit.net):
+        block.register_forward_pre_hook(lambda _, x, at=at: arrived.setdefault(at, x[0].dtype) and None)
     t.fit(lit, loader(), loader(20))
     return {
         "weights": weights(lit),
         "losses": lit.losses,
         "metrics": {key: float(value) for key, value in t.callback_metrics.items()},
         "step": t.global_step,
+        "arrived": arrived.get((0, *getattr(t.strategy, "cuts", ()))[-1]),
         "delays": [a.delay for a in getattr(t.strategy, "arrivals", list)()],
     }
 
@@ -129,6 +134,8 @@ def test_many_processes_are_the_simulator_to_the_bit(
         assert end["metrics"] == ends[0]["metrics"]
         assert end["step"] == ends[0]["step"] == len(expected["losses"]) - 10 * (len(options) and "acc" in str(options))
     assert ends[-1]["losses"] == []
+    assert ends[0]["metrics"]["batches"] == 8, "what is logged before the call counts once"
+    assert ends[0]["arrived"] == (torch.bfloat16 if "precision" in options else torch.float32)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -141,8 +148,9 @@ def test_one_stage_is_plain_training_to_the_bit(optimizer: str) -> None:
 
 
 def test_the_baseline_is_plain_accumulation() -> None:
-    """Drained after each update, no gradient is late: what is left of the pipe is where the layers are."""
-    module, options = {"dropout": 0.0}, {"accumulate_grad_batches": 4}
+    """Drained after each update, no gradient is late: what is left of the pipe is where the layers are. The last stage
+    draws the noise that its loss asks for as the first one does."""
+    module, options = {"dropout": 0.0, "noisy": 1.0}, {"accumulate_grad_batches": 4}
     piped = run(3, _fit, 3, {"baseline": "sync"}, module, options)
     (plain,) = run(1, _quiet_fit, module, {**options, **PLAIN})
     close = {"rtol": 1e-4, "atol": 1e-5}
@@ -167,16 +175,27 @@ def _quiet_fit(module: dict[str, Any], options: dict[str, Any]) -> dict[str, Any
 
 def _replicated(replicas: int, depth: int) -> dict[str, Any]:
     lit = Piped(dropout=0.0)
+    lit.prepare = lambda x: lit.embed(x)  # type: ignore[method-assign]
+    lit.net[1] = nn.Linear(WIDTH, WIDTH)  # no statistics of batches, which are halves here
     t = trainer(replicas * depth, knobs={"replicas": replicas}, max_epochs=1)
-    t.fit(lit, loader(4, n=56), loader(20))
-    return {"weights": weights(lit), "losses": len(lit.losses), "val": float(t.callback_metrics["val"])}
+    data: Any = loader(4, n=56)
+    if replicas == 1:
+        shares = [list(DistributedSampler(data.dataset, 2, share)) for share in (0, 1)]  # as Lightning shuffles them
+        batches = [[*shares[0][at : at + 4], *shares[1][at : at + 4]] for at in range(0, 28, 4)]
+        data = DataLoader(data.dataset, batch_sampler=batches)
+    t.fit(lit, data, loader(20))
+    return {"weights": weights(lit), "losses": lit.losses, "val": float(t.callback_metrics["val"])}
 
 
-def test_replicas_stay_equal() -> None:
-    ends = run(4, _replicated, 2, 2)
+def test_replicas_stay_equal_and_are_one_pipeline_on_the_joined_batches() -> None:
+    ends, (one, _) = run(4, _replicated, 2, 2), run(2, _replicated, 1, 2)
     assert all(end["weights"] == ends[0]["weights"] for end in ends)
     assert all(end["val"] == ends[0]["val"] for end in ends)
-    assert [end["losses"] for end in ends] == [7, 0, 7, 0]
+    assert [len(end["losses"]) for end in ends] == [7, 0, 7, 0]
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    both = (torch.tensor(ends[0]["losses"]) + torch.tensor(ends[2]["losses"])) / 2
+    torch.testing.assert_close(both, torch.tensor(one["losses"]), **close)
+    torch.testing.assert_close(torch.tensor(ends[0]["weights"]), torch.tensor(one["weights"]), **close)
 
 
 class StopsItself(Piped):

@@ -1,0 +1,112 @@
+"""A pipelined run that goes on is the run that was not interrupted, whatever its knobs and its data are."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_async.strategies import compat, pipe_setup
+from tests.strategies.piped import INPUTS, TARGETS, Piped, loader, trainer, weights
+from tests.strategies.ranks import run
+
+
+class Noisy(Dataset[Any]):
+    """What it gives of a sample depends on numbers of every kind, drawn when it is asked; it counts how often it is."""
+
+    def __init__(self, n: int = 60) -> None:
+        self.n, self.fetched = n, 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.fetched += 1
+        return INPUTS[index] + 0.1 * (torch.rand(()) + np.random.rand() + random.random()), TARGETS[index]
+
+
+class OfTwo(Piped):
+    """Trains on two loaders, of which the shorter begins again."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        (x, y), (other, _) = batch
+        return super().training_step((x + 0.1 * other[: len(x)].mean(0), y), batch_idx)
+
+
+def _hush() -> None:
+    for sentence in ("The dirpath has changed", "Be aware that when using `ckpt_path`"):
+        warnings.filterwarnings("ignore", sentence)
+
+
+def _train(devices: int, folder: str, every: int | None, resume: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    _hush()
+    options, data = dict(options), Noisy()
+    workers, two = options.pop("workers", 0), options.pop("two", False)
+    lit = OfTwo() if two else Piped(schedule=options.pop("schedule", ""))
+    saved = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=every)
+    batches: Any = DataLoader(data, 8, shuffle=True, num_workers=workers, drop_last=two)
+    if two:
+        batches = [batches, DataLoader(Noisy(40), 8, shuffle=True)]  # it begins again within an epoch
+    t = trainer(devices, callbacks=[saved], enable_checkpointing=True, **{"max_epochs": 3, **options})
+    t.fit(lit, batches, loader(20), ckpt_path=resume)
+    end = {"weights": weights(lit), "step": t.global_step, "log step": compat.log_step(t), "epochs": t.current_epoch}
+    return end | {"losses": lit.losses, "fetched": data.fetched}
+
+
+CASES: dict[str, tuple[int, int, list[int], dict[str, Any]]] = {
+    "random data": (2, 5, [10], {}),
+    "replicas": (4, 3, [6], {"knobs": {"replicas": 2}}),
+    "workers": (4, 3, [6], {"knobs": {"replicas": 2}, "workers": 1, "limit_val_batches": 0}),
+    "two loaders": (2, 5, [10], {"two": True}),
+    "annealed": (3, 5, [5], {"knobs": {"compensate": "lr", "anneal": 12}}),
+    "clipped": (3, 5, [5], {"knobs": {"clip": "pipe"}, "gradient_clip_val": 0.01}),
+    "reloaded": (2, 4, [4, 8], {"reload_dataloaders_every_n_epochs": 1}),
+}
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
+    devices, every, steps, options = CASES[name]
+    whole = run(devices, _train, devices, str(tmp_path / "whole"), every, None, options)
+    for step in steps:
+        file = str(tmp_path / "whole" / f"step={step}.ckpt")
+        rest = run(devices, _train, devices, str(tmp_path / f"rest{step}"), every, file, options)
+        for one, other in zip(whole, rest, strict=True):
+            assert other["losses"] == one["losses"][step:] if one["losses"] else not other["losses"]
+            for key in ("weights", "step", "log step", "epochs"):
+                assert one[key] == other[key], (step, key)
+        assert all(end["fetched"] <= whole[0]["fetched"] for end in rest)
+
+
+def _cut(folder: str, seconds: list[float], resume: str | None) -> tuple[int, ...]:
+    _hush()
+    pipe_setup.measured = lambda *_: seconds  # in this process, which is forked for this run
+    saved = ModelCheckpoint(folder, filename="x", enable_version_counter=False)
+    t = trainer(2, knobs={"split": "auto"}, callbacks=[] if resume else [saved], enable_checkpointing=True)
+    t.fit(Piped(), loader(), loader(20), ckpt_path=resume)
+    cuts: tuple[int, ...] = t.strategy.cuts
+    return cuts
+
+
+def test_cuts_are_those_that_were_measured_first(tmp_path: Path) -> None:
+    """Measured anew they would be others, whose stages draw other random numbers."""
+    assert run(2, _cut, str(tmp_path), [1.0, 1.0, 1.0, 9.0], None) == [(3,), (3,)]
+    assert run(2, _cut, str(tmp_path), [9.0, 1.0, 1.0, 1.0], str(tmp_path / "x.ckpt")) == [(3,), (3,)]
+
+
+def test_one_stage_that_is_limited_by_epochs_and_steps_loses_no_epoch(tmp_path: Path) -> None:
+    """Its random numbers are Lightning's, so it does not go on to the bit."""
+    options = {"limit_val_batches": 0}
+    run(1, _train, 1, str(tmp_path), None, None, {"max_epochs": 1, **options})
+    file = str(tmp_path / "step=8.ckpt")
+    (end,) = run(1, _train, 1, str(tmp_path / "on"), None, file, {"max_steps": 100, **options})
+    assert (end["epochs"], end["step"], len(end["losses"])) == (3, 24, 16)
