@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_async.callbacks import SignGradients
 from lightning_async.hooks import SignState, sign_hook
-from tests.strategies.lit import Lit, loader, trainer, weights
+from tests.strategies.lit import ByHand, Lit, loader, trainer, weights
 from tests.strategies.ranks import run
 
 KNOBS: dict[str, Any] = {"block": 32, "min_size": 20}
@@ -123,6 +124,30 @@ def test_ddp_with_the_callback_learns_what_ddp_learns() -> None:
 def test_the_callback_needs_ddp() -> None:
     with pytest.raises(MisconfigurationException, match="`SignGradients` needs strategy='ddp'"):
         trainer(1, strategy="auto", callbacks=[SignGradients()]).fit(Lit(), loader(), loader(40, shuffle=False))
+
+
+class Twice(ByHand):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.layer[0].parameters(), 0.1), torch.optim.SGD(self.layer[1:].parameters(), 0.1)]
+
+
+def _refused() -> list[str]:
+    said = []
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    for module, options in ((Lit(), {"plugins": [scaled]}), (Twice(), {})):
+        try:
+            trainer(1, strategy="ddp", callbacks=[SignGradients()], **options).fit(module, loader(), loader(40, shuffle=False))
+        except MisconfigurationException as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_is_held_back_needs_one_optimizer_and_gradients_in_units_that_last() -> None:
+    """A scaler changes the units and drops steps; of two optimizers one drops what the other's backward was sent."""
+    ((scaled, two),) = run(1, _refused)
+    assert "`SignGradients`: with precision='16-mixed' gradients are scaled, and infinite now and then" in scaled
+    assert "use strategy='lazy_sign', which sends the signs of updates, or precision='bf16-mixed'" in scaled
+    assert "`SignGradients` goes by one optimizer, and there are 2; use strategy='lazy_sign'" in two
 
 
 @pytest.mark.parametrize(

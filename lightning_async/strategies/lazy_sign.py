@@ -20,7 +20,7 @@ from lightning_async.algorithms.late_sign import LateSign
 from lightning_async.algorithms.lazy_sign import LazySign
 from lightning_async.algorithms.sheets import Scale
 from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form
-from lightning_async.algorithms.sign_memory import warning
+from lightning_async.algorithms.sign_memory import refusal, warning
 from lightning_async.algorithms.sign_rules import Rule
 from lightning_async.algorithms.sign_trigger import News
 from lightning_async.algorithms.signs import BLOCK
@@ -216,21 +216,11 @@ class LazySignStrategy(AsyncStrategy):
         return "What ranks had held back (error feedback) is shared out among the ranks of now, and its mean is kept"
 
     def _refuse_for_gradients(self, trainer: Trainer) -> None:
-        if len(self.optimizers) > 1:
-            raise MisconfigurationException(
-                f"strategy={self.name!r}: compress='gradient' goes by one optimizer, and there are "
-                f"{len(self.optimizers)}; use compress='update'"
-            )
-        if str(trainer.precision) == "16-mixed":
-            raise MisconfigurationException(
-                f"strategy={self.name!r}: with precision='16-mixed' gradients are scaled, and infinite now and then, "
-                "which compress='gradient' would keep for ever; use compress='update', or precision='bf16-mixed'"
-            )
-        remedy = "use compress='update', the default"
+        who, remedy = f"strategy={self.name!r} with compress='gradient'", "use compress='update'"
+        if words := refusal(self.optimizers, trainer.precision, who=who, remedy=remedy):
+            raise MisconfigurationException(words)
         signs = self.algorithm.compressor == "sign"
-        if signs and (
-            words := warning(self.optimizers, who=f"strategy={self.name!r} with compress='gradient'", remedy=remedy)
-        ):
+        if signs and (words := warning(self.optimizers, who=who, remedy=f"{remedy}, the default")):
             rank_zero_warn(words)
 
 
