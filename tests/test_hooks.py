@@ -136,7 +136,9 @@ def _refused() -> list[str]:
     scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     for module, options in ((Lit(), {"plugins": [scaled]}), (Twice(), {})):
         try:
-            trainer(1, strategy="ddp", callbacks=[SignGradients()], **options).fit(module, loader(), loader(40, shuffle=False))
+            trainer(1, strategy="ddp", callbacks=[SignGradients()], **options).fit(
+                module, loader(), loader(40, shuffle=False)
+            )
         except MisconfigurationException as error:
             said.append(str(error))
     return said

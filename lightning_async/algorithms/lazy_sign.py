@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from lightning_async.algorithms.algorithm import Algorithm
-from lightning_async.algorithms.press import Press, Rest, Source, Values
+from lightning_async.algorithms.press import Press, Source, Values
 from lightning_async.algorithms.settle import settle
-from lightning_async.algorithms.sheets import Cut, Scale, Span, cuts
+from lightning_async.algorithms.sheets import Cut, Scale, Span, cuts, fingerprint
 from lightning_async.algorithms.sign_exchange import MEAN, PART, Exchange, Gather, Slices
 from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form, check, stretched
+from lightning_async.algorithms.sign_late import LateRounds
 from lightning_async.algorithms.sign_notices import MOST, NOTICE, Notices
 from lightning_async.algorithms.sign_rounds import SignRounds
 from lightning_async.algorithms.sign_rules import RULES, Rule
@@ -46,6 +47,8 @@ class LazySign(Algorithm):
     """Knobs and rounds; `strategies/lazy_sign.py` says what each knob is for."""
 
     in_step = True
+    _way: ClassVar[Mapping[str, str]] = {}
+    """What a state says where rounds go another way than by the rule alone."""
     shrinks = "nothing"  # a round is one mean: no part of it can count less
     kinds: ClassVar[Mapping[int, str]] = {
         PART: "part",
@@ -106,9 +109,13 @@ class LazySign(Algorithm):
         self.begin(new, mail, mass, rounds)
         self._step, self._met, self.skipped = before["step"], before["step"], skipped
         if not self._alone and "rest" in before:
-            rest = _with_served(before["rest"], before["exchange"], n)
-            self._rest.vector.copy_(new.carried(rest, old))
-            self._go_on(before, partial(new.carried, old=old))
+            self._take_over(before, n, partial(new.carried, old=old))
+
+    def _take_over(self, before: Mapping[str, Any], n: int, carried: Callable[[Tensor], Tensor]) -> None:
+        """Go on from a state of other sheets: all that is held back is this rank's own from here on."""
+        rest = _with_served(before["rest"].clone(), before["exchange"], n)
+        self._course.rest.vector.copy_(carried(rest))
+        self._go_on(before, carried)
 
     def _go_on(self, before: Mapping[str, Any], carried: Callable[[Tensor], Tensor]) -> None:
         """Rounds go on from a state of others, whose vectors are to be carried over."""
@@ -177,12 +184,13 @@ class LazySign(Algorithm):
         return (yield from self.signs.take(mail, source))
 
     @property
-    def _number(self) -> int:
-        return 0 if self._alone else self.signs.number
+    def _course(self) -> SignRounds | LateRounds:
+        """How rounds are gone through."""
+        return self.signs
 
     @property
-    def _rest(self) -> Rest:
-        return self.signs.rest
+    def _number(self) -> int:
+        return 0 if self._alone else self._course.number
 
     def _heard(self, letter: Letter) -> None:
         launched = max(letter.message.echo, self._met)
@@ -248,17 +256,22 @@ class LazySign(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """What is left over here and at this rank's server, and what the rule remembers."""
-        state: dict[str, Any] = {"method": "LazySign", "rule": self.rule, "compress": self.compress}
+        state: dict[str, Any] = {"method": "LazySign", "rule": self.rule, "compress": self.compress, **self._way}
         state |= {"round": self._number, "step": self._met}
-        return state if self._alone else {**state, **self.signs.state_dict()}
+        return state if self._alone else {**state, **self._course.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of the same rule."""
-        self._check_state(state, self.rule)
+        """Go on from a state of the same rule; to the bit, if its sheets were cut alike (`form`, `block`, ...)."""
+        self._check_state(state, self._way.get("way", self.rule))
         self._step = self._met = state["step"]
-        if not self._alone:
-            self.signs.number = state["round"]
-            self.signs.load_state_dict(state)
+        if self._alone:
+            return
+        cut = fingerprint(self._course.cuts)
+        if state["exchange"].get("cuts", cut) == cut:  # older states did not say
+            self._course.number = state["round"]
+            self._course.load_state_dict(state)
+        else:
+            self._take_over(state, len(self._members), lambda vector: vector)
 
     def _check_state(self, state: Mapping[str, Any], way: str) -> None:
         if (saved := (state.get("method"), state.get("way", state.get("rule")))) != ("LazySign", way):
@@ -283,7 +296,7 @@ class LazySign(Algorithm):
                 continue
             all_of_it = _with_served(state["rest"] / world, state["exchange"])
             if not self._alone:
-                self._rest.vector.add_(all_of_it.to(replica.flat), alpha=len(self._members))
+                self._course.rest.vector.add_(all_of_it.to(replica.flat), alpha=len(self._members))
             elif self.compress == "update":
                 replica.shift(all_of_it.to(replica.flat))
 

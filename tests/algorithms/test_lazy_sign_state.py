@@ -46,7 +46,9 @@ def live(
                 m.algorithm.resume(m.replica, adopted=True)
             for k in leg:
                 yield 0.02
-                m.parameters[0].grad = gradient(m.rank, k, m.flat())
+                flat = gradient(m.rank, k, m.flat())
+                for p, g in zip(m.parameters, flat.split([p.numel() for p in m.parameters]), strict=True):
+                    p.grad = g
                 yield from m.algorithm.before_step(m.replica, carrier, k)
                 m.optimizer.step()
                 carrier.at(k)
@@ -113,6 +115,52 @@ def test_another_number_of_ranks_holds_back_the_same(rule: str, new: int) -> Non
             torch.testing.assert_close(heir.flat() - before, held(states)[:D])
     if new > 1:
         torch.testing.assert_close(held([heir.algorithm.state_dict() for heir in heirs]), held(states))
+
+
+OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "slices, gather": ({"form": "slices"}, {"form": "gather"}),
+    "gather, slices": ({"form": "gather"}, {"form": "slices"}),
+    "other sizes": ({"form": "slices"}, {"form": "slices", "min_size": 50}),
+    "other blocks": ({"form": "gather"}, {"form": "gather", "block": 8, "scale": "tensor"}),
+}
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("kind", OTHERWISE)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_state_that_was_cut_otherwise_is_taken_over(rule: str, kind: str) -> None:
+    """In another form, or in other sheets: what the ranks and their servers hold back stays, and the run goes on."""
+    before, after = OTHERWISE[kind]
+    shapes: list[tuple[int]] = [(40,), (D - 40,)]
+    some, heirs = (members(3, shapes, **{**KNOBS, "rule": rule, **knobs}) for knobs in (before, after))
+    states = [own[-1] for own in live(some, (range(1, 24),), rule=rule, **before)]
+    for one, carrier, state in zip(heirs, VirtualCluster(3).carriers, states, strict=True):
+        one.algorithm.begin(one.replica, carrier, UNIT, Rounds(carrier))
+        one.algorithm.load_state_dict(through_a_file(state))
+    now = [one.algorithm.state_dict() for one in heirs]
+    torch.testing.assert_close(held(now), held(states), rtol=1e-12, atol=1e-14)
+    if rule == "innovation":
+        torch.testing.assert_close(now[0]["common"], -held(states), rtol=1e-10, atol=1e-12)
+    assert now[0]["round"] == states[0]["round"]
+    resumed = members(3, shapes, **{**KNOBS, "rule": rule, **before})
+    live(resumed, (range(1, 24), range(24, 40)), anew=True, rule=rule, **after)
+    assert all(torch.equal(one.flat(), resumed[0].flat()) for one in resumed)
+
+
+def test_a_state_that_was_cut_otherwise_is_taken_over_with_a_deadline() -> None:
+    (one, *_) = thaw(3, THAWING["deadline"])
+    state = one.states[-1]
+    assert state["exchange"]["rest"].abs().max() > 0
+    carrier, other = VirtualCluster(3).carriers[0], Thawing(0, LateSign(deadline=0.004, block=16, min_size=50))
+    other.backbone.requires_grad_(True)
+    other.replica = Replica(other.parameters)
+    other.algorithm.begin(other.replica, carrier, UNIT, Rounds(carrier))
+    other.algorithm.load_state_dict(through_a_file(state))
+    now = other.algorithm.state_dict()
+    assert not now["exchange"]["rest"].any()
+    begin, served = state["exchange"]["base"], state["exchange"]["rest"]
+    state["rest"][begin : begin + served.numel()].add_(served, alpha=3)
+    torch.testing.assert_close(now["rest"], state["rest"])
 
 
 def test_a_state_of_another_rule_is_refused_in_words() -> None:
