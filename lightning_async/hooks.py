@@ -12,8 +12,8 @@ The second stage of all buckets runs in the hook of the last one, in the thread 
 waited for in a future's callback can block the process group's own threads. What is not finite reaches all ranks as
 NaN, as with `ddp`, and is not fed back.
 
-What is held back is of the gradients' own unit, and is sent once: no gradient scaler (its scale changes, and a step that
-it skips loses what was sent), one optimizer, a gradient for every parameter at every step.
+What is held back is of the gradients' own unit, and is sent once: no gradient scaler (its scale changes, and a step
+that it skips loses what was sent), one optimizer, a gradient for every parameter at every step.
 """
 
 # Without `from __future__ import annotations`: `ddp` reads the hook's annotations and wants types, not their names.

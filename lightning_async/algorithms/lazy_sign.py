@@ -288,11 +288,12 @@ class LazySign(Algorithm):
     def inherit(self, replica: Replica, states: Iterable[Mapping[str, Any]], *, world: int) -> None:
         """Take over what ranks of a run with `world` members had not sent: the mean over all of it stays what it was.
 
-        Called after `begin`, in the place of `load_state_dict`. With `innovation` nothing is held back: all begin anew.
+        Called after `begin`, in the place of `load_state_dict`. With `innovation`, now or then, nothing is held back;
+        of another `compress` it is of other units: all begin anew. So does a lone rank that exchanges gradients.
         """
         for state in states:
-            alike = (state.get("rule"), state.get("compress", self.compress)) == (self.rule, self.compress)
-            if not alike or "rest" not in state or self.rule == "innovation":
+            alike = state.get("compress", self.compress) == self.compress
+            if not alike or "rest" not in state or "innovation" in (state["rule"], self.rule):
                 continue
             all_of_it = _with_served(state["rest"] / world, state["exchange"])
             if not self._alone:

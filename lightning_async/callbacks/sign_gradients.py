@@ -19,7 +19,8 @@ class SignGradients(Callback):
     """Sends gradients as signs and scales with error feedback, under `strategy="ddp"`.
 
     It goes by one optimizer, and without a gradient scaler (16-mixed). Where a parameter has no gradient on any rank,
-    what was held back of it is lost. What a rank has not sent yet is not in the checkpoint, which one rank writes: a resumed run begins without it.
+    what was held back of it is lost. What a rank has not sent yet is not in the checkpoint, which one rank writes: a
+    resumed run begins without it.
 
     Args:
         block: Numbers of a block, which has one scale.

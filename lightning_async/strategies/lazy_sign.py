@@ -213,7 +213,10 @@ class LazySignStrategy(AsyncStrategy):
         """What a run with other ranks takes over."""
         if self.algorithm.rule == "innovation":
             return ""
-        return "What ranks had held back (error feedback) is shared out among the ranks of now, and its mean is kept"
+        return (
+            "What ranks had held back (error feedback) is shared out among the ranks of now, and its mean is kept, if "
+            f"it was of compress={self.algorithm.compress!r} and not of rule='innovation'"
+        )
 
     def _refuse_for_gradients(self, trainer: Trainer) -> None:
         who, remedy = f"strategy={self.name!r} with compress='gradient'", "use compress='update'"

@@ -102,19 +102,41 @@ def held(states: list[dict[str, Any]]) -> Tensor:
 @pytest.mark.parametrize("rule", ["always", "accumulate", "periodic"])
 @pytest.mark.parametrize("new", [1, 2, 3, 5])
 def test_another_number_of_ranks_holds_back_the_same(rule: str, new: int) -> None:
-    old = 4
-    some = members(old, [(D,)], rule=rule, form="slices", **KNOBS)
-    states = [own[-1] for own in live(some, (range(1, 24),), rule=rule, form="slices")]
-    heirs = members(new, [(D,)], rule=rule, **KNOBS)
-    virtual = VirtualCluster(new)
-    for heir, carrier in zip(heirs, virtual.carriers, strict=True):
-        before = heir.flat()
+    inherited(rule, rule, new)
+
+
+@pytest.mark.parametrize(("rule", "other"), [("always", "accumulate"), ("accumulate", "always"), ("paper", "periodic")])
+def test_another_number_of_ranks_with_another_rule_holds_back_the_same(rule: str, other: str) -> None:
+    inherited(rule, other, 3)
+
+
+@pytest.mark.parametrize("other", [{"rule": "innovation"}, {"compress": "gradient"}])
+def test_what_was_held_back_of_other_units_is_not_taken_over(other: dict[str, Any]) -> None:
+    for before, after in (({}, other), (other, {})):
+        (heir, *_), states = heirs(2, 3, KNOBS | before, KNOBS | after)
+        assert any(state["rest"].any() for state in states)
+        assert not heir.algorithm.state_dict()["rest"].any()
+
+
+def inherited(rule: str, other: str, new: int) -> None:
+    some, states = heirs(4, new, {**KNOBS, "rule": rule, "form": "slices"}, {**KNOBS, "rule": other})
+    assert held(states).any()
+    if new == 1:
+        torch.testing.assert_close(some[0].flat() - members(1, [(D,)])[0].flat(), held(states)[:D])
+    else:
+        torch.testing.assert_close(held([heir.algorithm.state_dict() for heir in some]), held(states))
+
+
+def heirs(
+    old: int, new: int, before: dict[str, Any], after: dict[str, Any]
+) -> tuple[list[Member], list[dict[str, Any]]]:
+    """Ranks that take over from others, and what these had."""
+    states = [own[-1] for own in live(members(old, [(D,)], **before), (range(1, 24),))]
+    some, carriers = members(new, [(D,)], **after), VirtualCluster(new).carriers
+    for heir, carrier in zip(some, carriers, strict=True):
         heir.algorithm.begin(heir.replica, carrier, UNIT, Rounds(carrier))
         heir.algorithm.inherit(heir.replica, states[heir.rank :: new], world=old)
-        if new == 1:
-            torch.testing.assert_close(heir.flat() - before, held(states)[:D])
-    if new > 1:
-        torch.testing.assert_close(held([heir.algorithm.state_dict() for heir in heirs]), held(states))
+    return some, states
 
 
 OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
