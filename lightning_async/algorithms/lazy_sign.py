@@ -374,7 +374,10 @@ def _read_gradients(replica: Replica, into: Tensor) -> None:
 
 
 def _write_gradients(replica: Replica, agreed: Tensor) -> None:
-    """The gradients that all agreed on. Where nobody has any there is none, so that the optimizer leaves it alone."""
+    """The gradients that all agreed on. Where nobody has any there is none, so that the optimizer leaves it alone.
+
+    Zeros alone say the same, so that all ranks do alike: nobody knows which of both the others had.
+    """
     for parameter, at in replica.places:
         here = agreed[at : at + parameter.numel()].view(parameter.shape)
         if not bool(here.any()):
