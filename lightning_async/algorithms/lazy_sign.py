@@ -26,7 +26,7 @@ from lightning_async.algorithms.press import Press, Source, Values
 from lightning_async.algorithms.settle import settle
 from lightning_async.algorithms.sheets import Cut, Scale, Span, cuts, fingerprint
 from lightning_async.algorithms.sign_exchange import MEAN, PART, Exchange, Gather, Slices
-from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form, check, stretched
+from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form, check, stretched, weights
 from lightning_async.algorithms.sign_late import LateRounds
 from lightning_async.algorithms.sign_notices import MOST, NOTICE, Notices
 from lightning_async.algorithms.sign_rounds import SignRounds
@@ -70,6 +70,7 @@ class LazySign(Algorithm):
         form: Form = "auto",
         news: News = "change",
         history: int = 10,
+        history_weights: Sequence[float] | None = None,
         threshold: float = 0.8,
         error_weight: float = 0.0,
         max_skip: int = 7,
@@ -85,6 +86,7 @@ class LazySign(Algorithm):
         repeats = compress == "update" and not RULES[rule].tracks
         self.stretch = stretched(stretch, STRETCH if repeats else 1.0)
         self.news, self.history, self.threshold, self.error_weight = news, history, threshold, error_weight
+        self.history_weights = weights(history_weights, history)
         self.max_skip, self.ahead, self.warm_up = max_skip, ahead, warm_up
         self.travels_whole: Callable[[Tensor], bool] = lambda parameter: False
         """Which parameters travel whole, whatever their size; whoever knows their names assigns it."""
@@ -352,6 +354,7 @@ class LazySign(Algorithm):
             threshold=self.threshold,
             error_weight=self.error_weight,
             max_skip=self.max_skip,
+            weights=self.history_weights,
             like=flat if remembers else None,
         )
 

@@ -54,6 +54,7 @@ class LazySignStrategy(AsyncStrategy):
             2 ranks.
         news: What decides: "change" (since a rank last sent) or "backlog" (what it has not sent).
         history: Rounds that the news are compared with, and that are always sent at first.
+        history_weights: How much each of those rounds counts, the latest first; None: all alike.
         threshold: A rank sends where its news exceed so many times the mean square of those rounds.
         error_weight: How much what signs miss counts against sending.
         max_skip: Silent rounds in a row, at most.
@@ -100,6 +101,7 @@ class LazySignStrategy(AsyncStrategy):
         form: Form = "auto",
         news: News = "change",
         history: int = 10,
+        history_weights: Sequence[float] | None = None,
         threshold: float = 0.8,
         error_weight: float = 0.0,
         max_skip: int = 7,
@@ -140,6 +142,7 @@ class LazySignStrategy(AsyncStrategy):
             "form": form,
             "news": news,
             "history": history,
+            "history_weights": history_weights,
             "threshold": threshold,
             "error_weight": error_weight,
             "max_skip": max_skip,

@@ -94,12 +94,28 @@ def test_what_all_have_of_each_other_is_the_same_everywhere(rule: str, what: str
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_twin_takes_the_same_path(rule: str, form: str, carrier: str, ahead: int) -> None:
+    follows(form, carrier, rule=rule, history=5, max_skip=3, ahead=ahead, threshold=0.6)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("rule", "news"), [("accumulate", "change"), ("accumulate", "backlog"), ("innovation", "change")]
+)
+def test_the_twin_takes_the_same_path_with_weights_and_errors_in_the_trigger(rule: str, news: str) -> None:
+    """And both tell on who sends."""
+    knobs: dict[str, Any] = {"rule": rule, "news": news, "history": 5, "max_skip": 7, "threshold": 0.6}
+    plain = follows("slices", "virtual", **knobs)
+    for more in ({"history_weights": [4.0, 2, 0, 0, 1]}, {"error_weight": 0.2}):
+        assert follows("slices", "virtual", **knobs, **more) != plain
+
+
+def follows(form: str, carrier: str, *, rule: str, **knobs: Any) -> list[list[bool]]:
+    """Who sent in each round, of a run in which the twin took the same path."""
     n, steps = 3, 30
-    knobs: dict[str, Any] = {"rule": rule, "history": 5, "max_skip": 3, "ahead": ahead, "threshold": 0.6}
-    some = members(n, [(D,)], form=form, **SMALL, **knobs)
+    some = members(n, [(D,)], form=form, rule=rule, **SMALL, **knobs)
     gradient, _ = quadratic(n, D, noise=0.3)
     LIVES[carrier](some, gradient, steps=steps, lr=schedule)
-    twin = Twin(n, D, block=16, slices=form == "slices", **knobs)
+    twin = Twin(n, D, block=16, slices=form == "slices", rule=rule, **knobs)
     path = train_twin(
         twin,
         lambda m, k, w: gradient(m, k, torch.from_numpy(w)).numpy(),
@@ -111,6 +127,7 @@ def test_the_twin_takes_the_same_path(rule: str, form: str, carrier: str, ahead:
     if rule in ("accumulate", "paper", "innovation"):
         share = np.mean(twin.sent)
         assert 0.1 < share < 1.0, share  # both happened
+    return [sent.tolist() for sent in twin.sent]
 
 
 # -- the limits: what it must equal ------------------------------------------------------------------------------------

@@ -242,6 +242,8 @@ def test_a_nan_stops_the_run_before_it_is_fed_back() -> None:
         ({"block": 0}, "`block` must be an integer of at least 8, got 0"),
         ({"min_size": -1}, "`min_size` must be an integer of at least 0, got -1"),
         ({"history": 0}, "`history` must be an integer of at least 1, got 0"),
+        ({"history": 2, "history_weights": [1.0]}, "`history_weights` must be a list of 2 numbers of at least 0"),
+        ({"history": 2, "history_weights": [0, 0]}, "`history_weights` must be .* not all 0, or None for all alike"),
         ({"max_skip": 1.5}, "`max_skip` must be an integer of at least 0, got 1.5"),
         ({"ahead": True}, "`ahead` must be an integer of at least 0, got True"),
         ({"ahead": 9}, "`ahead` must be at most 8 rounds, got 9"),
