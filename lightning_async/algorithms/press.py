@@ -4,7 +4,7 @@
     rest    what was not sent                                               rest <- p - sent
             or, where it tracks, the negative of all that was sent          rest <- rest - sent
 
-Everything that is as long as the model is kept, nothing is allocated in a round.
+Everything that is as long as the model is kept: a round allocates a tensor that travels whole at most, for a while.
 """
 
 from __future__ import annotations
