@@ -10,7 +10,10 @@
 
 The second stage of all buckets runs in the hook of the last one, in the thread that runs backward: a collective that is
 waited for in a future's callback can block the process group's own threads. What is not finite reaches all ranks as
-NaN, as with `ddp`, so that a gradient scaler skips the step everywhere, and is not fed back.
+NaN, as with `ddp`, and is not fed back.
+
+What is held back is of the gradients' own unit, and is sent once: no gradient scaler (its scale changes, and a step
+that it skips loses what was sent), one optimizer, a gradient for every parameter at every step.
 """
 
 # Without `from __future__ import annotations`: `ddp` reads the hook's annotations and wants types, not their names.
@@ -23,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_async.algorithms.press import Press, Rest, Sum, Values
-from lightning_async.algorithms.sheets import Cut, Sheet, Span, cuts
+from lightning_async.algorithms.sheets import Cut, Sheet, Span, cuts, fingerprint
 from lightning_async.algorithms.signs import BITS, BLOCK
 
 FIRST = 2
@@ -61,14 +64,14 @@ class SignState:
         self.step = 0
         self._buckets: dict[int, _Bucket] = {}
         self._waiting: list[tuple[_Bucket, dist.Work, torch.futures.Future[Tensor]]] = []
-        self._saved: Mapping[int, Mapping[str, Tensor]] = {}
+        self._saved: Mapping[int, Mapping[str, Any]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and what is not sent yet; each rank has its own."""
         return {"step": self.step, "rests": {i: bucket.rests() for i, bucket in self._buckets.items()} or self._saved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there, with the same model and the same number of ranks: the first steps travel whole again.
+        """Go on from there, with the same model, ranks, buckets and knobs: the first steps travel whole again.
 
         (A new ddp makes its buckets anew after a step, and the rests are those of the buckets that it has then.)
         """
@@ -160,14 +163,21 @@ class _Bucket:
         self._buffer.copy_(self._gradient)
         return self._buffer
 
-    def rests(self) -> dict[str, Tensor]:
+    def rests(self) -> dict[str, Any]:
         """What is not sent yet here, and at this rank's server."""
-        return {"rest": self._rest.vector.cpu().clone(), "served": self._served.vector.cpu().clone()}
+        rests = {"rest": self._rest.vector.cpu().clone(), "served": self._served.vector.cpu().clone()}
+        return {"cuts": fingerprint(self._cuts), **rests}
 
-    def load(self, rests: Mapping[str, Tensor]) -> None:
-        """Go on from there, if it fits."""
+    def load(self, rests: Mapping[str, Any]) -> None:
+        """Go on from there, or raise where it is of other numbers."""
+        mine = fingerprint(self._cuts)
+        if rests.get("cuts", mine) != mine:  # older states did not say
+            raise ValueError(
+                "what is held back is of other buckets: go on with the model, number of ranks, `bucket_cap_mb`, "
+                "`block` and `min_size` that were saved, or without this state"
+            )
         for name, kept in (("rest", self._rest), ("served", self._served)):
-            if name in rests and rests[name].shape == kept.vector.shape:
+            if name in rests:
                 kept.vector.copy_(rests[name])
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_async.callbacks import SignGradients
 from lightning_async.hooks import SignState, sign_hook
-from tests.strategies.lit import Lit, loader, trainer, weights
+from tests.strategies.lit import ByHand, Lit, loader, trainer, weights
 from tests.strategies.ranks import run
 
 KNOBS: dict[str, Any] = {"block": 32, "min_size": 20}
@@ -102,6 +104,33 @@ def test_what_is_not_finite_reaches_all_ranks_and_is_not_fed_back() -> None:
         assert steps[[3, 5, 6, 7]].isfinite().all()
 
 
+def _resumed_otherwise(**other: Any) -> str:
+    dist.init_process_group("gloo")
+    net = nn.Sequential(nn.Linear(12, 40), nn.Linear(40, 7))
+    saved: dict[str, Any] | None = None
+    for knobs in (KNOBS, {**KNOBS, **other}):
+        model, state = DistributedDataParallel(net), SignState(**knobs)
+        if saved is not None:
+            state.load_state_dict(saved)
+        model.register_comm_hook(state, sign_hook)
+        try:
+            for _ in range(4):
+                torch.autograd.backward(model(torch.ones(4, 12)).square().mean())
+        except ValueError as error:
+            return str(error)
+        saved = state.state_dict()
+    return ""
+
+
+def test_a_state_of_other_buckets_is_refused_in_words() -> None:
+    assert run(1, _resumed_otherwise) == [""]
+    (said,) = run(1, partial(_resumed_otherwise, min_size=50))
+    assert said == (
+        "what is held back is of other buckets: go on with the model, number of ranks, `bucket_cap_mb`, `block` and "
+        "`min_size` that were saved, or without this state"
+    )
+
+
 def _fit(signs: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     lit = Lit()
@@ -123,6 +152,32 @@ def test_ddp_with_the_callback_learns_what_ddp_learns() -> None:
 def test_the_callback_needs_ddp() -> None:
     with pytest.raises(MisconfigurationException, match="`SignGradients` needs strategy='ddp'"):
         trainer(1, strategy="auto", callbacks=[SignGradients()]).fit(Lit(), loader(), loader(40, shuffle=False))
+
+
+class Twice(ByHand):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.layer[0].parameters(), 0.1), torch.optim.SGD(self.layer[1:].parameters(), 0.1)]
+
+
+def _refused() -> list[str]:
+    said = []
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    for module, options in ((Lit(), {"plugins": [scaled]}), (Twice(), {})):
+        try:
+            trainer(1, strategy="ddp", callbacks=[SignGradients()], **options).fit(
+                module, loader(), loader(40, shuffle=False)
+            )
+        except MisconfigurationException as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_is_held_back_needs_one_optimizer_and_gradients_in_units_that_last() -> None:
+    """A scaler changes the units and drops steps; of two optimizers one drops what the other's backward was sent."""
+    ((scaled, two),) = run(1, _refused)
+    assert "`SignGradients`: with precision='16-mixed' gradients are scaled, and infinite now and then" in scaled
+    assert "use strategy='lazy_sign', which sends the signs of updates, or precision='bf16-mixed'" in scaled
+    assert "`SignGradients` goes by one optimizer, and there are 2; use strategy='lazy_sign'" in two
 
 
 @pytest.mark.parametrize(

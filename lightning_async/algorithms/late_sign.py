@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_async.algorithms.lazy_sign import LazySign
-from lightning_async.algorithms.press import Rest, Source, Values
+from lightning_async.algorithms.press import Source, Values
 from lightning_async.algorithms.settle import settle
 from lightning_async.algorithms.sign_exchange import MEAN, PART
 from lightning_async.algorithms.sign_late import LateRounds
@@ -28,8 +28,6 @@ from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Mail, Wait
 from lightning_async.transport.rounds import Rounds
-
-WAY = "always, with a deadline"
 
 
 class LateSign(LazySign):
@@ -41,6 +39,7 @@ class LateSign(LazySign):
     """
 
     in_step = False
+    _way: ClassVar[Mapping[str, str]] = {"way": "always, with a deadline"}
     kinds: ClassVar[Mapping[int, str]] = {PART: "part", MEAN: "mean", PASS: "pass", ASK: "ask", DONE: "done"}
     late: LateRounds
 
@@ -101,19 +100,6 @@ class LateSign(LazySign):
         self._met = self._step
         return replica.weights()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is left over here and at this rank's server."""
-        state = {"method": "LazySign", "rule": self.rule, "way": WAY, "round": self._number, "step": self._met}
-        return state if self._alone else {**state, **self.late.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of a run with a deadline."""
-        self._check_state(state, WAY)
-        self._step = self._met = state["step"]
-        if not self._alone:
-            self.late.number = state["round"]
-            self.late.load_state_dict(state)
-
     def _take(self, mail: Mail, source: Source) -> Wait[bool]:
         yield from self.late.take(mail, source)
         return True
@@ -123,12 +109,8 @@ class LateSign(LazySign):
         self._arrivals.append(Arrival(peer, base, self._step, self._step + rounds - 1, seconds))
 
     @property
-    def _number(self) -> int:
-        return 0 if self._alone else self.late.number
-
-    @property
-    def _rest(self) -> Rest:
-        return self.late.rest
+    def _course(self) -> LateRounds:
+        return self.late
 
     def _pump(self, mail: Mail) -> None:
         mail.lost()

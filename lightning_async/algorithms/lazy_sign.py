@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from lightning_async.algorithms.algorithm import Algorithm
-from lightning_async.algorithms.press import Press, Rest, Source, Values
+from lightning_async.algorithms.press import Press, Source, Values
 from lightning_async.algorithms.settle import settle
-from lightning_async.algorithms.sheets import Cut, Scale, Span, cuts
+from lightning_async.algorithms.sheets import Cut, Scale, Span, cuts, fingerprint
 from lightning_async.algorithms.sign_exchange import MEAN, PART, Exchange, Gather, Slices
-from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form, check, stretched
+from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form, check, stretched, weights
+from lightning_async.algorithms.sign_late import LateRounds
 from lightning_async.algorithms.sign_notices import MOST, NOTICE, Notices
 from lightning_async.algorithms.sign_rounds import SignRounds
 from lightning_async.algorithms.sign_rules import RULES, Rule
@@ -46,6 +47,8 @@ class LazySign(Algorithm):
     """Knobs and rounds; `strategies/lazy_sign.py` says what each knob is for."""
 
     in_step = True
+    _way: ClassVar[Mapping[str, str]] = {}
+    """What a state says where rounds go another way than by the rule alone."""
     shrinks = "nothing"  # a round is one mean: no part of it can count less
     kinds: ClassVar[Mapping[int, str]] = {
         PART: "part",
@@ -67,6 +70,7 @@ class LazySign(Algorithm):
         form: Form = "auto",
         news: News = "change",
         history: int = 10,
+        history_weights: Sequence[float] | None = None,
         threshold: float = 0.8,
         error_weight: float = 0.0,
         max_skip: int = 7,
@@ -82,6 +86,7 @@ class LazySign(Algorithm):
         repeats = compress == "update" and not RULES[rule].tracks
         self.stretch = stretched(stretch, STRETCH if repeats else 1.0)
         self.news, self.history, self.threshold, self.error_weight = news, history, threshold, error_weight
+        self.history_weights = weights(history_weights, history)
         self.max_skip, self.ahead, self.warm_up = max_skip, ahead, warm_up
         self.travels_whole: Callable[[Tensor], bool] = lambda parameter: False
         """Which parameters travel whole, whatever their size; whoever knows their names assigns it."""
@@ -106,9 +111,13 @@ class LazySign(Algorithm):
         self.begin(new, mail, mass, rounds)
         self._step, self._met, self.skipped = before["step"], before["step"], skipped
         if not self._alone and "rest" in before:
-            rest = _with_served(before["rest"], before["exchange"], n)
-            self._rest.vector.copy_(new.carried(rest, old))
-            self._go_on(before, partial(new.carried, old=old))
+            self._take_over(before, n, partial(new.carried, old=old))
+
+    def _take_over(self, before: Mapping[str, Any], n: int, carried: Callable[[Tensor], Tensor]) -> None:
+        """Go on from a state of other sheets: all that is held back is this rank's own from here on."""
+        rest = _with_served(before["rest"].clone(), before["exchange"], n)
+        self._course.rest.vector.copy_(carried(rest))
+        self._go_on(before, carried)
 
     def _go_on(self, before: Mapping[str, Any], carried: Callable[[Tensor], Tensor]) -> None:
         """Rounds go on from a state of others, whose vectors are to be carried over."""
@@ -177,12 +186,13 @@ class LazySign(Algorithm):
         return (yield from self.signs.take(mail, source))
 
     @property
-    def _number(self) -> int:
-        return 0 if self._alone else self.signs.number
+    def _course(self) -> SignRounds | LateRounds:
+        """How rounds are gone through."""
+        return self.signs
 
     @property
-    def _rest(self) -> Rest:
-        return self.signs.rest
+    def _number(self) -> int:
+        return 0 if self._alone else self._course.number
 
     def _heard(self, letter: Letter) -> None:
         launched = max(letter.message.echo, self._met)
@@ -248,17 +258,22 @@ class LazySign(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """What is left over here and at this rank's server, and what the rule remembers."""
-        state: dict[str, Any] = {"method": "LazySign", "rule": self.rule, "compress": self.compress}
+        state: dict[str, Any] = {"method": "LazySign", "rule": self.rule, "compress": self.compress, **self._way}
         state |= {"round": self._number, "step": self._met}
-        return state if self._alone else {**state, **self.signs.state_dict()}
+        return state if self._alone else {**state, **self._course.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of the same rule."""
-        self._check_state(state, self.rule)
+        """Go on from a state of the same rule; to the bit, if its sheets were cut alike (`form`, `block`, ...)."""
+        self._check_state(state, self._way.get("way", self.rule))
         self._step = self._met = state["step"]
-        if not self._alone:
-            self.signs.number = state["round"]
-            self.signs.load_state_dict(state)
+        if self._alone:
+            return
+        cut = fingerprint(self._course.cuts)
+        if state["exchange"].get("cuts", cut) == cut:  # older states did not say
+            self._course.number = state["round"]
+            self._course.load_state_dict(state)
+        else:
+            self._take_over(state, len(self._members), lambda vector: vector)
 
     def _check_state(self, state: Mapping[str, Any], way: str) -> None:
         if (saved := (state.get("method"), state.get("way", state.get("rule")))) != ("LazySign", way):
@@ -275,15 +290,16 @@ class LazySign(Algorithm):
     def inherit(self, replica: Replica, states: Iterable[Mapping[str, Any]], *, world: int) -> None:
         """Take over what ranks of a run with `world` members had not sent: the mean over all of it stays what it was.
 
-        Called after `begin`, in the place of `load_state_dict`. With `innovation` nothing is held back: all begin anew.
+        Called after `begin`, in the place of `load_state_dict`. With `innovation`, now or then, nothing is held back;
+        of another `compress` it is of other units: all begin anew. So does a lone rank that exchanges gradients.
         """
         for state in states:
-            alike = (state.get("rule"), state.get("compress", self.compress)) == (self.rule, self.compress)
-            if not alike or "rest" not in state or self.rule == "innovation":
+            alike = state.get("compress", self.compress) == self.compress
+            if not alike or "rest" not in state or "innovation" in (state["rule"], self.rule):
                 continue
             all_of_it = _with_served(state["rest"] / world, state["exchange"])
             if not self._alone:
-                self._rest.vector.add_(all_of_it.to(replica.flat), alpha=len(self._members))
+                self._course.rest.vector.add_(all_of_it.to(replica.flat), alpha=len(self._members))
             elif self.compress == "update":
                 replica.shift(all_of_it.to(replica.flat))
 
@@ -338,6 +354,7 @@ class LazySign(Algorithm):
             threshold=self.threshold,
             error_weight=self.error_weight,
             max_skip=self.max_skip,
+            weights=self.history_weights,
             like=flat if remembers else None,
         )
 
@@ -360,7 +377,10 @@ def _read_gradients(replica: Replica, into: Tensor) -> None:
 
 
 def _write_gradients(replica: Replica, agreed: Tensor) -> None:
-    """The gradients that all agreed on. Where nobody has any there is none, so that the optimizer leaves it alone."""
+    """The gradients that all agreed on. Where nobody has any there is none, so that the optimizer leaves it alone.
+
+    Zeros alone say the same, so that all ranks do alike: nobody knows which of both the others had.
+    """
     for parameter, at in replica.places:
         here = agreed[at : at + parameter.numel()].view(parameter.shape)
         if not bool(here.any()):

@@ -4,7 +4,7 @@
     rest    what was not sent                                               rest <- p - sent
             or, where it tracks, the negative of all that was sent          rest <- rest - sent
 
-Everything that is as long as the model is kept, nothing is allocated in a round.
+Everything that is as long as the model is kept: a round allocates a tensor that travels whole at most, for a while.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.algorithms.sheets import Cut, Sheet, Span
-from lightning_async.algorithms.signs import BLOCK, Flat, NotFinite, Signs, flat, signs_for
+from lightning_async.algorithms.signs import BLOCK, Flat, NotFinite, Signs, checked, flat, signs_for
 
 MANY = 8  # blocks a thread; with fewer it is not worth starting one
 
@@ -122,7 +122,7 @@ class Press:
     """Scratch memory for a block, or, with several threads, for one block each. Scales are `stretch` times a mean."""
 
     def __init__(self, like: Tensor, *, block: int = BLOCK, threads: int = 1, stretch: float = 1.0) -> None:
-        self._stretch = stretch
+        self._stretch, self._most = stretch, torch.finfo(like.dtype).max
         self._threads, self._device = threads if like.device.type == "cpu" else 1, like.device
         self._benches = [(signs_for(like, block), flat(like.new_empty(block))) for _ in range(self._threads)]
 
@@ -175,7 +175,7 @@ class Press:
                 source.onto(rest.block(span), i, span, scratch[:size], signs)
                 sums[group] = sums.get(group, 0.0) + signs.mean(scratch[:size]) * size
                 counts[group] = counts.get(group, 0) + size
-        return {group: self._stretch * sums[group] / counts[group] for group in sums}
+        return {group: checked(self._stretch * sums[group] / counts[group], self._most) for group in sums}
 
     def keep(self, source: Source, rest: Rest, cuts: Sequence[Cut]) -> None:
         """Nothing is sent: the rest takes all."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.algorithms.press import Press, Rest, Source, Sum
-from lightning_async.algorithms.sheets import Cut, Sheet
+from lightning_async.algorithms.sheets import Cut, Sheet, fingerprint
 from lightning_async.transport.mail import FIRST_FREE_KIND, Letter, Mail, Message, Wait
 
 PART, MEAN = FIRST_FREE_KIND, FIRST_FREE_KIND + 1
@@ -67,11 +67,12 @@ class Exchange(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What the coming rounds need of the past ones, with everything that is not the mean's yet under `rest`."""
+        """What the coming rounds need of the past ones, with everything that is not the mean's yet under `rest`, and
+        under `cuts` a fingerprint of the sheets that it is of."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there, with sheets of the same fingerprint."""
 
     def take_over(self, other: Exchange) -> None:
         """Another one made the rounds so far, and letters that came to it early are for this one: a peer that has heard
@@ -146,7 +147,8 @@ class Gather(Exchange):
 
     def state_dict(self) -> dict[str, Any]:
         """The last sheets, where they are used again."""
-        return {"parts": {m: self._parts[m].body.cpu().clone() for m in self.members if self._reuse}}
+        parts = {m: self._parts[m].body.cpu().clone() for m in self.members if self._reuse}
+        return {"cuts": fingerprint(self.cuts), "parts": parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
@@ -205,6 +207,7 @@ class Slices(Exchange):
     def state_dict(self) -> dict[str, Any]:
         """What the server's packing missed, and where they are used again the last sheets."""
         return {
+            "cuts": fingerprint(self.cuts),
             "base": self._rest.base,
             "rest": self._rest.vector.cpu().clone(),
             "parts": {m: sheet.body.cpu().clone() for m, sheet in self._parts.items() if self._reuse},

@@ -61,6 +61,23 @@ def stretched(value: float | None, default: float) -> float:
     return value
 
 
+def weights(value: object, history: int) -> tuple[float, ...] | None:
+    """What `history_weights` is, one for each round."""
+    if value is None:
+        return None
+    numbers = isinstance(value, (list, tuple)) and len(value) == history and all(map(_is_weight, value))
+    if not numbers or not any(value):  # type: ignore[arg-type]
+        raise ValueError(
+            f"`history_weights` must be a list of {history} numbers of at least 0, one for each round of `history`, "
+            f"and not all 0, or None for all alike, got {value!r}"
+        )
+    return tuple(value)  # type: ignore[arg-type]
+
+
 def _check_weight(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+    if not _is_weight(value):
         raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}")
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.algorithms.press import Press, Rest, Source, Sum
-from lightning_async.algorithms.sheets import Cut, Sheet
+from lightning_async.algorithms.sheets import Cut, Sheet, fingerprint
 from lightning_async.algorithms.sign_exchange import MEAN, PART, Guard, from_here
 from lightning_async.algorithms.sign_server import ASK, DONE, FOR_GOOD, PASS, rest_of
 from lightning_async.transport.mail import Mail, Message, Wait
@@ -192,7 +192,7 @@ class LateRounds:
 
     def state_dict(self) -> dict[str, Any]:
         """At a meeting: what is left over here and at this rank's server."""
-        served = {"base": self._base, "rest": self._served.clone()}
+        served = {"cuts": fingerprint(self.cuts), "base": self._base, "rest": self._served.clone()}
         return {"rest": self.rest.vector.cpu().clone(), "exchange": served}
 
     def load_state_dict(self, state: Any) -> None:

@@ -13,12 +13,14 @@ All ranks do the same in the same order, so each comes to the same bits. Who wai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_async.algorithms.press import Press, Rest, Source
+from lightning_async.algorithms.sheets import Cut
 from lightning_async.algorithms.sign_exchange import Exchange, Guard, Heard
 from lightning_async.algorithms.sign_notices import Notices
 from lightning_async.algorithms.sign_rules import Silence
@@ -86,6 +88,11 @@ class SignRounds:
             exchange.pass_by()
         self._silent = not senders
         return sends
+
+    @property
+    def cuts(self) -> Sequence[Cut]:
+        """How the flat vector is cut once signs travel."""
+        return self.exchange.cuts
 
     def agreed(self, onto: Tensor) -> Tensor:
         """Add to a vector what all agreed on in this round."""

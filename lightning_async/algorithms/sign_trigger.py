@@ -31,6 +31,7 @@ class Trigger:
         threshold: How many times the mean square of the last rounds the news must exceed.
         error_weight: How much what signs miss counts against sending.
         max_skip: Silent rounds in a row, at most.
+        weights: How much each of those rounds counts in the mean, the latest first; None: all alike.
         like: Where the news are a change, a vector like the flat one; None: they are v and what is kept of it.
     """
 
@@ -41,9 +42,11 @@ class Trigger:
         threshold: float,
         error_weight: float,
         max_skip: int,
+        weights: Sequence[float] | None = None,
         like: Tensor | None,
     ) -> None:
         self.history = history
+        self._weights = [1.0] * history if weights is None else [*reversed(weights)]
         self._threshold, self._error_weight, self._max_skip = threshold, error_weight, max_skip
         self._moved: deque[float] = deque(maxlen=history)
         self._last = None if like is None else Rest(like.new_zeros(like.shape))
@@ -73,11 +76,13 @@ class Trigger:
         against = rest if self._last is None else self._last
         squares = [press.square(source, cut, against) for cut in cuts]
         news, missed = (sum(square) for square in zip(*squares, strict=True))
-        bar = self._threshold * sum(self._moved) / max(1, len(self._moved))
-        if news > bar + self._error_weight * (missed + self._missed):
-            self._missed = missed
-            return "trigger"
-        return "clock" if self._skipped >= self._max_skip else None
+        weights = self._weights[-len(self._moved) :]
+        mean = sum(w * moved for w, moved in zip(weights, self._moved, strict=False)) / (sum(weights) or 1.0)
+        fires = news > self._threshold * mean + self._error_weight * (missed + self._missed)
+        if not fires and self._skipped < self._max_skip:
+            return None
+        self._missed = missed
+        return "trigger" if fires else "clock"
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""

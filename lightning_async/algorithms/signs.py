@@ -20,6 +20,7 @@ Triton kernels on a GPU (`signs_triton`).
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -101,6 +102,7 @@ class NumpySigns:
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._sizes = torch.empty(nbytes(block) * BITS, dtype=dtype)  # by torch: at a multiple of 64 bytes, see `press`
         self._numbers: Array = self._sizes.numpy()
+        self._most = torch.finfo(dtype).max
         self._bools = np.empty(nbytes(block) * BITS, np.bool_)
         self._table = _table().astype(self._numbers.dtype)
         self._scaled = self._table.copy()
@@ -156,7 +158,7 @@ class NumpySigns:
         numbers = torch.from_numpy(p)
         total = stretch * float(torch.dot(numbers, signs)) / max(1, p.size)
         if not math.isfinite(total):
-            scale = checked(self._as_it_travels(stretch * self.mean(p)))
+            scale = self._as_it_travels(stretch * self.mean(p))
             self.shift(source, bits, -scale, out)
             return scale
         scale = self._as_it_travels(total)
@@ -165,7 +167,7 @@ class NumpySigns:
         return scale
 
     def _as_it_travels(self, scale: float) -> float:
-        return float(self._numbers.dtype.type(scale))
+        return float(self._numbers.dtype.type(checked(scale, self._most)))
 
 
 class TorchSigns:
@@ -219,8 +221,8 @@ def _table() -> Array:
     return np.unpackbits(bytes_, axis=1, bitorder="little") * 2.0 - 1.0
 
 
-def checked(mean: float) -> float:
-    """A mean, or NotFinite."""
-    if not math.isfinite(mean):
+def checked(mean: float, most: float = sys.float_info.max) -> float:
+    """A mean of sizes, or NotFinite: also where it is more than the largest number of what it travels as."""
+    if not mean <= most:
         raise NotFinite
     return mean

@@ -54,7 +54,7 @@ class NumbaSigns(NumpySigns):
 
     def press(self, p: Array, bits: Array, source: Array, out: Array, stretch: float = 1.0) -> float:
         """The sum comes first: what is not finite leaves all as it was."""
-        scale = self._as_it_travels(checked(stretch * self.mean(p)))
+        scale = self._as_it_travels(stretch * self.mean(p))
         self.pack(p, bits)
         if source is p:
             self._leave(p, self._number(scale), out)

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_async.algorithms.sign_memory import warning
+from lightning_async.algorithms.sign_memory import refusal, warning
 from lightning_async.algorithms.signs import BLOCK
 from lightning_async.callbacks.once import stands_once
 from lightning_async.hooks import FIRST, SignState, sign_hook
@@ -18,7 +18,9 @@ from lightning_async.hooks import FIRST, SignState, sign_hook
 class SignGradients(Callback):
     """Sends gradients as signs and scales with error feedback, under `strategy="ddp"`.
 
-    What a rank has not sent yet is not in the checkpoint, which one rank writes: a resumed run begins without it.
+    It goes by one optimizer, and without a gradient scaler (16-mixed). Where a parameter has no gradient on any rank,
+    what was held back of it is lost. What a rank has not sent yet is not in the checkpoint, which one rank writes: a
+    resumed run begins without it.
 
     Args:
         block: Numbers of a block, which has one scale.
@@ -43,8 +45,10 @@ class SignGradients(Callback):
                 "`SignGradients` needs strategy='ddp', whose module has communication hooks; with one device there is "
                 "nothing to send, and strategy='lazy_sign' sends signs by itself"
             )
-        remedy = "use strategy='lazy_sign', which sends the signs of updates"
-        if words := warning(trainer.optimizers, who="`SignGradients`", remedy=remedy):
+        who, remedy = "`SignGradients`", "use strategy='lazy_sign', which sends the signs of updates"
+        if words := refusal(trainer.optimizers, trainer.precision, who=who, remedy=remedy):
+            raise MisconfigurationException(words)
+        if words := warning(trainer.optimizers, who=who, remedy=remedy):
             rank_zero_warn(words)
         self.state = SignState(**self._knobs)
         model.register_comm_hook(self.state, sign_hook)

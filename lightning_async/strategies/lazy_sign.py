@@ -20,7 +20,7 @@ from lightning_async.algorithms.late_sign import LateSign
 from lightning_async.algorithms.lazy_sign import LazySign
 from lightning_async.algorithms.sheets import Scale
 from lightning_async.algorithms.sign_knobs import Compress, Compressor, Form
-from lightning_async.algorithms.sign_memory import warning
+from lightning_async.algorithms.sign_memory import refusal, warning
 from lightning_async.algorithms.sign_rules import Rule
 from lightning_async.algorithms.sign_trigger import News
 from lightning_async.algorithms.signs import BLOCK
@@ -54,6 +54,7 @@ class LazySignStrategy(AsyncStrategy):
             2 ranks.
         news: What decides: "change" (since a rank last sent) or "backlog" (what it has not sent).
         history: Rounds that the news are compared with, and that are always sent at first.
+        history_weights: How much each of those rounds counts, the latest first; None: all alike.
         threshold: A rank sends where its news exceed so many times the mean square of those rounds.
         error_weight: How much what signs miss counts against sending.
         max_skip: Silent rounds in a row, at most.
@@ -100,6 +101,7 @@ class LazySignStrategy(AsyncStrategy):
         form: Form = "auto",
         news: News = "change",
         history: int = 10,
+        history_weights: Sequence[float] | None = None,
         threshold: float = 0.8,
         error_weight: float = 0.0,
         max_skip: int = 7,
@@ -140,6 +142,7 @@ class LazySignStrategy(AsyncStrategy):
             "form": form,
             "news": news,
             "history": history,
+            "history_weights": history_weights,
             "threshold": threshold,
             "error_weight": error_weight,
             "max_skip": max_skip,
@@ -213,24 +216,17 @@ class LazySignStrategy(AsyncStrategy):
         """What a run with other ranks takes over."""
         if self.algorithm.rule == "innovation":
             return ""
-        return "What ranks had held back (error feedback) is shared out among the ranks of now, and its mean is kept"
+        return (
+            "What ranks had held back (error feedback) is shared out among the ranks of now, and its mean is kept, if "
+            f"it was of compress={self.algorithm.compress!r} and not of rule='innovation'"
+        )
 
     def _refuse_for_gradients(self, trainer: Trainer) -> None:
-        if len(self.optimizers) > 1:
-            raise MisconfigurationException(
-                f"strategy={self.name!r}: compress='gradient' goes by one optimizer, and there are "
-                f"{len(self.optimizers)}; use compress='update'"
-            )
-        if str(trainer.precision) == "16-mixed":
-            raise MisconfigurationException(
-                f"strategy={self.name!r}: with precision='16-mixed' gradients are scaled, and infinite now and then, "
-                "which compress='gradient' would keep for ever; use compress='update', or precision='bf16-mixed'"
-            )
-        remedy = "use compress='update', the default"
+        who, remedy = f"strategy={self.name!r} with compress='gradient'", "use compress='update'"
+        if words := refusal(self.optimizers, trainer.precision, who=who, remedy=remedy):
+            raise MisconfigurationException(words)
         signs = self.algorithm.compressor == "sign"
-        if signs and (
-            words := warning(self.optimizers, who=f"strategy={self.name!r} with compress='gradient'", remedy=remedy)
-        ):
+        if signs and (words := warning(self.optimizers, who=who, remedy=f"{remedy}, the default")):
             rank_zero_warn(words)
 
 

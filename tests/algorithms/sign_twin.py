@@ -32,7 +32,11 @@ class Twin:
         ahead: int = 1,
         news: str = "change",
         stretch: float | None = None,
+        history_weights: list[float] | None = None,
+        error_weight: float = 0.0,
     ) -> None:
+        self.weights, self.error_weight = history_weights or [1.0] * history, error_weight  # of lag 1, 2, ...
+        self.missed = np.zeros(n)
         self.stretch = stretch or (1.0 if rule == "innovation" else STRETCH)
         self.n, self.d, self.rule, self.block, self.slices = n, d, rule, block, slices
         self.history, self.threshold, self.max_skip, self.ahead, self.news = history, threshold, max_skip, ahead, news
@@ -102,7 +106,8 @@ class Twin:
     def plan(self, v: Array, k: int) -> None:
         if not self.lazy or k <= max(self.history, self.ahead):
             return
-        bar = self.threshold * sum(self.moved) / max(1, len(self.moved))
+        lags = [*zip(self.weights, reversed(self.moved), strict=False)]
+        bar = self.threshold * sum(xi * moved for xi, moved in lags) / sum(xi for xi, _ in lags)
         planned = np.zeros(self.n, dtype=bool)
         for m in range(self.n):
             if self.rule == "innovation":
@@ -111,10 +116,12 @@ class Twin:
                 news = v[m] + self.rest[m]
             else:
                 news = v[m] - self.reference[m]
-            planned[m] = bool(news @ news > bar) or self.skipped[m] >= self.max_skip
+            left = news - self.compress(news)
+            error = self.error_weight * (left @ left + self.missed[m])
+            planned[m] = bool(news @ news > bar + error) or self.skipped[m] >= self.max_skip
             self.skipped[m] = 0 if planned[m] else self.skipped[m] + 1
             if planned[m]:
-                self.reference[m] = v[m]
+                self.reference[m], self.missed[m] = v[m], left @ left
         self.planned[k] = planned
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_async.algorithms.lazy_sign import LazySign
+from lightning_async.algorithms.sign_exchange import Gather, Slices
 from lightning_async.algorithms.training import Trained, Training, train
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Carrier
@@ -37,6 +38,7 @@ class Member:
     rests: list[Tensor] = field(default_factory=list)
     servers: list[tuple[int, Tensor]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    mirrors: list[dict[Any, Tensor]] = field(default_factory=list)
 
     def flat(self) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self.parameters])
@@ -45,9 +47,22 @@ class Member:
         self.weights.append(self.flat())
         self.times.append(now)
         if len(self.algorithm._members) > 1:
+            self.mirrors.append({what: kept.clone() for what, kept in self.what_others_have_too()})
             self.rests.append(self.algorithm.signs.rest.vector.clone())
             rest = getattr(self.algorithm.signs.exchange, "_rest", None)
             self.servers.append((rest.base, rest.vector.clone()) if rest is not None else (0, torch.zeros(0)))
+
+    def what_others_have_too(self) -> Iterator[tuple[Any, Tensor]]:
+        """The sum of all that was agreed on; each sheet, with its sender and who has it: a server, or all."""
+        signs = self.algorithm.signs
+        if signs.common is not None:
+            yield "common", signs.common
+        if isinstance(exchange := signs.exchange, Slices):
+            yield from ((("mean", server), sheet.body) for server, sheet in exchange._means.items())
+            yield from (((self.rank, server), sheet.body) for server, sheet in exchange._out.items())
+            yield from (((m, self.rank), sheet.body) for m, sheet in exchange._parts.items())
+        elif isinstance(exchange, Gather):
+            yield from (((m, "all"), sheet.body) for m, sheet in exchange._parts.items())
 
 
 def members(

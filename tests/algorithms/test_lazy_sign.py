@@ -76,16 +76,21 @@ def test_weights_are_the_same_on_all_ranks_after_every_step(rule: str, form: str
         assert all(torch.equal(a, b) for a, b in zip(m.weights, some[0].weights, strict=True))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("carrier", LIVES)
-@pytest.mark.parametrize(("rule", "what"), [("paper", "parts"), ("innovation", "common")])
-def test_what_all_have_of_each_other_is_the_same_everywhere(rule: str, what: str, carrier: str) -> None:
-    """The mirrors: each rank's last sheet, or the sum of all that was agreed on."""
-    some = world(3, rule, form="gather", steps=30, threshold=0.6, carrier=carrier)
-    states = [m.algorithm.signs.state_dict() for m in some]
-    kept = [state["exchange"]["parts"] if what == "parts" else {0: state["common"]} for state in states]
-    for mirrors in kept[1:]:
-        assert mirrors.keys() == kept[0].keys()
-        assert all(torch.equal(mirrors[m], kept[0][m]) for m in mirrors)
+@pytest.mark.parametrize("form", ["slices", "gather"])
+@pytest.mark.parametrize("rule", ["paper", "innovation"])
+def test_what_all_have_of_each_other_is_the_same_everywhere_at_all_times(rule: str, form: str, carrier: str) -> None:
+    """The mirrors: each rank's last sheet where it is used again, each server's, the sum of all that was agreed on."""
+    some = world(3, rule, form=form, steps=30, threshold=0.6, carrier=carrier)
+    for k in range(30):
+        kept: dict[Any, list[Tensor]] = {}
+        for m in some:
+            for what, mirror in m.mirrors[k].items():
+                kept.setdefault(what, []).append(mirror)
+        assert all(torch.equal(mirror, mirrors[0]) for mirrors in kept.values() for mirror in mirrors)
+        shared = 1 + 3 + 6 if form == "slices" else 1 + 3  # common, means, sheets to others: at two ranks or at all
+        assert sum(len(mirrors) > 1 for mirrors in kept.values()) == shared - (rule == "paper")
     assert any(m.algorithm.skipped for m in some)
 
 
@@ -94,12 +99,28 @@ def test_what_all_have_of_each_other_is_the_same_everywhere(rule: str, what: str
 @pytest.mark.parametrize("form", ["slices", "gather"])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_twin_takes_the_same_path(rule: str, form: str, carrier: str, ahead: int) -> None:
+    follows(form, carrier, rule=rule, history=5, max_skip=3, ahead=ahead, threshold=0.6)
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("rule", "news"), [("accumulate", "change"), ("accumulate", "backlog"), ("innovation", "change")]
+)
+def test_the_twin_takes_the_same_path_with_weights_and_errors_in_the_trigger(rule: str, news: str) -> None:
+    """And both tell on who sends."""
+    knobs: dict[str, Any] = {"rule": rule, "news": news, "history": 5, "max_skip": 7, "threshold": 0.6}
+    plain = follows("slices", "virtual", **knobs)
+    for more in ({"history_weights": [4.0, 2, 0, 0, 1]}, {"error_weight": 0.2}):
+        assert follows("slices", "virtual", **knobs, **more) != plain
+
+
+def follows(form: str, carrier: str, *, rule: str, **knobs: Any) -> list[list[bool]]:
+    """Who sent in each round, of a run in which the twin took the same path."""
     n, steps = 3, 30
-    knobs: dict[str, Any] = {"rule": rule, "history": 5, "max_skip": 3, "ahead": ahead, "threshold": 0.6}
-    some = members(n, [(D,)], form=form, **SMALL, **knobs)
+    some = members(n, [(D,)], form=form, rule=rule, **SMALL, **knobs)
     gradient, _ = quadratic(n, D, noise=0.3)
     LIVES[carrier](some, gradient, steps=steps, lr=schedule)
-    twin = Twin(n, D, block=16, slices=form == "slices", **knobs)
+    twin = Twin(n, D, block=16, slices=form == "slices", rule=rule, **knobs)
     path = train_twin(
         twin,
         lambda m, k, w: gradient(m, k, torch.from_numpy(w)).numpy(),
@@ -111,6 +132,7 @@ def test_the_twin_takes_the_same_path(rule: str, form: str, carrier: str, ahead:
     if rule in ("accumulate", "paper", "innovation"):
         share = np.mean(twin.sent)
         assert 0.1 < share < 1.0, share  # both happened
+    return [sent.tolist() for sent in twin.sent]
 
 
 # -- the limits: what it must equal ------------------------------------------------------------------------------------

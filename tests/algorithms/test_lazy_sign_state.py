@@ -46,7 +46,9 @@ def live(
                 m.algorithm.resume(m.replica, adopted=True)
             for k in leg:
                 yield 0.02
-                m.parameters[0].grad = gradient(m.rank, k, m.flat())
+                flat = gradient(m.rank, k, m.flat())
+                for p, g in zip(m.parameters, flat.split([p.numel() for p in m.parameters]), strict=True):
+                    p.grad = g
                 yield from m.algorithm.before_step(m.replica, carrier, k)
                 m.optimizer.step()
                 carrier.at(k)
@@ -100,19 +102,87 @@ def held(states: list[dict[str, Any]]) -> Tensor:
 @pytest.mark.parametrize("rule", ["always", "accumulate", "periodic"])
 @pytest.mark.parametrize("new", [1, 2, 3, 5])
 def test_another_number_of_ranks_holds_back_the_same(rule: str, new: int) -> None:
-    old = 4
-    some = members(old, [(D,)], rule=rule, form="slices", **KNOBS)
-    states = [own[-1] for own in live(some, (range(1, 24),), rule=rule, form="slices")]
-    heirs = members(new, [(D,)], rule=rule, **KNOBS)
-    virtual = VirtualCluster(new)
-    for heir, carrier in zip(heirs, virtual.carriers, strict=True):
-        before = heir.flat()
+    inherited(rule, rule, new)
+
+
+@pytest.mark.parametrize(("rule", "other"), [("always", "accumulate"), ("accumulate", "always"), ("paper", "periodic")])
+def test_another_number_of_ranks_with_another_rule_holds_back_the_same(rule: str, other: str) -> None:
+    inherited(rule, other, 3)
+
+
+@pytest.mark.parametrize("other", [{"rule": "innovation"}, {"compress": "gradient"}])
+def test_what_was_held_back_of_other_units_is_not_taken_over(other: dict[str, Any]) -> None:
+    for before, after in (({}, other), (other, {})):
+        (heir, *_), states = heirs(2, 3, KNOBS | before, KNOBS | after)
+        assert any(state["rest"].any() for state in states)
+        assert not heir.algorithm.state_dict()["rest"].any()
+
+
+def inherited(rule: str, other: str, new: int) -> None:
+    some, states = heirs(4, new, {**KNOBS, "rule": rule, "form": "slices"}, {**KNOBS, "rule": other})
+    assert held(states).any()
+    if new == 1:
+        torch.testing.assert_close(some[0].flat() - members(1, [(D,)])[0].flat(), held(states)[:D])
+    else:
+        torch.testing.assert_close(held([heir.algorithm.state_dict() for heir in some]), held(states))
+
+
+def heirs(
+    old: int, new: int, before: dict[str, Any], after: dict[str, Any]
+) -> tuple[list[Member], list[dict[str, Any]]]:
+    """Ranks that take over from others, and what these had."""
+    states = [own[-1] for own in live(members(old, [(D,)], **before), (range(1, 24),))]
+    some, carriers = members(new, [(D,)], **after), VirtualCluster(new).carriers
+    for heir, carrier in zip(some, carriers, strict=True):
         heir.algorithm.begin(heir.replica, carrier, UNIT, Rounds(carrier))
         heir.algorithm.inherit(heir.replica, states[heir.rank :: new], world=old)
-        if new == 1:
-            torch.testing.assert_close(heir.flat() - before, held(states)[:D])
-    if new > 1:
-        torch.testing.assert_close(held([heir.algorithm.state_dict() for heir in heirs]), held(states))
+    return some, states
+
+
+OTHERWISE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "slices, gather": ({"form": "slices"}, {"form": "gather"}),
+    "gather, slices": ({"form": "gather"}, {"form": "slices"}),
+    "other sizes": ({"form": "slices"}, {"form": "slices", "min_size": 50}),
+    "other blocks": ({"form": "gather"}, {"form": "gather", "block": 8, "scale": "tensor"}),
+}
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("kind", OTHERWISE)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_state_that_was_cut_otherwise_is_taken_over(rule: str, kind: str) -> None:
+    """In another form, or in other sheets: what the ranks and their servers hold back stays, and the run goes on."""
+    before, after = OTHERWISE[kind]
+    shapes: list[tuple[int]] = [(40,), (D - 40,)]
+    some, heirs = (members(3, shapes, **{**KNOBS, "rule": rule, **knobs}) for knobs in (before, after))
+    states = [own[-1] for own in live(some, (range(1, 24),), rule=rule, **before)]
+    for one, carrier, state in zip(heirs, VirtualCluster(3).carriers, states, strict=True):
+        one.algorithm.begin(one.replica, carrier, UNIT, Rounds(carrier))
+        one.algorithm.load_state_dict(through_a_file(state))
+    now = [one.algorithm.state_dict() for one in heirs]
+    torch.testing.assert_close(held(now), held(states), rtol=1e-12, atol=1e-14)
+    if rule == "innovation":
+        torch.testing.assert_close(now[0]["common"], -held(states), rtol=1e-10, atol=1e-12)
+    assert now[0]["round"] == states[0]["round"]
+    resumed = members(3, shapes, **{**KNOBS, "rule": rule, **before})
+    live(resumed, (range(1, 24), range(24, 40)), anew=True, rule=rule, **after)
+    assert all(torch.equal(one.flat(), resumed[0].flat()) for one in resumed)
+
+
+def test_a_state_that_was_cut_otherwise_is_taken_over_with_a_deadline() -> None:
+    (one, *_) = thaw(3, THAWING["deadline"])
+    state = one.states[-1]
+    assert state["exchange"]["rest"].abs().max() > 0
+    carrier, other = VirtualCluster(3).carriers[0], Thawing(0, LateSign(deadline=0.004, block=16, min_size=50))
+    other.backbone.requires_grad_(True)
+    other.replica = Replica(other.parameters)
+    other.algorithm.begin(other.replica, carrier, UNIT, Rounds(carrier))
+    other.algorithm.load_state_dict(through_a_file(state))
+    now = other.algorithm.state_dict()
+    assert not now["exchange"]["rest"].any()
+    begin, served = state["exchange"]["base"], state["exchange"]["rest"]
+    state["rest"][begin : begin + served.numel()].add_(served, alpha=3)
+    torch.testing.assert_close(now["rest"], state["rest"])
 
 
 def test_a_state_of_another_rule_is_refused_in_words() -> None:

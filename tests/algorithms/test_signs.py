@@ -76,6 +76,25 @@ def test_all_at_once_refuses_what_is_not_finite_and_takes_what_only_adds_up_to_i
     assert float(kept.abs().max()) < 1e33
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("n", [1, 1000])
+def test_a_scale_that_is_infinite_where_it_travels_is_refused(way: str, n: int) -> None:
+    """1.6 times the mean of numbers that float32 has just room for."""
+    large, bits, kept = torch.full((n,), 3e38), torch.zeros(nbytes(n), dtype=torch.uint8), numbers(n)
+    with pytest.raises(NotFinite):
+        signs(way).press(*(seen(way, tensor) for tensor in (large, bits, large, kept)), stretch=1.6)
+    assert torch.equal(kept, numbers(n))
+
+
+@pytest.mark.parametrize("scale", ["block", "tensor", "global"])
+def test_no_sheet_has_a_scale_that_is_infinite(scale: Any) -> None:
+    (cut,) = cuts([Span(0, 100, 0)], parts=1, dtype=torch.float32, block=64, scale=scale)
+    large, rest = torch.full((100,), 3e38), Rest(torch.zeros(100))
+    with pytest.raises(NotFinite):
+        Press(large, stretch=1.6).pack(Values(large), rest, cut.sheet())
+    assert not rest.vector.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("n", SIZES)
