@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import pytest
@@ -104,31 +103,31 @@ def test_what_is_not_finite_reaches_all_ranks_and_is_not_fed_back() -> None:
         assert steps[[3, 5, 6, 7]].isfinite().all()
 
 
-def _resumed_otherwise(**other: Any) -> str:
+def _goes_on_from(kinds: list[dict[str, Any]]) -> list[str]:
+    """What is said where hooks of these kinds go on, each from the state of the one before."""
     dist.init_process_group("gloo")
-    net = nn.Sequential(nn.Linear(12, 40), nn.Linear(40, 7))
-    saved: dict[str, Any] | None = None
-    for knobs in (KNOBS, {**KNOBS, **other}):
-        model, state = DistributedDataParallel(net), SignState(**knobs)
-        if saved is not None:
-            state.load_state_dict(saved)
+    net, saved, said = nn.Sequential(nn.Linear(12, 40), nn.Linear(40, 7)), {"step": 0, "rests": {}}, []
+    for kind in kinds:
+        model, state = DistributedDataParallel(net), SignState(**{**KNOBS, **kind})
+        state.load_state_dict(saved)
         model.register_comm_hook(state, sign_hook)
         try:
             for _ in range(4):
                 torch.autograd.backward(model(torch.ones(4, 12)).square().mean())
         except ValueError as error:
-            return str(error)
-        saved = state.state_dict()
-    return ""
+            said.append(str(error))
+        else:
+            saved = state.state_dict()
+    return said
 
 
 def test_a_state_of_other_buckets_is_refused_in_words() -> None:
-    assert run(1, _resumed_otherwise) == [""]
-    (said,) = run(1, partial(_resumed_otherwise, min_size=50))
-    assert said == (
-        "what is held back is of other buckets: go on with the model, number of ranks, `bucket_cap_mb`, `block` and "
-        "`min_size` that were saved, or without this state"
-    )
+    assert run(1, _goes_on_from, [{}, {}, {"min_size": 50}]) == [
+        [
+            "what is held back is of other buckets: go on with the model, number of ranks, `bucket_cap_mb`, `block` "
+            "and `min_size` that were saved, or without this state"
+        ]
+    ]
 
 
 def _fit(signs: bool) -> dict[str, Any]:
