@@ -93,7 +93,6 @@ class PipeSaving(PipelineShown):
                 "batches": self.turns.batches,
                 "passes": self.turns.passes,
                 "epoch_began": self.turns.batches if between else self.epoch_began,
-                "between_epochs": between,
                 "seed": self.turns.seed,
                 "cuts": list(self.cuts),
                 "kept": self.together(self.keeping()),

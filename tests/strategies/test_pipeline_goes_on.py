@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_async.strategies import compat, pipe_setup
 from tests.strategies.piped import INPUTS, TARGETS, Piped, loader, trainer, weights
@@ -33,6 +34,18 @@ class Noisy(Dataset[Any]):
         return INPUTS[index] + 0.1 * (torch.rand(()) + np.random.rand() + random.random()), TARGETS[index]
 
 
+class Stream(IterableDataset[Any]):
+    """The same, without a length."""
+
+    fetched = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        data = Noisy()
+        for at in range(len(data)):
+            self.fetched += 1
+            yield data[at]
+
+
 class OfTwo(Piped):
     """Trains on two loaders, of which the shorter begins again."""
 
@@ -48,11 +61,12 @@ def _hush() -> None:
 
 def _train(devices: int, folder: str, every: int | None, resume: str | None, options: dict[str, Any]) -> dict[str, Any]:
     _hush()
-    options, data = dict(options), Noisy()
-    workers, two = options.pop("workers", 0), options.pop("two", False)
+    options = dict(options)
+    workers, two, stream = (options.pop(name, 0) for name in ("workers", "two", "stream"))
+    data: Any = Stream() if stream else Noisy()
     lit = OfTwo() if two else Piped(schedule=options.pop("schedule", ""))
     saved = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=every)
-    batches: Any = DataLoader(data, 8, shuffle=True, num_workers=workers, drop_last=two)
+    batches: Any = DataLoader(data, 8, shuffle=not stream, num_workers=workers, drop_last=bool(two))
     if two:
         batches = [batches, DataLoader(Noisy(40), 8, shuffle=True)]  # it begins again within an epoch
     t = trainer(devices, callbacks=[saved], enable_checkpointing=True, **{"max_epochs": 3, **options})
@@ -66,6 +80,7 @@ CASES: dict[str, tuple[int, int, list[int], dict[str, Any]]] = {
     "replicas": (4, 3, [6], {"knobs": {"replicas": 2}}),
     "workers": (4, 3, [6], {"knobs": {"replicas": 2}, "workers": 1, "limit_val_batches": 0}),
     "two loaders": (2, 5, [10], {"two": True}),
+    "stream": (2, 5, [10], {"stream": True}),
     "annealed": (3, 5, [5], {"knobs": {"compensate": "lr", "anneal": 12}}),
     "clipped": (3, 5, [5], {"knobs": {"clip": "pipe"}, "gradient_clip_val": 0.01}),
     "reloaded": (2, 4, [4, 8], {"reload_dataloaders_every_n_epochs": 1}),
