@@ -217,6 +217,13 @@ def has_iterator(trainer: Trainer) -> bool:
     return trainer.current_epoch == 0 or bool(trainer.fit_loop.is_resuming)
 
 
+def let_plateaus_step(trainer: Trainer) -> None:
+    """At the end of an epoch that was gone on with, Lightning would leave them out: it may lack what they go by."""
+    plateaus = [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+    if all(config.monitor in trainer.callback_metrics for config in plateaus):
+        trainer.fit_loop._restarting = False
+
+
 def skip_backward(trainer: Trainer, leash: Leash, skip: bool) -> None:
     """Let the loop leave out its own backward pass and `zero_grad`, for the time of the run."""
     leash.set(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", skip)

@@ -204,6 +204,7 @@ class PipeSetup(PipeBatches):
         def on_train_epoch_end() -> None:
             original()
             self.rest()
+            compat.let_plateaus_step(self.trainer)
 
         def on_run_start(fetcher: Any) -> None:
             self.skip_done(fetcher)

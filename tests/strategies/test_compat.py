@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
@@ -19,6 +20,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -117,6 +119,18 @@ def test_the_epoch_is_told_to_a_sampler_and_an_iterator_is_there(t: L.Trainer) -
     assert not compat.has_iterator(t)
     t.fit_loop.load_state_dict(t.fit_loop.state_dict())
     assert compat.has_iterator(t)
+
+
+def test_plateaus_step_where_what_they_go_by_is_there(t: L.Trainer) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    t.strategy.lr_scheduler_configs = [LRSchedulerConfig(plateau, reduce_on_plateau=True, monitor="val")]
+    t.fit_loop._restarting = True
+    compat.let_plateaus_step(t)
+    assert t.fit_loop.restarting
+    t.callback_metrics["val"] = torch.ones(())
+    compat.let_plateaus_step(t)
+    assert not t.fit_loop.restarting
 
 
 def test_everything_is_put_back(t: L.Trainer) -> None:

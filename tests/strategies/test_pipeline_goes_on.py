@@ -76,7 +76,7 @@ def _train(devices: int, folder: str, every: int | None, resume: str | None, opt
 
 
 CASES: dict[str, tuple[int, int, list[int], dict[str, Any]]] = {
-    "random data": (2, 5, [10], {}),
+    "random data": (2, 5, [10], {"schedule": "plateau"}),
     "replicas": (4, 3, [6], {"knobs": {"replicas": 2}}),
     "workers": (4, 3, [6], {"knobs": {"replicas": 2}, "workers": 1, "limit_val_batches": 0}),
     "two loaders": (2, 5, [10], {"two": True}),
