@@ -39,6 +39,7 @@ from lightning_async.algorithms.shards import (
     NOT_HERE,
     PUSH,
     SERVED,
+    SOUGHT,
     cut,
 )
 from lightning_async.algorithms.sign_wire import codecs
@@ -269,8 +270,10 @@ class AsyncGlobal(Algorithm):
         while self._unfolded and most > 0:
             letter = self._unfolded.pop(0)
             most -= 0 if letter.message.body is None else letter.message.body.numel()
+            if letter.message.weight == SOUGHT:
+                self.owners.sought(letter.message.reference)
             for exchange in self.exchanges:
-                if exchange.place == letter.message.reference and exchange.asked:
+                if exchange.place == letter.message.reference and exchange.asked and letter.message.weight != SOUGHT:
                     self._fold(exchange, letter, replica)
             mail.folded(letter)
         for exchange in self.exchanges:

@@ -42,6 +42,7 @@ from lightning_async.algorithms.shards import (
     NOT_HERE,
     RATES,
     SERVED,
+    SOUGHT,
     TOKEN,
     cut,
     shard_of,
@@ -341,21 +342,21 @@ class CyclicDelay(Algorithm):
             self._fold(letter, replica)
             mail.folded(letter)
         for exchange in self.exchanges:
-            if exchange.known > exchange.place:  # of an heir, of whom nothing was heard here
-                self.owners.doubt(exchange.shard.number)
             if self.owners.look(exchange.shard.number):
                 self._move(exchange)
         self._own.tell(exchange.owner for exchange in self.exchanges)
 
     def _hear(self, token: Message) -> None:
         """A turn, or whose the shard is now. There may have been more shards before what is trained changed."""
+        self.owners.sought(token.reference)
         for exchange in self.exchanges:
-            if exchange.shard.number == shard_of(token.reference):
-                exchange.known = max(exchange.known, token.reference)
-                if token.weight != ANOTHERS:
-                    exchange.token = max(exchange.token, token.reference)
+            if exchange.shard.number == shard_of(token.reference) and token.weight != ANOTHERS:
+                exchange.token = max(exchange.token, token.reference)
 
     def _fold(self, letter: Letter, replica: Replica) -> None:
+        if letter.message.weight == SOUGHT:
+            self.owners.sought(letter.message.reference)
+            return
         exchange = self.exchanges[shard_of(letter.message.reference)]
         if letter.message.weight == NOT_HERE and letter.message.reference == exchange.place:
             self.owners.doubt(exchange.shard.number)

@@ -11,7 +11,7 @@ from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.algorithms.outer import outer_rule
 from lightning_async.algorithms.shard_server import Rules
 from lightning_async.algorithms.shard_service import ShardService
-from lightning_async.algorithms.shards import ANSWER, MIRROR, MIRRORED, NOT_HERE, PULL, PUSH, PUT, TAKE, place
+from lightning_async.algorithms.shards import ANSWER, MIRROR, MIRRORED, NOT_HERE, PULL, PUSH, PUT, SOUGHT, TAKE, place
 from lightning_async.algorithms.weighting import law
 from lightning_async.algorithms.wire import EXACT
 from lightning_async.transport.mail import Letter, Message
@@ -102,6 +102,16 @@ def test_a_mirror_that_is_older_than_any_may_be_is_none(later: int) -> None:
         assert answer.version == 105 + later
     else:
         assert answer.version == 100
+
+
+def test_an_heir_without_a_mirror_hears_once_that_it_is_sought() -> None:
+    one, now = service(2), place(1, 2)
+    first, second = [[*one(letter(3, step, PULL, now, version=9))] for step in (1, 2)]
+    assert [(whom, answer.weight) for whom, answer in first] == [(3, NOT_HERE), (2, SOUGHT)]
+    assert [(whom, answer.weight) for whom, answer in second] == [(3, NOT_HERE)]
+    list(one(Letter(2, 1, Message(TAKE, torch.ones(SIZE), version=9, reference=now), 0.0)))
+    ((whom, answer),) = one(letter(3, 3, PULL, now, version=9))
+    assert (whom, answer.version) == (3, 9)
 
 
 def test_an_old_mirror_is_better_than_the_older_weights_of_the_own_member() -> None:
