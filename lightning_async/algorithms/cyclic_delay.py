@@ -402,11 +402,11 @@ class CyclicDelay(Algorithm):
         self, done: Callable[[TokenExchange | DeltaExchange], bool], what: str, replica: Replica, mail: Mail
     ) -> Wait[None]:
         while (waits := next((x for x in self.exchanges if not done(x)), None)) is not None:
-            yield f"{what} of shard {waits.shard.number}"
-            self._tend(replica, mail)
             for exchange in self.exchanges:
                 if not exchange.count:
                     self._bid(exchange, mail, idle=True)
+            yield f"{what} of shard {waits.shard.number}"
+            self._tend(replica, mail)
 
     def _current_shrink(self) -> Shrink:
         return self.shrink

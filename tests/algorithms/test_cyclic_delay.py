@@ -371,10 +371,10 @@ def test_a_new_algorithm_goes_on_from_a_state_as_the_old_one_would(token: Any, n
 
 
 class Listening:
-    """A carrier that counts the bids that leave behind the last push."""
+    """A carrier that counts the bids that leave behind the last push, and those of who is idle."""
 
     def __init__(self, carrier: Carrier) -> None:
-        self._carrier, self.late, self._last = carrier, 0, False
+        self._carrier, self.late, self.idle, self._last = carrier, 0, 0, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._carrier, name)
@@ -383,6 +383,7 @@ class Listening:
         """See `Mail.post`."""
         self._last = self._last or message.kind == LAST
         self.late += self._last and message.kind == BID
+        self.idle += message.kind == BID and message.weight
         return self._carrier.post(peer, message)
 
 
@@ -393,6 +394,29 @@ def test_who_has_nothing_left_at_a_meeting_says_of_no_batch_that_it_waits() -> N
     carriers = [Listening(carrier) for carrier in virtual.carriers]
     virtual.run({m.rank: m.life(carriers[m.rank], 20, STEP * (1 + m.rank)) for m in members})  # type: ignore[arg-type]
     assert [carrier.late for carrier in carriers] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_only_who_goes_on_waiting_says_that_it_is_idle_in_its_turn(n: int) -> None:
+    """Who computes next has something to push then: it would give its turn away. Here who waits looks at its mail only
+    every two steps, and finds several letters there."""
+    virtual, said = VirtualCluster(n, latency=2 * STEP, jitter=0.0, limit=60.0), list[str | float]()
+
+    def watched(member: Member, carrier: Listening) -> Program:
+        bids, program = 0, member.life(carrier, 30, STEP)  # type: ignore[arg-type]
+        while True:
+            try:
+                what = next(program)
+            except StopIteration as end:
+                return end.value
+            said.extend([what] * (carrier.idle - bids))
+            bids = carrier.idle
+            yield 2 * STEP if isinstance(what, str) else what
+
+    members = [Member(rank, counting=False, max_accumulate=1) for rank in range(n)]
+    virtual.run({m.rank: watched(m, Listening(virtual.carriers[m.rank])) for m in members})
+    assert said
+    assert [what for what in said if not isinstance(what, str)] == []
 
 
 @pytest.mark.parametrize("token", TOKENS)
