@@ -113,7 +113,7 @@ class ShardServer:
         message, peer = letter.message, letter.peer
         delay = max(0, self.version - message.version)
         said = NOT_FINITE
-        if _is_finite(correction):
+        if is_finite(correction):
             factor = self._factor(letter, delay, correction)
             if factor > 0:
                 gamma = self._gamma(letter, delay) * factor
@@ -243,7 +243,7 @@ def integers(image: Tensor, at: int, count: int) -> list[int]:
     return found
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
     """In one pass and without a copy: a sum of values with a NaN or an infinity is none; one that only grew too large
     is looked at again, and the least and the greatest of values with a NaN are NaN."""
     if isfinite(values.sum().item()):

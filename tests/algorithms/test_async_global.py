@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -477,7 +478,8 @@ def test_late_ones_are_dropped_and_counted() -> None:
         assert outcome.consensus[16 * r].item() * 4 == pytest.approx(outcome.steps[r] - lost(outcome, r), rel=1e-4)
 
 
-def test_a_member_that_is_not_finite_is_refused_counted_and_given_the_weights() -> None:
+@pytest.mark.parametrize("make", [partial(AsyncGlobal, attenuation="none"), SyncGlobal])
+def test_a_member_that_is_not_finite_is_refused_counted_and_given_the_weights(make: Any) -> None:
     n, cluster = 3, VirtualCluster(3, latency=0.01)
     parameters = [nn.Parameter(torch.zeros(64)) for _ in range(n)]
     replicas = [Replica([p]) for p in parameters]
@@ -489,7 +491,7 @@ def test_a_member_that_is_not_finite_is_refused_counted_and_given_the_weights() 
 
     programs = {
         r: train(
-            AsyncGlobal(local_steps=2, attenuation="none"),
+            make(local_steps=2),
             replicas[r],
             carrier,
             steps=40,

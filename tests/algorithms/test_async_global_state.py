@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_async.algorithms import sign_wire
 from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.algorithms.async_global import AsyncGlobal
+from lightning_async.algorithms.sync_global import SyncGlobal
 from lightning_async.algorithms.training import train
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
@@ -100,10 +101,11 @@ def test_a_state_of_another_method_is_refused_in_words() -> None:
         algorithm.load_state_dict({"method": "Pairwise"})
 
 
+@pytest.mark.parametrize("make", [AsyncGlobal, SyncGlobal])
 @pytest.mark.parametrize(("knobs", "sentence"), [({"outer_momentum": 0.5}, "outer='Sum'"), ({}, None)])
-def test_a_state_of_other_knobs_is_refused_in_words(knobs: dict[str, Any], sentence: str | None) -> None:
+def test_a_state_of_other_knobs_is_refused_in_words(make: Any, knobs: dict[str, Any], sentence: str | None) -> None:
     carrier = VirtualCluster(1).carriers[0]
-    saved, algorithm = AsyncGlobal(), AsyncGlobal(**knobs)
+    saved, algorithm = make(), make(**knobs)
     for one in (saved, algorithm):
         one.begin(Replica([nn.Parameter(torch.zeros(4))]), carrier, UNIT, Rounds(carrier))
     if sentence is None:
