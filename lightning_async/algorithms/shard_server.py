@@ -111,6 +111,17 @@ class ShardServer:
     def arrive(self, letter: Letter, correction: Tensor, *, last: bool = False) -> int:
         """Merge a correction; millionths by which it counted beside one that is in time, or NOT_FINITE."""
         message, peer = letter.message, letter.peer
+        said = self._merged(letter, correction) if message.weight else MILLION  # 0: a word that nothing is left
+        self.pushed[peer] = message.step
+        if message.echo > 0:
+            self.paces[peer] = message.echo
+        self.handed_out(peer)
+        if last:
+            self.pausing[peer] = self.version
+        return said
+
+    def _merged(self, letter: Letter, correction: Tensor) -> int:
+        message = letter.message
         delay = max(0, self.version - message.version)
         said = NOT_FINITE
         if is_finite(correction):
@@ -123,12 +134,6 @@ class ShardServer:
             said = round(factor * MILLION)
         self._count(said)
         self.version += 1
-        self.pushed[peer] = message.step
-        if message.echo > 0:
-            self.paces[peer] = message.echo
-        self.handed_out(peer)
-        if last:
-            self.pausing[peer] = self.version
         return said
 
     def handed_out(self, peer: int) -> None:
