@@ -43,7 +43,7 @@ from lightning_async.algorithms.shards import (
     cut,
 )
 from lightning_async.algorithms.sign_wire import codecs
-from lightning_async.algorithms.weighting import Attenuation, law
+from lightning_async.algorithms.weighting import Attenuation, Bound, check_bound, law
 from lightning_async.algorithms.wire import Wire, Wires, check_wire
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
@@ -63,7 +63,8 @@ class AsyncGlobal(Algorithm):
         pace: See `local_steps`.
         attenuation: The law of late arrivals (see `weighting`).
         strength: Its parameter.
-        max_delay: Arrivals with an excess of more than so many versions are late; None: none are.
+        max_delay: Arrivals with an excess of more than so many versions are late; "auto": 1000, or 100 rounds if that
+            is more; None: none are.
         on_late: What becomes of them: "shrink", "drop", or "wait" (fast members wait instead).
         outer: The server's rule (see `outer`); None: "delayed_nesterov" with a momentum, else "sum".
         outer_lr: Its learning rate.
@@ -88,7 +89,7 @@ class AsyncGlobal(Algorithm):
         pace: int = 8,
         attenuation: Attenuation = "hinge",
         strength: float | None = None,
-        max_delay: int | None = 1000,
+        max_delay: Bound = "auto",
         on_late: OnLate = "shrink",
         outer: Rule | None = None,
         outer_lr: float = 1.0,
@@ -348,7 +349,7 @@ def perfect() -> float:
 
 
 def _check_late(max_delay: object, on_late: object) -> None:
-    _check_count("max_delay", max_delay, "no bound")
+    check_bound("max_delay", max_delay)
     if on_late not in get_args(OnLate):
         raise ValueError(f"`on_late` must be 'shrink', 'drop' or 'wait', got {on_late!r}")
     if on_late == "wait" and max_delay is None:
