@@ -114,6 +114,21 @@ def test_strict_is_never_more_than_n_minus_1_late_whatever_waits(speeds: Any, kn
     assert max(a.delay for a in arrivals(trained)) == 3
 
 
+@pytest.mark.few(2)
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+@pytest.mark.parametrize("push", PUSHES)
+def test_strict_is_never_more_than_n_minus_1_late_when_an_owner_dies_or_freezes(push: Any, fault: str) -> None:
+    """Its heir goes on with the turn that the image names, and waits for whose turn it is to be heard."""
+    for seed in range(8):
+        at, cluster = 0.5 + 0.037 * seed, {"latency": 0.01 if seed % 2 else 0.002, "silence": 0.3, "seed": seed}
+        knobs: dict[str, Any] = {"shards": 1, "token": "strict", "mirror_every": 1, "push": push, "cluster": cluster}
+        kill = fault == "kill"
+        strike = (lambda c, at=at: c.kill(0, at=at)) if kill else (lambda c, at=at: c.freeze(0, 0.8, at=at))
+        _, trained = go([1, 1.3, 1.7, 1.1], seconds=1.5, faults=strike, **knobs)
+        late = [a.delay for a in arrivals(trained)]
+        assert max(late) == 3
+
+
 @pytest.mark.parametrize("n", [2, 3, 4, 7])
 def test_strict_goes_round_and_round_and_no_push_is_more_than_n_minus_1_late(n: int) -> None:
     """At the end whoever has met is left out of the ring, which makes nothing later."""
