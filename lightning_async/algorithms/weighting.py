@@ -53,10 +53,7 @@ def bound_among(n: int, bound: Bound) -> int | None:
 def check_bound(name: str, bound: object) -> None:
     """Raise `ValueError` for what is no bound."""
     if bound is not None and bound != "auto" and (not isinstance(bound, int) or isinstance(bound, bool) or bound < 1):
-        raise ValueError(
-            f"`{name}` must be an integer of at least 1, or None for no bound, or 'auto' for 1000 or 100 rounds, got "
-            f"{bound!r}"
-        )
+        raise ValueError(f"`{name}` must be an integer of at least 1, or None for no bound, or 'auto', got {bound!r}")
 
 
 def excess_rounds(delay: int, n: int) -> float:

@@ -520,7 +520,7 @@ KNOBS: list[tuple[dict[str, Any], str]] = [
     ({"attenuation": "log"}, "`attenuation` must be one of 'poly', .*, 'paper', got 'log'"),
     ({"strength": -1.0}, "`strength` must be a number of at least 0, got -1.0"),
     ({"attenuation": "paper", "strength": 1.0}, "`strength` has no meaning with attenuation='paper'"),
-    ({"max_delay": 0}, "`max_delay` must be an integer of at least 1, or None for no bound, got 0"),
+    ({"max_delay": 0}, "`max_delay` must be an integer of at least 1, or None for no bound, or 'auto', got 0"),
     ({"on_late": "wait", "max_delay": None}, "on_late='wait' needs a `max_delay`"),
     ({"on_late": "cry"}, "`on_late` must be 'shrink', 'drop' or 'wait', got 'cry'"),
     ({"outer": "adam"}, "`outer` must be one of 'sum', 'nesterov', 'delayed_nesterov', got 'adam'"),

@@ -94,8 +94,9 @@ def test_what_would_be_too_much_in_no_mirror_is_held_and_answered_when_the_mirro
 def test_a_mirror_that_is_older_than_any_may_be_is_none(later: int) -> None:
     """It is of a time when mirrors went to this member, and then went to another."""
     one, now = heir(100, most=10), place(1, 2)
-    ((_, answer),) = one(letter(3, 1, PULL, now, version=100 + later))
+    (_, answer), *told = one(letter(3, 1, PULL, now, version=100 + later))
     assert (answer.weight == NOT_HERE) == (later > 10)
+    assert [(whom, word.weight) for whom, word in told] == ([(2, SOUGHT)] if later > 10 else [])
     if later > 10:  # its own member knows better, or does not
         list(one(Letter(2, 2, Message(TAKE, torch.ones(SIZE), version=105 + later, reference=now), 0.0)))
         ((_, answer),) = one(letter(3, 3, PULL, now, version=100 + later))
@@ -125,5 +126,6 @@ def test_an_old_mirror_is_better_than_the_older_weights_of_the_own_member() -> N
 def test_a_run_that_goes_on_keeps_no_mirror_of_its_beginning() -> None:
     one, now = heir(0, most=10), place(1, 2)
     list(one(Letter(2, 1, Message(PUT, torch.empty(0, dtype=torch.uint8), reference=place(0, 1)), 0.0)))
-    ((_, answer),) = one(letter(3, 2, PULL, now, version=7))
+    (_, answer), (whom, word) = one(letter(3, 2, PULL, now, version=7))
     assert answer.weight == NOT_HERE
+    assert (whom, word.weight) == (2, SOUGHT)
