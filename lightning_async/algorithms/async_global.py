@@ -39,10 +39,11 @@ from lightning_async.algorithms.shards import (
     NOT_HERE,
     PUSH,
     SERVED,
+    SOUGHT,
     cut,
 )
 from lightning_async.algorithms.sign_wire import codecs
-from lightning_async.algorithms.weighting import Attenuation, law
+from lightning_async.algorithms.weighting import Attenuation, Bound, check_bound, law
 from lightning_async.algorithms.wire import Wire, Wires, check_wire
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
@@ -62,7 +63,8 @@ class AsyncGlobal(Algorithm):
         pace: See `local_steps`.
         attenuation: The law of late arrivals (see `weighting`).
         strength: Its parameter.
-        max_delay: Arrivals with an excess of more than so many versions are late; None: none are.
+        max_delay: Arrivals with an excess of more than so many versions are late; "auto": 1000, or 100 rounds if that
+            is more; None: none are.
         on_late: What becomes of them: "shrink", "drop", or "wait" (fast members wait instead).
         outer: The server's rule (see `outer`); None: "delayed_nesterov" with a momentum, else "sum".
         outer_lr: Its learning rate.
@@ -87,7 +89,7 @@ class AsyncGlobal(Algorithm):
         pace: int = 8,
         attenuation: Attenuation = "hinge",
         strength: float | None = None,
-        max_delay: int | None = 1000,
+        max_delay: Bound = "auto",
         on_late: OnLate = "shrink",
         outer: Rule | None = None,
         outer_lr: float = 1.0,
@@ -269,8 +271,10 @@ class AsyncGlobal(Algorithm):
         while self._unfolded and most > 0:
             letter = self._unfolded.pop(0)
             most -= 0 if letter.message.body is None else letter.message.body.numel()
+            if letter.message.weight == SOUGHT:
+                self.owners.sought(letter.message.reference)
             for exchange in self.exchanges:
-                if exchange.place == letter.message.reference and exchange.asked:
+                if exchange.place == letter.message.reference and exchange.asked and letter.message.weight != SOUGHT:
                     self._fold(exchange, letter, replica)
             mail.folded(letter)
         for exchange in self.exchanges:
@@ -345,7 +349,7 @@ def perfect() -> float:
 
 
 def _check_late(max_delay: object, on_late: object) -> None:
-    _check_count("max_delay", max_delay, "no bound")
+    check_bound("max_delay", max_delay)
     if on_late not in get_args(OnLate):
         raise ValueError(f"`on_late` must be 'shrink', 'drop' or 'wait', got {on_late!r}")
     if on_late == "wait" and max_delay is None:

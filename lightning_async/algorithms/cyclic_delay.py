@@ -42,6 +42,7 @@ from lightning_async.algorithms.shards import (
     NOT_HERE,
     RATES,
     SERVED,
+    SOUGHT,
     TOKEN,
     cut,
     shard_of,
@@ -51,7 +52,7 @@ from lightning_async.algorithms.token_exchange import TokenExchange
 from lightning_async.algorithms.turn_knobs import Push, Token, check_count, check_turns
 from lightning_async.algorithms.turn_server import Moves, Scale
 from lightning_async.algorithms.turn_service import TurnService
-from lightning_async.algorithms.weighting import law
+from lightning_async.algorithms.weighting import Bound, check_bound, law
 from lightning_async.algorithms.wire import EXACT
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
@@ -77,7 +78,8 @@ class CyclicDelay(Algorithm):
         compensation_strength: Its exponent or factor; None: 0.5 for "lr", 0.04 for "dc".
         max_accumulate: So many batches may add up; then the member waits for its turn. None: no bound.
         warm_up: Over so many own steps that bound grows from 1.
-        max_delay: Pushes with an excess of more than so many versions are shrunk; None: none are.
+        max_delay: Pushes with an excess of more than so many versions are shrunk; "auto": 1000, or 100 rounds if that
+            is more; None: none are.
         shards: How many shards; None: as many as members, at most 8.
         mirror_every: Pushes of a shard that may be in no mirror of it; None: eight for each member.
 
@@ -105,7 +107,7 @@ class CyclicDelay(Algorithm):
         compensation_strength: float | None = None,
         max_accumulate: int | None = None,
         warm_up: int = 0,
-        max_delay: int | None = 1000,
+        max_delay: Bound = "auto",
         shards: int | None = None,
         mirror_every: int | None = None,
     ) -> None:
@@ -118,7 +120,7 @@ class CyclicDelay(Algorithm):
             max_accumulate=max_accumulate,
             warm_up=warm_up,
         )
-        check_count("max_delay", max_delay, "no bound")
+        check_bound("max_delay", max_delay)
         check_count("shards", shards, "as many as members, at most 8")
         check_count("mirror_every", mirror_every, "eight for each member")
         self.token, self.push, self.scale, self.strength = token, push, scale, strength
@@ -341,21 +343,21 @@ class CyclicDelay(Algorithm):
             self._fold(letter, replica)
             mail.folded(letter)
         for exchange in self.exchanges:
-            if exchange.known > exchange.place:  # of an heir, of whom nothing was heard here
-                self.owners.doubt(exchange.shard.number)
             if self.owners.look(exchange.shard.number):
                 self._move(exchange)
         self._own.tell(exchange.owner for exchange in self.exchanges)
 
     def _hear(self, token: Message) -> None:
         """A turn, or whose the shard is now. There may have been more shards before what is trained changed."""
+        self.owners.sought(token.reference)
         for exchange in self.exchanges:
-            if exchange.shard.number == shard_of(token.reference):
-                exchange.known = max(exchange.known, token.reference)
-                if token.weight != ANOTHERS:
-                    exchange.token = max(exchange.token, token.reference)
+            if exchange.shard.number == shard_of(token.reference) and token.weight != ANOTHERS:
+                exchange.token = max(exchange.token, token.reference)
 
     def _fold(self, letter: Letter, replica: Replica) -> None:
+        if letter.message.weight == SOUGHT:
+            self.owners.sought(letter.message.reference)
+            return
         exchange = self.exchanges[shard_of(letter.message.reference)]
         if letter.message.weight == NOT_HERE and letter.message.reference == exchange.place:
             self.owners.doubt(exchange.shard.number)
@@ -401,11 +403,11 @@ class CyclicDelay(Algorithm):
         self, done: Callable[[TokenExchange | DeltaExchange], bool], what: str, replica: Replica, mail: Mail
     ) -> Wait[None]:
         while (waits := next((x for x in self.exchanges if not done(x)), None)) is not None:
-            yield f"{what} of shard {waits.shard.number}"
-            self._tend(replica, mail)
             for exchange in self.exchanges:
                 if not exchange.count:
                     self._bid(exchange, mail, idle=True)
+            yield f"{what} of shard {waits.shard.number}"
+            self._tend(replica, mail)
 
     def _current_shrink(self) -> Shrink:
         return self.shrink

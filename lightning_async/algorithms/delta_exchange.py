@@ -25,13 +25,12 @@ class DeltaExchange(Exchange):
     Attributes:
         count: Steps since the last push.
         token: The place whose token came last.
-        known: The newest place of which the owner has told.
         bidden: For which step, and hearing whom, it last said that it waits; or that it is idle in the turn of a place.
     """
 
     def __init__(self, shard: Shard, weights: Tensor, me: int) -> None:
         super().__init__(shard, weights, EXACT, me)
-        self.count = self.token = self.known = 0
+        self.count = self.token = 0
         self.bidden: tuple[int, tuple[int, ...], int] = (0, (), 0)
         self._given = self._at = 0
 

@@ -94,7 +94,8 @@ class Exchange:
         codec = EXACT if kind == LAST or self.owner == mail.me else self._codec
         difference = torch.sub(replica.flat[self.shard.part], self.base, out=self._pushed)
         body = codec.encode(difference)
-        numbers = {"version": self.version, "echo": micros, "samples": self.samples, "weight": weight()}
+        numbers = {"version": self.version, "echo": micros, "samples": self.samples}
+        numbers["weight"] = 0 if self.idle else weight()
         number = 2 * step + (codec is EXACT)  # see `number`
         if mail.post(self.owner, Message(kind, body, step=number, reference=self.place, **numbers)):
             if body is not difference:

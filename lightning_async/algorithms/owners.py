@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_async.algorithms.exchange import Exchange
-from lightning_async.algorithms.shards import RUN, first_owner, place
+from lightning_async.algorithms.shards import RUN, first_owner, place, shard_of
 from lightning_async.transport.mail import Carrier, founders
 
 A_WHILE = 2.0
@@ -38,6 +38,7 @@ class Owners:
         self._owners = [first[first_owner(b, shards, len(first))] for b in range(shards)]
         self._generations = [1] * shards
         self._doubted: set[int] = set()
+        self._sought: dict[int, int] = {}
         self._proposed: set[str] = set()
 
     def were(self, owners: Sequence[int] | None, exchanges: Sequence[Exchange]) -> int:
@@ -64,6 +65,10 @@ class Owners:
         """Its owner said that it is not."""
         self._doubted.add(shard)
 
+    def sought(self, at: int) -> None:
+        """Somebody asks for a place, or serves it: if it is a later one, there is an owner of whom nobody told here."""
+        self._sought[shard_of(at)] = max(at, self._sought.get(shard_of(at), 0))
+
     def look(self, shard: int) -> bool:
         """Find out whether there is a new owner; ask for one where there must be. True: there is a new one."""
         board, before = self._board, self._generations[shard]
@@ -79,7 +84,8 @@ class Owners:
         return self._generations[shard] > before
 
     def _is_doubtful(self, shard: int) -> bool:
-        return shard in self._doubted or self._is_silent(self.owner(shard))
+        later = self._sought.get(shard, 0) > self.place(shard)
+        return later or shard in self._doubted or self._is_silent(self.owner(shard))
 
     def _is_silent(self, owner: int) -> bool:
         self._heard.update(live := self._board.live())

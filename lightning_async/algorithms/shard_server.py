@@ -22,7 +22,16 @@ from torch import Tensor
 from lightning_async.algorithms.algorithm import UNIT, Shrink, no_shrink
 from lightning_async.algorithms.outer import Outer
 from lightning_async.algorithms.shards import MILLION, NOT_FINITE
-from lightning_async.algorithms.weighting import Attenuation, Law, excess_rounds, excess_versions, normalised, paper
+from lightning_async.algorithms.weighting import (
+    Attenuation,
+    Bound,
+    Law,
+    bound_among,
+    excess_rounds,
+    excess_versions,
+    normalised,
+    paper,
+)
 from lightning_async.arrival import Arrival
 from lightning_async.fresh import Lately
 from lightning_async.transport.mail import Letter
@@ -37,7 +46,7 @@ class Rules:
     Attributes:
         attenuation: The law's name.
         law: What an excess of so many rounds is worth.
-        max_delay: So many versions of excess are late; None: nothing is.
+        max_delay: More versions of excess than so many are late (see `weighting`).
         on_late: Late arrivals are shrunk to what they would count at the bound, dropped, or made impossible by letting
             fast members wait.
         make_outer: Makes the merge rule, given the weights.
@@ -45,7 +54,7 @@ class Rules:
 
     attenuation: Attenuation
     law: Law
-    max_delay: int | None
+    max_delay: Bound
     on_late: OnLate
     make_outer: Callable[[Tensor], Outer]
 
@@ -102,18 +111,30 @@ class ShardServer:
         Those that started from the oldest version never wait, so this ends. They may make each other n - 1 versions
         later, which is kept free for them.
         """
-        if self.rules.on_late != "wait" or self.rules.max_delay is None:
+        bound = bound_among(len(self.members), self.rules.max_delay)
+        if self.rules.on_late != "wait" or bound is None:
             return False
         away = self.unheard.union(self.pausing)
         slower = [k for member, k in self.bases.items() if k < base and member not in away]
-        return bool(slower) and self.version + 1 - min(slower) > self.rules.max_delay + len(self.members) - 1
+        return bool(slower) and self.version + 1 - min(slower) > bound + len(self.members) - 1
 
     def arrive(self, letter: Letter, correction: Tensor, *, last: bool = False) -> int:
         """Merge a correction; millionths by which it counted beside one that is in time, or NOT_FINITE."""
         message, peer = letter.message, letter.peer
+        said = self._merged(letter, correction) if message.weight else MILLION  # 0: a word that nothing is left
+        self.pushed[peer] = message.step
+        if message.echo > 0:
+            self.paces[peer] = message.echo
+        self.handed_out(peer)
+        if last:
+            self.pausing[peer] = self.version
+        return said
+
+    def _merged(self, letter: Letter, correction: Tensor) -> int:
+        message = letter.message
         delay = max(0, self.version - message.version)
         said = NOT_FINITE
-        if _is_finite(correction):
+        if is_finite(correction):
             factor = self._factor(letter, delay, correction)
             if factor > 0:
                 gamma = self._gamma(letter, delay) * factor
@@ -123,12 +144,6 @@ class ShardServer:
             said = round(factor * MILLION)
         self._count(said)
         self.version += 1
-        self.pushed[peer] = message.step
-        if message.echo > 0:
-            self.paces[peer] = message.echo
-        self.handed_out(peer)
-        if last:
-            self.pausing[peer] = self.version
         return said
 
     def handed_out(self, peer: int) -> None:
@@ -168,7 +183,7 @@ class ShardServer:
 
     def _factor(self, letter: Letter, delay: int, correction: Tensor) -> float:
         factor, n = 1.0, len(self.members)
-        excess, bound = excess_versions(delay, n), self.rules.max_delay
+        excess, bound = excess_versions(delay, n), bound_among(n, self.rules.max_delay)
         if bound is not None and excess > bound:
             if self.rules.on_late == "drop":
                 return 0.0
@@ -243,7 +258,7 @@ def integers(image: Tensor, at: int, count: int) -> list[int]:
     return found
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
     """In one pass and without a copy: a sum of values with a NaN or an infinity is none; one that only grew too large
     is looked at again, and the least and the greatest of values with a NaN are NaN."""
     if isfinite(values.sum().item()):

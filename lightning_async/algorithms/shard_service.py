@@ -4,7 +4,8 @@
     every m / 2 arrivals           -->  MIRROR to the next member, when it has said that the last one is there; what
                                         would be more than m in no mirror waits for that (`mirroring`)
     a place that succeeds a mirror -->  its owner is dead or frozen, and this member is the heir: taken over at once
-    TAKE of the own member         -->  the same, where there is no mirror, or an old one: from the member's own base
+    TAKE of the own member         -->  the same, where there is no mirror, or an old one: from the member's own base;
+                                        who is asked for such a place first tells its member (SOUGHT)
     RETIRE of the own member       -->  there is a later place: serve no older one; what it was is kept until a meeting
 
 It is a function of the letters that reach it, in their order (see `mail.Mail.serve`). What it cannot know by letters
@@ -35,6 +36,7 @@ from lightning_async.algorithms.shards import (
     RETIRE,
     SHOW,
     SHOWN,
+    SOUGHT,
     TAKE,
     before,
     same_generation,
@@ -96,6 +98,7 @@ class ShardService:
         self._every, self._shrink, self._blank = mirror_every, shrink, blank
         self._next = next_of(me, members)
         self._retired: dict[int, int] = {}
+        self._wanted: dict[int, int] = {}
         self._former: dict[int, Owned] = {}
         self._lag = self._most
         self.owned = {at: Owned(self._new(weights.clone(), shard_of(at))) for at, weights in owned.items()}
@@ -157,11 +160,20 @@ class ShardService:
     def _pulled(self, letter: Letter) -> Answers:
         owned = self._owned(letter)
         if owned is None:
-            return [_not_here(letter)]
+            return [_not_here(letter), *self._sought(letter)]
         server = owned.server
         server.handed_out(letter.peer)
         newest = server.newest(letter.peer)
         return [_answer(letter, server, server.weights, max(0, server.orphaned), newest)]
+
+    def _sought(self, letter: Letter) -> Answers:
+        """Who asks has read that this member is the heir, and there is no mirror to be one by: its own member, which
+        may have missed nobody, hears of it once."""
+        at = letter.message.reference
+        if letter.peer == self._me or at <= max(self._oldest(at), self._wanted.get(shard_of(at), 0)):
+            return []
+        self._wanted[shard_of(at)] = at
+        return [(self._me, Message(ANSWER, weight=SOUGHT, reference=at))]
 
     # -- mirrors ------------------------------------------------------------------------------------------------------
 

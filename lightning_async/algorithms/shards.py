@@ -57,6 +57,8 @@ NOT_HERE, NOT_FINITE = -1, -2
 """Words in the place of a factor: this member does not own that; it was refused."""
 ANOTHERS = -3
 """A word in a TOKEN: the turn is another's."""
+SOUGHT = -4
+"""A word in an ANSWER of the own service, which nobody asked for: others look for this place here."""
 MILLION = 1_000_000
 
 

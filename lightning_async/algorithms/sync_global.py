@@ -3,7 +3,8 @@
     W  --local steps-->  W_0 W_1 W_2  --round-->  mean, weighted by samples and accuracy  --outer rule-->  W, on all
 
 
-With one step of plain SGD and equal weights it is synchronous SGD. It waits by definition.
+With one step of plain SGD and equal weights it is synchronous SGD. It waits by definition. A member whose weights are
+not finite counts nothing in a round, and goes on from W like all others.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 from lightning_async.algorithms.algorithm import UNIT, Algorithm
 from lightning_async.algorithms.async_global import AsyncGlobal, perfect
 from lightning_async.algorithms.outer import Rule, outer_rule
+from lightning_async.algorithms.shard_server import is_finite
 from lightning_async.algorithms.wire import EXACT, ROUNDED, Wire, check_wire
-from lightning_async.arrival import Arrival
+from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
 from lightning_async.transport.mail import Mail, Wait
 from lightning_async.transport.rounds import Rounds
@@ -68,7 +70,8 @@ class SyncGlobal(Algorithm):
 
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """All have the same weights: the first W."""
-        self._mass, self._rounds = mass, rounds
+        self._mass, self._rounds, self._step = mass, rounds, 0
+        self._arrivals: list[Arrival] = []
         self._weights = replica.weights()
         self._rule = self.make_outer(self._weights)
         heritage, self.heritage = self.heritage[:1], ()
@@ -78,13 +81,14 @@ class SyncGlobal(Algorithm):
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Wait for the others where a round is due."""
+        self._step = step
         if self.local_steps is not None and step % self.local_steps == 0:
-            yield from self._round(replica)
-        return []
+            yield from self._round(replica, mail)
+        return self.arrived()
 
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """A round, whatever the number of steps; nothing is rounded."""
-        yield from self._round(replica, exact=True)
+        yield from self._round(replica, mail, exact=True)
         return self._weights.clone()
 
     def resume(self, replica: Replica, *, adopted: bool) -> None:
@@ -94,10 +98,16 @@ class SyncGlobal(Algorithm):
         """A round is the mean of n."""
         return n
 
+    def arrived(self) -> list[Arrival]:
+        """Own corrections that were refused since the last call."""
+        arrivals, self._arrivals = self._arrivals, []
+        return arrivals
+
     def state_dict(self) -> dict[str, Any]:
         """What the outer rule remembers; W is the consensus."""
         return {
             "method": type(self).__name__,
+            "outer": type(self._rule).__name__,
             "tensors": [t.cpu() for t in self._rule.tensors],
             "count": self._rule.count,
         }
@@ -109,15 +119,23 @@ class SyncGlobal(Algorithm):
                 f"the state of {state.get('method', 'another method')} does not fit {mine}: go on with the method that "
                 "the run was started with, or start anew from the weights alone"
             )
+        if (was := state.get("outer", now := type(self._rule).__name__)) != now:
+            raise ValueError(
+                f"the run was saved with outer={was!r} and goes on with {now!r}: give it the same outer rule, or start "
+                "anew from the weights alone"
+            )
         for mine_, saved in zip(self._rule.tensors, state["tensors"], strict=True):
             mine_.copy_(saved)
         self._rule.count = state["count"]
 
-    def _round(self, replica: Replica, *, exact: bool = False) -> Wait[None]:
+    def _round(self, replica: Replica, mail: Mail, *, exact: bool = False) -> Wait[None]:
         """The mean of all corrections is what W moves by, as the outer rule has it."""
         wire, dtype = (EXACT if exact else self._codec), self._weights.dtype
         correction = replica.weights().sub_(self._weights)
         weight = max(1, round(self._mass / UNIT * self.accuracy() * 2**20))
+        if not is_finite(correction):
+            weight, me, step, samples = 0, mail.me, self._step, self._mass // UNIT
+            self._arrivals.append(Arrival(me, step, step, step, 0.0, samples, 0.0, Fate.REFUSED))
         (mean,), _ = yield from self._rounds.exchange(wire.encode(correction), "mean", weight)
         self._rule.arrive(self._weights, wire.decode(mean, dtype), 1.0, 1)
-        replica.shift(self._weights - replica.flat)
+        replica.go_to(self._weights)

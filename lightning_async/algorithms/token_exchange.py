@@ -28,13 +28,12 @@ class TokenExchange(Exchange):
         step: The number of the last push (see `Exchange`; not an own step here: there may be two in one).
         count: Batches in the sum.
         token: The place whose token came last.
-        known: The newest place of which the owner has told.
         bidden: For which step, and hearing whom, it last said that it waits; or that it is idle in the turn of a place.
     """
 
     def __init__(self, shard: Shard, weights: Tensor, me: int) -> None:
         super().__init__(shard, weights, EXACT, me)
-        self.count = self.token = self.known = 0
+        self.count = self.token = 0
         self.bidden: tuple[int, tuple[int, ...], int] = (0, (), 0)
         self._sum = torch.zeros_like(self.base)
         self._oldest = self._given_oldest = self._given = self._at = 0

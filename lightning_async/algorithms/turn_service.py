@@ -96,6 +96,7 @@ class TurnService(ShardService):
         """A push that is held for a mirror keeps the token: who is through then is known before the next one has it."""
         if (turns := self.turns.get(letter.message.reference)) is not None:
             turns.pushed(letter.peer)
+            _server(owned).holder = turns.next  # an image that leaves now says whose turn is to come
         return super()._merge(owned, letter)
 
     def _paused(self, letter: Letter) -> tuple[int, Message]:
@@ -113,9 +114,8 @@ class TurnService(ShardService):
         for at, turns in self.turns.items():
             server = self.owned[at].server
             alone = len(server.members) == 1  # what its last push rounded off it may push again
-            # who was not heard since the shard was taken over may be frozen, or not have heard of the heir
-            away = {*server.pausing, *server.unheard} if server.unheard else server.pausing
-            granted = turns.grant(server.members, () if alone else away)
+            away, unheard = ((), ()) if alone else (server.pausing, server.unheard)
+            granted = turns.grant(server.members, away, unheard)
             if granted is not None:
                 yield granted, Message(TOKEN, reference=at)
             for late in turns.meet(server.members, server.unheard):
@@ -125,13 +125,16 @@ class TurnService(ShardService):
         """Of what was taken over all hear: who waits for a token asks nobody for anything, and may believe in another
         owner."""
         taken = self.owned.keys() - self.turns.keys()
-        self.turns = {
-            at: self.turns.get(at) or Turns(after=self._me, skip=self._skip, strangers=owned.server.unheard)
-            for at, owned in self.owned.items()
-        }
+        self.turns = {at: self.turns.get(at) or self._inherited(owned) for at, owned in self.owned.items()}
         for at in sorted(taken):
             for member in sorted(self.owned[at].server.unheard):
                 yield member, Message(TOKEN, weight=ANOTHERS, reference=at)
+
+    def _inherited(self, owned: Owned) -> Turns:
+        """The turns go on with whose the image said; without one the heir comes last."""
+        holder = _server(owned).holder
+        after = self._me if holder is None else holder - 1
+        return Turns(after=after, skip=self._skip, strangers=owned.server.unheard)
 
     def _note_holders(self) -> None:
         for at, turns in self.turns.items():

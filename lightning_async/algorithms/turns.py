@@ -40,6 +40,11 @@ class Turns:
         self._strangers = set(strangers) if skip else set[int]()
         self._bids: dict[int, int] = {}
 
+    @property
+    def next(self) -> int:
+        """Who has the token; where nobody does, the rank behind who had it, whether there is one or not."""
+        return self._last + 1 if self.holder is None else self.holder
+
     def pushed(self, peer: int) -> None:
         """A push has come, of the holder or of one that was passed over."""
         if peer == self.holder:
@@ -68,13 +73,17 @@ class Turns:
         self.passed.update(late)
         return late
 
-    def grant(self, members: Sequence[int], pausing: Collection[int]) -> int | None:
-        """Who gets the token now; None: it is somebody's already, or nobody may have it."""
+    def grant(self, members: Sequence[int], pausing: Collection[int], unheard: Collection[int] = ()) -> int | None:
+        """Who gets the token now; None: it is somebody's already, or nobody may have it. Who was not heard since a
+        takeover may be frozen, or not have heard of the heir: the ring goes on without it, or "strict" waits for it."""
         self.passed &= set(members)
         if self.holder in members:
             return None
         ring = [rank for rank in members if rank > self._last] + [rank for rank in members if rank <= self._last]
-        self.holder = next((rank for rank in ring if rank not in self.passed and rank not in pausing), None)
+        away = self.passed.union(pausing, unheard if self._skip else ())
+        self.holder = next((rank for rank in ring if rank not in away), None)
+        if self.holder in unheard:
+            self.holder = None
         if self.holder is not None:
             self._last, self._bids = self.holder, {}
         return self.holder

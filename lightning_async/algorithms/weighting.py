@@ -28,6 +28,8 @@ from typing import Literal, get_args
 
 Attenuation = Literal["poly", "exp", "hinge", "none", "paper"]
 Law = Callable[[float], float]
+Bound = int | Literal["auto"] | None
+"""An excess in versions; "auto": what `bound_among` says; None: none."""
 STRENGTHS: Mapping[str, float] = {"poly": 0.5, "exp": 0.5, "hinge": 1.0}
 FREE_ROUNDS = 10.0
 """So many rounds too late cost nothing under the law `hinge`: about what a member is that is twelve times slower."""
@@ -41,6 +43,17 @@ def excess_versions(delay: int, n: int) -> int:
 def in_time(bound: int, n: int) -> int:
     """The largest delay of an arrival whose excess is within a bound."""
     return bound + 2 * (n - 1)
+
+
+def bound_among(n: int, bound: Bound) -> int | None:
+    """The bound among `n` members: "auto" leaves what is late, but not lost, to the law at any number of them."""
+    return max(1000, 100 * n) if bound == "auto" else bound
+
+
+def check_bound(name: str, bound: object) -> None:
+    """Raise `ValueError` for what is no bound."""
+    if bound is not None and bound != "auto" and (not isinstance(bound, int) or isinstance(bound, bool) or bound < 1):
+        raise ValueError(f"`{name}` must be an integer of at least 1, or None for no bound, or 'auto', got {bound!r}")
 
 
 def excess_rounds(delay: int, n: int) -> float:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_async.algorithms.weighting import in_time
+from lightning_async.algorithms.weighting import bound_among, in_time
 from lightning_async.cli.inputs import add_fit
 from lightning_async.cli.story import Story, counts_samples, tell, trained
 from lightning_async.cli.tell import many
@@ -92,7 +92,8 @@ def _promised(story: Story) -> Bound | None:
         return None
     if story.strategy not in SERVED:
         return Bound(most, story.delays)
-    most = in_time(most, story.members or story.world)
+    n = story.members or story.world
+    most = in_time(bound_among(n, most) or 0, n)
     return Bound(most, story.in_full, "folded in full") if late == "shrink" else Bound(most, story.delays)
 
 

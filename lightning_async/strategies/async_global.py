@@ -17,7 +17,7 @@ from lightning_async.algorithms.local_steps import LocalSteps
 from lightning_async.algorithms.outer import Rule
 from lightning_async.algorithms.shard_server import OnLate
 from lightning_async.algorithms.sync_global import SyncGlobal
-from lightning_async.algorithms.weighting import Attenuation
+from lightning_async.algorithms.weighting import Attenuation, Bound
 from lightning_async.algorithms.wire import Wire
 from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
@@ -45,7 +45,8 @@ class AsyncGlobalStrategy(AsyncStrategy):
         attenuation: What a late correction counts: "hinge" (all, up to 10 rounds of exchanges too late), "poly", "exp",
             "none", or "paper" (BPT-CNN's).
         strength: The parameter of "hinge", "poly" and "exp"; None: 1, 0.5 and 0.5.
-        max_delay: Corrections later than this many versions beyond what equal ranks have are late; None: no bound.
+        max_delay: Corrections later than this many versions beyond what equal ranks have are late; "auto": 1000, or
+            100 rounds of all ranks if that is more; None: no bound.
         on_late: What becomes of late ones: "shrink", "drop", or "wait" (fast ranks wait so that none is late).
         accuracy_weight: Corrections count by accuracy: "off", "train" (by the training loss), or the name of a metric.
         outer: The server's rule: "sum", "nesterov", "delayed_nesterov"; None: "sum", or "delayed_nesterov" if there is
@@ -92,7 +93,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         pace: int = 8,
         attenuation: Attenuation = "hinge",
         strength: float | None = None,
-        max_delay: int | None = 1000,
+        max_delay: Bound = "auto",
         on_late: OnLate = "shrink",
         accuracy_weight: str = "off",
         outer: Rule | None = None,

@@ -17,6 +17,7 @@ from lightning_async.algorithms.cyclic_delay import CyclicDelay
 from lightning_async.algorithms.server_groups import check_elementwise, remembered
 from lightning_async.algorithms.turn_knobs import Push, Token
 from lightning_async.algorithms.turn_server import Scale
+from lightning_async.algorithms.weighting import Bound
 from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
 from lightning_async.strategies.base import AsyncStrategy
@@ -47,7 +48,8 @@ class CyclicDelayStrategy(AsyncStrategy):
             lambda, None: 0.04.
         max_accumulate: So many batches may add up; then the rank waits for its turn. None: no bound.
         warm_up: Steps of a rank over which that bound grows from 1; 0: none.
-        max_delay: Pushes later than this many versions beyond what equal ranks have are shrunk; None: none are.
+        max_delay: Pushes later than this many versions beyond what equal ranks have are shrunk; "auto": 1000, or 100
+            rounds of all ranks if that is more; None: none are.
         shards: Parts of the weights, each with a token and an owner; None: as many as ranks, at most 8.
         mirror_every: Pushes of a shard that may be in no copy of it on another rank; None: eight for each rank.
         balance: "claim" (the share of the data follows the speed), "equal" (every rank the same number of samples), or
@@ -89,7 +91,7 @@ class CyclicDelayStrategy(AsyncStrategy):
         compensation_strength: float | None = None,
         max_accumulate: int | None = None,
         warm_up: int = 0,
-        max_delay: int | None = 1000,
+        max_delay: Bound = "auto",
         shards: int | None = None,
         mirror_every: int | None = None,
         balance: Balance = "claim",

@@ -17,6 +17,7 @@ from lightning_async.algorithms.async_global import AsyncGlobal
 from lightning_async.algorithms.cyclic_delay import CyclicDelay
 from lightning_async.algorithms.gossip import Alone, Gossip
 from lightning_async.algorithms.late_sign import LateSign
+from lightning_async.algorithms.weighting import bound_among
 from lightning_async.callbacks.stats import Stats
 from lightning_async.strategies import compat
 from lightning_async.strategies.account import Account, short
@@ -45,7 +46,7 @@ def bound(algorithm: Algorithm, members: int) -> str:
     if isinstance(algorithm, CyclicDelay) and algorithm.token == "strict":
         return f"no push is more than {members - 1} versions late"
     if isinstance(algorithm, (AsyncGlobal, CyclicDelay)):
-        late, what = algorithm.max_delay, getattr(algorithm, "on_late", "shrink")
+        late, what = bound_among(members, algorithm.max_delay), getattr(algorithm, "on_late", "shrink")
         if late is None:
             return "no bound on delays"
         if what == "wait":

@@ -86,7 +86,7 @@ class Quality:
         if self._losses is not None and self._count:
             self._mean = float(torch.nan_to_num(self._losses, nan=math.inf)) / self._count
             self._losses, self._count = None, 0
-        return max(LEAST, min(1.0, math.exp(-self._mean)))
+        return max(LEAST, math.exp(min(0.0, -self._mean)))
 
     def _by_metric(self, value: float) -> float:
         if not value >= 0 or math.isinf(value):

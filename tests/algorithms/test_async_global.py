@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -477,7 +478,8 @@ def test_late_ones_are_dropped_and_counted() -> None:
         assert outcome.consensus[16 * r].item() * 4 == pytest.approx(outcome.steps[r] - lost(outcome, r), rel=1e-4)
 
 
-def test_a_member_that_is_not_finite_is_refused_counted_and_given_the_weights() -> None:
+@pytest.mark.parametrize("make", [partial(AsyncGlobal, attenuation="none"), SyncGlobal])
+def test_a_member_that_is_not_finite_is_refused_counted_and_given_the_weights(make: Any) -> None:
     n, cluster = 3, VirtualCluster(3, latency=0.01)
     parameters = [nn.Parameter(torch.zeros(64)) for _ in range(n)]
     replicas = [Replica([p]) for p in parameters]
@@ -489,7 +491,7 @@ def test_a_member_that_is_not_finite_is_refused_counted_and_given_the_weights() 
 
     programs = {
         r: train(
-            AsyncGlobal(local_steps=2, attenuation="none"),
+            make(local_steps=2),
             replicas[r],
             carrier,
             steps=40,
@@ -518,7 +520,7 @@ KNOBS: list[tuple[dict[str, Any], str]] = [
     ({"attenuation": "log"}, "`attenuation` must be one of 'poly', .*, 'paper', got 'log'"),
     ({"strength": -1.0}, "`strength` must be a number of at least 0, got -1.0"),
     ({"attenuation": "paper", "strength": 1.0}, "`strength` has no meaning with attenuation='paper'"),
-    ({"max_delay": 0}, "`max_delay` must be an integer of at least 1, or None for no bound, got 0"),
+    ({"max_delay": 0}, "`max_delay` must be an integer of at least 1, or None for no bound, or 'auto', got 0"),
     ({"on_late": "wait", "max_delay": None}, "on_late='wait' needs a `max_delay`"),
     ({"on_late": "cry"}, "`on_late` must be 'shrink', 'drop' or 'wait', got 'cry'"),
     ({"outer": "adam"}, "`outer` must be one of 'sum', 'nesterov', 'delayed_nesterov', got 'adam'"),

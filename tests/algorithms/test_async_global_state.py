@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_async.algorithms import sign_wire
 from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.algorithms.async_global import AsyncGlobal
+from lightning_async.algorithms.sync_global import SyncGlobal
 from lightning_async.algorithms.training import train
 from lightning_async.arrival import Arrival, Fate
 from lightning_async.replica import Replica
@@ -100,10 +101,38 @@ def test_a_state_of_another_method_is_refused_in_words() -> None:
         algorithm.load_state_dict({"method": "Pairwise"})
 
 
+@pytest.mark.parametrize("on_late", ["shrink", "wait"])
+def test_a_word_that_nothing_is_left_moves_neither_the_version_nor_the_momentum(on_late: Any) -> None:
+    """Whoever says so is at a meeting, here for a second time without a step."""
+
+    def twice(carrier: Carrier) -> Program:
+        parameter, rounds = nn.Parameter(torch.zeros(SIZE)), Rounds(carrier, channel=1)
+        algorithm = AsyncGlobal(on_late=on_late, outer_momentum=0.9, shards=1)
+        algorithm.begin(replica := Replica([parameter]), carrier, UNIT, rounds)
+        for step in range(1, 8 + carrier.me):
+            yield 0.02
+            parameter.data += numbers(carrier.me, step)
+            carrier.at(step)
+            yield from algorithm.after_step(replica, carrier, step)
+        images = []
+        for _ in range(2):
+            yield from algorithm.stop(replica, carrier)
+            consensus = yield from algorithm.meet(replica, carrier)
+            images.append(through_a_file(algorithm.state_dict())["images"])
+            replica.go_to(consensus)
+            algorithm.resume(replica, adopted=True)
+        return images
+
+    cluster = VirtualCluster(2, latency=0.005)
+    ends = cluster.run({c.me: twice(c) for c in cluster.carriers})
+    assert all(torch.equal(first, second) for first, second in ends.values())
+
+
+@pytest.mark.parametrize("make", [AsyncGlobal, SyncGlobal])
 @pytest.mark.parametrize(("knobs", "sentence"), [({"outer_momentum": 0.5}, "outer='Sum'"), ({}, None)])
-def test_a_state_of_other_knobs_is_refused_in_words(knobs: dict[str, Any], sentence: str | None) -> None:
+def test_a_state_of_other_knobs_is_refused_in_words(make: Any, knobs: dict[str, Any], sentence: str | None) -> None:
     carrier = VirtualCluster(1).carriers[0]
-    saved, algorithm = AsyncGlobal(), AsyncGlobal(**knobs)
+    saved, algorithm = make(), make(**knobs)
     for one in (saved, algorithm):
         one.begin(Replica([nn.Parameter(torch.zeros(4))]), carrier, UNIT, Rounds(carrier))
     if sentence is None:

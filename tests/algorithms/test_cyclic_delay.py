@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor, nn, optim
 
 from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.algorithms.async_global import AsyncGlobal
 from lightning_async.algorithms.cyclic_delay import CyclicDelay
 from lightning_async.algorithms.images import gathered
 from lightning_async.algorithms.server_groups import Groups
 from lightning_async.algorithms.server_step import ServerStep
-from lightning_async.algorithms.shards import BID, LAST, cut
+from lightning_async.algorithms.shards import ANSWER, BID, LAST, PULL, PUSH, cut
 from lightning_async.algorithms.turn_server import TurnServer
 from lightning_async.arrival import Fate
+from lightning_async.replica import Replica
 from lightning_async.transport.mail import Carrier, Message
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.virtual import Program, VirtualCluster
@@ -77,6 +80,65 @@ def test_latency_and_chance_lose_nothing(token: Any, push: Any) -> None:
         )
 
 
+def test_what_is_later_than_max_delay_is_shrunk_to_what_it_would_count_there() -> None:
+    _, trained = go([1, 1, 1, 30], seconds=4.0, shards=1, max_delay=2)
+    for a in arrivals(trained):
+        excess = max(0, a.delay - 2 * 3)
+        assert a.factor == pytest.approx(1.0 if excess <= 2 else (2 + 4) / (excess + 4), abs=1e-6)
+        assert a.fate is (Fate.FOLDED if excess <= 2 else Fate.SHRUNK)
+    assert any(a.fate is Fate.SHRUNK for a in trained[3].arrivals)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 5])
+def test_the_token_of_shard_b_begins_at_member_b(shards: int) -> None:
+    """There are never more shards than members."""
+    holders: list[tuple[int, int]] = []
+    for carrier in VirtualCluster(3).carriers:
+        algorithm = CyclicDelay(shards=shards)
+        algorithm.begin(Replica([nn.Parameter(torch.zeros(96))]), carrier, UNIT, Rounds(carrier))
+        holders += [(x.shard.number, carrier.me) for x in algorithm.exchanges if x.has_token]
+    assert sorted(holders) == [(b, b) for b in range(min(shards, 3))]
+
+
+class Counting:
+    """A carrier that counts for each place what was asked and is not answered."""
+
+    def __init__(self, carrier: Carrier) -> None:
+        self._carrier, self.asked, self.most = carrier, Counter[int](), 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._carrier, name)
+
+    def post(self, peer: int, message: Message) -> bool:
+        """See `Mail.post`."""
+        gone = self._carrier.post(peer, message)
+        self.asked[message.reference] += gone and message.kind in (PUSH, LAST, PULL)
+        self.most = max(self.most, *self.asked.values())
+        return gone
+
+    def take(self, kind: int) -> Any:
+        """See `Mail.take`."""
+        letters = self._carrier.take(kind)
+        for letter in letters if kind == ANSWER else ():
+            self.asked[letter.message.reference] -= 1
+        return letters
+
+
+@pytest.mark.parametrize("method", [None, AsyncGlobal, lambda: AsyncGlobal(local_steps=3, wire="bf16")])
+def test_one_exchange_of_each_shard_is_under_way_at_a_time(method: Any) -> None:
+    """However long it is under way."""
+    virtual = VirtualCluster(3, latency=3 * STEP, jitter=1.0)
+    carriers, members = (
+        [Counting(c) for c in virtual.carriers],
+        [Member(r, counting=True, push="delta") for r in range(3)],
+    )
+    for member in members if method is not None else ():
+        member.algorithm = method()
+    virtual.run({m.rank: m.life(carriers[m.rank], 40, STEP * (1 + m.rank)) for m in members})  # type: ignore[arg-type]
+    assert [carrier.most for carrier in carriers] == [1, 1, 1]
+    assert all(not any(carrier.asked.values()) for carrier in carriers)
+
+
 def test_the_delay_adapts_to_the_speed() -> None:
     _, trained = go([1, 1, 1, 4], token="strict", shards=1)
     fast, slow = ([a.samples for a in trained[rank].arrivals[2:-2]] for rank in (0, 3))
@@ -112,6 +174,20 @@ def test_with_scale_delay_only_what_is_later_than_in_a_healthy_run_counts_less(t
 def test_strict_is_never_more_than_n_minus_1_late_whatever_waits(speeds: Any, knobs: Any) -> None:
     _, trained = go(speeds, token="strict", cluster={"latency": 0.01, "jitter": 2.0}, **knobs)
     assert max(a.delay for a in arrivals(trained)) == 3
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+@pytest.mark.parametrize("push", PUSHES)
+def test_strict_is_never_more_than_n_minus_1_late_when_an_owner_dies_or_freezes(push: Any, fault: str) -> None:
+    """Its heir goes on with the turn that the image names, and waits for whose turn it is to be heard."""
+    for seed in range(8):
+        at, cluster = 0.5 + 0.037 * seed, {"latency": 0.01 if seed % 2 else 0.002, "silence": 0.3, "seed": seed}
+        knobs: dict[str, Any] = {"shards": 1, "token": "strict", "mirror_every": 1 if seed % 3 else None, "push": push}
+        kill = fault == "kill"
+        strike = (lambda c, at=at: c.kill(0, at=at)) if kill else (lambda c, at=at: c.freeze(0, 0.8, at=at))
+        _, trained = go([1, 1.3, 1.7, 1.1], seconds=1.5, faults=strike, cluster=cluster, **knobs)
+        assert all(a.delay <= 3 for a in arrivals(trained) if a.fate is not Fate.LOST)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 7])
@@ -371,10 +447,10 @@ def test_a_new_algorithm_goes_on_from_a_state_as_the_old_one_would(token: Any, n
 
 
 class Listening:
-    """A carrier that counts the bids that leave behind the last push."""
+    """A carrier that counts the bids that leave behind the last push, and those of who is idle."""
 
     def __init__(self, carrier: Carrier) -> None:
-        self._carrier, self.late, self._last = carrier, 0, False
+        self._carrier, self.late, self.idle, self._last = carrier, 0, 0, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._carrier, name)
@@ -383,6 +459,7 @@ class Listening:
         """See `Mail.post`."""
         self._last = self._last or message.kind == LAST
         self.late += self._last and message.kind == BID
+        self.idle += message.kind == BID and message.weight
         return self._carrier.post(peer, message)
 
 
@@ -393,6 +470,29 @@ def test_who_has_nothing_left_at_a_meeting_says_of_no_batch_that_it_waits() -> N
     carriers = [Listening(carrier) for carrier in virtual.carriers]
     virtual.run({m.rank: m.life(carriers[m.rank], 20, STEP * (1 + m.rank)) for m in members})  # type: ignore[arg-type]
     assert [carrier.late for carrier in carriers] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_only_who_goes_on_waiting_says_that_it_is_idle_in_its_turn(n: int) -> None:
+    """Who computes next has something to push then: it would give its turn away. Here who waits looks at its mail only
+    every two steps, and finds several letters there."""
+    virtual, said = VirtualCluster(n, latency=2 * STEP, jitter=0.0, limit=60.0), list[str | float]()
+
+    def watched(member: Member, carrier: Listening) -> Program:
+        bids, program = 0, member.life(carrier, 30, STEP)  # type: ignore[arg-type]
+        while True:
+            try:
+                what = next(program)
+            except StopIteration as end:
+                return end.value
+            said.extend([what] * (carrier.idle - bids))
+            bids = carrier.idle
+            yield 2 * STEP if isinstance(what, str) else what
+
+    members = [Member(rank, counting=False, max_accumulate=1) for rank in range(n)]
+    virtual.run({m.rank: watched(m, Listening(virtual.carriers[m.rank])) for m in members})
+    assert said
+    assert [what for what in said if not isinstance(what, str)] == []
 
 
 @pytest.mark.parametrize("token", TOKENS)

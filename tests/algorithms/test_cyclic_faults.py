@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from lightning_async.algorithms.algorithm import UNIT
-from lightning_async.algorithms.shard_service import ROUNDS
+from lightning_async.algorithms.async_global import AsyncGlobal
+from lightning_async.algorithms.shard_service import ROUNDS, ShardService
 from lightning_async.algorithms.shards import LAST, PUSH
 from lightning_async.algorithms.turn_service import TurnService
 from lightning_async.arrival import Fate
@@ -148,10 +149,12 @@ def _all_applied(run: Struck, trained: dict[int, Any], fault: str) -> None:
             assert -1e-9 <= missing <= sum(a.samples for a in lost) + 1e-9
 
 
-def all_meet(cluster: VirtualCluster, steps: list[int], **knobs: Any) -> set[int]:
+def all_meet(cluster: VirtualCluster, steps: list[int], method: Any = None, **knobs: Any) -> set[int]:
     """Who meets at the end of so many steps each. Whoever has ended waits for the others before they meet, as a
     strategy's consensus does."""
     members = [Member(r, counting=True, make_optimizer=sgd(1.0), **knobs) for r in range(len(steps))]
+    for member in members if method is not None else ():
+        member.algorithm = method()
 
     def life(member: Member, carrier: Carrier) -> Program:
         algorithm, replica, rounds = member.algorithm, member.replica, Rounds(carrier)
@@ -210,3 +213,33 @@ def test_who_waits_for_a_token_hears_of_a_new_owner(
     cluster = VirtualCluster(len(steps), latency=latency, jitter=1.0, silence=0.3, limit=30.0, seed=seed)
     cluster.cut(victim, seconds=0.4, at=at)
     assert all_meet(cluster, steps, token="strict", push=push) == set(range(len(steps)))
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("steps", [[30, 30, 30, 30], [30, 30, 11, 30]], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"push": "gradient"},
+        {"push": "delta", **STRICT},
+        {"push": "delta", **BOUNDED},
+        {"push": "delta", "method": AsyncGlobal},
+        {"push": "delta", "method": lambda: AsyncGlobal(on_late="wait", max_delay=8)},
+    ],
+    ids=["gradient", "strict", "bounded", "async", "wait"],
+)
+def test_an_heir_that_missed_nobody_and_has_no_mirror_hears_that_it_is_one(
+    knobs: dict[str, Any], steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Member 0 alone misses member 1, whose mirrors member 2 has not; it may wait for the others at a meeting."""
+    owned = ShardService._owned
+
+    def without_mirrors(self: ShardService, letter: Letter) -> Any:
+        if self._me == 2:
+            self._mirrors.clear()
+        return owned(self, letter)
+
+    monkeypatch.setattr(ShardService, "_owned", without_mirrors)
+    cluster = VirtualCluster(4, latency=0.005, silence=0.1, limit=20.0)
+    cluster.cut(0, 1, seconds=0.12, at=0.3)
+    assert all_meet(cluster, steps, **knobs) == set(range(4))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_async.algorithms.owners import A_WHILE, Owners
+from lightning_async.algorithms.shards import RUN, place
 from lightning_async.transport.virtual import VirtualCluster
 
 
@@ -58,3 +59,16 @@ def test_who_hears_hardly_anybody_takes_nothing(seen: tuple[VirtualCluster, Hear
     owner_later(seen, 1)
     seen[1].heard = (0,)
     assert owner_later(seen, 1) == 1
+
+
+def test_who_is_sought_for_a_later_place_finds_all_owners_up_to_that(
+    seen: tuple[VirtualCluster, Hearing, Owners],
+) -> None:
+    cluster, _, owners = seen
+    for generation, heir in ((2, b"2"), (3, b"0")):
+        cluster.carriers[1].propose(f"shard/1/1/{generation}", heir)
+    cluster.advance(0.1)
+    assert owner_later(seen, 1) == 1  # nobody is silent
+    owners.sought(place(1, RUN + 3))
+    assert owner_later(seen, 1) == 0
+    assert owners.place(1) == place(1, RUN + 3)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_async.algorithms.algorithm import UNIT
+from lightning_async.algorithms.async_global import AsyncGlobal
 from lightning_async.algorithms.outer import outer_rule
 from lightning_async.algorithms.shard_server import OnLate, Rules, ShardServer, version_of
 from lightning_async.algorithms.shards import LAST, MILLION, NOT_FINITE, PUSH
-from lightning_async.algorithms.weighting import Attenuation, law
+from lightning_async.algorithms.weighting import Attenuation, bound_among, law
 from lightning_async.arrival import Arrival
 from lightning_async.fresh import Fresh
 from lightning_async.transport.mail import Letter, Message
@@ -120,6 +121,17 @@ def test_what_is_late_is_shrunk_or_dropped_and_counted() -> None:
         assert shard.arrive(letter(1, 0), torch.ones(SIZE)) == round(counted * MILLION)
         torch.testing.assert_close(shard.weights, torch.full((SIZE,), counted / 2))
         assert shard.counts["dropped" if on_late == "drop" else "shrunk"] == 1
+
+
+@pytest.mark.parametrize("n", [2, 10, 256])
+def test_by_default_ten_rounds_too_late_count_in_full_at_any_number_of_members(n: int) -> None:
+    """Also 12 times slower than all others, whose pushes are versions: the law sees rounds, and so must the bound."""
+    shard = ShardServer(AsyncGlobal().rules, torch.zeros(SIZE), tuple(range(n)))
+    shard.version = 2 * (n - 1) + 10 * n
+    assert shard.arrive(letter(1, 0), torch.ones(SIZE)) == MILLION
+    shard.version = 2 * (n - 1) + bound_among(n, "auto")
+    assert shard.arrive(letter(1, 0), torch.ones(SIZE)) == MILLION  # of what is late nothing is taken twice
+    assert shard.arrive(letter(1, 0), torch.ones(SIZE)) < MILLION
 
 
 def test_fast_members_wait_for_the_oldest_and_never_the_oldest() -> None:

@@ -11,7 +11,7 @@ from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.algorithms.outer import outer_rule
 from lightning_async.algorithms.shard_server import Rules
 from lightning_async.algorithms.shard_service import ShardService
-from lightning_async.algorithms.shards import ANSWER, MIRROR, MIRRORED, NOT_HERE, PULL, PUSH, PUT, TAKE, place
+from lightning_async.algorithms.shards import ANSWER, MIRROR, MIRRORED, NOT_HERE, PULL, PUSH, PUT, SOUGHT, TAKE, place
 from lightning_async.algorithms.weighting import law
 from lightning_async.algorithms.wire import EXACT
 from lightning_async.transport.mail import Letter, Message
@@ -94,14 +94,25 @@ def test_what_would_be_too_much_in_no_mirror_is_held_and_answered_when_the_mirro
 def test_a_mirror_that_is_older_than_any_may_be_is_none(later: int) -> None:
     """It is of a time when mirrors went to this member, and then went to another."""
     one, now = heir(100, most=10), place(1, 2)
-    ((_, answer),) = one(letter(3, 1, PULL, now, version=100 + later))
+    (_, answer), *told = one(letter(3, 1, PULL, now, version=100 + later))
     assert (answer.weight == NOT_HERE) == (later > 10)
+    assert [(whom, word.weight) for whom, word in told] == ([(2, SOUGHT)] if later > 10 else [])
     if later > 10:  # its own member knows better, or does not
         list(one(Letter(2, 2, Message(TAKE, torch.ones(SIZE), version=105 + later, reference=now), 0.0)))
         ((_, answer),) = one(letter(3, 3, PULL, now, version=100 + later))
         assert answer.version == 105 + later
     else:
         assert answer.version == 100
+
+
+def test_an_heir_without_a_mirror_hears_once_that_it_is_sought() -> None:
+    one, now = service(2), place(1, 2)
+    first, second = [[*one(letter(3, step, PULL, now, version=9))] for step in (1, 2)]
+    assert [(whom, answer.weight) for whom, answer in first] == [(3, NOT_HERE), (2, SOUGHT)]
+    assert [(whom, answer.weight) for whom, answer in second] == [(3, NOT_HERE)]
+    list(one(Letter(2, 1, Message(TAKE, torch.ones(SIZE), version=9, reference=now), 0.0)))
+    ((whom, answer),) = one(letter(3, 3, PULL, now, version=9))
+    assert (whom, answer.version) == (3, 9)
 
 
 def test_an_old_mirror_is_better_than_the_older_weights_of_the_own_member() -> None:
@@ -115,5 +126,6 @@ def test_an_old_mirror_is_better_than_the_older_weights_of_the_own_member() -> N
 def test_a_run_that_goes_on_keeps_no_mirror_of_its_beginning() -> None:
     one, now = heir(0, most=10), place(1, 2)
     list(one(Letter(2, 1, Message(PUT, torch.empty(0, dtype=torch.uint8), reference=place(0, 1)), 0.0)))
-    ((_, answer),) = one(letter(3, 2, PULL, now, version=7))
+    (_, answer), (whom, word) = one(letter(3, 2, PULL, now, version=7))
     assert answer.weight == NOT_HERE
+    assert (whom, word.weight) == (2, SOUGHT)
