@@ -31,7 +31,7 @@ LAWS = ("none", "poly", "exp", "hinge", "paper")
 
 
 def run(quick: bool, seeds: int | None = None) -> Table:
-    """All laws at all delays on both optimizers; `seeds`: of digits, and a fifth of them (one at least) of characters."""
+    """All laws at all delays on both optimizers; `seeds`: of digits, and a fifth of them, one at least, for AdamW."""
     torch.set_num_threads(1)
     rows: list[Row] = []
     claims: list[Claim] = []
