@@ -1,4 +1,4 @@
-"""What tables must have, in small: each task that was asked for, NumPy beside the loops, the busiest beside the mean."""
+"""What tables must have, in small: each task asked for, NumPy beside the loops, the busiest rank beside the mean."""
 
 from __future__ import annotations
 
