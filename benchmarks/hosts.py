@@ -128,6 +128,14 @@ class Hosts:
         (link,) = json.loads(_command("ip", "-n", self._name(i), "-s", "-j", "link", "show", "eth0"))
         return int(link["stats64"]["tx"]["bytes"])
 
+    def shape(self, mbit: float) -> None:
+        """From now on the links carry so much, where they were as fast as memory."""
+        if self._mbit is not None or mbit <= 0:
+            raise ValueError(f"links of {self._mbit} Mbit/s cannot become links of {mbit}")
+        self._mbit = mbit
+        for i in range(self.n):
+            self._shape(i)
+
     def cut(self, i: int) -> None:
         """Pull host `i`'s cable."""
         _ip(self._switch, f"link set p{self._checked(i)} down")
@@ -191,8 +199,12 @@ class Hosts:
         _ip(name, f"address add {self.address(i)}/24 dev eth0")
         _ip(name, "link set eth0 up")
         if self._mbit is not None:
-            for namespace, device in ((name, "eth0"), (self._switch, f"p{i}")):
-                _shape(namespace, device, self._mbit)
+            self._shape(i)
+
+    def _shape(self, i: int) -> None:
+        assert self._mbit is not None  # asked for
+        for namespace, device in ((self._name(i), "eth0"), (self._switch, f"p{i}")):
+            _shape(namespace, device, self._mbit)
 
     def _name(self, i: int) -> str:
         return f"{self._prefix}h{self._checked(i)}"
