@@ -37,7 +37,7 @@ def fit(variant: str | None) -> list[float]:
     return weights.seen
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # torch's own
 def test_post_local_sgd_talks_at_first_and_then_behind_every_eighth_step() -> None:
     first, second = run(2, fit, None, timeout=30)
     equal = [a == pytest.approx(b, abs=1e-7) for a, b in zip(first, second, strict=True)]
