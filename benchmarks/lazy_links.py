@@ -255,7 +255,8 @@ def _trip(mbit: float) -> str:
 
 def _bound(turns: Turns, mbit: float, name: str = "lazy_sign") -> float:
     """What a step with these bytes cannot be shorter than."""
-    return max(turns.of("none", "step").median, _travel(turns, name, mbit) + 2 * _delay(mbit))
+    compute = turns.of("none", "step").median
+    return compute if name == "none" else max(compute, _travel(turns, name, mbit) + 2 * _delay(mbit))
 
 
 def _travel(turns: Turns, name: str, mbit: float) -> float:

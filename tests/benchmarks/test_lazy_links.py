@@ -68,6 +68,7 @@ def test_a_product_says_that_it_is_one() -> None:
 
 def test_the_bound_has_the_way_there_and_back() -> None:
     assert _row(TWO, "ddp", 100.0, {"ddp": 1.0}).cells["step / bound"] == pytest.approx(8.5 / 8.01)
+    assert _row(TWO, "none", 1.0, {"none": 1.0}).cells["step / bound"] == 1.0
     assert _row(TWO, "ddp", 1000.0, {"ddp": 1.0}).cells["step / bound"] == pytest.approx(8.5 / 0.8)
 
 
