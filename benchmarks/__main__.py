@@ -1,8 +1,9 @@
-"""`python -m benchmarks NAME [--strategy NAME] [--seeds N] [--net NAME] [--json OUT] [--quick]` runs one.
+"""`python -m benchmarks NAME [--strategy NAME] [--seeds N] [--net NAME] [--link MBIT] [--json OUT] [--quick]`: one.
 
 `--list` names them. A benchmark is a module of this folder with a docstring (what it shows, the limit, the control) and
-`def run(quick: bool) -> Table`; one that can be of several strategies, with fewer seeds, or of one network, has
-an argument `strategy`, `seeds` or `net` too. The exit status is 1 where a claim of its table does not hold.
+`def run(quick: bool) -> Table`; one that can be of several strategies, with fewer seeds, of one network or
+of one link has an argument `strategy`, `seeds`, `net` or `link` too. The exit status is 1 where a claim of its table
+does not hold.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     start, spent = time.monotonic(), _processor_seconds()
     run: Callable[..., Table] = importlib.import_module(f"benchmarks.{arguments.name}").run
-    given = {"strategy": arguments.strategy, "seeds": arguments.seeds, "net": arguments.net}
+    given = {name: getattr(arguments, name) for name in ("strategy", "seeds", "net", "link")}
     chosen = {name: value for name, value in given.items() if value is not None}
     for name in chosen:
         if name not in inspect.signature(run).parameters:
@@ -95,6 +96,7 @@ def _parser(names: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--strategy", metavar="NAME", help="what it is of, where there is a choice")
     parser.add_argument("--seeds", type=int, metavar="N", help="with so many seeds, where there are some")
     parser.add_argument("--net", metavar="NAME", help="of one network only, where there are several")
+    parser.add_argument("--link", type=float, metavar="MBIT", help="of links of so many Mbit/s only")
     parser.add_argument("--quick", action="store_true", help="smaller and coarser, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the table there")
     return parser

@@ -6,7 +6,7 @@
 
 Nothing is made in the machine's own network namespace, so deleting the namespaces removes everything, and two clusters
 may use the same addresses side by side (198.18.0.0/15 is reserved for measurements, and routed nowhere). A cut is a
-pulled cable: no FIN, no RST, peers see silence.
+pulled cable: no FIN, no RST, peers see silence. The kernel shapes the links; a delay is `benchmarks.delay_line`'s.
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import IO
 
+from benchmarks import delay_line
 from benchmarks.launch import Spawn
 
 _numbers = itertools.count()
 QUEUE = 0.05  # seconds of traffic that wait at a shaped link before frames are dropped
 FAREWELL = 5.0
+READY = 30.0  # seconds in which the cables with a delay must be there
 
 
 def available() -> str | None:
@@ -44,14 +48,22 @@ def available() -> str | None:
 
 
 class Hosts:
-    """`n` hosts on one switch. `mbit`: what a link carries, each way; None: as fast as memory."""
+    """`n` hosts on one switch.
 
-    def __init__(self, n: int, *, mbit: float | None = None) -> None:
+    Args:
+        n: How many.
+        mbit: What a link carries, each way; None: as fast as memory.
+        delay: Seconds from one host to another, beside what bandwidth and queues cost.
+    """
+
+    def __init__(self, n: int, *, mbit: float | None = None, delay: float = 0.0) -> None:
         if not 1 <= n <= 250:
             raise ValueError(f"`n` must be from 1 to 250, got {n}")
         if mbit is not None and mbit <= 0:
             raise ValueError(f"`mbit` must be above 0, got {mbit}")
-        self.n, self._mbit = n, mbit
+        if not 0 <= delay < 10:
+            raise ValueError(f"`delay` must be seconds from 0 to below 10, got {delay}")
+        self.n, self._mbit, self._delay = n, mbit, delay
         self._prefix = f"la{os.getpid()}x{next(_numbers)}"
         self._switch = f"{self._prefix}sw"
         self._made: list[str] = []
@@ -62,6 +74,8 @@ class Hosts:
             self._make(self._switch)
             _ip(self._switch, "link add br0 type bridge")
             _ip(self._switch, "link set br0 up")
+            if self._delay:
+                self._make_cables()
             for i in range(self.n):
                 self._make_host(i)
         except BaseException:
@@ -114,6 +128,14 @@ class Hosts:
         (link,) = json.loads(_command("ip", "-n", self._name(i), "-s", "-j", "link", "show", "eth0"))
         return int(link["stats64"]["tx"]["bytes"])
 
+    def shape(self, mbit: float) -> None:
+        """From now on the links carry so much, where they were as fast as memory."""
+        if self._mbit is not None or mbit <= 0:
+            raise ValueError(f"links of {self._mbit} Mbit/s cannot become links of {mbit}")
+        self._mbit = mbit
+        for i in range(self.n):
+            self._shape(i)
+
     def cut(self, i: int) -> None:
         """Pull host `i`'s cable."""
         _ip(self._switch, f"link set p{self._checked(i)} down")
@@ -137,8 +159,9 @@ class Hosts:
             time.sleep(0.01)  # between looks, up to the limit above
         for process in self._processes:
             process.wait(FAREWELL)
-            if process.stdin:
-                process.stdin.close()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe:
+                    pipe.close()
         self._processes = []
         while self._made:
             _command("ip", "netns", "delete", self._made.pop())
@@ -148,16 +171,40 @@ class Hosts:
         self._made.append(name)
         _ip(name, "link set lo up")
 
+    def _make_cables(self) -> None:
+        argv = [sys.executable, delay_line.__file__, str(self.n), str(self._delay / 2)]  # two cables between two hosts
+        cables = subprocess.Popen(
+            ["ip", "netns", "exec", self._switch, *argv],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self._processes.append(cables)
+        assert cables.stdout is not None
+        assert cables.stderr is not None
+        if not select.select([cables.stdout], [], [], READY)[0] or not cables.stdout.readline():
+            cables.kill()
+            reason = cables.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+            raise RuntimeError(f"no cables with a delay: {reason}")
+
     def _make_host(self, i: int) -> None:
         name = self._name(i)
         self._make(name)
-        _command("ip", *f"link add eth0 netns {name} type veth peer name p{i} netns {self._switch}".split())
+        if self._delay:
+            _ip(self._switch, f"link set h{i} netns {name} name eth0")
+        else:
+            _command("ip", *f"link add eth0 netns {name} type veth peer name p{i} netns {self._switch}".split())
         _ip(self._switch, f"link set p{i} master br0 up")
         _ip(name, f"address add {self.address(i)}/24 dev eth0")
         _ip(name, "link set eth0 up")
         if self._mbit is not None:
-            for namespace, device in ((name, "eth0"), (self._switch, f"p{i}")):
-                _shape(namespace, device, self._mbit)
+            self._shape(i)
+
+    def _shape(self, i: int) -> None:
+        assert self._mbit is not None  # asked for
+        for namespace, device in ((self._name(i), "eth0"), (self._switch, f"p{i}")):
+            _shape(namespace, device, self._mbit)
 
     def _name(self, i: int) -> str:
         return f"{self._prefix}h{self._checked(i)}"

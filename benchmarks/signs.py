@@ -5,8 +5,9 @@
     other     quantize: PyTorch's own quantisation to 8 bits (its communication hook's), without feedback
 
 `pack` reads values and rest, writes the new rest and the bits; `add` unpacks the sheets of 4 ranks and adds them up,
-and counts for one rank. One thread but for the last rows. Times are processor times, so that other work on the machine
-counts less; with two threads they are a clock's.
+and counts for one rank. Where Numba is installed they are its loops, and the rows with `NumPy` are what they would be
+without it, in the same turns. One thread but for the last rows. Times are processor times, so that other work on the
+machine counts less; with two threads they are a clock's.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from benchmarks.repeat import Measures, Turns, repeat
 from benchmarks.table import Cell, Claim, Role, Row, Table
 from lightning_async.algorithms.press import Press, Rest, Sum, Values
 from lightning_async.algorithms.sheets import Span, cuts
+from lightning_async.algorithms.signs import NumpySigns
 
 RANKS = 4
 MILLION = 1_000_000
 PACK, ADD = 3.0, 1.0
 """Times memcpy, at most."""
+KEPT = ("memcpy", "pack", "add")
+WITHOUT = {"pack, NumPy": "pack", "add, NumPy": "add"}
+"""What a machine without Numba does."""
 
 
 class Bench:
@@ -38,7 +43,10 @@ class Bench:
         self.values, self.rest = torch.randn(numel, generator=draw), torch.zeros(numel)
         self.out = torch.zeros(numel)
         (self.cut,) = cuts([Span(0, numel, 0)], parts=1, dtype=torch.float32)
-        self.press = Press(self.values, threads=threads)
+        self.press = self.quickest = Press(self.values, threads=threads)
+        self.plain = Press(self.values, threads=threads)
+        self.compiled = type(self.quickest._benches[0][0]) is not NumpySigns
+        self.plain._benches = [(NumpySigns(), scratch) for _, scratch in self.plain._benches]
         self.sheets = [self.cut.sheet() for _ in range(RANKS)]
         self.kept = Rest(self.rest)
 
@@ -85,7 +93,7 @@ def run(quick: bool) -> Table:
         if millions >= 25:
             claims += _claims(millions, turns)
     threaded = _turns(sizes[-1] * MILLION, 2, quick)
-    rows += [_row(f"{sizes[-1]} M, 2 threads: {name}", threaded, name) for name in ("memcpy", "pack", "add")]
+    rows += [_row(f"{sizes[-1]} M, 2 threads: {name}", threaded, name) for name in threaded.measures]
     why = "a compressor that sends nothing has nothing to be timed; `memcpy` is what it is held against"
     return Table("Signs: nanoseconds a number", rows, claims, no_control=why)
 
@@ -93,22 +101,23 @@ def run(quick: bool) -> Table:
 def _turns(numel: int, threads: int, quick: bool) -> Turns:
     torch.set_num_threads(1)
     bench = Bench(numel, threads)
-    names = ["memcpy", "pack", "add", "naive", "quantize"] if threads == 1 else ["memcpy", "pack", "add"]
+    names = [*KEPT, *(WITHOUT if bench.compiled else {}), *(["naive", "quantize"] if threads == 1 else [])]
     clock = time.process_time if threads == 1 else time.perf_counter
     return repeat({name: partial(_measure, bench, name, clock) for name in names}, 3 if quick else 7)
 
 
 def _measure(bench: Bench, name: str, clock: Callable[[], float]) -> Measures:
-    work = getattr(bench, name)
+    bench.press = bench.plain if name in WITHOUT else bench.quickest
+    work = getattr(bench, WITHOUT.get(name, name))
     work()  # what came before is out of the cache
     start = clock()
     work()
-    share = RANKS if name == "add" else 1
+    share = RANKS if name.startswith("add") else 1
     return {"ns": 1e9 * (clock() - start) / bench.numel / share}
 
 
 def _row(title: str, turns: Turns, name: str) -> Row:
-    role = Role.LIMIT if name == "memcpy" else Role.RESULT if name in ("pack", "add") else Role.OTHER
+    role = Role.LIMIT if name == "memcpy" else Role.RESULT if name in KEPT else Role.OTHER
     cells: dict[str, Cell] = {"ns": turns.of(name, "ns").median, "x memcpy": str(turns.ratio(name, "memcpy", "ns"))}
     return Row(title, role, cells)
 

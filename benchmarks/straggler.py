@@ -1,10 +1,13 @@
-"""One rank is 4x (10x) slower: samples per second, and time to a target loss, against the sum of all ranks' own rates.
+"""One rank is 4x or 10x slower, or all are uneven: samples per second and time to a loss against the ranks' own rates.
 
     limit     every rank at its own rate, all the time, and every sample worth as much as one of `ddp`'s
     control   mode="none": replicas that never talk, averaged at meetings; all ranks' own rates are measured on it,
               between the meetings
     ddp       everybody at the pace of the slowest: (4 * 1/80) / (3 * 1/20 + 1/80) = 31 % of the sum at 4x
+    post-local SGD   PyTorch's: ddp for the first tenth, then the mean of the weights behind every 8th step
 
+With sigma 1 every step's seconds are drawn log-normally around the same mean, on each rank for itself: nobody is slow,
+and the slowest of four takes 2.2 times the mean.
 Samples per second are those of whole epochs with their ends: the wait for the last batches, the meeting, the
 validation. Time to target is in multiples of (samples that `ddp` needs / sum of rates). The loss is that of the
 replicas' mean on held-out samples, computed afterwards from copies that each rank put aside: what a meeting at that
@@ -13,6 +16,8 @@ time would have given. In one pass (a single meeting at the end) a method that d
 
 from __future__ import annotations
 
+import math
+import random
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +31,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.launch import Ranks
 from benchmarks.repeat import Measures, Turns, repeat
+from benchmarks.rivals import PERIOD, POST_LOCAL
 from benchmarks.subject import GOSSIP, NONE, Knobs, algorithm, subject
 from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.tasks import digits
@@ -40,6 +46,7 @@ N = 4
 STEP = 0.02
 EVERY = 0.1
 TARGET, QUICK_TARGET = 0.3, 0.5  # fixed beforehand: `ddp` gets there in mid-run
+SIGMA = 1.0
 SHARE, TIME, FAIR = 0.95, 1.1, 1.1
 ONE_PASS: Knobs = {"at_meeting": "keep"}
 LIMIT = 600.0  # seconds that a run may take
@@ -47,7 +54,7 @@ LIMIT = 600.0  # seconds that a run may take
 
 @dataclass(frozen=True)
 class Setting:
-    """One speed of the slow rank."""
+    """How one rank, or all, are slow."""
 
     slow: float
     work: Work
@@ -55,30 +62,57 @@ class Setting:
     target: float
     strategy: str = GOSSIP
 
+    @property
+    def name(self) -> str:
+        """What is slow about it."""
+        return f"sigma {self.work.sigma:g}" if self.work.sigma else f"{self.slow:g}x"
+
     def variants(self) -> Mapping[str, tuple[Knobs | None, Work]]:
         """Knobs (None: `ddp`) and work by name."""
         whole = replace(self.work, batches=self.work.batches * self.work.epochs, epochs=1)
         mine = subject(self.strategy)
         one_pass = {**mine, **ONE_PASS} if self.strategy == GOSSIP else mine  # a server's weights are one's own
-        return {
+        talking: dict[str, tuple[Knobs | None, Work]] = {
             self.strategy: (mine, self.work),
             "none": (NONE, self.work),
             "ddp": (None, self.ddp),
             "sync": ({**mine, "mode": "sync"}, self.ddp),
+            POST_LOCAL: (_post_local(self.ddp), self.ddp),
+        }
+        if self.work.sigma:
+            return talking
+        return {
+            **talking,
             f"{self.strategy}, one pass": (one_pass, whole),
             "none, one pass": ({**NONE, **ONE_PASS}, whole),
         }
 
 
+def _post_local(work: Work) -> Knobs:
+    """Begins after about a tenth, so that the last step is one behind which weights are averaged: all end equal."""
+    steps = work.batches * work.epochs // N
+    return {POST_LOCAL: {"start": (steps - 1) % PERIOD + steps // 10 // PERIOD * PERIOD}}
+
+
 def settings(quick: bool) -> list[Setting]:
-    """An epoch is so long that the slow rank takes 50 batches in it (25 in a quick run)."""
+    """An epoch is so long that the slow rank takes 50 batches in it (25 in a quick run); with sigma, 5 s (3 s)."""
     if quick:
         work = _work(4.0, slowest=25, epochs=4)
-        return [Setting(4.0, work, work, QUICK_TARGET)]
+        uneven = Work(600, 2, step=STEP, sigma=SIGMA, every=EVERY)
+        return [Setting(4.0, work, work, QUICK_TARGET), Setting(1.0, uneven, _short(uneven, 120), QUICK_TARGET)]
     fourfold = _work(4.0, slowest=50, epochs=4)
     tenfold = _work(10.0, slowest=50, epochs=4)
-    short = replace(tenfold, batches=400, epochs=1)  # `ddp`'s rate; how many samples it needs is known from 4x
-    return [Setting(4.0, fourfold, fourfold, TARGET), Setting(10.0, tenfold, short, TARGET)]
+    uneven = Work(1000, 3, step=STEP, sigma=SIGMA, every=EVERY)
+    return [
+        Setting(4.0, fourfold, fourfold, TARGET),
+        Setting(10.0, tenfold, _short(tenfold, 400), TARGET),
+        Setting(1.0, uneven, _short(uneven, 400), TARGET),
+    ]
+
+
+def _short(work: Work, batches: int) -> Work:
+    """For `ddp`'s rate; how many samples it needs is known from 4x."""
+    return replace(work, batches=batches, epochs=1)
 
 
 def _work(slow: float, *, slowest: int, epochs: int) -> Work:
@@ -100,7 +134,7 @@ def run(quick: bool, strategy: str = GOSSIP) -> Table:
         rows, claims = rows + more_rows, claims + more_claims
     notes = [f"target: loss {settings(quick)[0].target}; time to target in multiples of (ddp's samples / own rates)"]
     return Table(
-        f"{N} ranks, a step is {STEP * 1000:.0f} ms of sleep, one rank slower",
+        f"{N} ranks, a step is {STEP * 1000:.0f} ms of sleep, one rank slower, or all uneven",
         rows,
         claims,
         [*notes, *NOTES, _gil(quick, strategy)],
@@ -111,7 +145,9 @@ NOTES = [
     "own rates: between the meetings of `none`, all ranks at once; of limit: against the emulated time alone.",
     "one sample weighs the same: each member's share of the consensus on the virtual cluster, at these speeds.",
     "spread: distance of the replicas from their mean in % of its norm, over the second half of the run.",
-    "ddp and sync at 10x run for one short epoch: their rate only.",
+    f"ddp, sync and {POST_LOCAL} at 10x and with sigma run for one short epoch: their rate only.",
+    f"{POST_LOCAL}: PyTorch's hook and averager, every {PERIOD} steps; each rank's replica is its own in between.",
+    "sigma: each step's seconds are log-normal, with the same mean on every rank.",
 ]
 
 
@@ -188,7 +224,7 @@ def _loss(model: nn.Sequential, weights: Tensor) -> float:
 # -- fairness, exactly ------------------------------------------------------------------------------------------------
 
 
-def sample_weights(slow: float, steps: int = 200, strategy: str = GOSSIP) -> list[float]:
+def sample_weights(slow: float, steps: int = 200, strategy: str = GOSSIP, sigma: float = 0.0) -> list[float]:
     """What one sample of each member moves the consensus by, on the virtual cluster; 1 is fair.
 
     Every step of member r adds 1 to coordinate r of its own replica, so the consensus counts whose steps arrived.
@@ -197,7 +233,7 @@ def sample_weights(slow: float, steps: int = 200, strategy: str = GOSSIP) -> lis
     factors = [1.0] * (N - 1) + [slow]
     counts = [int(steps * slow / factor) for factor in factors]
     trained: Mapping[int, Trained] = cluster.run(
-        {r: _counting(cluster, r, counts[r], factors, strategy) for r in range(N)}
+        {r: _counting(cluster, r, counts[r], factors, strategy, sigma) for r in range(N)}
     )
     consensus = trained[0].consensus
     assert consensus is not None  # there was a meeting
@@ -205,7 +241,7 @@ def sample_weights(slow: float, steps: int = 200, strategy: str = GOSSIP) -> lis
 
 
 def _counting(
-    cluster: VirtualCluster, r: int, steps: int, factors: Sequence[float], strategy: str
+    cluster: VirtualCluster, r: int, steps: int, factors: Sequence[float], strategy: str, sigma: float
 ) -> Generator[float | str, None, Trained]:
     weights = nn.Parameter(torch.zeros(N))
     carrier = cluster.carriers[r]
@@ -220,24 +256,31 @@ def _counting(
         steps=steps,
         take_step=lambda step: None,
         optimizer_step=count,
-        seconds=lambda me, step: STEP * factors[me],
+        seconds=lambda me, step: STEP * factors[me] * _drawn(sigma, me, step),
         mass=UNIT,
         rounds=Rounds(carrier),
     )
+
+
+def _drawn(sigma: float, member: int, step: int) -> float:
+    """How many times as long a step takes, 1 on average."""
+    if not sigma:
+        return 1.0
+    return math.exp(sigma * random.Random(f"{member}/{step}").gauss(0.0, 1.0) - sigma**2 / 2)
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
 def _report(setting: Setting, turns: Turns, samples: Sequence[float]) -> tuple[list[Row], list[Claim]]:
-    at = f"{setting.slow:g}x: "
+    at = f"{setting.name}: "
     own = median(turn["own rates"] for turn in turns.measures["none"])
     limits: dict[str, Cell] = {"samples/s": own, "share": 1.0, "of limit": own / turns.of("none", "limit").median}
     rows = [Row(f"{at}sum of own rates", Role.LIMIT, {**limits, "time to target": 1.0})]
     for name in setting.variants():
         rows.append(Row(at + name, ROLES.get(name, Role.RESULT), _cells(turns, name, samples)))
     share, time = _shares(turns, setting.strategy), _times(turns, setting.strategy, samples)
-    weights = sample_weights(setting.slow, strategy=setting.strategy)
+    weights = sample_weights(setting.slow, strategy=setting.strategy, sigma=setting.work.sigma)
     unfair = max(weights) / min(weights)
     claims = [
         Claim(f"{at}samples/s are at least {SHARE:.0%} of the sum of own rates: {share:.1%}", share >= SHARE),
@@ -247,7 +290,7 @@ def _report(setting: Setting, turns: Turns, samples: Sequence[float]) -> tuple[l
     return rows, claims
 
 
-ROLES = {"none": Role.CONTROL, "none, one pass": Role.CONTROL, "ddp": Role.OTHER, "sync": Role.OTHER}
+ROLES = {"none": Role.CONTROL, "none, one pass": Role.CONTROL, **dict.fromkeys(("ddp", "sync", POST_LOCAL), Role.OTHER)}
 
 
 def _cells(turns: Turns, name: str, samples: Sequence[float]) -> dict[str, Cell]:

@@ -26,6 +26,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.rank import say
+from benchmarks.rivals import POST_LOCAL, PostLocalSGD
 from benchmarks.subject import Knobs, made
 from benchmarks.tasks import digits
 from lightning_async import AdaptiveShrink, AsyncStrategy, DelayStats, SpeedFaults, SpreadStats, TrafficStats
@@ -50,6 +51,7 @@ class Work:
         lr: Learning rate.
         step: Emulated seconds of a step.
         slow: How many times as long a rank takes, for ranks that are slow.
+        sigma: Log-normal spread of the emulated seconds; their mean stays the same.
         hold_gil: Whether the emulated compute holds Python's lock.
         every: Seconds between copies of the weights; 0: none.
         watch: Whether all callbacks that measure are there.
@@ -66,6 +68,7 @@ class Work:
     lr: float = 0.01
     step: float = 0.02
     slow: Mapping[int, float] = field(default_factory=dict)
+    sigma: float = 0.0
     hold_gil: bool = False
     every: float = 0.0
     watch: bool = False
@@ -100,11 +103,11 @@ def fit(
 ) -> dict[str, Any]:
     """Train on this rank, with `more` callbacks; returns `Record` as a dictionary."""
     job = Work.read(work)
-    strategy = "ddp" if knobs is None else made(knobs)
+    strategy = "ddp" if knobs is None else PostLocalSGD(**knobs[POST_LOCAL]) if POST_LOCAL in knobs else made(knobs)
     if isinstance(strategy, AsyncStrategy):
         strategy.office.shared_memory = job.shared_memory
     recorder = Recorder(job.every, Path(folder) if folder else None)
-    faults = SpeedFaults(step_seconds=job.step, slow=dict(job.slow), hold_gil=job.hold_gil)
+    faults = SpeedFaults(step_seconds=job.step, slow=dict(job.slow), sigma=job.sigma, hold_gil=job.hold_gil)
     trainer = Trainer(
         accelerator="cpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),

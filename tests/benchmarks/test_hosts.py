@@ -39,9 +39,9 @@ def reaches(hosts: Hosts, here: int, there: int) -> bool:
         return hosts.run(here, [sys.executable, "-c", PING, hosts.address(there)], output=log).wait(30) == 0
 
 
-def listening(hosts: Hosts, i: int) -> None:
+def listening(hosts: Hosts, i: int, program: str = SINK) -> None:
     with open(f"sink{i}", "wb") as log:
-        hosts.run(i, [sys.executable, "-u", "-c", SINK], output=log)
+        hosts.run(i, [sys.executable, "-u", "-c", program], output=log)
     end = time.monotonic() + 30
     while "ready" not in Path(f"sink{i}").read_text():
         assert time.monotonic() < end
@@ -102,6 +102,46 @@ def test_a_link_carries_what_it_is_given() -> None:
         assert 0.3 < time.monotonic() - start < 5  # 2 MB at 40 Mbit/s: 0.4 s, and the time to start a process
 
 
+ECHO = """
+import socket
+server = socket.create_server(("", 7))
+print("ready", flush=True)
+connection, _ = server.accept()
+while word := connection.recv(1 << 16):
+    connection.sendall(word)
+"""
+TRIPS = """
+import socket, sys, time
+link = socket.create_connection((sys.argv[1], 7), timeout=10)
+trips = []
+for _ in range(5):
+    start = time.monotonic()
+    link.sendall(b"x")
+    link.recv(1)
+    trips.append(time.monotonic() - start)
+size, got = 1_000_000, 0
+link.sendall(bytes(size // 2))
+while got < size // 2:
+    got += len(link.recv(1 << 16))
+print(min(trips))
+"""
+
+
+@pytest.mark.netns
+def test_a_delay_comes_on_top_and_nothing_is_lost_or_left() -> None:
+    """A lower bound alone: a busy machine may take longer. Half a million bytes come back whole."""
+    before = namespaces()
+    with Hosts(2, mbit=100, delay=0.02) as hosts:
+        listening(hosts, 1, ECHO)
+        with open("trips", "wb") as log:
+            assert hosts.run(0, [sys.executable, "-c", TRIPS, hosts.address(1)], output=log).wait(60) == 0
+        assert float(Path("trips").read_text()) >= 0.04
+        assert 500_000 < hosts.sent(0) < 700_000
+        hosts.cut(1)
+        assert not reaches(hosts, 0, 1)
+    assert namespaces() == before
+
+
 @pytest.mark.netns
 @pytest.mark.few(1)
 @pytest.mark.parametrize("store", [True, False])
@@ -124,6 +164,8 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         Hosts(0)
     with pytest.raises(ValueError, match="above 0"):
         Hosts(1, mbit=0)
+    with pytest.raises(ValueError, match="below 10, got -1"):
+        Hosts(1, delay=-1)
     with pytest.raises(ValueError, match="0 to 1, got 2"):
         Hosts(2).address(2)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
