@@ -173,8 +173,10 @@ class PipeSaving(PipelineShown):
         checkpoint = foreign.read(load, checkpoint_path, self.name)
         self.resumed = checkpoint.get(KEY, {}) if self.fitting else {}
         fit = checkpoint.get("loops", {}).get("fit_loop")
-        if self.fitting and fit and saved_loops.is_between_epochs(fit):
-            saved_loops.close(fit)
+        if self.fitting and fit:
+            if saved_loops.is_between_epochs(fit):
+                saved_loops.close(fit)
+            compat.tell_epoch(self.trainer, fit)
         return checkpoint
 
 

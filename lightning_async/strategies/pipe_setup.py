@@ -210,6 +210,10 @@ class PipeSetup(PipeBatches):
             run_start(fetcher)
             self.keep_stop()
 
+        def advance(fetcher: Any) -> None:
+            self.fetch_next()
+            batch(fetcher)
+
         def run() -> None:
             fit()
             if not self.begun:  # the run that it was to go on from was at its end
@@ -218,6 +222,7 @@ class PipeSetup(PipeBatches):
         fit = leash.wrap(self.trainer.fit_loop, "run", run)
         original = leash.wrap(module, "on_train_epoch_end", on_train_epoch_end)
         run_start = leash.wrap(self.trainer.fit_loop.epoch_loop, "on_run_start", on_run_start)
+        batch = leash.wrap(self.trainer.fit_loop.epoch_loop, "advance", advance)
         compat.around_ends_of_batches(self.trainer, leash, self.stop_together, self.stop_after_rest)
 
     def teardown(self) -> None:
