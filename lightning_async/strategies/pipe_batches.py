@@ -23,7 +23,7 @@ from lightning_async.pipeline import draws
 from lightning_async.strategies import compat, whole
 from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.garbage import Garbage
-from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of
+from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of, under_way
 from lightning_async.strategies.pipe_recording import Held
 from lightning_async.strategies.resting import Resting
 
@@ -76,6 +76,7 @@ class PipeBatches(Resting):
         for batch in range(self.epoch_began, self.turns.batches):
             draws.reseed(self.turns.seed, batch, draws.FETCH)
             compat.skip_batch(fetcher)
+        under_way(fetcher.combined_loader)
         draws.reseed(self.turns.seed, self.epoch_began, draws.ITERATOR)
 
     def fetch_next(self) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_async import DelayedPipelineStrategy
 from lightning_async.strategies import compat, pipe_setup
 from tests.strategies.piped import INPUTS, TARGETS, Piped, loader, trainer, weights
 from tests.strategies.ranks import run
@@ -72,6 +73,16 @@ class OfTwo(Piped):
         return super().training_step((x + 0.1 * other[: len(x)].mean(0), y), batch_idx)
 
 
+class Knows(DataLoader[Any]):
+    """It could say where it stands; in mid-epoch a pipeline asks it to begin anew."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"begins": "anew"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError(state)
+
+
 def _hush() -> None:
     for sentence in ("The dirpath has changed", "Be aware that when using `ckpt_path`"):
         warnings.filterwarnings("ignore", sentence)
@@ -84,10 +95,13 @@ def _train(devices: int, folder: str, every: int | None, resume: str | None, opt
     kind = OfTwo if two else Drawing if options.pop("draws", False) else Piped
     data: Any = Stream() if stream else Noisy()
     lit = kind(schedule=options.pop("schedule", ""))
-    saved = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=every)
+    at_end = options.pop("save_on_train_epoch_end", None)
+    saved = ModelCheckpoint(
+        folder, filename="{step}", save_top_k=-1, every_n_train_steps=every, save_on_train_epoch_end=at_end
+    )
     batches: Any = DataLoader(data, 8, shuffle=not stream, num_workers=workers, drop_last=bool(two))
     if two:
-        batches = [batches, DataLoader(Noisy(40), 8, shuffle=True)]  # it begins again within an epoch
+        batches = [batches, Knows(Noisy(40), 8, shuffle=True)]  # it begins again within an epoch
     t = trainer(devices, callbacks=[saved], enable_checkpointing=True, **{"max_epochs": 3, **options})
     t.fit(lit, batches, loader(20), ckpt_path=resume)
     end = {"weights": weights(lit), "step": t.global_step, "log step": compat.log_step(t), "epochs": t.current_epoch}
@@ -124,11 +138,29 @@ def test_a_run_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
             )
 
 
-def _cut(folder: str, seconds: list[float], resume: str | None) -> tuple[int, ...]:
+def test_what_a_run_that_went_on_saved_behind_a_validation_goes_on_too(tmp_path: Path) -> None:
+    """Of loaders that it began anew it says nothing, and plain Lightning goes on from it as well."""
+
+    def train(devices: int, name: str, every: int | None, file: str | None, **options: Any) -> Any:
+        resume = file and str(tmp_path / file)
+        return run(devices, _train, devices, str(tmp_path / name), every, resume, options)[0]
+
+    whole = train(2, "whole", 4, None)
+    train(2, "once", None, "whole/step=4.ckpt", max_epochs=1, save_on_train_epoch_end=False)
+    saved = torch.load(tmp_path / "once/step=8.ckpt", weights_only=True)
+    assert "combined_loader" not in saved["loops"]["fit_loop"]["state_dict"]
+    assert train(2, "twice", 4, "once/step=8.ckpt")["losses"] == whole["losses"][8:]
+    assert len(train(1, "plain", None, "once/step=8.ckpt", strategy="auto")["losses"]) == 16
+    saved["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{}]  # as some were written
+    torch.save(saved, tmp_path / "older.ckpt")
+    assert train(2, "older", 4, "older.ckpt")["losses"] == whole["losses"][8:]
+
+
+def _cut(folder: str, seconds: list[float], resume: str | None, split: str = "auto") -> tuple[int, ...]:
     _hush()
     pipe_setup.measured = lambda *_: seconds  # in this process, which is forked for this run
     saved = ModelCheckpoint(folder, filename="x", enable_version_counter=False)
-    t = trainer(2, knobs={"split": "auto"}, callbacks=[] if resume else [saved], enable_checkpointing=True)
+    t = trainer(2, knobs={"split": split}, callbacks=[] if resume else [saved], enable_checkpointing=True)
     t.fit(Piped(), loader(), loader(20), ckpt_path=resume)
     cuts: tuple[int, ...] = t.strategy.cuts
     return cuts
@@ -138,6 +170,18 @@ def test_cuts_are_those_that_were_measured_first(tmp_path: Path) -> None:
     """Measured anew they would be others, whose stages draw other random numbers."""
     assert run(2, _cut, str(tmp_path), [1.0, 1.0, 1.0, 9.0], None) == [(3,), (3,)]
     assert run(2, _cut, str(tmp_path), [9.0, 1.0, 1.0, 1.0], str(tmp_path / "x.ckpt")) == [(3,), (3,)]
+
+
+def test_cuts_that_nobody_measured_are_measured(tmp_path: Path) -> None:
+    assert run(2, _cut, str(tmp_path), [], None, "even") == [(2,), (2,)]
+    assert run(2, _cut, str(tmp_path), [9.0, 1.0, 1.0, 1.0], str(tmp_path / "x.ckpt")) == [(1,), (1,)]
+
+
+def test_cuts_of_another_network_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DelayedPipelineStrategy, "depth", 2)
+    strategy = DelayedPipelineStrategy(stages="net", split="auto")
+    strategy.resumed = {"cuts": [3]}
+    assert [strategy._saved_cuts(blocks) for blocks in (5, 4, 3)] == [(3,), (3,), ()]
 
 
 def test_one_stage_that_is_limited_by_epochs_and_steps_loses_no_epoch(tmp_path: Path) -> None:
