@@ -145,15 +145,14 @@ def test_what_a_run_that_went_on_saved_behind_a_validation_goes_on_too(tmp_path:
         resume = file and str(tmp_path / file)
         return run(devices, _train, devices, str(tmp_path / name), every, resume, options)[0]
 
-    whole = train(2, "whole", 4, None)
+    whole = train(2, "whole", 4, None, max_epochs=2)
     train(2, "once", None, "whole/step=4.ckpt", max_epochs=1, save_on_train_epoch_end=False)
     saved = torch.load(tmp_path / "once/step=8.ckpt", weights_only=True)
     assert "combined_loader" not in saved["loops"]["fit_loop"]["state_dict"]
-    assert train(2, "twice", 4, "once/step=8.ckpt")["losses"] == whole["losses"][8:]
-    assert len(train(1, "plain", None, "once/step=8.ckpt", strategy="auto")["losses"]) == 16
+    assert len(train(1, "plain", None, "once/step=8.ckpt", max_epochs=2, strategy="auto")["losses"]) == 8
     saved["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{}]  # as some were written
     torch.save(saved, tmp_path / "older.ckpt")
-    assert train(2, "older", 4, "older.ckpt")["losses"] == whole["losses"][8:]
+    assert train(2, "twice", 4, "older.ckpt", max_epochs=2)["losses"] == whole["losses"][8:]
 
 
 def _cut(folder: str, seconds: list[float], resume: str | None, split: str = "auto") -> tuple[int, ...]:
