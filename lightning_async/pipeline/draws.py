@@ -1,7 +1,8 @@
 """Random numbers that depend on what is done, not on who does it: the first and the last stage draw the same.
 
 Before a batch all generators are set from (seed, batch, place). What runs before the call of the pipelined module is
-place 0, on whichever stage it runs; the blocks of stage s are place s + 1; between two batches it is `BETWEEN`.
+place 0, on whichever stage it runs; the blocks of stage s are place s + 1; between two batches it is `BETWEEN`. An
+iterator over the data is made at `ITERATOR`, and each batch is fetched at `FETCH`, whatever hooks drew before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 
 BEFORE_THE_CALL = 0
 BETWEEN = -1
+ITERATOR = -2
+FETCH = -3
 
 
 def reseed(seed: int, batch: int, place: int) -> None:

@@ -206,15 +206,17 @@ def skip_batch(fetcher: Any) -> None:
     fetcher.fetched = fetched
 
 
+def tell_epoch(trainer: Trainer, fit: dict[str, Any]) -> None:
+    """The epoch that a checkpoint goes on with, before the loops are restored: the Trainer may make its loaders earlier
+    (`estimated_stepping_batches`)."""
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    epoch.completed = epoch.processed = fit["epoch_progress"]["current"]["processed"]
+
+
 def set_sampler_epoch(trainer: Trainer, loader: object) -> None:
     """As Lightning does behind its first `iter`: where a run goes on, workers have drawn an order by then."""
     progress: Any = trainer.fit_loop.epoch_progress.current
     _set_sampler_epoch(loader, progress.processed)
-
-
-def has_iterator(trainer: Trainer) -> bool:
-    """Whether an epoch takes the iterator that was made at set-up; for the others Lightning makes one each."""
-    return trainer.current_epoch == 0 or bool(trainer.fit_loop.is_resuming)
 
 
 def let_plateaus_step(trainer: Trainer) -> None:

@@ -23,7 +23,7 @@ from lightning_async.pipeline import draws
 from lightning_async.strategies import compat, whole
 from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.garbage import Garbage
-from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of
+from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of, under_way
 from lightning_async.strategies.pipe_recording import Held
 from lightning_async.strategies.resting import Resting
 
@@ -51,31 +51,37 @@ class PipeBatches(Resting):
         self.office.listen()
 
     def process_dataloader(self, dataloader: object) -> object:
-        """A new iterator draws its order next; where a run goes on in mid-epoch, the one that it drew then."""
+        """Its iterator is made next; where a run goes on in mid-epoch, as the one that was made then."""
         if not self.trainer.training:
             return dataloader
         if not self.piped:
             return self.recording.noted(self, dataloader)
         compat.set_sampler_epoch(self.trainer, dataloader)
         began = self.turns.batches if self.begun else self.epoch_began  # `begun`: it is loaded anew for the next epoch
-        draws.reseed(self.turns.seed, began, draws.BETWEEN)
+        draws.reseed(self.turns.seed, began, draws.ITERATOR)
         done = self.turns.batches - began
         noted = self.recording.noted(self, dataloader, done=done)
         return FromMidEpoch(noted) if done else noted
 
     def epoch_started(self) -> None:
-        """The order of the data is drawn next, the same on all ranks."""
+        """What hooks draw at its start is the same where a run goes on with it."""
         if self.piped:
             self.epoch_began = self.turns.batches
-            if not compat.has_iterator(self.trainer):
-                draws.reseed(self.turns.seed, self.turns.batches, draws.BETWEEN)
+            draws.reseed(self.turns.seed, self.turns.batches, draws.BETWEEN)
 
     def skip_done(self, fetcher: Any) -> None:
         """Where a run goes on in mid-epoch: what it was trained on is fetched in vain, from the random numbers of then.
-        All loaders together: the order of each is drawn with its first batch, and a short one begins again."""
+        All loaders together: the order of each is drawn with its first batch, and a short one begins again. Behind the
+        first epoch Lightning makes a new iterator right after this, if there is nothing to go on with."""
         for batch in range(self.epoch_began, self.turns.batches):
+            draws.reseed(self.turns.seed, batch, draws.FETCH)
             compat.skip_batch(fetcher)
-            draws.reseed(self.turns.seed, batch + 1, draws.BETWEEN)
+        under_way(fetcher.combined_loader)
+        draws.reseed(self.turns.seed, self.epoch_began, draws.ITERATOR)
+
+    def fetch_next(self) -> None:
+        """A batch is fetched next: from random numbers of its own, whatever hooks and validations drew."""
+        draws.reseed(self.turns.seed, self.turns.batches, draws.FETCH)
 
     def on_train_start(self) -> None:
         """Right before the first batch."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -29,20 +30,25 @@ def stamp_of(batch: Any) -> int:
     return stamp & STAMPS
 
 
+def under_way(loaders: CombinedLoader) -> None:
+    """What was trained on is skipped: these loaders speak for themselves again."""
+    loaders.flattened = [one.loader if isinstance(one, FromMidEpoch) else one for one in loaders.flattened]
+
+
 class FromMidEpoch:
     """A loader of a run that goes on in mid-epoch: the strategy skips what was trained on, so it begins anew itself."""
 
     def __init__(self, loader: Any) -> None:
-        self._loader = loader
+        self.loader = loader
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self.loader)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_loader"], name)
+        return getattr(self.__dict__["loader"], name)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._loader)
+        return iter(self.loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning asks whether a loader can go on; what it needs is in the strategy's part of the checkpoint."""

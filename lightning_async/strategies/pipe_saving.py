@@ -33,12 +33,14 @@ class PipeSaving(PipelineShown):
     Attributes:
         resumed: What the checkpoint said that the run goes on from.
         epoch_began: After how many batches the epoch began.
+        found: The cuts, where they were measured.
         halted: Whether all are behind a batch and its hooks, for what somebody wished.
         at_home: Whether the fit is over, and each rank has the whole module.
     """
 
     resumed: Mapping[str, Any]
     epoch_began = 0
+    found: tuple[int, ...] = ()
     halted = at_home = False
 
     def __init__(self, **options: Any) -> None:
@@ -94,7 +96,7 @@ class PipeSaving(PipelineShown):
                 "passes": self.turns.passes,
                 "epoch_began": self.turns.batches if between else self.epoch_began,
                 "seed": self.turns.seed,
-                "cuts": list(self.cuts),
+                "cuts": list(self.found),
                 "kept": self.together(self.keeping()),
                 "gradients": self._added_up([stage["gradients"] for stage in stages]),
                 "norms": [stage["norms"] for stage in stages[: self.depth]],
@@ -173,8 +175,12 @@ class PipeSaving(PipelineShown):
         checkpoint = foreign.read(load, checkpoint_path, self.name)
         self.resumed = checkpoint.get(KEY, {}) if self.fitting else {}
         fit = checkpoint.get("loops", {}).get("fit_loop")
-        if self.fitting and fit and saved_loops.is_between_epochs(fit):
-            saved_loops.close(fit)
+        if self.fitting and fit:
+            if saved_loops.is_between_epochs(fit):
+                saved_loops.close(fit)
+            compat.tell_epoch(self.trainer, fit)
+            within = self.resumed.get("batches", 0) > self.resumed.get("epoch_began", 0)
+            saved_loops.begin_loaders_anew(fit, whatever_they_say=self.piped and within)
         return checkpoint
 
 

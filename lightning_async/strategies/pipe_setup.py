@@ -8,6 +8,7 @@ teardown            farewell, no threads, Lightning as it was
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -68,7 +69,6 @@ class PipeSetup(PipeBatches):
         super().__init__(**options)
         self._leash: compat.Leash | None = None
         self._metrics: LedMetrics | None = None
-        self._found: tuple[int, ...] = ()
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -171,12 +171,16 @@ class PipeSetup(PipeBatches):
             if isinstance(self.split, list):
                 return partition.check_cuts(self.split, blocks, self.depth)
             if self.split == "auto" and self.fitting:
-                saved = tuple(self.resumed.get("cuts", ()))
-                as_many = len(saved) == self.depth - 1
-                self._found = saved if as_many else self.together(self._measured(handover))
-            return self._found or partition.even(blocks, self.depth)
+                self.found = self._saved_cuts(blocks) or self.together(self._measured(handover))
+            return self.found or partition.even(blocks, self.depth)
         except ValueError as error:
             raise MisconfigurationException(f"strategy={self.name!r}: `{handover.name}`: {error}") from None
+
+    def _saved_cuts(self, blocks: int) -> tuple[int, ...]:
+        """Those that the run was measured for first, if they cut this network into as many stages."""
+        with suppress(ValueError):
+            return partition.check_cuts(self.resumed.get("cuts", ()), blocks, self.depth)
+        return ()
 
     def _measured(self, handover: Handover) -> Wait[tuple[int, ...]]:
         """The cuts by rank 0's measurement of the blocks, on the first batch."""
@@ -211,6 +215,10 @@ class PipeSetup(PipeBatches):
             run_start(fetcher)
             self.keep_stop()
 
+        def advance(fetcher: Any) -> None:
+            self.fetch_next()
+            batch(fetcher)
+
         def run() -> None:
             fit()
             if not self.begun:  # the run that it was to go on from was at its end
@@ -219,6 +227,7 @@ class PipeSetup(PipeBatches):
         fit = leash.wrap(self.trainer.fit_loop, "run", run)
         original = leash.wrap(module, "on_train_epoch_end", on_train_epoch_end)
         run_start = leash.wrap(self.trainer.fit_loop.epoch_loop, "on_run_start", on_run_start)
+        batch = leash.wrap(self.trainer.fit_loop.epoch_loop, "advance", advance)
         compat.around_ends_of_batches(self.trainer, leash, self.stop_together, self.stop_after_rest)
 
     def teardown(self) -> None:

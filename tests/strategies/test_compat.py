@@ -110,15 +110,12 @@ def test_a_batch_is_skipped_whether_one_is_fetched_ahead_or_none(t: L.Trainer, e
         next(fetcher)
 
 
-def test_the_epoch_is_told_to_a_sampler_and_an_iterator_is_there(t: L.Trainer) -> None:
+def test_the_epoch_to_go_on_with_is_told_to_the_loops_and_to_a_sampler(t: L.Trainer) -> None:
     sampler: Any = DistributedSampler(range(4), num_replicas=2, rank=0)
-    progress = t.fit_loop.epoch_progress.current
-    progress.processed = progress.completed = 3
+    compat.tell_epoch(t, {"epoch_progress": {"current": {"processed": 3}}})
+    assert t.current_epoch == 3
     compat.set_sampler_epoch(t, DataLoader(range(4), sampler=sampler))
     assert sampler.epoch == 3
-    assert not compat.has_iterator(t)
-    t.fit_loop.load_state_dict(t.fit_loop.state_dict())
-    assert compat.has_iterator(t)
 
 
 def test_plateaus_step_where_what_they_go_by_is_there(t: L.Trainer) -> None:
