@@ -70,7 +70,7 @@ class SyncGlobal(Algorithm):
 
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """All have the same weights: the first W."""
-        self._mass, self._rounds, self._step = mass, rounds, 0
+        self._mass, self._rounds, self._step, self._batches = mass, rounds, 0, 0
         self._arrivals: list[Arrival] = []
         self._weights = replica.weights()
         self._rule = self.make_outer(self._weights)
@@ -81,7 +81,7 @@ class SyncGlobal(Algorithm):
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Wait for the others where a round is due."""
-        self._step = step
+        self._step, self._batches = step, self._batches + 1
         if self.local_steps is not None and step % self.local_steps == 0:
             yield from self._round(replica, mail)
         return self.arrived()
@@ -134,8 +134,9 @@ class SyncGlobal(Algorithm):
         correction = replica.weights().sub_(self._weights)
         weight = max(1, round(self._mass / UNIT * self.accuracy() * 2**20))
         if not is_finite(correction):
-            weight, me, step, samples = 0, mail.me, self._step, self._mass // UNIT
+            weight, me, step, samples = 0, mail.me, self._step, self._batches * self._mass // UNIT
             self._arrivals.append(Arrival(me, step, step, step, 0.0, samples, 0.0, Fate.REFUSED))
         (mean,), _ = yield from self._rounds.exchange(wire.encode(correction), "mean", weight)
         self._rule.arrive(self._weights, wire.decode(mean, dtype), 1.0, 1)
         replica.go_to(self._weights)
+        self._batches = 0

@@ -137,10 +137,8 @@ class TurnService(ShardService):
         return Turns(after=after, skip=self._skip, strangers=owned.server.unheard)
 
     def _note_holders(self) -> None:
-        """While an heir waits to hear of whose turn it is, its images say so too: it may have an heir itself."""
         for at, turns in self.turns.items():
-            server = _server(self.owned[at])
-            server.holder = turns.next if turns.holder is None and server.unheard else turns.holder
+            _server(self.owned[at]).holder = turns.holder
 
     def _put(self, letter: Letter) -> Answers:
         """At a meeting nobody is passed over and nobody bids, so who has the token is all that the turns are."""
