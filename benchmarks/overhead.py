@@ -58,13 +58,15 @@ class Setting:
 
 
 def settings(quick: bool) -> list[Setting]:
-    """Much compute and few weights; many weights and no compute but their own."""
+    """Much compute and few weights, emulated (it sleeps) and real; many weights and no compute but their own."""
     small = Work(N * (80 if quick else 250), step=0.02)
+    products = Work(N * (60 if quick else 150), batch=256, width=512, layers=3, step=0.0)
     large = Work(N * (30 if quick else 50), width=2048, layers=7, step=0.0)
     four = Work(FOUR * (100 if quick else 900), width=512, layers=6, step=0.0)
     turns = 1 if quick else 5
     return [
         Setting("20 ms of compute", small, 1.03, turns),
+        Setting("matrix products", products, 1.03, min(turns, 3)),
         Setting("25 M weights", large, 1.0, min(turns, 3)),
         Setting("4 ranks, 1.3 M weights", four, 1.0, turns, n=FOUR),
     ]

@@ -1,4 +1,4 @@
-"""Loggers get each multiple of `log_every_n_steps` that the run passes once, be this rank slow or fast.
+"""Loggers get a multiple of `log_every_n_steps` that the run passes once, and of several passed at once the last.
 
     run, seen from a slow rank     3    7    12   17        every=10: this rank logs at its batch that passes 10, as 9
     run, seen from a fast one      3 4 5 6 7 8 9 9 10       ... and does not log 9 a second time

@@ -140,6 +140,14 @@ def test_those_who_step_together_meet_after_as_many_of_their_steps_whatever_thei
     assert found[0]["met"] == found[1]["met"] == [4, 8, 10]
 
 
+@pytest.mark.few(1)
+@pytest.mark.parametrize("slow", [{0: 4.0}, {1: 4.0}], ids=str)
+def test_free_ranks_meet_after_as_many_samples_of_all_whoever_took_them(slow: dict[int, float]) -> None:
+    options = {"slow": slow, "stream": True, "knobs": {"meet_every": 64}, "max_steps": 20, **LONG}
+    one, other = (found["met"] for found in run(2, fit, (4, 4), options))
+    assert [4 * (a + b) for a, b in zip(one, other, strict=True)] == [64, 128, 160]
+
+
 def saves(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10, save_top_k=-1)
     logger = CSVLogger(folder / "logs", name="", version=str("path" in options))

@@ -41,6 +41,7 @@ class Watch(L.Callback):
         self.validated: list[int] = []
         self.saved: list[int] = []
         self.rates: list[float] = []
+        self.rates_met: list[float] = []
         self.batches = 0
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -51,6 +52,7 @@ class Watch(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not trainer.sanity_checking:
             self.validated.append(trainer.global_step)
+            self.rates_met.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
         self.saved.append(trainer.global_step)
@@ -76,6 +78,7 @@ def fit(
         "validated": watch.validated,
         "saved": watch.saved,
         "rates": watch.rates,
+        "rates_met": watch.rates_met,
         "batches": watch.batches,
         "global_step": one.global_step,
         "epoch": one.current_epoch,
@@ -87,7 +90,7 @@ def fit(
 
 def both(function: Any, *args: Any) -> list[dict[str, Any]]:
     found = run(2, function, *args)
-    for name in ("validated", "saved", "global_step", "epoch", "weights"):
+    for name in ("validated", "saved", "global_step", "epoch", "weights", "rates_met"):
         assert found[0][name] == found[1][name], f"{name} differs between the ranks"
     for one in found:
         way = [later - step for (met, step), (also, later) in pairwise(one["steps"]) if met == also]
@@ -244,7 +247,8 @@ def scheduled(name: str, options: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["onecycle", "cosine"])
 @pytest.mark.parametrize("options", [{"max_steps": 40, "max_epochs": -1}, {"max_epochs": 2}])
 def test_schedules_by_step_end_where_they_should(name: str, options: dict[str, Any]) -> None:
-    found = both(scheduled, name, options)
+    found = both(scheduled, name, {**options, "val_check_interval": 6})
+    assert len(set(found[0]["rates_met"])) >= 5, "which are the same on both ranks"
     assert found[0]["total"] == found[0]["global_step"] == (40 if "max_steps" in options else 60)
     end = 0.01 / 25 / 1e4 if name == "onecycle" else 0.0
     for one in found:
