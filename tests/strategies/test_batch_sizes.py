@@ -41,6 +41,12 @@ class Meets(L.Callback):
         self.meetings = 1  # before the first batch
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._look(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._look(trainer)
+
+    def _look(self, trainer: L.Trainer) -> None:
         progress = trainer.strategy.clock.progress  # type: ignore[attr-defined]
         if progress.meetings != self.meetings:
             self.meetings = progress.meetings
@@ -143,9 +149,13 @@ def test_those_who_step_together_meet_after_as_many_of_their_steps_whatever_thei
 @pytest.mark.few(1)
 @pytest.mark.parametrize("slow", [{0: 4.0}, {1: 4.0}], ids=str)
 def test_free_ranks_meet_after_as_many_samples_of_all_whoever_took_them(slow: dict[int, float]) -> None:
-    options = {"slow": slow, "stream": True, "knobs": {"meet_every": 64}, "max_steps": 20, **LONG}
-    one, other = (found["met"] for found in run(2, fit, (4, 4), options))
-    assert [4 * (a + b) for a, b in zip(one, other, strict=True)] == [64, 128, 160]
+    """Each ends its batch, so there may be less than one of each more; that does not add up."""
+    options = {"slow": slow, "stream": True, "knobs": {"meet_every": 64}, "max_steps": 36, **LONG}
+    found = run(2, fit, (4, 4), options)
+    met = [4 * sum(batches) for batches in zip(*(one["met"] for one in found), strict=True)]
+    assert len(met) == 5
+    assert all(0 <= samples - 64 * k < 2 * 4 for k, samples in enumerate(met[:-1], 1))
+    assert met[-1] == 36 * 2 * 4
 
 
 def saves(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
