@@ -229,7 +229,7 @@ while True:
         break
     except ConnectionRefusedError:
         assert time.monotonic() < end
-        time.sleep(0.01)
+        time.sleep(0.01)  # between tries, up to the end above
 for _ in range(30):
     start = time.monotonic()
     link.sendall(b"x")
