@@ -186,10 +186,13 @@ def test_saved_logged_and_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_unlike_sizes_of_one_data_set_are_refused_where_all_step_together() -> None:
-    """Equal shares of it are then unequal numbers of batches: said before the first of them."""
+    """Equal shares of it are then unequal numbers of batches: said before the first of them, by each or by who
+    read both words first."""
     with Forked(2, fit, (4, 12), {"mine": LazySignStrategy, "slow": {}, "max_epochs": 1}) as forked:
         results = forked.results()
-    assert {result.kind for result in results} == {"MisconfigurationException"}
+    kinds = {result.kind for result in results}
+    assert "MisconfigurationException" in kinds
+    assert kinds <= {"MisconfigurationException", "PeerFailedError"}, results
     for result in results:
         assert "give all ranks one batch_size, or take a mode in which nobody waits" in result.error
         assert "on rank 0: 4, on rank 1: 12" in result.error

@@ -384,8 +384,9 @@ def test_a_part_of_a_stream_of_known_length_is_that_part_of_it() -> None:
 def test_a_part_of_streams_of_unlike_lengths_is_refused_on_all_ranks() -> None:
     with Forked(2, _limited, 2, "unlike", None, 1.0, None, None, 1.0, 0.25) as forked:
         results = forked.results(20.0)
-    for result in results:
-        assert result.kind == "MisconfigurationException", result.trace
+    assert "MisconfigurationException" in {result.kind for result in results}
+    for result in results:  # its own word, or the other's, who read both words first
+        assert result.kind in ("MisconfigurationException", "PeerFailedError"), result.trace
         assert "`limit_train_batches=0.25` is a part of streams of unlike lengths, in batches: " in result.error
         assert "6 on rank 0, 3 on rank 1; give a number of batches" in result.error
 
