@@ -367,9 +367,9 @@ def run(quick: bool, strategy: str = GOSSIP, seeds: int | None = None) -> Table:
     for setting in chosen:
         runs = measure(setting, strategy)
         compared = {name: Compared.of(runs[name], runs["ddp"]) for name in runs}
-        rows += [_row(setting, name, runs[name], compared[name], ours=name in VARIANTS[strategy]) for name in runs]
+        rows += [row(setting, name, runs[name], compared[name], ours=name in VARIANTS[strategy]) for name in runs]
         if not setting.skew:
-            claims += _claims(setting, runs, main, None if quick else compared[main])
+            claims += claims_of(setting, runs, main, None if quick else compared[main])
     notes = [f"{s.name}: {len(s.seeds)} seeds, lr {s.task.lr:g} (DDP's best of {s.task.grid})" for s in chosen]
     return Table("Equal samples, 4 ranks, one 4x slow, one meeting at the end", rows, claims, [*NOTES, *notes])
 
@@ -450,7 +450,8 @@ class Compared:
 ROLES = {"ddp": Role.LIMIT, "averaged": Role.OTHER, "none": Role.CONTROL, "sync": Role.OTHER}
 
 
-def _row(setting: Setting, name: str, runs: Sequence[Run], compared: Compared, *, ours: bool) -> Row:
+def row(setting: Setting, name: str, runs: Sequence[Run], compared: Compared, *, ours: bool) -> Row:
+    """A variant's row; what is `ours` has a spread, and folds."""
     cells: dict[str, Cell] = {
         "loss": fmean(run.score.loss for run in runs),
         "accuracy %": round(100 * fmean(run.score.accuracy for run in runs), 2),
@@ -463,7 +464,7 @@ def _row(setting: Setting, name: str, runs: Sequence[Run], compared: Compared, *
     return Row(f"{setting.name}: {name}", ROLES.get(name, Role.RESULT), cells)
 
 
-def _claims(setting: Setting, runs: Mapping[str, list[Run]], main: str, compared: Compared | None) -> list[Claim]:
+def claims_of(setting: Setting, runs: Mapping[str, list[Run]], main: str, compared: Compared | None) -> list[Claim]:
     """Against the control; and against `ddp` (not with the few seeds of a quick run) what the task can resolve."""
     control = Compared.of(runs[main], runs["none"]).loss
     claims = [Claim(f"{setting.name}: {main} has a lower loss than the control: {control} %", control.high < 0)]
