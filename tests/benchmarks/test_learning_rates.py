@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import sklearn.datasets  # noqa: F401  # imported first, it changes the environment
 import torch
 from torch import Tensor, nn
 
