@@ -16,10 +16,8 @@ time would have given. In one pass (a single meeting at the end) a method that d
 
 from __future__ import annotations
 
-import math
-import random
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,15 +30,11 @@ from torch.nn import functional as F  # noqa: N812
 from benchmarks.launch import Ranks
 from benchmarks.repeat import Measures, Turns, repeat
 from benchmarks.rivals import PERIOD, POST_LOCAL
-from benchmarks.subject import GOSSIP, NONE, Knobs, algorithm, subject
+from benchmarks.subject import GOSSIP, NONE, Knobs, subject
 from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.tasks import digits
+from benchmarks.weighing import step_weights
 from benchmarks.work import Record, Work, fit
-from lightning_async.algorithms.algorithm import UNIT
-from lightning_async.algorithms.training import Trained, train
-from lightning_async.replica import Replica
-from lightning_async.transport.rounds import Rounds
-from lightning_async.transport.virtual import VirtualCluster
 
 N = 4
 STEP = 0.02
@@ -143,7 +137,7 @@ def run(quick: bool, strategy: str = GOSSIP) -> Table:
 
 NOTES = [
     "own rates: between the meetings of `none`, all ranks at once; of limit: against the emulated time alone.",
-    "one sample weighs the same: each member's share of the consensus on the virtual cluster, at these speeds.",
+    "one sample weighs the same: what a step of each rank moved the consensus by in a run of its own, at these speeds.",
     "spread: distance of the replicas from their mean in % of its norm, over the second half of the run.",
     f"ddp, sync and {POST_LOCAL} at 10x and with sigma run for one short epoch: their rate only.",
     f"{POST_LOCAL}: PyTorch's hook and averager, every {PERIOD} steps; each rank's replica is its own in between.",
@@ -168,7 +162,7 @@ def measure(knobs: Knobs | None, work: Work, target: float, n: int = N) -> Measu
         "samples/s": work.batch * sum(len(r.marks) for r in records) / (end - start),
         "own rates": work.batch * sum(r.rate() for r in records),
         "limit": work.batch * sum(work.rate(rank) for rank in range(n)),
-        "folded": fmean(r.folded for r in records),
+        **{f"folded {rank}": float(r.folded) for rank, r in enumerate(records)},
         "refused": sum(r.refused for r in records) / max(1, handled),
         "reply": max(r.reply for r in records),
         "idle": max(r.idle() for r in records),
@@ -221,54 +215,6 @@ def _loss(model: nn.Sequential, weights: Tensor) -> float:
     return F.cross_entropy(model(x), y).item()
 
 
-# -- fairness, exactly ------------------------------------------------------------------------------------------------
-
-
-def sample_weights(slow: float, steps: int = 200, strategy: str = GOSSIP, sigma: float = 0.0) -> list[float]:
-    """What one sample of each member moves the consensus by, on the virtual cluster; 1 is fair.
-
-    Every step of member r adds 1 to coordinate r of its own replica, so the consensus counts whose steps arrived.
-    """
-    cluster = VirtualCluster(N)
-    factors = [1.0] * (N - 1) + [slow]
-    counts = [int(steps * slow / factor) for factor in factors]
-    trained: Mapping[int, Trained] = cluster.run(
-        {r: _counting(cluster, r, counts[r], factors, strategy, sigma) for r in range(N)}
-    )
-    consensus = trained[0].consensus
-    assert consensus is not None  # there was a meeting
-    return [consensus[r].item() * N / counts[r] for r in range(N)]
-
-
-def _counting(
-    cluster: VirtualCluster, r: int, steps: int, factors: Sequence[float], strategy: str, sigma: float
-) -> Generator[float | str, None, Trained]:
-    weights = nn.Parameter(torch.zeros(N))
-    carrier = cluster.carriers[r]
-
-    def count() -> None:
-        weights.data[r] += 1
-
-    return train(
-        algorithm(subject(strategy)),
-        Replica([weights]),
-        carrier,
-        steps=steps,
-        take_step=lambda step: None,
-        optimizer_step=count,
-        seconds=lambda me, step: STEP * factors[me] * _drawn(sigma, me, step),
-        mass=UNIT,
-        rounds=Rounds(carrier),
-    )
-
-
-def _drawn(sigma: float, member: int, step: int) -> float:
-    """How many times as long a step takes, 1 on average."""
-    if not sigma:
-        return 1.0
-    return math.exp(sigma * random.Random(f"{member}/{step}").gauss(0.0, 1.0) - sigma**2 / 2)
-
-
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -280,7 +226,7 @@ def _report(setting: Setting, turns: Turns, samples: Sequence[float]) -> tuple[l
     for name in setting.variants():
         rows.append(Row(at + name, ROLES.get(name, Role.RESULT), _cells(turns, name, samples)))
     share, time = _shares(turns, setting.strategy), _times(turns, setting.strategy, samples)
-    weights = sample_weights(setting.slow, strategy=setting.strategy, sigma=setting.work.sigma)
+    weights = step_weights(subject(setting.strategy), setting.work, N, timeout=LIMIT)
     unfair = max(weights) / min(weights)
     claims = [
         Claim(f"{at}samples/s are at least {SHARE:.0%} of the sum of own rates: {share:.1%}", share >= SHARE),
@@ -301,7 +247,7 @@ def _cells(turns: Turns, name: str, samples: Sequence[float]) -> dict[str, Cell]
         "share": _shares(turns, name),
         "of limit": of("samples/s") / of("limit"),
         "time to target": time if time < float("inf") else "never",
-        "folded/rank": round(of("folded")),
+        "folded by rank": " ".join(str(round(of(f"folded {rank}"))) for rank in range(N)),
         "refused %": round(100 * of("refused"), 2),
         "spread %": round(of("spread"), 2),
         "reply p99 ms": round(1000 * of("reply")),

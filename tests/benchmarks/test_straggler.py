@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.rivals import PERIOD, POST_LOCAL
-from benchmarks.straggler import N, sample_weights, settings
-from benchmarks.subject import GOSSIP
+from benchmarks.straggler import FAIR, N, settings
+from benchmarks.subject import GOSSIP, subject
+from benchmarks.weighing import weigh
 from benchmarks.work import Work
+from tests.strategies.ranks import run
 
 
 def test_a_slow_rank_a_slower_one_and_uneven_ones() -> None:
@@ -31,6 +33,11 @@ def test_controls_stand_beside_and_post_local_sgd_averages_behind_its_last_step(
 
 
 @pytest.mark.parametrize("strategy", [GOSSIP, "async_global"])
-def test_a_sample_of_uneven_ranks_weighs_the_same(strategy: str) -> None:
-    weights = sample_weights(1.0, steps=50, strategy=strategy, sigma=1.0)
-    assert max(weights) / min(weights) < 1.1
+def test_a_step_of_a_slow_rank_weighs_as_much(strategy: str) -> None:
+    work = Work(40, step=0.002, slow={1: 4.0})
+    found = run(2, weigh, work.arguments(None)["work"], subject(strategy))
+    (mine, moved), (theirs, moved_too) = found
+    assert moved == moved_too
+    assert mine + theirs == 40
+    weights = [2 * moved[0] / mine, 2 * moved[1] / theirs]
+    assert max(weights) / min(weights) < FAIR
