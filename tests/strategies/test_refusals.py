@@ -202,7 +202,7 @@ class Elsewhere(nn.Linear):
     """Wherever the module is moved, this layer goes to a device of its own: here, for want of another one, 'meta'."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        return super()._apply(lambda tensor: tensor.to("meta"), recurse)
+        return super()._apply(lambda tensor: tensor.to("meta"), recurse)  # type: ignore[no-untyped-call]
 
 
 class Mixed(Lit):
