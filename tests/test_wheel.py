@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,10 +14,12 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from lightning_async.cli import configs
+from tests.strategies.ranks import run
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"  # what pip calls
@@ -74,6 +79,32 @@ def test_the_command_and_the_licence_come_along(wheel: zipfile.ZipFile) -> None:
     held = {name.partition(".dist-info/")[2]: name for name in wheel.namelist() if ".dist-info/" in name}
     assert "lightning-async = lightning_async.cli:main" in wheel.read(held["entry_points.txt"]).decode()
     assert any(name.endswith("LICENSE") for name in held)
+
+
+def test_installed_alone_the_command_prints_a_config(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """By pip, and called by its name from elsewhere: no file of the checkout is in reach of what is printed."""
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("installing a wheel needs pip, which is not installed")
+    target, name = tmp_path / "installed", "strategies/gossip_ring"
+    pip = [sys.executable, "-m", "pip", "--isolated", "--disable-pip-version-check", "install", "--quiet"]
+    offline = ["--no-deps", "--no-index", "--no-cache-dir", "--no-compile", "--target", str(target)]
+    subprocess.run([*pip, *offline, str(wheel.filename)], check=True, timeout=60)
+    file = target / "lightning_async" / "configs" / f"{name}.yaml"
+    assert file.read_text(encoding="utf-8") == configs.read(name)
+    file.write_text("# the installed one\n" + configs.read(name), encoding="utf-8")
+    (said,) = run(1, _say, target, name)
+    assert said == (0, file.read_text(encoding="utf-8"))
+
+
+def _say(target: Path, name: str) -> tuple[Any, str]:
+    """What the installed command says, in a process that was forked for it: loading Lightning anew takes seconds."""
+    for module in [module for module in sys.modules if module.partition(".")[0] == "lightning_async"]:
+        del sys.modules[module]
+    command = target / "bin" / "lightning-async"
+    sys.path[:0], sys.argv[:] = [str(target)], [str(command), "config", name]
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(command), run_name="__main__")
+    return ended.value.code, said.getvalue()
 
 
 def _load(file: Path) -> ModuleType:

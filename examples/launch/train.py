@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.plugins.environments import KubeflowEnvironment
+from lightning.pytorch.plugins.environments import KubeflowEnvironment  # type: ignore[attr-defined]  # public
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -31,7 +31,8 @@ class Line(LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch."""
         x, y = batch
-        return (self.layer(x) - y).square().mean()
+        loss: Tensor = (self.layer(x) - y).square().mean()
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The learning rate is ddp's."""

@@ -31,6 +31,7 @@ class Meetings(Callback):
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.strategy = strategy
         self._drew = False
+        self._foreseen = 0  # batches of this epoch, as the bar says
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Whatever an earlier fit was in the middle of."""
@@ -43,8 +44,10 @@ class Meetings(Callback):
         self.strategy.listen()
         self.strategy.clock.batch_started(trainer)
         self.strategy.office.recording.clock(trainer)
-        if batch_idx % EVERY == 0 and (share := self.strategy.feeding.share) is not None:
-            show_total(trainer, batch_idx, share.expected_batches())
+        share = self.strategy.feeding.share
+        if share is not None and (batch_idx % EVERY == 0 or batch_idx >= self._foreseen):
+            self._foreseen = max(share.expected_batches(), batch_idx + 1)
+            show_total(trainer, self._foreseen)
         self.strategy.office.send()
 
     def on_train_batch_end(
@@ -54,7 +57,7 @@ class Meetings(Callback):
         self.strategy.office.recording.loss(outputs)
         meets = self.strategy.batch_ended(batch)
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self.strategy.feeding.share is not None:
-            show_total(trainer, batch_idx, batch_idx + 1)
+            show_total(trainer, batch_idx + 1)
         if meets:
             self._meet(trainer)
 

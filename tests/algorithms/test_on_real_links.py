@@ -74,7 +74,7 @@ def test_the_weighted_mean_and_one_samples_weight(mode: str, wire: str, speeds: 
     for r in range(N):
         expected[r] += steps[r] / N
     for end in ends.values():
-        torch.testing.assert_close(end.consensus, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(end.consensus, expected, rtol=1e-5, atol=1e-5)
         assert end.waits == 0
         assert end.arrivals
     held = sum(a.mass for a in algorithms) + sum(a.ledger.total_mass() for a in algorithms)
@@ -113,7 +113,7 @@ def test_with_lr_0_the_sum_is_constant_and_what_is_late_is_refused(
     total = torch.zeros(SIZE)
     for algorithm, replica in zip(algorithms, replicas, strict=True):
         total += replica.weights() * (algorithm.mass / UNIT) + algorithm.ledger.total(replica.weights())
-    torch.testing.assert_close(total, STARTS.sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(total, STARTS.sum(0), rtol=1e-5, atol=1e-5)
     arrivals = [arrival for end in ends.values() for arrival in end.arrivals]
     assert bool(arrivals) == (mode != "none")
     assert any(arrival.fate is Fate.REFUSED for arrival in arrivals) == (bound is not None)

@@ -91,7 +91,7 @@ def test_it_moves_by_the_sum_of_gamma_q_and_correction(attenuation: Attenuation,
         bases[push.peer] = version + 1
         assert shard.arrive(push, correction) == MILLION
         assert shard.version == version + 1
-    np.testing.assert_allclose(shard.weights.numpy(), weights, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(shard.weights.numpy(), weights, rtol=1e-5, atol=1e-5)
 
 
 def test_all_from_one_version_delivered_one_after_another_are_their_mean() -> None:

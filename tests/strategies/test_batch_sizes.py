@@ -13,7 +13,14 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_async import AsyncStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
+from lightning_async import (
+    AsyncGlobalStrategy,
+    AsyncStrategy,
+    CyclicDelayStrategy,
+    GossipRingStrategy,
+    LazySignStrategy,
+    SpeedFaults,
+)
 from tests.strategies.lit import Lit, Numbers, loader, trainer
 from tests.strategies.ranks import Forked, run
 
@@ -55,9 +62,17 @@ class Meets(L.Callback):
 
 def fit(sizes: tuple[int, ...], options: dict[str, Any]) -> dict[str, Any]:
     """Fit with a batch size for each rank, of a shared data set or of streams."""
-    options = {"slow": {1: 4.0}, "stream": False, "mine": GossipRingStrategy, "knobs": {}, "path": None, **options}
+    options = {
+        "slow": {1: 4.0},
+        "stream": False,
+        "module": Lit(),
+        "mine": GossipRingStrategy,
+        "knobs": {},
+        "path": None,
+        **options,
+    }
     slow, stream, mine, knobs, path = (options.pop(name) for name in ("slow", "stream", "mine", "knobs", "path"))
-    size, seen, module = sizes[int(os.environ["RANK"])], Seen(), Lit()
+    size, seen, module = sizes[int(os.environ["RANK"])], Seen(), options.pop("module")
     faults = SpeedFaults(step_seconds=0.006, slow=slow)
     callbacks, meets = [*options.pop("callbacks", []), faults, seen], Meets()
     data = torch.utils.data.DataLoader(Numbers(10**6), batch_size=size) if stream else loader(size)
@@ -156,6 +171,59 @@ def test_free_ranks_meet_after_as_many_samples_of_all_whoever_took_them(slow: di
     assert len(met) == 5
     assert all(0 <= samples - 64 * k < 2 * 4 for k, samples in enumerate(met[:-1], 1))
     assert met[-1] == 36 * 2 * 4
+
+
+class OneHot(Lit):
+    """Each batch of rank r moves coordinate r by one: how far the consensus moves there is what its samples count."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=1.0)
+        self.layer = torch.nn.Linear(int(os.environ["WORLD_SIZE"]), 1, bias=False)  # type: ignore[assignment]
+        torch.nn.init.zeros_(self.layer.weight)  # type: ignore[arg-type]
+        self.moved: list[tuple[int, list[float]]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.seen += batch[0].tolist()
+        return -self.layer.weight[0, self.global_rank]  # type: ignore[index]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def on_validation_end(self) -> None:
+        self.moved.append((len(self.seen), self.layer.weight[0].tolist()))  # type: ignore[index]
+
+
+def weigh(sizes: tuple[int, ...], mine: type[AsyncStrategy], knobs: dict[str, Any]) -> list[tuple[int, list[float]]]:
+    """After how many of this rank's samples the consensus was where, at the meetings behind the first 10 steps."""
+    module = OneHot()
+    streams = {"stream": True, "max_steps": 30, "val_check_interval": 10, "num_sanity_val_steps": 0, **LONG}
+    fit(sizes, {"mine": mine, "knobs": knobs, "module": module, "slow": {0: 4.0}, **streams})
+    return module.moved
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("mine", "knobs"),
+    [
+        (GossipRingStrategy, {}),
+        (GossipRingStrategy, {"mode": "push_sum"}),
+        (GossipRingStrategy, {"mode": "none"}),
+        (CyclicDelayStrategy, {}),
+        (AsyncGlobalStrategy, {"attenuation": "none"}),
+    ],
+    ids=str,
+)
+def test_one_sample_counts_the_same_whatever_the_size_of_its_batch(
+    mine: type[AsyncStrategy], knobs: dict[str, Any]
+) -> None:
+    """A batch of 12 moves the consensus three times as far as one of 4, which also comes from a slow rank: a step of
+    the run takes 16 samples and a step of one, with ddp's learning rate.
+
+    Behind the first meeting: a server knows what others' pushes weigh from their first ones on.
+    """
+    found = run(2, weigh, (4, 12), mine, knobs)
+    for r, moved in enumerate(found):
+        (before, there), (after, here) = moved[0], moved[-1]
+        assert (here[r] - there[r]) / (after - before) == pytest.approx(1 / 16, rel=1e-5)
 
 
 def saves(folder: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def test_the_baseline_is_plain_accumulation() -> None:
     module, options = {"dropout": 0.0, "noisy": 1.0}, {"accumulate_grad_batches": 4}
     piped = run(3, _fit, 3, {"baseline": "sync"}, module, options)
     (plain,) = run(1, _quiet_fit, module, {**options, **PLAIN})
-    close = {"rtol": 1e-4, "atol": 1e-5}
+    close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(torch.tensor(piped[0]["losses"]), torch.tensor(plain["losses"]), **close)
     torch.testing.assert_close(torch.tensor(piped[2]["weights"]), torch.tensor(plain["weights"]), **close)
 
@@ -192,7 +192,7 @@ def test_replicas_stay_equal_and_are_one_pipeline_on_the_joined_batches() -> Non
     assert all(end["weights"] == ends[0]["weights"] for end in ends)
     assert all(end["val"] == ends[0]["val"] for end in ends)
     assert [len(end["losses"]) for end in ends] == [7, 0, 7, 0]
-    close = {"rtol": 1e-4, "atol": 1e-5}
+    close = {"rtol": 1e-5, "atol": 1e-5}
     both = (torch.tensor(ends[0]["losses"]) + torch.tensor(ends[2]["losses"])) / 2
     torch.testing.assert_close(both, torch.tensor(one["losses"]), **close)
     torch.testing.assert_close(torch.tensor(ends[0]["weights"]), torch.tensor(one["weights"]), **close)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from benchmarks.store import Store
 from lightning_async.strategies import waiting
-from lightning_async.strategies.office import CONNECT, FAREWELL_FAILED, Office
+from lightning_async.strategies.office import CONNECT, FAREWELL, FAREWELL_FAILED, Office
+from lightning_async.strategies.waiting import PeerFailedError
 from lightning_async.transport.control import Control
 from lightning_async.transport.mail import Wait
 from tests.transport.far_store import far_store
@@ -65,3 +67,79 @@ def test_who_ended_by_itself_says_good_bye_to_nobody(monkeypatch: pytest.MonkeyP
         assert time.monotonic() - began < FAREWELL_FAILED
         os.kill(host, signal.SIGCONT)
         control.join(BUSY)
+
+
+def _two(port: int) -> tuple[Office, Office]:
+    """The offices of two ranks of one run, who have heard of each other."""
+    offices = Office(**KNOBS), Office(**KNOBS)
+    where: Any = SimpleNamespace(main_address="127.0.0.1", main_port=port)
+    for rank, office in enumerate(offices):
+        office._run = "together"  # else rank 0 draws it and the default group brings it to all
+        office.open(where, rank, 2, torch.device("cpu"), fitting=False)
+    for office in offices:
+        office.drive(_all_there(office))
+    return offices
+
+
+def _all_there(office: Office) -> Wait[None]:
+    while len(office.carrier.live()) < 2:
+        yield "the other one"
+
+
+def _in_its(wait: Callable[[float], None], act: Callable[[], object], lap: int = 3) -> Callable[[float], None]:
+    """`wait`, in whose third lap `act` happens."""
+    laps = iter(range(1, lap + 1))
+
+    def waited(timeout: float) -> None:
+        if next(laps, 0) == lap:
+            act()
+        wait(timeout)
+
+    return waited
+
+
+def test_rank_0_leaves_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may host the store: it waits while another one lives and has said nothing."""
+    left: list[Any] = []
+    with closing(Store()) as store:
+        first, other = _two(store.port)
+
+        def leave() -> None:
+            other.close()
+            left.append(first._members)
+
+        with closing(other), closing(first):
+            carrier = first.carrier
+            monkeypatch.setattr(carrier, "wait", _in_its(carrier.wait, leave))
+            first.close()
+    assert left == [None], "the other one was gone before rank 0 was"
+    assert first._members == other._members == (0, 1)
+
+
+def test_the_others_leave_before_rank_0_has_come_to_its_end() -> None:
+    with closing(Store()) as store:
+        first, other = _two(store.port)
+        with closing(first), closing(other):
+            began = time.monotonic()
+            other.close()
+            assert time.monotonic() - began < FAREWELL
+
+
+def test_a_failed_rank_lingers_until_rank_0_has_heard_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `popen` a child that exits non-zero gets rank 0 killed before it could say what happened."""
+    heard: list[str] = []
+    with closing(Store()) as store:
+        first, other = _two(store.port)
+
+        def hear() -> None:
+            with pytest.raises(PeerFailedError, match="rank 1 stopped: ValueError: bad batch") as told:
+                first.drive(_heard(first))
+            heard.append(str(told.value))
+            first.close()
+
+        with closing(first), closing(other):
+            carrier = other.carrier
+            other.announce(ValueError("bad batch"))
+            monkeypatch.setattr(carrier, "wait", _in_its(carrier.wait, hear))
+            other.close()
+    assert len(heard) == 1

@@ -198,14 +198,34 @@ def test_parameters(lit: type[Lit], sentence: str) -> None:
         trainer(1).fit(lit(), loader(), loader(40, shuffle=False))
 
 
-def test_no_parameters_on_two_ranks() -> None:
+class Elsewhere(nn.Linear):
+    """Wherever the module is moved, this layer goes to a device of its own: here, for want of another one, 'meta'."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return super()._apply(lambda tensor: tensor.to("meta"), recurse)  # type: ignore[no-untyped-call]
+
+
+class Mixed(Lit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Elsewhere(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("lit", "sentence"),
+    [
+        (Nothing, "the module has no trainable parameters"),
+        (Mixed, "all trainable parameters must live on one device, found cpu and meta: move them to one, or freeze"),
+    ],
+)
+def test_parameters_on_two_ranks(lit: type[Lit], sentence: str) -> None:
     """Each finds out by itself, and neither waits for the other."""
-    with ranks.Forked(2, fit_unmade, Nothing, "gossip_ring") as forked:
+    with ranks.Forked(2, fit_unmade, lit, "gossip_ring") as forked:
         results = forked.results(20.0)
     assert "ValueError" in {result.kind for result in results}
     for result in results:
         assert result.kind in ("ValueError", "PeerFailedError"), result.trace
-        assert "the module has no trainable parameters" in result.error
+        assert sentence in result.error
 
 
 class Lazy(Lit):

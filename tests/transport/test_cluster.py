@@ -451,7 +451,7 @@ def test_a_killed_member_is_buried(mixed: tuple[list[ClusterCarrier], int]) -> N
     assert a.post(1, Message(KIND)), "the others go on"
     begin = time.monotonic()
     a.close()
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 1, "no wait of it ran out, and of those the control thread's is the shortest"
 
 
 def test_a_stopped_member_costs_nobody_anything(mixed: tuple[list[ClusterCarrier], int]) -> None:
@@ -473,4 +473,4 @@ def test_a_stopped_member_costs_nobody_anything(mixed: tuple[list[ClusterCarrier
     os.kill(pid, signal.SIGSTOP)
     begin = time.monotonic()
     a.close()
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 1, "no wait of it ran out, and of those the control thread's is the shortest"
