@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -116,24 +119,42 @@ class LogsLater(Lit):
         self.log("train", outputs["loss"], on_step=True)
 
 
-def _compiled(what: str) -> Any:
+class Own(nn.Sequential):
+    """A layer of the user's: of torch's own `nn.Sequential` dynamo compiles nothing by `layer.compile()`."""
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x)
+
+
+def _compiled(what: str, backend: str, cache: Path) -> Any:
+    from torch._inductor import config  # takes a second
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    config.compile_threads, config.cpp_cache_precompile_headers = 1, False  # those lie elsewhere, wherever the cache is
     lit = Lit() if what == "layer" else LogsLater()
     before = weights(lit)
     if what == "layer":
-        lit.layer.compile(backend="aot_eager")
+        lit.layer = Own(*lit.layer)
+        lit.layer.compile(backend=backend)
         _fit(lit)
     else:
-        _fit(torch.compile(lit, backend="aot_eager"))  # type: ignore[arg-type]  # Lightning takes what it makes
-    return weights(lit) != before, weights(lit)
+        _fit(torch.compile(lit, backend=backend))  # type: ignore[arg-type]  # Lightning takes what it makes
+    from torch._dynamo.utils import counters
+
+    return weights(lit) != before, counters["stats"]["unique_graphs"] > 0, weights(lit)
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("what", ["layer", "module"])
+@pytest.mark.parametrize(("what", "backend"), [("layer", "aot_eager"), ("module", "aot_eager"), ("layer", "inductor")])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_torch_compile(what: str) -> None:
-    first, second = run(2, _compiled, what, timeout=90)
+def test_torch_compile(what: str, backend: str, tmp_path: Path) -> None:
+    """`"inductor"` is the default: a dozen seconds of a C++ compiler's."""
+    if backend == "inductor" and shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
+        pytest.skip(f'backend="inductor" needs a C++ compiler, and there is no {compiler}')
+    first, second = run(2, _compiled, what, backend, tmp_path, timeout=300 if backend == "inductor" else 90)
     assert first == second
-    assert first[0]
+    assert first[:2] == (True, True)
+    assert bool([*tmp_path.rglob("*.so")]) == (backend == "inductor")
 
 
 def _breaks_views() -> Any:

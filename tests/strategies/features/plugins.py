@@ -141,7 +141,8 @@ ELSEWHERE: list[Row] = [
         "compile",
         "a compiled module, or a layer of one",
         Verdict.WORKS,
-        'tried with `backend="aot_eager"` (`"inductor"`, the default, needs a compiler). `self.log` in a compiled '
+        'tried with `backend="aot_eager"`, and a layer with `"inductor"`, the default, which needs a C++ compiler. Of '
+        "`nn.Sequential` itself `layer.compile()` compiles nothing in torch 2.13. `self.log` in a compiled "
         "`training_step` fails in torch 2.13, whatever the strategy: log in `on_train_batch_end`",
         "strategies/test_features.py::test_torch_compile",
     ),
