@@ -1,8 +1,8 @@
-"""One seed of `accuracy` on real processes: the same samples, weights and learning rate, through the Trainer.
+"""Seeds of `accuracy` on real processes: the same samples, weights and learning rate, through the Trainer.
 
-    limit     `ddp` on processes, which takes the same batches as `ddp` in one process: the two rows must agree
-    control   mode="none": replicas that never talk, averaged once at the end
-    virtual   the same seed on the virtual cluster, whose order of messages is another one: near, not equal
+    limit     `ddp`, whose first seed is also run on processes: it takes the same batches there, so the two must agree
+    control   mode="none": replicas that never talk, averaged once at the end; the first seed alone
+    virtual   the same seeds on the virtual cluster, whose order of messages is another one: near, not equal
 
 One meeting, at the end of the one epoch: all samples of all passes are one stream in the seed's order, which ranks
 claim in chunks. A step is as long on each fast rank, and 4x as long on the last.
@@ -10,9 +10,12 @@ claim in chunks. A step is as long on each fast rank, and 4x as long on the last
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,81 +23,93 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from benchmarks.accuracy import asynchronous, ddp, factors
+from benchmarks.accuracy import LOSS_MARGIN, POINTS_MARGIN, Compared, Run, asynchronous, ddp, factors
 from benchmarks.launch import Ranks
-from benchmarks.subject import NONE, Knobs, made
+from benchmarks.subject import GOSSIP, NONE, Knobs, made
 from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.tasks import Score, Task, characters, digits
 from lightning_async import SpeedFaults
 
 N = 4
 SLOW = 4.0
-SEED = 0
+SEEDS = 6
 LIMIT = 600.0  # seconds that a run may take
-VARIANTS: Mapping[str, Knobs | None] = {"ddp": None, "gossip_ring": {}, "none": NONE}
+VARIANTS: Mapping[str, Knobs | None] = {"ddp": None, GOSSIP: {}, "none": NONE}
 ROLES = {"ddp": Role.LIMIT, "none": Role.CONTROL}
 TASKS: Mapping[str, tuple[Callable[[], Task], float]] = {"digits": (digits, 0.01), "characters": (characters, 0.04)}
 """Each with the emulated seconds of a fast step: more than its compute, on few cores too."""
 
 
-def run(quick: bool) -> Table:
-    """Every variant on processes and, beside it, in one."""
+def run(quick: bool, seeds: int = SEEDS) -> Table:
+    """`gossip_ring` with all seeds on processes, the others with the first, and beside each the same in one process."""
     rows: list[Row] = []
     claims: list[Claim] = []
+    every = range(1 if quick else seeds)
     for name in ["digits"] if quick else TASKS:
-        task, found = TASKS[name][0](), {variant: _on_processes(name, knobs) for variant, knobs in VARIANTS.items()}
-        for variant, score in found.items():
-            virtual = _in_one(task, VARIANTS[variant])
-            rows.append(
-                Row(f"{name}: {variant}", ROLES.get(variant, Role.RESULT), _cells(score, virtual, found["ddp"]))
-            )
-        claims += _claims(name, found)
-    notes = [f"seed {SEED}; loss %, points: against `ddp` on processes, of one seed: no interval"]
-    return Table(f"One seed on {N} processes, one {SLOW:g}x slow, equal samples", rows, claims, notes)
+        task = TASKS[name][0]()
+        found = {
+            variant: [_on_processes(name, knobs, seed) for seed in (every if variant == GOSSIP else every[:1])]
+            for variant, knobs in VARIANTS.items()
+        }
+        virtual = {variant: [_in_one(task, knobs, seed) for seed in every] for variant, knobs in VARIANTS.items()}
+        for variant, runs in found.items():
+            rows.append(Row(f"{name}: {variant}", ROLES.get(variant, Role.RESULT), _cells(runs, virtual, variant)))
+        claims += _claims(name, found, virtual["ddp"])
+    notes = [
+        f"gossip_ring: {len(every)} seeds, the others on processes: the first. Virtual: the mean of the same seeds.",
+        "loss %, points: paired difference to `ddp` of the same seeds, with bootstrap 95 % intervals.",
+    ]
+    return Table(f"Seeds on {N} processes, one {SLOW:g}x slow, equal samples", rows, claims, notes)
 
 
-def _cells(score: Score, virtual: Score, baseline: Score) -> dict[str, Cell]:
+def _cells(runs: Sequence[Run], virtual: Mapping[str, Sequence[Run]], variant: str) -> dict[str, Cell]:
+    count = len(runs)
+    compared = Compared.of(runs, virtual["ddp"][:count])
     return {
-        "loss": score.loss,
-        "accuracy %": 100 * score.accuracy,
-        "loss, virtual": virtual.loss,
-        "accuracy %, virtual": 100 * virtual.accuracy,
-        "loss %": round(100 * (score.loss / baseline.loss - 1), 2),
-        "points": round(100 * (score.accuracy - baseline.accuracy), 2),
+        "loss": fmean(one.score.loss for one in runs),
+        "loss, virtual": fmean(one.score.loss for one in virtual[variant][:count]),
+        "accuracy %": 100 * fmean(one.score.accuracy for one in runs),
+        "accuracy %, virtual": 100 * fmean(one.score.accuracy for one in virtual[variant][:count]),
+        "loss %": str(compared.loss),
+        "points": str(compared.points),
+        "seeds": count,
     }
 
 
-def _claims(name: str, found: Mapping[str, Score]) -> list[Claim]:
-    mine, theirs, control = (found[variant] for variant in ("gossip_ring", "ddp", "none"))
-    points, percent = 100 * (mine.accuracy - theirs.accuracy), 100 * (mine.loss / theirs.loss - 1)
-    near = points >= -0.5 if name == "digits" else percent <= 1.0
-    margin = f"0.5 points of ddp: {points:+.2f}" if name == "digits" else f"1 % of the loss of ddp: {percent:+.2f} %"
+def _claims(name: str, found: Mapping[str, Sequence[Run]], theirs: Sequence[Run]) -> list[Claim]:
+    mine, control, (first, *_) = found[GOSSIP], found["none"][0].score, theirs
+    compared, exact = Compared.of(mine, theirs), found["ddp"][0].score
+    near = compared.points.mean >= -POINTS_MARGIN if name == "digits" else compared.loss.mean <= LOSS_MARGIN
+    margin = f"0.5 points of ddp: {compared.points}" if name == "digits" else f"1 % of ddp's loss: {compared.loss} %"
+    same = math.isclose(exact.loss, first.score.loss, rel_tol=1e-3)
     return [
-        Claim(f"{name}: gossip_ring within {margin}", near),
-        Claim(f"{name}: gossip_ring has a lower loss than the control", mine.loss < control.loss),
+        Claim(f"{name}: ddp on processes is ddp in one: loss {exact.loss:.4f} and {first.score.loss:.4f}", same),
+        Claim(f"{name}: gossip_ring on average within {margin}", near),
+        Claim(f"{name}: gossip_ring has a lower loss than the control", mine[0].score.loss < control.loss),
     ]
 
 
-def _in_one(task: Task, knobs: Knobs | None) -> Score:
+def _in_one(task: Task, knobs: Knobs | None, seed: int) -> Run:
     torch.set_num_threads(1)
-    return ddp(task, SEED, N).score if knobs is None else asynchronous(task, SEED, knobs, factors(N, SLOW)).score
+    return ddp(task, seed, N) if knobs is None else asynchronous(task, seed, knobs, factors(N, SLOW))
 
 
 # -- on processes -----------------------------------------------------------------------------------------------------
 
 
-def _on_processes(name: str, knobs: Knobs | None) -> Score:
-    with Ranks(train, N, arguments={"name": name, "knobs": knobs}) as ranks:
+def _on_processes(name: str, knobs: Knobs | None, seed: int) -> Run:
+    print(f"  {name}: {knobs}, seed {seed}", file=sys.stderr, flush=True)
+    with Ranks(train, N, arguments={"name": name, "knobs": knobs, "seed": seed}) as ranks:
         scores = [Score(**value) for value in ranks.values(timeout=LIMIT)]
     if len(set(scores)) > 1:
         raise RuntimeError(f"the ranks ended unequal: {scores}")
-    return scores[0]
+    return Run(scores[0])
 
 
-def train(name: str, knobs: dict[str, Any] | None) -> dict[str, float]:
+def train(name: str, knobs: dict[str, Any] | None, seed: int) -> dict[str, float]:
     """One rank: its consensus' score."""
     make, step = TASKS[name]
-    module = Module(make())
+    module = Module(make(), seed)
     trainer = Trainer(
         accelerator="cpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
@@ -108,7 +123,7 @@ def train(name: str, knobs: dict[str, Any] | None) -> dict[str, float]:
         enable_checkpointing=False,
         logger=False,
     )
-    order = torch.cat(module.task.batches(SEED, N))
+    order = torch.cat(module.task.batches(seed, N))
     data = TensorDataset(order)
     # Lightning's own would shuffle
     sampler: Any = DistributedSampler(data, N, int(os.environ["RANK"]), shuffle=False) if knobs is None else None
@@ -119,9 +134,9 @@ def train(name: str, knobs: dict[str, Any] | None) -> dict[str, float]:
 class Module(LightningModule):
     """A task for the Trainer."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, seed: int) -> None:
         super().__init__()
-        self.task, self.model = task, task.model(SEED)
+        self.task, self.model = task, task.model(seed)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """The loss of these samples."""
