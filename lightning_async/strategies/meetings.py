@@ -34,8 +34,8 @@ class Meetings(Callback):
         self._foreseen = 0  # batches of this epoch, as the bar says
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Whatever an earlier fit was in the middle of."""
-        self._drew = False
+        """Whatever an earlier fit was in the middle of, and foresaw."""
+        self._drew, self._foreseen = False, 0
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Free again; foresee the epoch's end now and then. What the last step sends leaves beside this compute."""
