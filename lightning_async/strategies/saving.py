@@ -31,6 +31,7 @@ class Saving(Collectives):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """The consensus, and beside it what each rank has of its own. Between meetings there is none: say so."""
         if self.meeting and self.checkpoints.holds_all(checkpoint):
+            self.checkpoints.before_save()
             self.together(self.checkpoints.save(checkpoint, filepath, storage_options))
             return
         if not self.meeting and self.office.is_open:
