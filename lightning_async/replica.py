@@ -106,7 +106,7 @@ class Replica:
         self._rounded.carry_over()
 
     def widened(self, parameters: Iterable[Tensor], *, gradients: bool = True) -> AbstractContextManager[None]:
-        """A block in which those `parameters` that are narrow are their parts of the flat vector (`Rounded.widened`)."""
+        """A block in which those `parameters` that are narrow are their parts of the vector (`Rounded.widened`)."""
         return self._rounded.widened(parameters, gradients=gradients)
 
     @property

@@ -301,7 +301,7 @@ class AsyncStrategy(Shown):
         return meets
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """An optimizer takes a state in the precision of its parameters: narrow ones are as wide as they are stepped."""
+        """An optimizer takes a state in its parameters' precision: narrow ones are as wide as in a step."""
         parameters = [p for one in self.optimizers for group in one.param_groups for p in group["params"]]
         with self.replica.widened(parameters, gradients=False):
             super().load_optimizer_state_dict(checkpoint)

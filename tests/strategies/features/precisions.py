@@ -34,8 +34,8 @@ def precisions(folder: Path) -> dict[str, Any]:
 
 HALF = (
     "exchanged, averaged and stepped in float32: no step is too small to count, as one by less than half a place is "
-    "under `ddp`. The weights hold the rounding of that, which costs 4 bytes a parameter, and what the optimizer remembers "
-    "is float32"
+    "under `ddp`. The weights hold the rounding of that, which costs 4 bytes a parameter, and what the optimizer "
+    "remembers is float32"
 )
 
 
