@@ -93,7 +93,13 @@ class Stepping:
         return {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None}
 
     def look_at(self, optimizers: list[Optimizer]) -> None:
-        """These are the run's optimizers."""
+        """These are the run's optimizers. What one has made in the precision of half-precision weights is as wide as its
+        steps from here on."""
+        replica = self._strategy.replica
+        for optimizer in optimizers:
+            if replica.narrow and optimizer.state:
+                with replica.widened(_parameters(optimizer), gradients=False):
+                    optimizer.load_state_dict(optimizer.state_dict())
         self._moments = {id(o): SecondMoment(o) for o in optimizers if SecondMoment.concerns(o)}
 
     def moment(self, optimizer: Optimizer) -> SecondMoment | None:

@@ -22,6 +22,7 @@ RATE = 1e-6
 MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, lr=RATE, momentum=0.9),
     "adam": partial(torch.optim.AdamW, lr=RATE),
+    "adagrad": partial(torch.optim.Adagrad, lr=RATE),  # which makes its state before it has seen a gradient
 }
 
 
@@ -134,7 +135,7 @@ def _steps(kind: type[Small], make: Callable[..., torch.optim.Optimizer], option
     }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize(
     ("kind", "options"),
@@ -156,6 +157,7 @@ def test_they_go_where_a_float32_twin_goes_that_has_the_same_gradients(
         assert values == pytest.approx(end["start"][parameter], abs=1e-3), "far below a place"
     assert end["shown"]
     assert end["states"] == end["twins states"]
+    assert {dtype for dtype, _ in _tensors(end["states"])} == {FP32}
     assert end["gradients"] == {BF16}, "clipping, and whoever looks, sees those of the weights"
     if options.get("gradient_clip_val") == 0.5:
         assert 0.45 < end["norm"] <= 0.5 * (1 + 2**-6)

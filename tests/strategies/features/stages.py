@@ -199,8 +199,8 @@ RESUMED = Scene(
             "ckpt_path",
             'of `fit`: "registry"',
             lambda a, b: alike(a["registry"], b["registry"]) and a["registry"].global_step == 2 * STEPS,
-            "tried with a stand-in for the package litmodels. As under `ddp` the other ranks of a host do not wait for the "
-            "first one's download: let it be there before",
+            "tried with a stand-in for the package litmodels. As under `ddp` the other ranks of a host do not wait for "
+            "the first one's download: let it be there before",
         ),
         works(
             "model_registry",
