@@ -129,7 +129,8 @@ def wider_state(optimizer: Optimizer, dtype: torch.dtype) -> int:
     except Exception:  # it is the user's, and may need whatever it likes
         return 0
     parameters = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-    return kept * sum(p.numel() * max(0, dtype.itemsize - p.dtype.itemsize) for p in parameters)
+    more: int = sum(p.numel() * max(0, dtype.itemsize - p.dtype.itemsize) for p in parameters)
+    return kept * more
 
 
 def account(

@@ -104,7 +104,7 @@ def mean_of_all(
     vectors = [(_vector(layout, _gradients(state, dtype), dtype), state.get("mass", 1)) for state in states]
     mine = combined(vectors, "mean") if vectors else _vector(layout, {}, dtype)
     (mean,), _ = yield from strategy.office.rounds.exchange(mine, "mean", weight=sum(mass for _, mass in vectors))
-    values, there = mean[: -len(layout)].split([p.numel() for p in layout.values()]), mean[-len(layout) :]
+    *values, there = torch.split(mean, [p.numel() for p in layout.values()] + [len(layout)])
     found = zip(layout.items(), values, there.tolist(), strict=True)
     return {name: value.view(p.shape).clone() for (name, p), value, part in found if part}, lost
 

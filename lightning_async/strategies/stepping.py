@@ -93,8 +93,8 @@ class Stepping:
         return {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None}
 
     def look_at(self, optimizers: list[Optimizer]) -> None:
-        """These are the run's optimizers. What one has made in half precision, as its weights are, is as wide as its steps
-        from here on."""
+        """These are the run's optimizers. A state that one has made in half precision is as wide as its steps from here
+        on."""
         replica = self._strategy.replica
         for optimizer in optimizers:
             if replica.narrow and optimizer.state:
