@@ -7,10 +7,12 @@ what the package keeps while it is offline; of Lightning's own service there is 
 from __future__ import annotations
 
 import json
+import os
+import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -49,20 +51,33 @@ def _mlflow(logger: Any, folder: Path) -> list[float]:
 
 def _wandb(logger: Any, folder: Path) -> list[float]:
     import wandb
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    from wandb.proto.wandb_internal_pb2 import Record
 
-    wandb.finish(quiet=True)
+    wandb.finish()
     wandb.teardown()
     (file,) = folder.rglob("*.wandb")
-    store, found = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
+    found = []
+    for data in _of_leveldb(file.read_bytes()):
+        record = Record()
         record.ParseFromString(data)
         items = {".".join(one.nested_key) or one.key: one.value_json for one in record.history.item}
-        found += [json.loads(items["val"])] * ("val" in items)
+        found += [json.loads(value) for key, value in items.items() if key == "val"]
     return found
+
+
+def _of_leveldb(log: bytes) -> Iterator[bytes]:
+    """The entries of a log of LevelDB's: blocks of pieces, each with a sum, a length, and whether more follows."""
+    at, block, entry = 7, 1 << 15, b""
+    while at < len(log):
+        if block - at % block < 7:  # no room for another head
+            at += block - at % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", log, at)
+        entry += log[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield entry
+            entry = b""
 
 
 def _comet(logger: Any, folder: Path) -> list[float]:
@@ -109,15 +124,23 @@ def _lit(logger: Any, folder: Path) -> list[float]:
     return list(logger.experiment["val"])
 
 
+def _mlflow_logger(folder: Path) -> Any:
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    return loggers.MLFlowLogger(save_dir=str(folder))
+
+
+def _comet_logger(folder: Path) -> Any:
+    os.environ["COMET_START_ONLINE"] = "0"  # with `online=False` Lightning switches the experiment off
+    return loggers.CometLogger(offline_directory=str(folder))
+
+
 KINDS = {
     "TensorBoardLogger": Kind(
         "tensorboard", lambda folder: loggers.TensorBoardLogger(folder, name="", version=""), _tensorboard
     ),
-    "MLFlowLogger": Kind("mlflow", lambda folder: loggers.MLFlowLogger(save_dir=str(folder)), _mlflow),
+    "MLFlowLogger": Kind("mlflow", _mlflow_logger, _mlflow),
     "WandbLogger": Kind("wandb", lambda folder: loggers.WandbLogger(save_dir=folder, offline=True), _wandb),
-    "CometLogger": Kind(
-        "comet_ml", lambda folder: loggers.CometLogger(online=False, offline_directory=str(folder)), _comet
-    ),
+    "CometLogger": Kind("comet_ml", _comet_logger, _comet),
     "LitLogger": Kind("", _lit_logger, _lit),
 }
 
@@ -144,7 +167,7 @@ def _logs(name: str, folder: Path) -> dict[str, Any]:
         t.fit(lit, loader(), loader(40, shuffle=False))
         read = kind.read(logger, own) if rank() == 0 else []
     files = {path: path.read_bytes() for path in own.rglob("*") if path.is_file()}
-    wrote = any("val" in path.name or b"val" in content for path, content in files.items())
+    wrote = any("train_epoch" in path.name or b"train_epoch" in content for path, content in files.items())
     return {"validated": validated.found, "read": read, "wrote": wrote, "weights": weights(lit)}
 
 

@@ -187,11 +187,11 @@ LOGS = Scene(
 )
 
 OTHERS = {
-    "TensorBoardLogger": "rank 0 alone writes",
-    "MLFlowLogger": "rank 0 alone writes; tried with a folder",
-    "WandbLogger": "rank 0 alone writes; tried with `offline=True`",
-    "CometLogger": "rank 0 alone writes; tried with `online=False`",
-    "LitLogger": "rank 0 alone writes; tried with a stand-in for its service",
+    "TensorBoardLogger": "rank 0 alone writes; read back with tensorboard 2.21",
+    "MLFlowLogger": "rank 0 alone writes; read back with mlflow 3.17, from a folder",
+    "WandbLogger": "rank 0 alone writes; read back with wandb 0.31, offline",
+    "CometLogger": "rank 0 alone writes; read back with comet_ml 3.58, offline",
+    "LitLogger": "rank 0 alone writes; tried with a stand-in for its package and service",
 }
 ELSEWHERE: list[Row] = [
     shown(name, "", Verdict.WORKS, words, "strategies/test_other_loggers.py::test_rank_0_alone_writes_what_was_logged")
