@@ -199,8 +199,8 @@ RESUMED = Scene(
             "a checkpoint",
             "resumed by another number of ranks",
             Verdict.DIFFERS,
-            "from the consensus, with a warning; to its first step each rank adds the mean of the gradients that were added "
-            "up to one still to come",
+            "from the consensus, with a warning; to its first step each rank adds the mean of the gradients that were "
+            "added up to one still to come",
             "strategies/test_added_up.py::test_another_world_adds_the_mean_of_what_all_had_added_up_to_its_first_step",
         ),
         works(

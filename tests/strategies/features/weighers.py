@@ -106,7 +106,8 @@ AVERAGING = Scene(
             "BaseFinetuning",
             "behind a validation in mid-epoch",
             Verdict.WORKS,
-            "in `on_validation_end`; what `ModelCheckpoint` saves behind it at the same meeting goes on with what is thawed",
+            "in `on_validation_end`; what `ModelCheckpoint` saves behind it at the same meeting goes on with what is "
+            "thawed",
             "strategies/test_thaws_in_mid_epoch.py::test_what_is_saved_behind_the_thaw_goes_on_to_the_bit",
         ),
         works(
