@@ -50,9 +50,8 @@ class Collectives(DDPStrategy):
         """All ranks of this attempt find each other, and none of an earlier one. Lightning leaves what is there."""
         with by(self.office.interface):
             if (at := self.cluster_environment) is not None:
-                if isinstance(
-                    at, (UnevenNodesEnvironment, UnevenSLURMEnvironment)
-                ):  # whom not every launcher has asked
+                # not every launcher has asked these whether they have a place for each rank
+                if isinstance(at, (UnevenNodesEnvironment, UnevenSLURMEnvironment)):
                     at.validate_settings(self.num_processes, self.num_nodes)
                 me, world, backend = at.global_rank(), at.world_size(), self.process_group_backend
                 place = at.main_address, at.main_port
