@@ -80,7 +80,12 @@ class SavesPending(Saves):
 
 
 def _fit(
-    n: int, kind: type[Straight], scale: bool, save: tuple[str, tuple[int, ...]] | None, path: str | None
+    n: int,
+    kind: type[Straight],
+    scale: bool,
+    save: tuple[str, tuple[int, ...]] | None,
+    path: str | None,
+    sizes: tuple[int, ...] = (2, 2, 2, 2),
 ) -> dict[str, Any]:
     """A run that saves at a batch of each rank's own, or one that goes on, or both."""
     module, callbacks = kind(), list[L.Callback]([SpeedFaults(step_seconds=0.001)])
@@ -94,7 +99,7 @@ def _fit(
     carried = look_when_put_back(t, lambda t: t.strategy.stepping.state_dict()["carried"])  # type: ignore[attr-defined]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        t.fit(module, DataLoader(TensorDataset(SAMPLES), batch_size=2), ckpt_path=path)
+        t.fit(module, DataLoader(TensorDataset(SAMPLES), batch_size=sizes[rank()]), ckpt_path=path)
     return {
         "steps": module.steps,
         "pending": callbacks[-1].pending.tolist() if isinstance(callbacks[-1], SavesPending) else None,
@@ -151,13 +156,22 @@ def test_under_fp16s_scaler_each_rank_had_a_scale_of_its_own(kind: type[Straight
         assert steps_with(one, mean(saved))
 
 
+def test_who_has_larger_batches_weighs_more(tmp_path: Path) -> None:
+    """Each sample counts the same."""
+    path = str(tmp_path / "x.ckpt")
+    one, other = run(2, _fit, 2, Straight, False, (path, (4, 5)), None, (2, 6))
+    small, large = (torch.tensor(rank["pending"], dtype=torch.float32) for rank in (one, other))
+    (end,) = run(1, _fit, 1, Straight, False, None, path)
+    torch.testing.assert_close(torch.tensor(end["carried"]["w"]), (small + 3 * large) / 4, rtol=0, atol=1e-6)  # sixths
+
+
 @pytest.mark.few(1)
 @pytest.mark.parametrize("again", [1, 2])
 def test_what_waits_for_its_step_is_saved_once_more(again: int, tmp_path: Path) -> None:
     """By the same world: each goes on with its own, to the bit; by another: with the mean of both."""
     one, other = str(tmp_path / "x.ckpt"), str(tmp_path / "y.ckpt")
     saved = run(2, _fit, 2, Straight, False, (one, (4, 5)), None)
-    ((middle),) = run(1, _fit, 1, Straight, False, (other, (5,)), one)
+    (middle,) = run(1, _fit, 1, Straight, False, (other, (5,)), one)
     assert any(middle["pending"])
     for end in run(again, _fit, again, Straight, False, None, other):
         if again == 1:
