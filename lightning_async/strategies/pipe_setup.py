@@ -102,7 +102,8 @@ class PipeSetup(PipeBatches):
             self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=self.fitting
         )
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
-        self.closing = self.begun = self.halted = self.at_home = self._stop = self._requeue = False
+        self.closing = self.begun = self.halted = self.at_home = self._stop = False
+        self._requeue.forget()
         self.office.flags.patient = lambda: self.closing or self.begun
         if self.fitting:
             self._leash.replace("fit_loop._iteration_based_training", lambda: False)
