@@ -259,7 +259,8 @@ class Office:
         if self.flags.unheard:  # nor is this one
             return everybody
         stopped = self.flags.failed is not None or carrier.decided("abort") is not None
-        end = carrier.now() + (FAREWELL_FAILED if stopped else FAREWELL)
+        soon = stopped or self.flags.told_to_end  # a SIGKILL follows: who could not come within the grace may not now
+        end = carrier.now() + (FAREWELL_FAILED if soon else FAREWELL)
         while carrier.now() < end and (carrier.failed is None or carrier.fault is not None):
             gone = [r for r in everybody if r not in carrier.members()]
             for rank in gone:
