@@ -324,8 +324,9 @@ class AsyncStrategy(Shown):
             self.alone, self.apart = True, False
 
     def close_in_order(self) -> None:
-        """The run was told to end, all have met: stop here, with the meeting open for those who save."""
-        self._closing = True
+        """The run was told to end, all have met: stop here, with the meeting open for those who save. Not where one has
+        left, whose grace was over: what the others have is no consensus of all."""
+        self._closing = not self.office.is_left
         raise SIGTERMException()
 
     def on_train_end(self) -> None:

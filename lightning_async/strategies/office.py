@@ -205,6 +205,12 @@ class Office:
         speakers = {ranks[0] for ranks in self.ranks_of_members}
         return next((rank for rank in members if rank in speakers), members[0])
 
+    @property
+    def is_left(self) -> bool:
+        """Whether a rank has left the run that did not die."""
+        gone = set(self._members or range(self.carrier.world)).difference(self.carrier.members())
+        return bool(gone.difference(self.carrier.deaths))
+
     def check_network(self, nodes: int) -> None:
         """Refuse a network by which the others cannot be reached, before anybody waits for them."""
         check_network(self.interface, nodes=nodes)
