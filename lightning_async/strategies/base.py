@@ -61,6 +61,7 @@ from lightning_async.strategies.refusals import (
     refuse_run,
     refuse_unmade,
 )
+from lightning_async.strategies.saving import put_aside_on_exceptions
 from lightning_async.strategies.shown import Shown
 from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.stepping import Stepping
@@ -177,6 +178,7 @@ class AsyncStrategy(Shown):
         if fitting:
             self.clock.take(trainer)
             self.clock.hold(trainer, self._leash, lambda: self.meeting)
+            put_aside_on_exceptions(trainer, self._leash, self)
             miss_no_step(trainer, self._leash)
 
     def setup(self, trainer: Trainer) -> None:
@@ -333,8 +335,9 @@ class AsyncStrategy(Shown):
         self._replica = self.consensus.renewed()
 
     def close_in_order(self) -> None:
-        """The run was told to end, all have met: stop here, with the meeting open for those who save."""
-        self._closing = True
+        """The run was told to end, all have met: stop here, with the meeting open for those who save. Not where one has
+        left, whose grace was over: what the others have is no consensus of all."""
+        self._closing = not self.office.is_left
         raise SIGTERMException()
 
     def on_train_end(self) -> None:

@@ -89,6 +89,10 @@ class Checkpoints:
         mine: str = os.fspath(filepath)
         return self._agreed.get(mine, mine)
 
+    def lie_at(self, filepath: Any) -> bool:
+        """Whether all ranks have saved there, in this run or an earlier one."""
+        return self._files.lie_at(self._strategy.checkpoint_io, self.agreed(filepath))
+
     def behind(self, remove: Callable[[], object]) -> None:
         """Remove something when all that was to be written before is there."""
         self._late.behind(remove)

@@ -119,7 +119,7 @@ class Clock:
         advance_end = leash.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", batch_over)
         epoch_end = leash.wrap(trainer.fit_loop, "on_advance_end", epoch_over)
         leash.replace("fit_loop._iteration_based_training", lambda: False)
-        self._requeue = leash.replace("_signal_connector._slurm_sigusr_handler_fn", self._wishes.want_requeue)
+        self._requeue = leash.replace("_signal_connector._slurm_sigusr_handler_fn", self._wishes.requeue.hear)
         for callback in compat.callbacks(trainer):
             if isinstance(callback, (ModelCheckpoint, Timer)):
                 ask_at_meetings(leash, callback, meeting, lambda: self.validating, self._passed)
@@ -192,7 +192,8 @@ class Clock:
         if self.progress is not None:
             self._fitted = self.progress.agreed, self.progress.n, self.progress.taken
         self.progress, self.empty = None, ()
-        self.ended = self.over = self._wishes.requeue = self._wishes.stop = False
+        self.ended = self.over = self._wishes.stop = False
+        self._wishes.requeue.forget()
         self.closing.forget()
 
     def _earlier(self, trainer: Trainer, n: int) -> tuple[Tally, Tally]:
@@ -326,7 +327,7 @@ class Clock:
 
     def requeued(self, trainer: Trainer) -> None:
         """Save and ask for a new place in the queue, as Lightning would have done in the signal handler."""
-        self._wishes.requeue = False
+        self._wishes.requeue.answer()
         if self.progress is not None:
             self.progress.wishes &= ~Wish.REQUEUE  # said or not: it is done
         compat.requeue(trainer, self._requeue)

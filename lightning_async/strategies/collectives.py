@@ -33,13 +33,14 @@ class Collectives(DDPStrategy):
         office: This rank's place in the run.
         alone: Whether this rank goes on by itself.
         apart: Whether tensors are not reduced for a while, since not all have them.
+        aside: Whether what is saved now is one rank's on its way out, and goes under a name that says so.
         timeout: How long ranks that start may wait for each other.
     """
 
     name = "async"
     office: Office
     timeout: timedelta
-    alone = apart = False
+    alone = apart = aside = False
 
     @property
     def meeting(self) -> bool:

@@ -205,6 +205,12 @@ class Office:
         speakers = {ranks[0] for ranks in self.ranks_of_members}
         return next((rank for rank in members if rank in speakers), members[0])
 
+    @property
+    def is_left(self) -> bool:
+        """Whether a rank has left the run that did not die."""
+        gone = set(self._members or range(self.carrier.world)).difference(self.carrier.members())
+        return bool(gone.difference(self.carrier.deaths))
+
     def check_network(self, nodes: int) -> None:
         """Refuse a network by which the others cannot be reached, before anybody waits for them."""
         check_network(self.interface, nodes=nodes)
@@ -259,7 +265,8 @@ class Office:
         if self.flags.unheard:  # nor is this one
             return everybody
         stopped = self.flags.failed is not None or carrier.decided("abort") is not None
-        end = carrier.now() + (FAREWELL_FAILED if stopped else FAREWELL)
+        soon = stopped or self.flags.told_to_end  # a SIGKILL follows: who could not come within the grace may not now
+        end = carrier.now() + (FAREWELL_FAILED if soon else FAREWELL)
         while carrier.now() < end and (carrier.failed is None or carrier.fault is not None):
             gone = [r for r in everybody if r not in carrier.members()]
             for rank in gone:

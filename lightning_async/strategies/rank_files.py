@@ -51,6 +51,10 @@ class RankFiles:
         """`save` failed: clear away what was written of it."""
         self._clear(io, path, keep=set(self._known(io, path)) - {save})
 
+    def lie_at(self, io: CheckpointIO, path: str) -> bool:
+        """Whether the index names a save."""
+        return bool(self._known(io, path))
+
     def remove(self, io: CheckpointIO, path: str) -> None:
         """The checkpoint is gone: clear all of its saves away."""
         self._clear(io, path, keep=set())

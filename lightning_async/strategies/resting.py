@@ -21,6 +21,7 @@ from lightning_async.progress.tally import ZERO
 from lightning_async.strategies import compat, words
 from lightning_async.strategies.logbook import Logbook
 from lightning_async.strategies.pipe_saving import PipeSaving
+from lightning_async.strategies.wishes import Requeue
 
 
 class Resting(PipeSaving):
@@ -33,12 +34,12 @@ class Resting(PipeSaving):
     """
 
     rested = closing = begun = False
-    _stop = _requeue = False
+    _stop = False
     _entered = ZERO
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._logbook = Logbook()
+        self._logbook, self._requeue = Logbook(), Requeue()
 
     def rest(self, *, drain: bool = False) -> None:
         """All stages are after the same batch; all know what the last one logged, and whether to stop."""
@@ -84,13 +85,9 @@ class Resting(PipeSaving):
             self._logbook.met(self.trainer, self.counts)
 
     def hear_requeue(self, leash: compat.Leash) -> None:
-        """SLURM's signal sets a flag: in its handler nobody may wait for the others."""
-
-        def want_requeue(*signal: object) -> None:
-            self._requeue = True
-
+        """SLURM's signal is only counted: in its handler nobody may wait for the others."""
         self._save_and_requeue: Callable[..., Any] = leash.replace(
-            "_signal_connector._slurm_sigusr_handler_fn", want_requeue
+            "_signal_connector._slurm_sigusr_handler_fn", self._requeue.hear
         )
 
     def keep_stop(self) -> None:
@@ -119,13 +116,13 @@ class Resting(PipeSaving):
         """Nothing is left on its way. No batch comes that all could save behind: who was told to be queued anew since
         the last rest says so here, for what the job does after the fit."""
         self.rest(drain=True)
-        if self.meeting and self.together(words.decide(self.office.rounds, self._requeue, False)):
+        if self.meeting and self.together(words.decide(self.office.rounds, self._requeue.wanted, False)):
             with compat.behind_epoch(self.trainer):
                 self._save_for_queue()
 
     def _wishes(self) -> Wish:
         wishes = Wish.STOP if self._stop and compat.can_stop_early(self.trainer) else Wish.NOTHING
-        if self._requeue:
+        if self._requeue.wanted:
             wishes |= Wish.REQUEUE
         return wishes | Wish.TERMINATE if self.office.flags.terminating else wishes
 
@@ -146,5 +143,5 @@ class Resting(PipeSaving):
         self.trainer.should_stop = bool(wishes & Wish.STOP)
 
     def _save_for_queue(self) -> None:
-        self._requeue = False
+        self._requeue.answer()
         compat.requeue(self.trainer, self._save_and_requeue)

@@ -1,20 +1,30 @@
 """What Lightning saves, loads and removes is a checkpoint of all ranks at meetings, and of one rank alone between them.
 
 save_checkpoint      MEETING: the consensus, and beside it each rank's own (`checkpoints.py`)
-                     alone: this rank's weights, and a warning that says so
+                     alone: this rank's weights, and a warning that says so; never where a consensus lies
                      after the run: the consensus, and of the ranks' own the first one's
 load_checkpoint      MEETING: all decide together how the run goes on
 remove_checkpoint    the main file, then the files of all ranks
+
+A run that was told to end, and whose ranks could not meet within its grace, ends as one that failed: a rank may save on
+its way out, and what is looked for under a ModelCheckpoint's names is what all saved. So its weights are put aside:
+
+    step=20.ckpt          the consensus, as it was saved at a meeting; `last.ckpt` is it, or a link to it, as before
+    step=37.ckpt.rank0    what rank 0 had when it stopped: plain weights and optimizers, for who wants them
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_async.strategies import foreign
+from lightning_async.strategies import compat, foreign
 from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.collectives import Collectives
 
@@ -35,16 +45,28 @@ class Saving(Collectives):
             self.together(self.checkpoints.save(checkpoint, filepath, storage_options))
             return
         if not self.meeting and self.office.is_open:
-            rank_zero_warn(
-                f"{self.name}: a checkpoint between meetings holds the weights of one rank, not the consensus; save at "
-                "the end of an epoch"
-            )
+            filepath = self._of_one_rank(filepath)
         if not self.office.is_open and self.world_size > 1 and "optimizer_states" in checkpoint:
             rank_zero_info(
                 f"{self.name}: a checkpoint that is saved after `fit` holds the consensus, but of each rank's own "
                 "state only the first one's: to go on exactly, let `ModelCheckpoint(save_last=True)` save in the run"
             )
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _of_one_rank(self, filepath: Any) -> Any:
+        """Where this rank's weights go, and who is told so: what all saved is not replaced by them."""
+        if self.aside or (self.world_size > 1 and self.is_global_zero and self.checkpoints.lie_at(filepath)):
+            filepath = f"{os.fspath(filepath)}.rank{self.global_rank}"
+            rank_zero_warn(
+                f"{self.name}: the ranks are not together, so {filepath} holds the weights of this one, not the "
+                "consensus; what all saved before stays where it is, to go on from"
+            )
+            return filepath
+        rank_zero_warn(
+            f"{self.name}: a checkpoint between meetings holds the weights of one rank, not the consensus; save at "
+            "the end of an epoch"
+        )
+        return filepath
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None, **options: Any) -> dict[str, Any]:
         """What Lightning restores on this rank. Read by all ranks."""
@@ -60,3 +82,22 @@ class Saving(Collectives):
         self.checkpoints.behind(lambda: remove(path))
         if self.is_global_zero:
             self.checkpoints.remove(path)
+
+
+def put_aside_on_exceptions(trainer: Trainer, leash: compat.Leash, strategy: Collectives) -> None:
+    """What a ModelCheckpoint saves on an exception is one rank's, unless all stop together: its name says so, no link
+    leads to it, and no older one goes for it."""
+    for callback in compat.callbacks(trainer):
+        if isinstance(callback, ModelCheckpoint) and strategy.world_size > 1:
+            leash.wrap(callback, "on_exception", partial(_put_aside, callback, strategy, callback.on_exception))
+
+
+def _put_aside(callback: ModelCheckpoint, strategy: Collectives, save: Callable[..., None], *exception: Any) -> None:
+    if strategy.meeting:
+        save(*exception)
+        return
+    save_last, callback.save_last, strategy.aside = callback.save_last, None, True
+    try:
+        save(*exception)
+    finally:
+        callback.save_last, strategy.aside = save_last, False

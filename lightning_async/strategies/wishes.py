@@ -5,6 +5,12 @@ max_time, train_time_interval, val_check_interval as a time      the first rank 
 
 A rank looks for its wishes after each batch and all the time that it waits at a meeting; what it was told by the end of
 one, it says there (`closing.py`). A wish lasts until it is done: one that came too late for a meeting calls the next.
+
+SLURM's signal goes to all tasks, and each hears it when its step lets it, perhaps behind the save that the first one
+called for:
+
+    rank 0    heard ---- calls -- MEETING: saved, a place in the queue asked for     its first: answered
+    rank 1    .... in its step .. MEETING: saved ............... heard               its first too: answered, no wish
 """
 
 from __future__ import annotations
@@ -22,22 +28,46 @@ if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
 
 
+class Requeue:
+    """SLURM's signal as one rank hears it: save, and ask for a new place in the queue.
+
+    All ranks answer together, and a rank's signals are counted: the first that reaches it is the first that any of them
+    answered, whenever it comes. One that comes again, since asking was in vain, is another.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The run is over. Idempotent."""
+        self._heard = self._answered = 0
+
+    def hear(self, *signal: object) -> None:
+        """From the signal handler: it is only counted."""
+        self._heard += 1
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this rank heard what nobody has answered."""
+        return self._heard > self._answered
+
+    def answer(self) -> None:
+        """All are about to save, for all that was heard by now."""
+        self._answered = max(self._heard, self._answered + 1)
+
+
 class Wishes:
     """What one rank wishes for.
 
     Attributes:
         stop: Whether this rank was told to stop.
-        requeue: Whether SLURM's signal came: save, and ask for a new place in the queue.
+        requeue: SLURM's signal.
     """
 
     def __init__(self, strategy: AsyncStrategy) -> None:
-        self.stop = self.requeue = False
+        self.stop, self.requeue = False, Requeue()
         self._strategy = strategy
         self._validated = 0.0
-
-    def want_requeue(self, *signal: object) -> None:
-        """From the signal handler: only a flag is set."""
-        self.requeue = True
 
     def keep_stop(self, trainer: Trainer) -> None:
         """Where one rank alone was told, `should_stop` is a wish: Lightning would leave the loop at once."""
@@ -58,7 +88,7 @@ class Wishes:
         wishes = Wish.NOTHING
         if self.stop or (trainer.should_stop and compat.can_stop_early(trainer)):
             wishes |= Wish.STOP
-        if self.requeue:
+        if self.requeue.wanted:
             wishes |= Wish.REQUEUE
         if self._strategy.office.flags.told_to_end:
             wishes |= Wish.TERMINATE

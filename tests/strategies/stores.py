@@ -6,10 +6,14 @@ import hashlib
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback
@@ -91,9 +95,12 @@ class DiesWriting(WholeFiles):
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         if self.armed:
             if self.count == self.at:
-                os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+                self._aim()
             self.count += 1
         super().save_checkpoint(checkpoint, path, storage_options)
+
+    def _aim(self) -> None:
+        os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Full(Recorded):
@@ -108,6 +115,55 @@ class Full(Recorded):
         if self.full and self.what in os.path.basename(path):
             raise OSError(28, "No space left on device")
         super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def bucket(root: Path) -> None:
+    """Let fsspec know `bucket://`, a store that all processes of this host reach; what is on its way there lies beside
+    it."""
+    fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
+    from fsspec.implementations.local import LocalFileSystem
+
+    class Bucket(LocalFileSystem):  # type: ignore[misc]
+        protocol = ("bucket",)
+
+        @classmethod
+        def _strip_protocol(cls, path: Any) -> Any:
+            return super()._strip_protocol(str(path).replace("bucket://", f"{root}/", 1))
+
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    (root / "on its way").mkdir(exist_ok=True)
+    tempfile.tempdir = str(root / "on its way")
+
+
+def _half_of_it(then: Callable[[], None]) -> Any:
+    """Half of what is written to the bucket next gets there, and then ..."""
+    from fsspec.implementations.local import LocalFileOpener
+
+    def write(file: Any, data: bytes) -> None:
+        file.f.write(data[: len(data) // 2])
+        file.f.flush()
+        then()
+
+    return patch.object(LocalFileOpener, "write", write)
+
+
+class DiesInTheStore(DiesWriting):
+    """The same, of a write to the bucket."""
+
+    def _aim(self) -> None:
+        _half_of_it(lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+
+
+class FullStore(Full):
+    """The same in the middle of a write to the bucket."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        with _half_of_it(_no_space) if self.full and self.what in os.path.basename(path) else nullcontext():
+            Recorded.save_checkpoint(self, checkpoint, path, storage_options)
+
+
+def _no_space() -> None:
+    raise OSError(28, "No space left on device")
 
 
 class Elsewhere(CheckpointIO):

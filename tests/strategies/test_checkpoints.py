@@ -125,8 +125,8 @@ def test_those_who_live_finish_the_save(dead: int, at: int, tmp_path: Path) -> N
     assert_nothing_over(tmp_path)
 
 
-def _fills(folder: str, full: int, what: str) -> Any:
-    io = Full(what)
+def _fills(folder: str, full: int, what: str, kind: type[Full] = Full) -> Any:
+    io = kind(what)
 
     def arm() -> None:
         io.full = rank() == full
@@ -414,20 +414,36 @@ def test_files_may_lie_elsewhere(tmp_path: Path) -> None:
 # -- what has no files beside it ---------------------------------------------------------------------------------------
 
 
-def _between(path: str) -> list[str]:
+def _between(path: str, met: bool) -> list[str]:
+    """Saved in a batch hook, perhaps when all have saved there in the epoch before."""
+
     class Saves(Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 1:
+            if (trainer.current_epoch, batch_idx) == (int(met), 1):
+                trainer.save_checkpoint(path)
+
+        def on_validation_end(self, trainer: Any, module: Any) -> None:
+            if met and trainer.current_epoch == 0 and not trainer.sanity_checking:
                 trainer.save_checkpoint(path)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(2, callbacks=[Saves()], max_epochs=1).fit(Lit(), samples(), held_out())
-    return [str(w.message) for w in caught if "between meetings" in str(w.message)]
+        trainer(2, callbacks=[Saves()], max_epochs=1 + met).fit(Lit(), samples(), held_out())
+    return [str(w.message) for w in caught if "not the consensus" in str(w.message)]
+
+
+def test_what_one_rank_saves_does_not_take_the_place_of_what_all_saved(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    (sentence,), none = run(2, _between, str(path), True)
+    assert not none
+    assert f"the ranks are not together, so {path}.rank0 holds the weights of this one" in sentence
+    assert "lightning_async" not in torch.load(f"{path}.rank0", weights_only=True)
+    assert sorted(files_of(path)) == [0, 1]
+    assert torch.load(path, weights_only=True)["epoch"] == 0
 
 
 def test_between_meetings_no_rank_writes_a_file_of_its_own(tmp_path: Path) -> None:
-    first, second = run(2, _between, str(tmp_path / "x.ckpt"))
+    first, second = run(2, _between, str(tmp_path / "x.ckpt"), False)
     assert len(first) == 1
     assert not second
     assert list(tmp_path.iterdir()) == [tmp_path / "x.ckpt"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import tarfile
 import warnings
 from pathlib import Path
@@ -22,7 +23,10 @@ from torch.utils.data import DataLoader
 
 from lightning_async import SpeedFaults
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
-from tests.strategies.ranks import run
+from tests.strategies.ranks import Forked, run
+from tests.strategies.resumable import files_of
+from tests.strategies.stores import DiesInTheStore, FullStore, bucket
+from tests.strategies.test_checkpoints import _dies, _fills, _resumes
 
 SAMPLES, SHARDS = 400, 8
 pytestmark = [
@@ -203,21 +207,6 @@ def warned(make: Any, folder: Path) -> list[str]:
 # -- a remote store ----------------------------------------------------------------------------------------------------
 
 
-def bucket(root: Path) -> None:
-    """Let fsspec know `bucket://`, a store that all processes of this host reach."""
-    fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
-    from fsspec.implementations.local import LocalFileSystem
-
-    class Bucket(LocalFileSystem):  # type: ignore[misc]
-        protocol = ("bucket",)
-
-        @classmethod
-        def _strip_protocol(cls, path: Any) -> Any:
-            return super()._strip_protocol(str(path).replace("bucket://", f"{root}/", 1))
-
-    fsspec.register_implementation("bucket", Bucket, clobber=True)
-
-
 def remote(root: Path, steps: int, path: str | None, later: bool) -> dict[str, Any]:
     bucket(root)
     lit = Lit()
@@ -252,6 +241,53 @@ def test_checkpoints_in_a_remote_store_hold_every_rank(path: str, later: bool, t
             save = torch.load(tmp_path / "saved" / name, weights_only=True)["lightning_async"]["save"]
             found = sorted(os.listdir(tmp_path / "saved" / f"{name}.ranks"))
             assert found == [f"{save}.rank0.ckpt", f"{save}.rank1.ckpt", "index.ckpt"]
+
+
+def in_the_bucket(root: Path, do: Any, *arguments: Any) -> Any:
+    bucket(root)
+    return do("bucket://saved", *arguments)
+
+
+def _is_whole_and_goes_on(root: Path) -> None:
+    """The save of the first epoch."""
+    main = torch.load(root / "saved" / "x.ckpt", weights_only=True)
+    assert main["epoch"] == 0
+    own = files_of(root / "saved" / "x.ckpt")
+    assert {rank: one["save"] for rank, one in own.items()} == dict.fromkeys((0, 1), main["lightning_async"]["save"])
+    (epoch, first), (_, second) = run(2, in_the_bucket, root, _resumes)
+    assert first == second
+    assert epoch == 0
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
+@pytest.mark.parametrize(("dead", "at"), [(0, 2), (1, 0), (0, 0)], ids=["main file", "own file", "index"])
+def test_a_kill_in_the_middle_of_a_write_to_a_remote_store_leaves_the_save_of_before(
+    dead: int, at: int, tmp_path: Path
+) -> None:
+    """A store shows what came whole: Lightning writes each file in one transaction, and the main file comes last."""
+    pytest.importorskip("fsspec", reason="fsspec is not installed")
+    with Forked(2, in_the_bucket, tmp_path, _dies, dead, at, 60.0, DiesInTheStore, store=True) as forked:
+        forked.processes[dead].join(30)  # the other is killed with it
+        assert forked.processes[dead].exitcode == -signal.SIGKILL
+    assert list((tmp_path / "on its way").iterdir())
+    _is_whole_and_goes_on(tmp_path)
+
+
+@pytest.mark.few(0)
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
+@pytest.mark.parametrize(("full", "what"), [(1, "rank1"), (0, "x.ckpt")])
+def test_a_remote_store_that_is_full_stops_all_ranks_and_keeps_the_save_of_before(
+    full: int, what: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("fsspec", reason="fsspec is not installed")
+    with Forked(2, in_the_bucket, tmp_path, _fills, full, what, FullStore) as forked:
+        results = forked.results(20)
+    assert results[full].kind == "OSError"
+    assert results[1 - full].kind == "PeerFailedError"
+    assert all("No space left on device" in result.error for result in results)
+    assert not list((tmp_path / "on its way").iterdir())
+    _is_whole_and_goes_on(tmp_path)
 
 
 def alone() -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -27,6 +28,7 @@ from lightning_async import (
 )
 from tests.strategies.lit import Lit, Numbers, loader, trainer
 from tests.strategies.ranks import Forked, run
+from tests.strategies.resumable import files_of
 
 SAVED = "saved"
 MINE: dict[str, Any] = {
@@ -35,8 +37,9 @@ MINE: dict[str, Any] = {
     "cyclic_delay": CyclicDelayStrategy,
     "lazy_sign": LazySignStrategy,
     "delayed_pipeline": partial(DelayedPipelineStrategy, stages="layer"),
+    "meets often": partial(GossipRingStrategy, meet_every=56),
 }
-FREE = ["gossip_ring", "async_global", "cyclic_delay"]
+FREE = ["gossip_ring", "async_global", "cyclic_delay", "meets often"]
 KILLED = -signal.SIGKILL
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*exists and is not empty", "ignore:.*not resumable", "ignore:rank 1 had no batch in this epoch"
@@ -84,7 +87,7 @@ def train(
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10, save_top_k=-1)
     faults = SpeedFaults(step_seconds=0.01, slow={1: 4.0})
     t = trainer(
-        2,
+        int(os.environ["WORLD_SIZE"]),
         strategy=MINE[name](**({"balance": balance} if name in FREE and balance else {})),
         callbacks=[Diary(folder, part, kill_at), faults, saver],
         enable_checkpointing=True,
@@ -104,17 +107,24 @@ def train(
     return t.global_step, steps
 
 
-def kill_and_resume(name: str, folder: Path, *data: Any) -> None:
+def kill_and_resume(name: str, folder: Path, *data: Any, n: int = 2) -> None:
     """Killed behind the second of the four saves, and resumed from there; all that was to come comes."""
-    with Forked(2, train, name, folder, 1, 26, None, *data) as killed:
+    with Forked(n, train, name, folder, 1, 26, None, *data) as killed:
         for process in killed.processes:
             process.join(60)
-        assert [process.exitcode for process in killed.processes] == [KILLED] * 2
+        assert [process.exitcode for process in killed.processes] == [KILLED] * n
     assert sorted(p.name for p in folder.glob("*.ckpt")) == ["step=10.ckpt", "step=20.ckpt"]
-    found = run(2, train, name, folder, 2, None, str(folder / "step=20.ckpt"), *data)
-    assert [steps for steps, _ in found] == [45, 45]
-    assert found[0][1] == found[1][1]
+    found = run(n, train, name, folder, 2, None, str(folder / "step=20.ckpt"), *data)
+    assert [steps for steps, _ in found] == [45] * n
+    assert all(validated == found[0][1] for _, validated in found)
     assert found[0][1][-2:] == [30, 40], "validated where it was to be, after the resume too"
+    saved = {file.name: file for file in folder.glob("*.ckpt")}
+    assert sorted(saved) == [f"step={step}.ckpt" for step in (10, 20, 30, 40)], "saved where it was to be, too"
+    for step in (30, 40):
+        main = torch.load(file := saved[f"step={step}.ckpt"], weights_only=True)
+        assert main["global_step"] == step
+        if name != "delayed_pipeline":  # its stages are one whole, in one file
+            assert sorted(files_of(file)) == list(range(n))
 
 
 def entries(folder: Path, part: int, until: str | None = None, ranks: Sequence[int] = (0, 1)) -> list[int]:
@@ -150,10 +160,21 @@ def test_what_was_saved_and_what_came_after_the_resume_make_whole_epochs(
     assert sum(counts.values()) == 45 * 8
 
 
+@pytest.mark.few(0)
+@pytest.mark.parametrize("name", ["gossip_ring", "async_global"])
+def test_so_they_do_on_four_ranks(tmp_path: Path, name: str) -> None:
+    """45 steps are three epochs there."""
+    kill_and_resume(name, tmp_path, "claim", n=4)
+    before, after = (entries(tmp_path, part, until, range(4)) for part, until in ((1, f"{SAVED} 20"), (2, None)))
+    assert (len(before), len(after)) == (20 * 16, 25 * 16)
+    assert Counter(before + after) == dict.fromkeys(range(240), 3)
+
+
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "length"),
     [
+        ("meets often", 20),  # while rank 1 has no more, too
         *product(("gossip_ring", "cyclic_delay"), (math.inf, 20)),
         ("lazy_sign", math.inf),
         *product(("async_global",), (math.inf, 20)),

@@ -35,6 +35,7 @@ from tests.strategies.resumable import (
     assert_nothing_over,
     files_of,
     held_out,
+    look,
     look_when_put_back,
     plain,
     rank,
@@ -115,12 +116,13 @@ def test_so_it_is_with_the_own_state_of_other_methods(kind: Any, tmp_path: Path)
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
-    ("balance", "where"),
-    [("equal", "batch"), ("claim", "validation"), ("claim", "epoch")],  # with claims no batch is that of all ranks
+    ("balance", "where", "slow"),
+    [("equal", "batch", 1.0), ("claim", "epoch", 1.0), ("claim", "validation", 4.0)],  # of claims no batch is all's
 )
-def test_the_masses_in_the_files_sum_to_what_was_born(balance: str, where: str, tmp_path: Path) -> None:
+def test_the_masses_in_the_files_sum_to_what_was_born(balance: str, where: str, slow: float, tmp_path: Path) -> None:
+    """Also where one rank is slow: plain push-sum would let it hoard the mass of the others."""
     knobs = {"mode": "push_sum", "at_meeting": "keep", "balance": balance}
-    run(3, _through, 3, knobs, str(tmp_path / "x.ckpt"), where, "shared", False)
+    run(3, _through, 3, knobs, str(tmp_path / "x.ckpt"), where, "shared", False, "32-true", slow)
     masses = [own["parts"]["algorithm"]["mass"] for own in files_of(tmp_path / "x.ckpt").values()]
     assert sum(masses) == 3 * 4 * UNIT
 
@@ -129,13 +131,21 @@ def test_the_masses_in_the_files_sum_to_what_was_born(balance: str, where: str, 
 
 
 def _through(
-    n: int, knobs: dict[str, Any], path: str, where: str, data: str, resume: bool, precision: Any = "32-true"
+    n: int,
+    knobs: dict[str, Any],
+    path: str,
+    where: str,
+    data: str,
+    resume: bool,
+    precision: Any = "32-true",
+    slow: float = 1.0,
 ) -> Any:
     """The losses from the save on, and the end, of a run that goes through or of one that begins there."""
     seed()
     lit, save = Draws(), Saves(path, where, epoch=int(where == "batch"), batch=4)
     options = {"use_distributed_sampler": data != "own", "precision": precision}
-    t = trainer(n, knobs=knobs, max_epochs=3, callbacks=[save], **options)
+    pace = [SpeedFaults(step_seconds=0.003, slow={n - 1: slow})] if slow > 1 else []
+    t = trainer(n, knobs=knobs, max_epochs=3, callbacks=[*pace, save], **options)
     batches = {"shared": samples, "own": lambda: Stateful(rank(), n), "stream": lambda: stream(rank(), n)}[data]()
     t.fit(lit, batches, held_out(), ckpt_path=path if resume else None)
     losses = lit.losses if resume else lit.losses[save.losses :]
@@ -405,11 +415,20 @@ def _data_of(t: L.Trainer) -> list[dict[str, Any]]:
     return told
 
 
+def _own(t: L.Trainer) -> dict[str, Any]:
+    """This rank's own weights by name, whatever stands in for them."""
+    strategy = t.strategy
+    assert isinstance(strategy, GossipRingStrategy)
+    names = {id(p): name for name, p in t.lightning_module.named_parameters()}
+    parts = strategy.replica.parts(strategy.replica.own)
+    return {names[id(p)]: part.tolist() for (p, _), part in zip(strategy.replica.places, parts, strict=True)}
+
+
 def _world(n: int, knobs: dict[str, Any], path: str, resume: bool) -> dict[str, Any]:
     seed()
     lit, save = Draws(), Saves(path, epoch=0)
     t = trainer(n, knobs=knobs, max_epochs=2, callbacks=[SpeedFaults(step_seconds=0.002)] + [save] * (not resume))
-    told, seen = _data_of(t), look_when_put_back(t)
+    told, seen = _data_of(t), look_when_put_back(t, lambda t: {**look(t), "by name": _own(t)})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         t.fit(lit, samples(), held_out(), ckpt_path=path if resume else None)
@@ -425,6 +444,7 @@ def test_another_world_goes_on_from_the_consensus_and_says_so(
     path, knobs = tmp_path / "x.ckpt", {"at_meeting": at_meeting, "mode": "push_sum"}
     saved = run(before, _world, before, knobs, str(path), False)
     restored = run(after, _world, after, knobs, str(path), True)
+    main = torch.load(path, weights_only=True)["state_dict"]
     for r, one in enumerate(restored):
         old = saved[r % before]["seen"]
         assert one["seen"]["shown"] == old["shown"]
@@ -436,6 +456,9 @@ def test_another_world_goes_on_from_the_consensus_and_says_so(
         assert one["end"] == restored[0]["end"]
         assert one["told"] == plain([{"epoch": 0, "done": torch.tensor([[0, 10 * before], [100, 2]])}])
         assert len(one["said"]) == (r == 0)
+        assert one["seen"]["by name"] == {name: main[name].flatten().tolist() for name in one["seen"]["by name"]}
+    for ranks in (saved, restored):  # what was born with the ranks of then, and of now
+        assert sum(one["seen"]["algorithm"]["mass"] for one in ranks) == len(ranks) * 4 * UNIT
     sentence = restored[0]["said"][0]
     assert f"it was saved by {before} ranks, and there are {after}" in sentence
     assert "All ranks start from the consensus" in sentence

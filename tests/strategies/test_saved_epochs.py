@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import warnings
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -150,6 +151,28 @@ def test_a_run_that_broke_off_within_an_epoch_and_was_saved_at_its_end_goes_on_t
         assert Counter(seen[0] + seen[1]) == dict.fromkeys(range(2 * STEPS * BATCH), EPOCHS)
     else:
         assert seen == [EPOCHS * list(range(100 * k, 100 * k + LENGTHS[k])) for k in range(2)]
+
+
+def _fewer(fed: list[int], options: dict[str, Any], path: str) -> tuple[dict[str, Any], list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        end = _fit(1, fed, options, None, STEPS, path, [])
+    return end, [str(w.message) for w in caught if "does not go on to the bit" in str(w.message)]
+
+
+def test_with_fewer_ranks_the_first_streams_go_on_and_a_warning_says_that_the_others_do_not(tmp_path: Path) -> None:
+    """Stopped in the first epoch, after four steps of both ranks: that is where the one that is left begins."""
+    lengths, options = [48, 40], {"max_epochs": EPOCHS, **VALIDATES["never"]}
+    cut = run(2, _fit, 2, lengths, {**options, "max_steps": 4}, str(tmp_path), 4, None, [])
+    ((end, said),) = run(1, _fewer, lengths, options, str(tmp_path / "step=4.ckpt"))
+    before = _seen(cut)
+    assert sum(map(len, before)) == 2 * BATCH * 4
+    assert all(before)
+    assert end["epochs"][:EPOCHS] == [list(range(len(before[0]), 48)), list(range(48)), list(range(48))]
+    assert end["epoch"] == EPOCHS
+    (sentence,) = said
+    assert "it was saved by 2 ranks, and there are 1" in sentence
+    assert "with fewer ranks than before nobody goes on with the others' streams" in sentence
 
 
 class Terminated(Callback):

@@ -22,7 +22,7 @@ from tests.strategies.ranks import run
 
 
 class Ending(Lit):
-    """One of two schedules, made for as many steps as Lightning foresees; OneCycleLR raises where one is too many."""
+    """One of these schedules, made for as many steps as Lightning foresees; OneCycleLR raises where one is too many."""
 
     def __init__(self, name: str = "onecycle", total: int | None = None) -> None:
         super().__init__()
@@ -38,6 +38,12 @@ class Ending(Lit):
 def schedules(name: str, optimizer: torch.optim.Optimizer, total: int) -> Any:
     if name == "onecycle":
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=total)
+    if name == "warm-up":
+        up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=total // 4)
+        down = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
+        return torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], [total // 4])
+    if name == "lambda":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 10, (10 / (step + 1)) ** 0.5))
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
 
 
@@ -79,6 +85,16 @@ def test_accumulated_batches_of_a_slow_rank_add_up_to_the_steps_foreseen(
     found = run(2, ends, name, of, (4, 4), samples, {"accumulate_grad_batches": 4, "max_epochs": 5})
     total = 5 * 7 if samples == 224 else 5 * 8
     assert found == at_its_end(name, total)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("name", ["warm-up", "lambda"])
+@pytest.mark.parametrize("of", [AsyncGlobalStrategy, GossipRingStrategy])
+def test_a_warm_up_and_the_decay_behind_it_go_by_the_run_where_a_rank_is_slow(
+    of: type[AsyncStrategy], name: str
+) -> None:
+    """The decay begins at the run's step, though one rank took more by then and the other few: both end there."""
+    assert run(2, ends, name, of, (4, 4), 240, {"max_epochs": 1, "slow": 4.0}) == at_its_end(name, 30)
 
 
 @pytest.mark.few(1)

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import pytest
@@ -26,10 +26,14 @@ JOB = "4711"
 pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*not resumable")
 
 
-class Warned(L.Callback):
-    """Gets SLURM's signal once, after its eighth batch or in the `last` of an epoch after that, if it is this rank."""
+Whom = int | Literal["all"] | None
 
-    def __init__(self, rank: int | None, last: bool = False) -> None:
+
+class Warned(L.Callback):
+    """Gets SLURM's signal once, after its eighth batch or in the `last` of an epoch after that, if it is this rank, or
+    if all get it."""
+
+    def __init__(self, rank: Whom, last: bool = False) -> None:
         self.rank, self.last, self.batches = rank, last, 0
         self.saved: list[int] = []
 
@@ -47,8 +51,47 @@ class Warned(L.Callback):
         self.saved.append(trainer.global_step)
 
     def _warn(self, trainer: L.Trainer) -> None:
-        if trainer.global_rank == self.rank:
+        if self.rank in ("all", trainer.global_rank):
             os.kill(os.getpid(), signal.SIGUSR1)
+
+
+class WarnedDuringTheSave(Warned):
+    """Rank 0 gets it as ever; the others hear it when the save that this calls for has begun."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *batch: Any) -> None:
+        if trainer.global_rank == 0:
+            super().on_train_batch_end(trainer, *batch)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_save_checkpoint(trainer)
+        if trainer.global_rank > 0 and len(self.saved) == 1:
+            self._warn(trainer)
+
+
+class WarnedBehindTheSave(WarnedDuringTheSave):
+    """They hear it right behind it."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *batch: Any) -> None:
+        super().on_train_batch_end(trainer, *batch)
+        if trainer.global_rank > 0 and self.saved:
+            self.batches += 1
+            if self.batches == 1:
+                self._warn(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, *_: Any) -> None:
+        Warned.on_save_checkpoint(self, trainer)
+
+
+class WarnedAgain(Warned):
+    """All get it once more, each in its third batch behind the save."""
+
+    behind = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *batch: Any) -> None:
+        super().on_train_batch_end(trainer, *batch)
+        self.behind += bool(self.saved)
+        if self.saved and self.behind == 3:
+            self._warn(trainer)
 
 
 def queue(folder: Path) -> dict[str, Any]:
@@ -77,9 +120,14 @@ STRATEGIES: dict[str, Any] = {
 
 
 def job(
-    folder: Path, rank: int | None, steps: int, last: bool = False, strategy: str = "gossip_ring"
+    folder: Path,
+    rank: Whom,
+    steps: int,
+    last: bool = False,
+    strategy: str = "gossip_ring",
+    kind: type[Warned] = Warned,
 ) -> dict[str, Any]:
-    lit, warned = Lit(), Warned(rank, last)
+    lit, warned = Lit(), kind(rank, last)
     t = trainer(
         2,
         strategy=STRATEGIES[strategy](),
@@ -120,6 +168,31 @@ def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slur
     assert again["steps"] == also["steps"] == 60
     assert again["end"] == also["end"]
     assert 2 * (60 - at) - (again["batches"] + also["batches"]) in (0, 1), "it went on from where it was saved"
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("kind", [WarnedBehindTheSave, WarnedDuringTheSave, Warned])
+@pytest.mark.parametrize("strategy", ["gossip_ring", "lazy_sign"])
+def test_a_signal_to_all_ranks_is_one_request(slurm: Path, strategy: str, kind: type[Warned]) -> None:
+    """`--signal=USR1@120` goes to all tasks. Each hears it when its step lets it: a slow one after the save perhaps."""
+    found = run(2, job, slurm, "all", 60, False, strategy, kind)
+    assert [one["steps"] for one in found] == [60, 60]
+    assert found[0]["saved"] == found[1]["saved"]
+    (at,) = found[0]["saved"]
+    assert 0 < at < 60
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n", "by one rank, once"
+    (file,) = slurm.glob("hpc_ckpt_*.ckpt")
+    assert torch.load(file, weights_only=True)["global_step"] == at
+    assert sorted(resumable.files_of(file)) == [0, 1]
+
+
+@pytest.mark.few(0)
+def test_a_second_signal_to_all_ranks_is_another_request(slurm: Path) -> None:
+    """SLURM's controller may not have answered when it was asked for a place."""
+    found = run(2, job, slurm, "all", 60, False, "gossip_ring", WarnedAgain)
+    assert found[0]["saved"] == found[1]["saved"]
+    assert len(found[0]["saved"]) == 2
+    assert (slurm / "requeued").read_text() == 2 * f"requeue {JOB}\n"
 
 
 @pytest.mark.few(0)
@@ -354,7 +427,7 @@ def test_a_signal_in_the_very_last_validation_saves_behind_it_too(slurm: Path, e
     assert again["end"] == also["end"]
 
 
-def pipeline(folder: Path, rank: int | None, warned: Any = Warned) -> dict[str, Any]:
+def pipeline(folder: Path, rank: Whom, warned: Any = Warned) -> dict[str, Any]:
     lit, warned = piped.Piped(), warned(rank)
     t = piped.trainer(3, callbacks=[warned], max_epochs=3, **queue(folder))
     t.fit(lit, piped.loader(), piped.loader(20))
@@ -362,9 +435,9 @@ def pipeline(folder: Path, rank: int | None, warned: Any = Warned) -> dict[str, 
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_stages_of_a_pipeline_save_after_the_same_batch_and_train_on(slurm: Path, rank: int) -> None:
-    """Its middle stage too, which waits for both others."""
+@pytest.mark.parametrize("rank", ["all", 1, 0])
+def test_the_stages_of_a_pipeline_save_after_the_same_batch_and_train_on(slurm: Path, rank: Whom) -> None:
+    """Its middle stage too, which waits for both others. Where all hear the signal, they do at unlike moments."""
     ends = run(3, pipeline, slurm, rank)
     assert all(end == ends[0] for end in ends)
     assert (ends[0]["steps"], ends[0]["batches"]) == (24, 24)

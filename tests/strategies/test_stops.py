@@ -16,8 +16,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from lightning_async import SpeedFaults
+from lightning_async.strategies import office
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import Forked, Result
+from tests.strategies.resumable import files_of
 
 SECONDS = 20.0  # on a machine that is busy with other things; a hang would take for ever
 
@@ -62,6 +64,81 @@ def test_sigterm_to_any_rank_stops_all_cleanly(rank: int, tmp_path: Path) -> Non
         forked.signal(rank, signal.SIGTERM)
         results = ended(forked)
     assert [r.kind for r in results] == ["SIGTERMException"] * 3
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("ranks", [(0, 1, 2, 1), (2, 2, 1, 0)])
+def test_sigterm_to_all_ranks_and_to_one_of_them_twice_stops_all_cleanly(
+    ranks: tuple[int, ...], tmp_path: Path
+) -> None:
+    """As where a job is preempted, and a launcher passes on what its ranks hear themselves."""
+    with Forked(3, _train, str(tmp_path), {"step_seconds": 0.01, "slow": {2: 4.0}}, {}) as forked:
+        until_training(tmp_path)
+        for rank in ranks:
+            forked.signal(rank, signal.SIGTERM)
+        results = ended(forked)
+    assert [r.kind for r in results] == ["SIGTERMException"] * 3
+
+
+class Stands(Callback):
+    """Rank 1 stands in its third step of the second epoch, until it is told to go on; rank 0 has taken some by then."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.global_rank, trainer.current_epoch, batch_idx) == (1, 1, 2):
+            (self.folder / "1").touch()
+            end = time.monotonic() + 3 * SECONDS
+            while not (self.folder.parent / "go").exists() and time.monotonic() < end:
+                time.sleep(0.01)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.global_rank, trainer.current_epoch, batch_idx) == (0, 1, 4):
+            (self.folder / "0").touch()
+
+
+def _graceless(folder: Path, options: dict[str, Any]) -> None:
+    office.FAREWELL_FAILED = 0.5
+    saves = ModelCheckpoint(folder / "saved", save_on_exception=True, every_n_epochs=1, **options)
+    saves.CHECKPOINT_NAME_LAST = "last-{step}"
+    callbacks = [Stands(folder / "there"), saves]
+    t = trainer(2, knobs={"grace": 1.0}, enable_checkpointing=True, callbacks=callbacks, max_epochs=1000)
+    t.fit(Lit(), loader(), loader(40, shuffle=False))
+
+
+NAMES: dict[str, dict[str, Any]] = {
+    "one name": {"filename": "x", "enable_version_counter": False},
+    "a name for each": {"filename": "{epoch}-{step}", "save_last": "link"},
+    "the last one too": {"filename": "{epoch}-{step}", "save_last": True},
+}
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore:.*the ranks are not together")
+@pytest.mark.parametrize("names", NAMES)
+def test_where_a_rank_does_not_come_in_time_what_all_saved_stays(names: str, tmp_path: Path) -> None:
+    """The grace is over, and rank 0 ends with weights of its own: under another name, and nothing is linked to them."""
+    saved, there = tmp_path / "saved", tmp_path / "there"
+    there.mkdir()
+    with Forked(2, _graceless, tmp_path, NAMES[names]) as forked:
+        until_training(there, 2)
+        before = {path.name: torch.load(path, weights_only=True) for path in saved.glob("*.ckpt")}
+        forked.signal(0, signal.SIGTERM)
+        start = time.monotonic()
+        first = forked.result(0, SECONDS)
+        assert first.kind == "SIGTERMException", first
+        assert time.monotonic() - start < 1.0 + 0.5 + 8.0, "the grace, the farewell, and a busy machine"
+        (tmp_path / "go").touch()
+        assert forked.result(1, SECONDS).kind in ("SIGTERMException", "PeerFailedError")
+    assert before
+    assert {path.name for path in saved.glob("*.ckpt")} == set(before)
+    for name, main in before.items():
+        now = torch.load(saved / name, weights_only=True)
+        assert now["lightning_async"]["save"] == main["lightning_async"]["save"]
+        assert sorted(files_of((saved / name).resolve())) == [0, 1]
+    (alone,) = saved.glob("*.ckpt.rank0")
+    assert "lightning_async" not in torch.load(alone, weights_only=True)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

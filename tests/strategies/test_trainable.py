@@ -11,7 +11,14 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback
 from torch import nn
 
-from lightning_async import GossipRingStrategy, LazySignStrategy, SpeedFaults, SpreadStats
+from lightning_async import (
+    AsyncGlobalStrategy,
+    CyclicDelayStrategy,
+    GossipRingStrategy,
+    LazySignStrategy,
+    SpeedFaults,
+    SpreadStats,
+)
 from lightning_async.algorithms.gossip import Gossip
 from lightning_async.algorithms.pairwise import ANSWER, ASK
 from lightning_async.strategies.base import AsyncStrategy
@@ -273,11 +280,11 @@ def test_a_change_in_mid_epoch_is_refused() -> None:
 class Adapted(Lit):
     """A frozen weight with a trainable correction of rank 1, as LoRA does, and a tied pair."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 400) -> None:
         super().__init__()
         self.layer[0] = nn.Linear(8, 8)
-        self.frozen = nn.Linear(8, 400).requires_grad_(False)
-        self.back = nn.Linear(400, 8).requires_grad_(False)
+        self.frozen = nn.Linear(8, width).requires_grad_(False)
+        self.back = nn.Linear(width, 8).requires_grad_(False)
         self.down, self.up = nn.Linear(8, 1, bias=False), nn.Linear(1, 8, bias=False)
         self.layer = nn.Sequential(Around(self), nn.Linear(8, 1))
         self.layer[1].requires_grad_(False)
@@ -323,3 +330,39 @@ def test_of_a_frozen_model_with_small_adapters_only_these_travel() -> None:
     assert whole > 400 * sum(trainable)
     assert messages > 0
     assert size == messages * 4 * 32  # two parameters, each padded to 16 elements
+
+
+class Sends(Adapted):
+    """It counts all that leaves from the first step to the last, with headers, and the meetings."""
+
+    def __init__(self) -> None:
+        super().__init__(4000)
+        self.sent = self.meetings = 0
+
+    def on_train_start(self) -> None:
+        self.sent = -self._out()  # frozen weights were made equal before
+
+    def on_train_end(self) -> None:
+        self.sent += self._out()
+        self.meetings = self.trainer.strategy.clock.progress.meetings  # type: ignore[attr-defined]
+
+    def _out(self) -> int:
+        table = self.trainer.strategy.traffic()  # type: ignore[attr-defined]
+        return sum(count.bytes_out for kinds in table.values() for count in kinds.values())
+
+
+def _sends(kind: type[AsyncStrategy]) -> Any:
+    lit = Sends()
+    fit(lit, strategy=kind(meet_every=120), max_epochs=1)  # type: ignore[call-arg]
+    frozen = sum(p.numel() * p.element_size() for p in lit.frozen.parameters())
+    return [p.tolist() for p in lit.parameters() if p.requires_grad], lit.meetings, lit.sent, frozen
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("kind", [AsyncGlobalStrategy, GossipRingStrategy, CyclicDelayStrategy, LazySignStrategy])
+def test_a_whole_run_of_small_adapters_sends_less_than_one_frozen_layer(kind: type[AsyncStrategy]) -> None:
+    """All that is counted, a meeting in mid-epoch and the one at its end included, of both ranks together."""
+    (first, meetings, sent, frozen), (second, _, also_sent, _) = run(2, _sends, kind)
+    assert first == second
+    assert meetings >= 3, "at the start, in mid-epoch, at the end"
+    assert 0 < sent + also_sent < frozen

@@ -18,12 +18,29 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import SpeedFaults
+from lightning_async.strategies.wishes import Requeue
 from lightning_async.transport.rounds import Rounds
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
 from tests.strategies.ranks import Forked, run
 
 SECONDS = 0.004  # a step
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
+
+def test_a_request_that_a_rank_hears_behind_the_answer_is_the_one_that_was_answered() -> None:
+    quick, slow = Requeue(), Requeue()
+    quick.hear()
+    assert (quick.wanted, slow.wanted) == (True, False)
+    for one in (quick, slow):
+        one.answer()
+    slow.hear()
+    assert (quick.wanted, slow.wanted) == (False, False)
+    slow.hear()
+    assert (quick.wanted, slow.wanted) == (False, True), "another one"
+    for one in (quick, slow):
+        one.answer()
+    quick.hear()
+    assert (quick.wanted, slow.wanted) == (False, False)
 
 
 class Endless(IterableDataset[Any]):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.strategies.features.fits import STEPS, alike, fit, whole
-from tests.strategies.features.table import Scene, differs, works
+from tests.strategies.features.fits import STEPS, alike, fit, heard, whole
+from tests.strategies.features.table import Scene, differs, refused, works
 
 
 def limits(folder: Path) -> dict[str, Any]:
@@ -81,6 +81,7 @@ def validations(folder: Path) -> dict[str, Any]:
         "6": fit(val_check_interval=6),
         "0.25": fit(val_check_interval=0.25),
         "across": fit(val_check_interval=10, max_steps=24, **long),
+        "part": heard(lambda: fit(val_check_interval=0.5, **long)),
         "every 2": fit(check_val_every_n_epoch=2, max_epochs=4),
         **{f"sanity {k}": fit(num_sanity_val_steps=k, max_epochs=1) for k in (0, 1, -1)},
     }
@@ -105,6 +106,13 @@ VALIDATIONS = Scene(
             "0.25",
             "the same for a part of the epoch",
             lambda a, b: _validated(a, b, "0.25", [3, 6, 9, 12, 15, 18, 21, 24]),
+        ),
+        refused(
+            "val_check_interval",
+            "0.5, `check_val_every_n_epoch=None`",
+            "`val_check_interval` should be an integer or a time-based duration (str 'DD:HH:MM:SS', "
+            "datetime.timedelta, or dict kwargs for timedelta) when `check_val_every_n_epoch=None`.",
+            key="part",
         ),
         differs(
             "check_val_every_n_epoch",

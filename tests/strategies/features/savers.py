@@ -112,10 +112,10 @@ SAVING = Scene(
 
 
 class Fails(Callback):
-    """Rank 1 fails at its third batch."""
+    """Rank 1 fails at its first batch of the second epoch."""
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_rank == 1 and args[-1] == 2:
+        if trainer.global_rank == 1 and trainer.current_epoch > 0:
             raise ValueError("enough")
 
 
@@ -136,9 +136,11 @@ def stopping(folder: Path) -> dict[str, Any]:
     )
     found["lambda"] = Fitted(fit(callbacks=[keep], max_epochs=1), calls=calls)
     ended = time.monotonic() - start
-    saver = OnExceptionCheckpoint(folder, filename="broken")
-    sentence = heard(lambda: fit(callbacks=[Fails(), saver], enable_checkpointing=True, max_epochs=9))
-    return {**found, "seconds": ended, "sentence": sentence, "kept": (folder / "broken.ckpt").exists()}
+    savers = [OnExceptionCheckpoint(folder, filename="broken")]
+    savers += [ModelCheckpoint(folder, filename="aside", every_n_epochs=99, save_on_exception=True)]
+    sentence = heard(lambda: fit(callbacks=[Fails(), *savers], enable_checkpointing=True, max_epochs=9))
+    kept = [(folder / name).exists() for name in ("broken.ckpt", "aside.ckpt.rank0", "aside.ckpt")]
+    return {**found, "seconds": ended, "sentence": sentence, "kept": kept}
 
 
 STOPPING = Scene(
@@ -183,7 +185,14 @@ STOPPING = Scene(
             "OnExceptionCheckpoint",
             "",
             "the weights of the first rank, not the consensus: after an exception nobody waits for anybody",
-            lambda a, b: "enough" in a["sentence"] and "enough" in b["sentence"] and a["kept"],
+            lambda a, b: "enough" in a["sentence"] and "enough" in b["sentence"] and a["kept"][0],
+        ),
+        differs(
+            "ModelCheckpoint",
+            "`save_on_exception=True`",
+            "after an exception the first rank's weights, as `NAME.ckpt.rank0`: what all saved stays where it is, and "
+            "`last.ckpt` leads there. On a SIGTERM all meet, and save the consensus",
+            lambda a, b: a["kept"][1:] == [True, False],
         ),
     ],
     warnings=["Checkpoint directory"],
