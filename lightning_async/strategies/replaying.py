@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.arrival import Arrival
+from lightning_async.fresh import Fresh
 from lightning_async.strategies.compat import set_global_step
 from lightning_async.strategies.course import Course, Difference, Step, WrongInput
 from lightning_async.strategies.facts import Recorded
@@ -64,6 +65,7 @@ class Replaying(Recording):
         self._before: Tensor | None = None
         self.strategy: Replayed | None = None
         self.samples: list[Any] = []  # of the batch that was trained on last
+        self.batches = 0  # of data of the member's own: the how-many-th that was
 
     def meets(self) -> bool:
         """Whether the members met at this point."""
@@ -86,9 +88,14 @@ class Replaying(Recording):
         if self._course.measure and self._before is None:
             self._before = self._shown()
 
+    def shrink(self, arrival: Arrival, correction: Tensor, fresh: Fresh) -> float:
+        """What the run's law of shrinking said."""
+        return self.factor(arrival, lambda: 1.0)
+
     def batch(self) -> None:
         """The loss is compared; movements are measured."""
-        self._course.steps.append(Step(self._log.me, self._log.step + 1, self.samples, self._loss))
+        step = Step(self._log.me, self._log.step + 1, self.samples, self._loss, batch=self.batches)
+        self._course.steps.append(step)
         super().batch()
         if self._before is not None:
             now = self._shown()
@@ -167,6 +174,13 @@ class Replaying(Recording):
                 f"the module of the run, {self._log.header['module']}, had {recorded['numbers']} trainable numbers, "
                 f"this one has {now['numbers']}: it is another module, or its arguments are others (--init)"
             )
+        place = [(one["batch"], one["epoch"]) for one in (recorded, now)]
+        if recorded["resumed"] and place[0] != place[1]:
+            (batch, epoch), (batch_now, epoch_now) = place
+            raise WrongInput(
+                f"the run went on behind batch {batch} of epoch {epoch}, and this checkpoint is of batch {batch_now} of "
+                f"epoch {epoch_now}: give the one that it began with (--ckpt)"
+            )
         self._sure = self._log.step
         if self._course.tolerance is None:
             self._course.digests += 1
@@ -190,7 +204,7 @@ class Replaying(Recording):
         said = [f"member {me}, step {step}: {what}" if step else f"member {me}, before its first step: {what}"]
         mine = [one for one in self._course.steps if one.member == me]
         if step and mine:
-            said.append(f"samples {mine[-1].samples}")
+            said.append(mine[-1].data)
         if step and self._course.tolerance is None:
             said.append(f"its weights were last seen as recorded after step {self._sure}")
         if last is not None:

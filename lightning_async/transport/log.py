@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from lightning_async.transport.record import ACTS, ALWAYS, NOTE, SCHEMA, SERVED, Guesses
+from lightning_async.transport.record import ACTS, ALWAYS, COUNTS, NOTE, SCHEMA, SERVED, Guesses
 
 
 class Divergence(RuntimeError):  # noqa: N818
@@ -55,6 +55,7 @@ class Log:
     Attributes:
         header: What the recording carrier wrote first.
         served: What reached its service, in this order.
+        counts: By the number of what was served, what a law said of it: from whom, launched when, what part counts.
         finished: Whether the member ended on its own.
         step: The last step that was replayed.
         count: How many questions were replayed.
@@ -69,8 +70,11 @@ class Log:
             raise ValueError(f"this log has schema {self.header.get('schema')}, this version reads schema {SCHEMA}")
         self.me = int(self.header["me"])
         self.world = int(self.header["world"])
-        self._lines: list[list[Any]] = [line for line in parsed[1:] if line[1] != SERVED]
+        self._lines: list[list[Any]] = [line for line in parsed[1:] if line[1] not in (SERVED, COUNTS)]
         self.served = [Served(*line[2:]) for line in parsed[1:] if line[1] == SERVED]
+        self.counts: dict[int, list[list[Any]]] = {}
+        for number, _, *said in (line for line in parsed[1:] if line[1] == COUNTS):
+            self.counts.setdefault(number, []).append(said)
         self._events = [line for line in self._lines if line[1] != NOTE]
         self._notes = {(line[0], line[2]): line[3] for line in self._lines if line[1] == NOTE}
         self.finished = bool(self._events) and self._events[-1][1] == "finish"
