@@ -23,6 +23,7 @@ from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.clock import Clock
 from lightning_async.strategies.compat import Leash
 from lightning_async.strategies.course import WrongInput
+from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.replayed_feeding import DrawnFeeding, RecordedFeeding
 from lightning_async.strategies.replayed_office import ReplayedOffice
@@ -149,9 +150,9 @@ class RecordedMeetings(Meetings):
 
 def seat(strategy: AsyncStrategy, replaying: Replaying, carrier: ReplayCarrier, hall: Hall, begin: Any) -> None:
     """Give a strategy what it takes part in a replay with, before its Trainer is made."""
-    feeding = RecordedFeeding if begin["fed"] == "numbers" else DrawnFeeding
+    fed: Callable[..., Feeding] = RecordedFeeding if begin["fed"] == "numbers" else DrawnFeeding
     strategy.office = ReplayedOffice(carrier, replaying, hall)
-    strategy.feeding = feeding(carrier, replaying, begin["mass"])
+    strategy.feeding = fed(carrier, replaying, begin["mass"])
     strategy.clock = RecordedClock(strategy, replaying, late=begin["late"])
     strategy.checkpoints.parts["progress"] = strategy.clock
     if begin["shrink"] is not None:

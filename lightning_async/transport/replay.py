@@ -122,8 +122,10 @@ class ReplayCarrier:
         """What a law said that a contribution counts, whatever `law` says."""
         if threading.get_ident() != self._serving:
             return float(self._answer("factor", peer, base))
-        said = self._log.counts.get(self._served) or [[None]]
-        if said[0][:2] != [peer, base]:
+        said = self._log.counts.get(self._served, [])
+        if not said and not self._log.finished and self._served == len(self._log.served):
+            raise Stop  # it was killed in the middle of this letter
+        if not said or said[0][:2] != [peer, base]:
             self._log.diverge(f"factors {said} for letter {self._served} of its service", f"factor({peer}, {base})")
         return float(said.pop(0)[2])
 
