@@ -9,7 +9,7 @@ way out behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -43,7 +43,7 @@ class Heard:
         ear: Who hears.
     """
 
-    def __init__(self, loader: Iterable[Any], ear: Ear) -> None:
+    def __init__(self, loader: Any, ear: Ear) -> None:
         self._loader, self._ear = loader, ear
 
     def __getattr__(self, name: str) -> Any:
@@ -58,7 +58,7 @@ class Heard:
             setattr(self._loader, name, value)
 
     def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type]  # without a length this is the TypeError it should be
+        return len(self._loader)  # without a length this is the TypeError it should be
 
     def __iter__(self) -> Iterator[Any]:
         with self._ear.begins():

@@ -89,7 +89,9 @@ class PipeBatches(Resting):
         self.batches_alone, self._stepped = 0, -1
         self.begin_log()
         if (law := self._law_of_shrinking()) is not None:
-            self.recording.cannot_be_replayed(f"{law} shrinks gradients, by factors that a pipeline's log does not hold")
+            self.recording.cannot_be_replayed(
+                f"{law} shrinks gradients, by factors that a pipeline's log does not hold"
+            )
         self.recording.start(self)
         if self.piped:
             self.begun = True

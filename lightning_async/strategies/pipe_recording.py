@@ -71,8 +71,8 @@ class StageRecording(Recording):
             return loader
         if type(loader) is not DataLoader or not is_shareable(loader):
             self.cannot_be_replayed(
-                "a pipeline trains on samples without numbers here (a stream, or a loader that is no plain DataLoader), "
-                "and a log cannot say which ones a step was taken on"
+                "a pipeline trains on samples without numbers here (a stream, or a loader that is no plain "
+                "DataLoader), and a log cannot say which ones a step was taken on"
             )
             return loader
         trainer, size = strategy.trainer, size_of(loader)

@@ -134,8 +134,8 @@ class RecordedMeetings(Meetings):
         """Who ended early came to the meetings of the others. Perhaps it was the last epoch."""
         if self._batches not in self._last and self._batches < self._trained:
             raise WrongInput(
-                f"the training data of member {trainer.global_rank} end behind its batch {self._batches}, in the middle "
-                "of an epoch of the run: they are others, or do not begin where they began"
+                f"the training data of member {trainer.global_rank} end behind its batch {self._batches}, in the "
+                "middle of an epoch of the run: they are others, or do not begin where they began"
             )
         self.strategy.feeding.under_way = False
         while self._replaying.meets():

@@ -122,8 +122,8 @@ class DrawnFeeding(Feeding):
         """The same stream."""
         if is_shareable(loader):
             raise WrongInput(
-                f"the run trained on streams, and the data set here, a {type(loader.dataset).__name__}, is none: give the "
-                "run's own training data"
+                f"the run trained on streams, and the data set here, a {type(loader.dataset).__name__}, is none: give "
+                "the run's own training data"
             )
         return super().share_out(loader, office, epoch)
 

@@ -178,8 +178,8 @@ class Replaying(Recording):
         if recorded["resumed"] and place[0] != place[1]:
             (batch, epoch), (batch_now, epoch_now) = place
             raise WrongInput(
-                f"the run went on behind batch {batch} of epoch {epoch}, and this checkpoint is of batch {batch_now} of "
-                f"epoch {epoch_now}: give the one that it began with (--ckpt)"
+                f"the run went on behind batch {batch} of epoch {epoch}, and this checkpoint is of batch {batch_now} "
+                f"of epoch {epoch_now}: give the one that it began with (--ckpt)"
             )
         self._sure = self._log.step
         if self._course.tolerance is None:

@@ -164,7 +164,8 @@ class ReplayCarrier:
     def service(self) -> Program:
         """What the member's service did: a program of its own, which goes on as far as others need its answers."""
         self._serving = threading.get_ident()
-        for self._served, served in enumerate(self._log.served, start=1):
+        for number, served in enumerate(self._log.served, start=1):
+            self._served = number
             yield 0.0
             while len(self._services) < served.service:
                 self._stage.rest(f"member {self.me} to serve")

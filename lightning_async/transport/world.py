@@ -5,8 +5,8 @@
 
 The same in ranks forked from such a process: the group they inherit has none of its threads, and no one to talk to.
 
-A replay has no group. Whoever makes or draws data there sees the rank and the world of the run all the same (`seen_as`):
-`torch.distributed` answers, and so does the environment.
+A replay has no group. Whoever makes or draws data there sees the rank and the world of the run all the same
+(`seen_as`): `torch.distributed` answers, and so does the environment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Data of the ranks' own: samples have no numbers, and each member draws from its loader again as it drew in the run."""
+"""Data of the ranks' own: samples have no numbers, and each member draws from its loader again as in the run."""
 
 from __future__ import annotations
 
@@ -128,7 +128,9 @@ def test_other_data_are_told(tmp_path: Path, said: Said) -> None:
     record(tmp_path / "run", module="Streamed")
     status, words = said(tmp_path / "run", "--data", MODULES + "shorter", module="Streamed")
     assert status == 2
-    assert re.search(r"the training data of member \d end behind its batch \d+, in the middle of an epoch", words), words
+    assert re.search(r"the training data of member \d end behind its batch \d+, in the middle of an epoch", words), (
+        words
+    )
     status, words = said(tmp_path / "run", "--data", MODULES + "loader", module="Streamed")
     assert status == 2
     assert "the run trained on streams, and the data set here, a Data, is none" in words

@@ -23,7 +23,20 @@ from tests.strategies.lit import Lit, Numbers, loader, trainer
 from tests.strategies.ranks import run
 
 EVENTS = {"batch", "at", "post", "take", "folded", "free", "lost", "members", "propose", "decided", "meet", "finish"}
-NOTES = {"dealt", "length", "epoch", "fetched", "start", "off", "fetching", "clock", "knobs0", "weights", "own", "consensus"}
+NOTES = {
+    "dealt",
+    "length",
+    "epoch",
+    "fetched",
+    "start",
+    "off",
+    "fetching",
+    "clock",
+    "knobs0",
+    "weights",
+    "own",
+    "consensus",
+}
 FOR_PEOPLE = {"time", "arrivals", "accounts", "spread", "traffic"}
 NUMBERS = {"lr", "momentum", "dampening", "weight_decay"}
 
