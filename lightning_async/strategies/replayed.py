@@ -172,6 +172,8 @@ def seated(kind: type[AsyncStrategy]) -> type[AsyncStrategy]:
         def load_checkpoint(self, *arguments: Any, **options: Any) -> dict[str, Any]:
             """Lightning holds a lock meanwhile, for which the others would wait: each member reads its part alone."""
             with self.office.alone():
-                return super().load_checkpoint(*arguments, **options)  # type: ignore[no-any-return]
+                loaded: dict[str, Any] = super().load_checkpoint(*arguments, **options)
+            self.office.recording.goes_on(loaded["loops"]["fit_loop"])
+            return loaded
 
     return Seated

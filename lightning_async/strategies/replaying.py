@@ -24,6 +24,7 @@ from lightning_async.strategies.compat import set_global_step
 from lightning_async.strategies.course import Course, Difference, Step, WrongInput
 from lightning_async.strategies.facts import Recorded
 from lightning_async.strategies.recording import Recording, Weights
+from lightning_async.strategies.saved_loops import Loop
 from lightning_async.transport import chance
 from lightning_async.transport.hall import Hall
 from lightning_async.transport.log import Log
@@ -70,6 +71,16 @@ class Replaying(Recording):
     def meets(self) -> bool:
         """Whether the members met at this point."""
         return self._carrier.meets()
+
+    def goes_on(self, fit: Loop) -> None:
+        """From this state of the loop over epochs: it must be that of the checkpoint that the run went on from."""
+        was = self._log.first("start")
+        batch, epoch = (fit[name]["current"] for name in ("epoch_loop.batch_progress", "epoch_progress"))
+        if (batch["ready"], epoch["processed"]) != (was["batch"], was["epoch"]):
+            raise WrongInput(
+                f"the run went on behind batch {was['batch']} of epoch {was['epoch']}, and this checkpoint is of batch "
+                f"{batch['ready']} of epoch {epoch['processed']}: give the one that it began with (--ckpt)"
+            )
 
     def clock(self, trainer: Trainer) -> None:
         """The run's step and the end of an epoch go by all members: as the log has them."""
@@ -173,13 +184,6 @@ class Replaying(Recording):
             raise WrongInput(
                 f"the module of the run, {self._log.header['module']}, had {recorded['numbers']} trainable numbers, "
                 f"this one has {now['numbers']}: it is another module, or its arguments are others (--init)"
-            )
-        place = [(one["batch"], one["epoch"]) for one in (recorded, now)]
-        if recorded["resumed"] and place[0] != place[1]:
-            (batch, epoch), (batch_now, epoch_now) = place
-            raise WrongInput(
-                f"the run went on behind batch {batch} of epoch {epoch}, and this checkpoint is of batch {batch_now} "
-                f"of epoch {epoch_now}: give the one that it began with (--ckpt)"
             )
         self._sure = self._log.step
         if self._course.tolerance is None:

@@ -161,7 +161,7 @@ class Paired(Plateau):
         return super().training_step(both, batch_idx)
 
     def train_dataloader(self) -> Any:
-        return CombinedLoader([DataLoader(Own(20), batch_size=2), DataLoader(Own(48), batch_size=4)], "max_size_cycle")
+        return CombinedLoader([DataLoader(Own(20), batch_size=4), DataLoader(Own(48), batch_size=4)], "max_size_cycle")
 
 
 class Manual(Net):
@@ -246,8 +246,11 @@ class Sized(Own):
 class Stream(IterableDataset[Any]):
     """Samples without numbers, the same on each rank."""
 
+    def __init__(self, length: int = 20) -> None:
+        self.length = length
+
     def __iter__(self) -> Any:
-        return iter(list(zip(INPUTS, TARGETS, strict=True))[:20])
+        return iter(list(zip(INPUTS, TARGETS, strict=True))[: self.length])
 
 
 def loader(spoiled: dict[int, float] | None = None, samples: int = SAMPLES) -> DataLoader[Any]:
@@ -286,7 +289,7 @@ def stream() -> DataLoader[Any]:
 
 
 def shorter() -> DataLoader[Any]:
-    return DataLoader(Own(20), batch_size=4)
+    return DataLoader(Stream(12), batch_size=4)
 
 
 def by_worker() -> DataLoader[Any]:

@@ -55,7 +55,7 @@ def _tail(before: list[Line], after: list[Line]) -> Iterator[Line]:
     keys = [words[1] for words in before if words[0] == "propose" and words[1].startswith("round")]
     rounds = max((int(key.split("/")[1]) for key in keys), default=0)
     tokens = _tokens(before)
-    for words in after:
+    for words in _with_all_of_chance(before, after):
         if words[0] in ("propose", "decided") and words[1].startswith("round"):
             name, number, *rest = words[1].split("/")
             words = [words[0], "/".join([name, str(int(number) - rounds), *rest]), *words[2:]]
@@ -66,6 +66,16 @@ def _tail(before: list[Line], after: list[Line]) -> Iterator[Line]:
             tokens = []
         else:
             yield words
+
+
+def _with_all_of_chance(before: list[Line], after: list[Line]) -> Iterator[Line]:
+    """Where random generators are written down, those too that had not moved since the last time."""
+    known: dict[str, str] = {}
+    for words in (*before, *after):
+        if words[0] == NOTE and isinstance(words[2], dict) and "chance" in words[2]:
+            known |= words[2]["chance"]
+            words[2]["chance"] = dict(known)
+    yield from after
 
 
 def _tokens(before: list[Line]) -> list[Line]:

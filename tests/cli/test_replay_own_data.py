@@ -106,7 +106,7 @@ def test_a_run_that_went_on_in_mid_epoch(module: str, options: dict[str, Any], t
     assert status == 0, words
     assert notes(tmp_path / "True", "start")[0]["batch"] > 0
     status, words = said(tmp_path / "True", "--ckpt", checkpoints[10], module=module)
-    assert status == 2
+    assert status == 2, words
     assert re.search(r"the run went on behind batch \d+ of epoch 0, and this checkpoint is of batch \d+ of", words)
 
 
@@ -125,12 +125,12 @@ def test_a_batch_is_named_by_its_number(tmp_path: Path, said: Said) -> None:
 
 
 def test_other_data_are_told(tmp_path: Path, said: Said) -> None:
-    record(tmp_path / "run", module="Streamed")
-    status, words = said(tmp_path / "run", "--data", MODULES + "shorter", module="Streamed")
-    assert status == 2
-    assert re.search(r"the training data of member \d end behind its batch \d+, in the middle of an epoch", words), (
+    record(tmp_path / "run", data="stream")
+    status, words = said(tmp_path / "run", "--data", MODULES + "shorter")
+    assert status == 2, words
+    assert re.search(r"the training data of member \d end behind its batch 3, in the middle of an epoch", words), (
         words
     )
-    status, words = said(tmp_path / "run", "--data", MODULES + "loader", module="Streamed")
-    assert status == 2
+    status, words = said(tmp_path / "run", "--data", MODULES + "loader")
+    assert status == 2, words
     assert "the run trained on streams, and the data set here, a Data, is none" in words
