@@ -248,6 +248,24 @@ def test_epochs_are_parted_by_their_notes() -> None:
     assert log.first("nothing") is None
 
 
+def test_an_epoch_without_a_batch_has_its_own_meetings() -> None:
+    def program(carrier: Any) -> Program:
+        yield 0.1
+        told = []
+        for epoch, batches in enumerate([1, 0, 2]):
+            carrier.note("epoch", {"epoch": epoch})
+            for _ in range(batches):
+                carrier.note_batch()
+            for _ in range(2):
+                told.append(carrier.meets() if hasattr(carrier, "meets") else None)
+                carrier.note_meeting()
+            told.append(carrier.meets() if hasattr(carrier, "meets") else None)
+        return told
+
+    _, logs = record(program=program, n=1)
+    assert replay(logs, {0: program}) == {0: [True, True, False] * 3}
+
+
 def test_the_cut_last_line_of_a_killed_member_is_left_out() -> None:
     _, logs = record(lambda cluster: cluster.kill(2, at=0.35))
     whole = replay(logs, everybody())
