@@ -135,8 +135,8 @@ class Log:
         return len({line[3]["epoch"] for line in self._lines if line[1:3] == [NOTE, "epoch"]})
 
     def meets(self) -> bool:
-        """Whether the members meet before the next batch, in this epoch; on its way to a meeting a member may have words
-        to say. There are epochs without a batch."""
+        """Whether the members meet before the next batch, in this epoch, which may have none; on its way to a meeting a
+        member may have words to say."""
         ahead = ((self._events[i][1], self._epochs[i]) for i in range(self._next, len(self._events)))
         name, epoch = next((one for one in ahead if one[0] in ("meet", "batch", "finish")), ("finish", 0))
         return name == "meet" and epoch <= self._begun

@@ -100,6 +100,7 @@ def test_other_data_and_other_weights_are_told(tmp_path: Path, said: Said) -> No
     assert "the data set of the run had 60 samples, this one has 40" in words
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:.* this run cannot be replayed")
 @pytest.mark.parametrize(
     ("module", "callbacks", "sentence"),

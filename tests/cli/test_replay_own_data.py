@@ -33,7 +33,7 @@ def notes(folder: Path, name: str, rank: int = 0) -> list[Any]:
 # -- as recorded -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("n", "module", "knobs", "options"),
     [
@@ -128,9 +128,7 @@ def test_other_data_are_told(tmp_path: Path, said: Said) -> None:
     record(tmp_path / "run", data="stream")
     status, words = said(tmp_path / "run", "--data", MODULES + "shorter")
     assert status == 2, words
-    assert re.search(r"the training data of member \d end behind its batch 3, in the middle of an epoch", words), (
-        words
-    )
+    assert re.search(r"the training data of member \d end behind its batch 3, in the middle of an epoch", words), words
     status, words = said(tmp_path / "run", "--data", MODULES + "loader")
     assert status == 2, words
     assert "the run trained on streams, and the data set here, a Data, is none" in words

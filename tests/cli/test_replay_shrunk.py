@@ -29,7 +29,7 @@ def factors(logs: dict[int, list[Any]]) -> list[list[Any]]:
     return [line for lines in logs.values() for line in lines[1:] if line[1] in ("factor", "counts")]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "knobs", "law"),
     [
@@ -60,6 +60,7 @@ def test_whatever_was_shrunk(kind: Any, knobs: dict[str, Any], law: str, tmp_pat
     assert re.search("first difference: member [01], ", words)
 
 
+@pytest.mark.few(0)
 def test_a_factor_for_nothing_that_came_is_named(tmp_path: Path, said: Said) -> None:
     run(2, _fit, str(tmp_path / "run"), AsyncGlobalStrategy, {"local_steps": 1}, "inverse")
     logs = copied(tmp_path / "run", tmp_path / "copy")
