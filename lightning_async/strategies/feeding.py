@@ -130,7 +130,6 @@ class Feeding:
 
     def share_out(self, loader: object, office: Office, epoch: Callable[[], int]) -> object:
         """The training loader, fed by this rank's share; a stream as it is, but watched."""
-        self._new_loaders()
         if not is_shareable(loader):
             if office.siblings is not None:
                 raise MisconfigurationException(STREAM_INSIDE)
@@ -138,12 +137,13 @@ class Feeding:
                 rank_zero_warn(
                     f"`{type(loader).__name__}` is not a DataLoader: every rank trains on all that it yields"
                 )
-            return self.watch(loader, self._ear(loader, office, epoch))
+            return self.watch(loader, office, epoch)
         if not loader.in_order:
             rank_zero_warn(
                 "`in_order=False` is not followed: which samples were trained on is booked in their order. Slow "
                 "samples of one worker hold up less with a larger `prefetch_factor`"
             )
+        self._new_loaders()
         self._batch, self._by_sample = samples_per_batch(loader) * office.size, counts_samples(loader)
         if self.share is not None:
             raise MisconfigurationException(
@@ -169,8 +169,9 @@ class Feeding:
             length=self.told_length,
         )
 
-    def watch(self, loader: Any, ear: Ear = DEAF) -> Stream:
-        """A loader that is this rank's own: its batches are counted and its state is kept."""
+    def watch(self, loader: Any, office: Office | None = None, epoch: Callable[[], int] = int) -> Stream:
+        """A loader that is this rank's own: its batches are counted and its state is kept. A log hears of them."""
+        self._new_loaders()
         self._batch = getattr(loader, "batch_size", None) or 1
         if source_of(loader) is None and is_stateful(getattr(loader, "dataset", None)):
             rank_zero_warn(
@@ -184,21 +185,21 @@ class Feeding:
                 "it has trained on: use a loader with a `state_dict`, as torchdata's StatefulDataLoader or litdata's "
                 "StreamingDataLoader"
             )
-        return self._streams.watch(loader, ear)
+        return self._streams.watch(loader, self._ear(loader, office, epoch))
 
-    def note(self, loader: Any, office: Office, epoch: Callable[[], int]) -> object:
+    def note(self, loader: Any, office: Office | None = None, epoch: Callable[[], int] = int) -> object:
         """A loader that stays as it is: it tells how long an epoch is, if it knows. A log hears of its batches."""
         self._new_loaders()
         ear = self._ear(loader, office, epoch)
         self._streams.note(loader)
         return loader if ear is DEAF else (StatefulHeard if is_stateful(loader) else Heard)(loader, ear)
 
-    def _ear(self, loader: object, office: Office, epoch: Callable[[], int]) -> Ear:
+    def _ear(self, loader: object, office: Office | None, epoch: Callable[[], int]) -> Ear:
         """Who hears of what is drawn from a loader of the rank's own, which may be the first of several."""
-        recording, first = office.recording, not self._streams.known
-        if not recording.hears:
+        if office is None or not office.recording.hears:
             return DEAF
-        return Drawing(recording, epoch, size_of(loader), first=first, around=self.around)
+        first = not self._streams.known
+        return Drawing(office.recording, epoch, size_of(loader), first=first, around=self.around)
 
     @property
     def fed(self) -> str:
