@@ -150,7 +150,9 @@ def _samples(story: Story) -> Iterator[Finding]:
         for note, batches in zip(notes, trained(log), strict=False):
             counts[note["epoch"]].update(sample for batch in batches for sample in batch)
     if not any(counts.values()):
-        yield Finding("samples", None, "the record names none (a stream)")
+        drawn, used = sum(len(log.notes_of("drawn")) for log in logs), sum(log.batches() for log in logs)
+        said = f": of {many(drawn, 'batch', 'batches')} drawn, {used} were trained on" if drawn else ""
+        yield Finding("samples", None, f"the record names none (data of the ranks' own){said}")
         return
     known = [dict(zip((note["epoch"] for note in notes), log.notes_of("dealt"), strict=False))
              for notes, log in zip(begun, logs, strict=True)]  # fmt: skip

@@ -117,11 +117,8 @@ def check(logs: Mapping[int, Log], arguments: argparse.Namespace) -> None:
         load(name)
     for rank, log in logs.items():
         _check_start(rank, log.first("start"), arguments)
-        if sum(map(len, log.epochs())) < log.batches():
-            raise WrongInput(
-                f"member {rank} trained on samples without numbers (a stream, or a split of the user's own): the log "
-                "cannot say which ones a step was taken on"
-            )
+        if header["strategy"] == PIPELINE:
+            _check_stage(rank, log)
 
 
 def _read(path: Path) -> Log:
@@ -145,7 +142,17 @@ def _check_same(rank: int, log: Log, first: Log) -> None:
 def _check_start(rank: int, begin: Mapping[str, Any] | None, arguments: argparse.Namespace) -> None:
     if begin is None:
         raise WrongInput(f"member {rank} did not come to its first step: there is nothing to replay")
-    if begin["shrink"] is not None:
-        raise WrongInput(f"the run shrank late contributions by {begin['shrink']}, which the log does not hold")
+    if begin.get("fed") == "both":
+        raise WrongInput("the run trained on a shared data set and on a stream together, and that cannot be replayed")
     if begin["resumed"] and arguments.ckpt is None:
         raise WrongInput("the run went on from a checkpoint (`fit(ckpt_path=...)`): give it by --ckpt")
+
+
+def _check_stage(rank: int, log: Log) -> None:
+    if (law := log.first("start")["shrink"]) is not None:
+        raise WrongInput(f"the run shrank gradients by {law}, whose factors a pipeline's log does not hold")
+    if sum(map(len, log.epochs())) < log.batches():
+        raise WrongInput(
+            f"stage {rank} trained on samples without numbers (a stream, or a loader that is no plain DataLoader): a "
+            "pipeline's log cannot say which ones a step was taken on"
+        )

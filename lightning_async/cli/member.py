@@ -7,7 +7,10 @@ they are not those of the run, the log's first digest says so at once.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -26,6 +29,7 @@ from lightning_async.transport.hall import Hall
 from lightning_async.transport.log import Log
 from lightning_async.transport.replay import ReplayCarrier, replay
 from lightning_async.transport.stage import Program, Stage, Stop
+from lightning_async.transport.world import seen_as
 
 Seated = tuple[Strategy, list[Callback]]
 """A strategy of a replay, and the callbacks that stand first among its Trainer's."""
@@ -81,20 +85,36 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
     if not begin["resumed"]:
         for counter in ("processed", "completed"):  # a further fit of a Trainer counts on
             setattr(trainer.fit_loop.epoch_progress.current, counter, begin["epoch"])
+    whole = made(arguments.datamodule, LightningDataModule) if arguments.datamodule else None
     data = load(arguments.data) if arguments.data else None
-    trainer.fit(
-        module,
-        train_dataloaders=data() if callable(data) else data,
-        datamodule=made(arguments.datamodule, LightningDataModule) if arguments.datamodule else None,
-        ckpt_path=arguments.ckpt if begin["resumed"] else None,
-    )
+    for source in filter(None, (module, whole)):
+        _at_its_place(source, carrier)
+    with seen_as(carrier.me, carrier.world):
+        data = data() if callable(data) else data
+    ckpt_path = arguments.ckpt if begin["resumed"] else None
+    trainer.fit(module, train_dataloaders=data, datamodule=whole, ckpt_path=ckpt_path)
+
+
+def _at_its_place(source: object, carrier: ReplayCarrier) -> None:
+    """Whoever makes the data sees the member's rank, as its process did."""
+
+    def seeing(make: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(make)
+        def make_there(*args: Any, **kwargs: Any) -> Any:
+            with seen_as(carrier.me, carrier.world):
+                return make(*args, **kwargs)
+
+        return make_there
+
+    for name in ("prepare_data", "setup", "train_dataloader"):
+        setattr(source, name, seeing(getattr(source, name)))
 
 
 def _replica(carrier: ReplayCarrier, log: Log, hall: Hall, course: Course) -> Seated:
     replaying = Replaying(carrier, log, course, hall)
     kind = seated(KINDS[log.header["strategy"]])
     strategy = kind(**log.header["knobs"], cluster_environment=Place(carrier.me, carrier.world))
-    seat(strategy, replaying, carrier, hall, log.first("start")["mass"])
+    seat(strategy, replaying, carrier, hall, log.first("start"))
     return strategy, [RecordedMeetings(strategy, replaying, log), Averages(strategy)]
 
 

@@ -26,6 +26,7 @@ HARMLESS = {
     "WeightAveraging",
     "EMAWeightAveraging",
     "SpeedFaults",
+    "AdaptiveShrink",
     "DelayStats",
     "TrafficStats",
     "SpreadStats",

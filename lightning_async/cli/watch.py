@@ -57,7 +57,7 @@ def table(steps: Iterable[Step], marked: Step) -> list[str]:
 def _row(step: Step, marked: bool) -> tuple[str, ...]:
     folded = ", ".join(f"{a.other} ({a.delay}{'' if a.factor else ', refused'})" for a in step.arrivals) or "-"
     loss = "-" if step.loss is None else f"{step.loss:.5g}"
-    samples = " ".join(map(str, step.samples))
+    samples = f"batch {step.batch}" if step.batch else " ".join(map(str, step.samples))
     return (">" if marked else "", str(step.step), loss, f"{step.own:.1e}", f"{step.folds:.1e}", folded, samples)
 
 

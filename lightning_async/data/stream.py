@@ -24,6 +24,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from lightning_async.data.heard import DEAF, Ear, drawn
 from lightning_async.data.skipped import count_once
 
 _OWN = frozenset(
@@ -32,6 +33,7 @@ _OWN = frozenset(
         "_source",
         "_begun",
         "_over",
+        "_ear",
         "_way",
         "_mark",
         "_handed",
@@ -52,6 +54,7 @@ class Stream:
         loader: The user's loader.
         begun: Is called when an iterator draws its first batch.
         over: Whether this epoch has nothing for this rank, whatever the loader has.
+        ear: Who hears of what is drawn.
     """
 
     def __init__(
@@ -60,11 +63,13 @@ class Stream:
         *,
         begun: Callable[[], object] = lambda: None,
         over: Callable[[], bool] = lambda: False,
+        ear: Ear = DEAF,
     ) -> None:
         self._loader = loader
         self._source = source_of(loader)
         self._begun = begun
         self._over = over
+        self._ear = ear
         self._way: deque[Any] = deque()
         self._mark: Any = None
         self._loaded: Any = None
@@ -87,22 +92,30 @@ class Stream:
         return len(self._loader)  # type: ignore[arg-type]  # without a length this is the TypeError it should be
 
     def __iter__(self) -> Iterator[Any]:
-        self._begun()
-        if self._over():
+        with self._ear.begins():
+            self._begun()
+            over = self._over()
+            went_on = not over and self._back()
+            live = None if over else self._made()
+        if live is None:
             self._ended = True
             return
-        went_on = self._back()
-        yield from self._drawn()
+        yield from self._drawn(live)
         if went_on and not self._handed:  # it was cut right at its end
-            yield from self._drawn()
+            with self._ear.begins():
+                live = self._made()
+            yield from self._drawn(live)
         self._end()
 
-    def _drawn(self) -> Iterator[Any]:
+    def _made(self) -> Iterator[Any]:
         if self._live is None:
             self._live = iter(self._loader)
             count_once(self._live, self._loaded)
             self._loaded = None
-        for batch in self._live:
+        return self._live
+
+    def _drawn(self, live: Iterator[Any]) -> Iterator[Any]:
+        for batch in drawn(live, self._ear):
             self._way.append(self._state())
             self._handed += 1
             yield batch
@@ -207,9 +220,10 @@ class Streams:
     def __len__(self) -> int:
         return len(self._all)
 
-    def watch(self, loader: Any) -> Stream:
+    def watch(self, loader: Any, ear: Ear = DEAF) -> Stream:
         """One more; it goes on from its bookmark, if one was given."""
-        made = (StatefulStream if is_stateful(loader) else Stream)(loader, begun=self._begun, over=lambda: self.over)
+        kind = StatefulStream if is_stateful(loader) else Stream
+        made = kind(loader, begun=self._begun, over=lambda: self.over, ear=ear)
         made.go_to(next(iter(self._bookmarks[len(self._all) :]), None), in_mid_epoch=self._in_mid_epoch)
         self._all.append(made)
         return made

@@ -266,7 +266,7 @@ class AsyncStrategy(Shown):
         if compat.wants_our_sampler(trainer):
             fed = self.feeding.share_out(dataloader, self.office, lambda: trainer.current_epoch)
         else:
-            self.feeding.note(fed := dataloader)
+            fed = self.feeding.note(dataloader, self.office, lambda: trainer.current_epoch)
         if self.meeting:
             self.together(self.feeding.agree(self.office.rounds, in_step=self.algorithm.in_step))
         return fed
@@ -276,8 +276,8 @@ class AsyncStrategy(Shown):
         self.checkpoints.before_algorithm()
         self.voice.begin(self.replica, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
         self.checkpoints.put_back()
-        if self.feeding.share is None:
-            self.office.recording.cannot_name_samples()
+        if self.feeding.fed == "both":
+            self.office.recording.cannot_be_replayed("it trains on a shared data set and on a stream together")
         self.office.recording.start(self)
         self.clock.begin(self.trainer)
         self.clock.set_out(self.trainer, self.consensus.come)
@@ -346,9 +346,9 @@ class AsyncStrategy(Shown):
 
     def begins_with(self) -> dict[str, Any]:
         """What a log says of this rank before its first step."""
-        shrink = self.algorithm.shrink
-        law = None if shrink is no_shrink else name_of(shrink)
-        return {"weights": digest(self.replica.flat), "mass": self.feeding.mass, "shrink": law}
+        law = None if self.shrink is no_shrink else name_of(self.shrink)
+        data = {"mass": self.feeding.mass, "fed": self.feeding.fed, "late": self.clock.fetches_late}
+        return {"weights": digest(self.replica.flat), "shrink": law, **data}
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

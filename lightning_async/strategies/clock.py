@@ -87,7 +87,7 @@ class Clock:
             self.expect(trainer)
             if anew:
                 self._renew(trainer)
-            if self._counts.cuts(self._strategy.feeding):
+            if self.fetches_late:
                 compat.fetch_late(trainer)
             self._wishes.keep_stop(trainer)  # of a hook before the training; alone it would skip all of it
 
@@ -128,7 +128,13 @@ class Clock:
         """Let Lightning foresee the length of an epoch; it must not stop there by itself (`begin`)."""
         length = self._strategy.feeding.foreseen(trainer.accumulate_grad_batches)
         if self._counts.taken and length is not None:
+            length = int(self._strategy.office.recording.told("length", length))
             trainer.fit_loop.max_batches = length if self.progress is None else float("inf")
+
+    @property
+    def fetches_late(self) -> bool:
+        """Whether a batch of a stream is fetched only when it is known that the epoch has one more (`compat`)."""
+        return self._counts.cuts(self._strategy.feeding)
 
     def _renew(self, trainer: Trainer) -> None:
         """The loaders are others, perhaps of another length; all are between two epochs."""
@@ -227,7 +233,7 @@ class Clock:
         self.progress.batch_started()
         batches = trainer.fit_loop.epoch_loop.batch_progress
         if not self.progress.is_last():
-            compat.look_ahead(trainer)
+            self._look_ahead(trainer, "ahead")
         elif not batches.is_last_batch:
             batches.is_last_batch = self._closes = True
         if self._counts.taken:
@@ -299,14 +305,21 @@ class Clock:
         batches = trainer.fit_loop.epoch_loop.batch_progress
         closes, self._closes = self._closes, False
         if by_agenda and (closes or not batches.is_last_batch):
+            self._strategy.office.recording.mark("cut")
             self._strategy.feeding.cut()
             _was_last(trainer)
         elif closes:
             batches.is_last_batch = False
-            compat.look_ahead(trainer)
+            self._look_ahead(trainer, "further")
             if batches.is_last_batch and self.progress is not None:  # it has no more: the others go on
                 self.progress.ended = True
                 _was_last(trainer)
+
+    def _look_ahead(self, trainer: Trainer, mark: str) -> None:
+        """Where Lightning may not: when that was is in the log."""
+        if self.fetches_late:
+            self._strategy.office.recording.mark(mark)
+            compat.look_ahead(trainer)
 
     def _validates(self, trainer: Trainer, outcome: Outcome, *, stops: bool) -> bool:
         """Whether a validation follows this meeting."""

@@ -28,7 +28,11 @@ class Difference(RuntimeError):  # noqa: N818
 
 @dataclass
 class Step:
-    """What a member did in one batch; the movements are relative to the norm of its weights, if they were measured."""
+    """What a member did in one batch; the movements are relative to the norm of its weights, if they were measured.
+
+    Samples of data of its own (a stream, a split of the user's own) have no numbers, but the `batch` has one: it is the
+    how-many-th that the member trained on.
+    """
 
     member: int
     step: int
@@ -37,6 +41,12 @@ class Step:
     own: float = 0.0
     folds: float = 0.0
     arrivals: list[Arrival] = field(default_factory=list)
+    batch: int = 0
+
+    @property
+    def data(self) -> str:
+        """What it was trained on, for people."""
+        return f"batch {self.batch} of its own data" if self.batch else f"samples {self.samples}"
 
 
 @dataclass

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_async.strategies.compat import callbacks
+from lightning_async.strategies.compat import callbacks, wants_our_sampler
 from lightning_async.version import __version__
 
 TRAINER = (
@@ -41,7 +41,7 @@ class Recorded(Protocol):
         """Where this rank computes."""
 
     def begins_with(self) -> dict[str, Any]:
-        """What of its own a member starts with: "weights" (a digest), "mass", "shrink"."""
+        """What of its own a member starts with: "weights" (a digest), "mass", "shrink", ..."""
 
 
 def digest(weights: Tensor) -> str:
@@ -61,17 +61,22 @@ def about(strategy: Recorded) -> dict[str, Any]:
         "module": f"{module.__module__}:{module.__qualname__}",
         "limit": trainer.limit_train_batches,
         "device": strategy.root_device.type,
-        "trainer": {name: getattr(trainer, name) for name in TRAINER},
+        "trainer": {
+            **{name: getattr(trainer, name) for name in TRAINER},
+            "use_distributed_sampler": wants_our_sampler(trainer),
+        },
         "callbacks": [type(callback).__name__ for callback in callbacks(trainer)],
     }
 
 
 def start(strategy: Recorded) -> dict[str, Any]:
-    """With what a member starts."""
+    """With what a member starts, and behind how many batches of which epoch."""
     trainer = strategy.trainer
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return {
         "numbers": sum(p.numel() for p in trainer.lightning_module.parameters() if p.requires_grad),
         "epoch": trainer.current_epoch,
+        "batch": batches.ready,
         "resumed": trainer.ckpt_path is not None,
         **strategy.begins_with(),
     }

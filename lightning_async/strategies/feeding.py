@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.data.balance import Balance, knobs_of, name_of, refuse_unknown
 from lightning_async.data.counts import epoch_batches, limited, samples_in
 from lightning_async.data.dealt import Dealt, dealt
+from lightning_async.data.heard import DEAF, Ear, Heard, StatefulHeard
 from lightning_async.data.kept import KeptShare
 from lightning_async.data.loader import counts_samples, drops_last, is_shareable, samples_per_batch, shared_loader
 from lightning_async.data.opening import usable
@@ -30,6 +32,7 @@ from lightning_async.data.resume import Interrupted, State, as_ranges, as_tensor
 from lightning_async.data.share import Share, make_share
 from lightning_async.data.split import SplitShare, check_loaders_alike
 from lightning_async.data.stream import Stream, Streams, is_stateful, source_of
+from lightning_async.strategies.drawing import Drawing
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 
@@ -55,6 +58,9 @@ class Feeding:
         under_way: Whether batches of an epoch are being trained on: then its length may be told. Lightning's loop asks
             at other times, and would end the epoch there.
     """
+
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What stands around what is drawn from loaders of the rank's own."""
 
     def __init__(self, balance: Balance) -> None:
         refuse_unknown(balance)
@@ -131,7 +137,7 @@ class Feeding:
                 rank_zero_warn(
                     f"`{type(loader).__name__}` is not a DataLoader: every rank trains on all that it yields"
                 )
-            return self.watch(loader)
+            return self.watch(loader, office, epoch)
         if not loader.in_order:
             rank_zero_warn(
                 "`in_order=False` is not followed: which samples were trained on is booked in their order. Slow "
@@ -163,8 +169,8 @@ class Feeding:
             length=self.told_length,
         )
 
-    def watch(self, loader: Any) -> Stream:
-        """A loader that is this rank's own: its batches are counted and its state is kept."""
+    def watch(self, loader: Any, office: Office | None = None, epoch: Callable[[], int] = int) -> Stream:
+        """A loader that is this rank's own: its batches are counted and its state is kept. A log hears of them."""
         self._new_loaders()
         self._batch = getattr(loader, "batch_size", None) or 1
         if source_of(loader) is None and is_stateful(getattr(loader, "dataset", None)):
@@ -179,12 +185,27 @@ class Feeding:
                 "it has trained on: use a loader with a `state_dict`, as torchdata's StatefulDataLoader or litdata's "
                 "StreamingDataLoader"
             )
-        return self._streams.watch(loader)
+        return self._streams.watch(loader, self._ear(loader, office, epoch))
 
-    def note(self, loader: object) -> None:
-        """A loader that stays as it is: it tells how long an epoch is, if it knows."""
+    def note(self, loader: Any, office: Office | None = None, epoch: Callable[[], int] = int) -> object:
+        """A loader that stays as it is: it tells how long an epoch is, if it knows. A log hears of its batches."""
         self._new_loaders()
+        ear = self._ear(loader, office, epoch)
         self._streams.note(loader)
+        return loader if ear is DEAF else (StatefulHeard if is_stateful(loader) else Heard)(loader, ear)
+
+    def _ear(self, loader: object, office: Office | None, epoch: Callable[[], int]) -> Ear:
+        """Who hears of what is drawn from a loader of the rank's own, which may be the first of several."""
+        if office is None or not office.recording.hears:
+            return DEAF
+        first = not self._streams.known
+        return Drawing(office.recording, epoch, size_of(loader), first=first, around=self.around)
+
+    @property
+    def fed(self) -> str:
+        """With what: "numbers" of samples, of a share; a "stream", or "both"; a "split" of the user's own."""
+        streams = len(self._streams) > 0
+        return ("both" if streams else "numbers") if self.share is not None else "stream" if streams else "split"
 
     def replace(self) -> None:
         """Lightning is about to make its loaders: they come in the place of those before, drawn from or not."""

@@ -88,6 +88,10 @@ class PipeBatches(Resting):
         self._garbage.set_aside()
         self.batches_alone, self._stepped = 0, -1
         self.begin_log()
+        if (law := self._law_of_shrinking()) is not None:
+            self.recording.cannot_be_replayed(
+                f"{law} shrinks gradients, by factors that a pipeline's log does not hold"
+            )
         self.recording.start(self)
         if self.piped:
             self.begun = True
@@ -179,11 +183,14 @@ class PipeBatches(Resting):
 
     def begins_with(self) -> dict[str, Any]:
         """What a log says of this rank before its first batch. The data are counted where they end."""
-        shrink = self.shrink
-        law = None if shrink is no_shrink or isinstance(shrink, (int, float)) else name_of(shrink)
-        own = {"weights": digest(self.held.flat), "mass": 1, "shrink": law}
+        own = {"weights": digest(self.held.flat), "mass": 1, "shrink": self._law_of_shrinking()}
         seed = self.turns.seed if self.piped else 0
         return {**own, "cuts": list(self.cuts), "seed": seed, "counts": self.last}
+
+    def _law_of_shrinking(self) -> str | None:
+        """The name of the law that a callback set; None: there is none, or a number of the user's."""
+        shrink = self.shrink
+        return None if shrink is no_shrink or isinstance(shrink, (int, float)) else name_of(shrink)
 
     def _note_knobs(self) -> None:
         for optimizer in self.optimizers:

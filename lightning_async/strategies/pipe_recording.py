@@ -59,10 +59,6 @@ class StageRecording(Recording):
         if self._scribe is not None:
             self._scribe.note("accumulate", trainer.accumulate_grad_batches, news=True)
 
-    def strayed(self) -> None:
-        """The random generators are not where the last batch left them."""
-        self._met = True
-
     def met(self, replica: Weights) -> None:
         """The pipe is drained: all gradients are applied."""
         self.strayed()
@@ -74,7 +70,10 @@ class StageRecording(Recording):
         if not self.on:
             return loader
         if type(loader) is not DataLoader or not is_shareable(loader):
-            self.cannot_name_samples()
+            self.cannot_be_replayed(
+                "a pipeline trains on samples without numbers here (a stream, or a loader that is no plain "
+                "DataLoader), and a log cannot say which ones a step was taken on"
+            )
             return loader
         trainer, size = strategy.trainer, size_of(loader)
         batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler

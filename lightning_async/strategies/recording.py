@@ -4,8 +4,9 @@
     runs/17/fit2.rank0.jsonl   fit2.rank1.jsonl     the next one: of the same Trainer, or of the job that was requeued
 
     header    who, of which run; seed, versions, threads; the strategy and its knobs; what the Trainer was told
-    events    what the algorithm asked its carrier and was told, and the samples and the loss of each batch
-    notes     what the optimizers and the random generators were told; digests of the weights, to be compared with;
+    events    what the algorithm asked its carrier and was told, what a law of shrinking said, the loss of each batch
+    notes     the samples of each batch, or how many a rank drew of data of its own (`drawing`); what the optimizers and
+              the random generators were told; digests of the weights, to be compared with;
               for people: what an epoch deals out, when each step ended, what arrived and how late, the accounts
 
 That is all a replay needs: weights and gradients follow from it. A replay calls the same methods (`replaying`): what is
@@ -17,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -65,6 +66,9 @@ class Scribe(Protocol):
     def note_meeting(self) -> None:
         """The members meet here."""
 
+    def note_factor(self, peer: int, base: int, law: Callable[[], float]) -> float:
+        """What a law says that a contribution counts."""
+
     def note(self, name: str, value: Any, *, news: bool = False) -> Any:
         """Something to compare with, or to be told."""
 
@@ -84,13 +88,18 @@ class Recording:
         self._about: dict[str, Any] = {}
         self._chance: dict[str, str] = {}
         self._loss: float | None = None
-        self._met = False
+        self._met, self._drawn = False, 0
         self.flags: Flags | None = None
 
     @property
     def on(self) -> bool:
         """Whether events are written."""
         return self._folder is not None
+
+    @property
+    def hears(self) -> bool:
+        """Whether there is a log: one that is written, or one that is replayed."""
+        return self._scribe is not None
 
     def introduce(self, strategy: Recorded) -> None:
         """What the header is to say of this run."""
@@ -122,7 +131,7 @@ class Recording:
         seed = os.environ.get("PL_GLOBAL_SEED")
         known = {"run": run, **self._about}
         recorder = RecordingCarrier(carrier, self._file, seed=int(seed) if seed else None, about=known)
-        self._scribe, self._chance, self._loss = recorder, {}, None
+        self._scribe, self._chance, self._loss, self._drawn = recorder, {}, None, 0
         return recorder
 
     # -- what happens in a run, in this order -------------------------------------------------------------------------
@@ -139,21 +148,34 @@ class Recording:
         if self._scribe is not None and dealt is not None:
             self._scribe.note("dealt", dealt.plain())
 
+    def strayed(self) -> None:
+        """The random generators may not be where the last batch left them."""
+        self._met = True
+
+    def fetching(self) -> None:
+        """A batch is fetched next: what a validation drew comes before what the data set draws."""
+        if self._met and self._scribe is not None:
+            self._note("fetching", {"chance": self._news_of_chance()})
+        self._met = False
+
     def fetched(self, batch: Any) -> None:
         """These samples are fetched; they may be trained on later, or, at a sudden end, never."""
         if self._scribe is not None:
-            if self._met:  # what a validation drew comes before what the data set draws
-                self._note("fetching", {"chance": self._news_of_chance()})
-            self._met = False
+            self.fetching()
             self._scribe.note_fetched(batch if isinstance(batch, (list, tuple)) else [batch])
 
-    def cannot_name_samples(self) -> None:
-        """Nobody numbers what is trained on: say at once that these logs will not be replayed."""
+    def drew(self) -> None:
+        """A batch of the rank's own data was fetched, whose samples have no numbers; as with those that have."""
+        if self._scribe is not None:
+            self._drawn += 1
+            self._scribe.note("drawn", self._drawn)
+
+    def cannot_be_replayed(self, why: str) -> None:
+        """Say at once what these logs will be for."""
         if self.on:
             rank_zero_warn(
                 f"the logs in {self._folder} will be for `lightning-async report` and `audit` only: this run cannot be "
-                "replayed, since what it trains on has no numbers (a stream, or a split of the user's own), so that a "
-                "log cannot say which samples a step was taken on"
+                f"replayed, since {why}"
             )
 
     def start(self, strategy: Recorded) -> None:
@@ -205,6 +227,14 @@ class Recording:
             self._scribe.note("accounts", strategy.accounts())
             self._scribe.note("spread", apart**0.5)
             self._scribe.note("traffic", plain(strategy.traffic(), strategy.kinds))
+
+    def factor(self, arrival: Arrival, law: Callable[[], float]) -> float:
+        """What a law says that a contribution counts; returns what the log says."""
+        return law() if self._scribe is None else self._scribe.note_factor(arrival.peer, arrival.base, law)
+
+    def mark(self, name: str) -> bool:
+        """Something is done here because of the others; of a replay: whether it was."""
+        return self._scribe is not None and bool(self._scribe.note(name, True))
 
     def told(self, name: str, value: float) -> float:
         """A number that the algorithm is told and no replay can find out; returns the recorded one."""

@@ -1,12 +1,16 @@
 """A replay trains on the recorded batches: the user's loader with the log's samples in the place of its sampler's.
 
-log: batch 1 [4 8 1], batch 2 [0 7 3], ...  -->  the loader's data set, collate function and workers
+log: batch 1 [4 8 1], batch 2 [0 7 3], ...  -->  the loader's data set and collate function
+
+Samples of data of a member's own (a stream, a split of the user's own) have no numbers: the loader is drawn from as in
+the run, from where it stood then, by who sees the member's rank.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -25,6 +29,7 @@ from lightning_async.strategies.feeding import Feeding, size_of
 from lightning_async.strategies.office import Office
 from lightning_async.strategies.replaying import Replaying
 from lightning_async.transport.replay import ReplayCarrier
+from lightning_async.transport.world import seen_as
 
 
 class RecordedFeeding(Feeding):
@@ -92,6 +97,40 @@ class RecordedFeeding(Feeding):
             self._replaying.samples = self._fetched.popleft()
             self.batches += 1
             self.samples += len(self._replaying.samples)
+
+
+class DrawnFeeding(Feeding):
+    """Feeds what the member draws from data of its own, as it drew then.
+
+    Args:
+        carrier: Knows which member.
+        replaying: Is told what was trained on.
+        mass: What a step of this member weighed.
+    """
+
+    def __init__(self, carrier: ReplayCarrier, replaying: Replaying, mass: int) -> None:
+        super().__init__("equal")
+        self._replaying, self._recorded_mass = replaying, mass
+        self.around = partial(seen_as, carrier.me, carrier.world)
+
+    @property
+    def mass(self) -> int:
+        """What a step of this member weighed."""
+        return self._recorded_mass
+
+    def share_out(self, loader: object, office: Office, epoch: Callable[[], int]) -> object:
+        """The same stream."""
+        if is_shareable(loader):
+            raise WrongInput(
+                f"the run trained on streams, and the data set here, a {type(loader.dataset).__name__}, is none: give "
+                "the run's own training data"
+            )
+        return super().share_out(loader, office, epoch)
+
+    def completed(self, batch: object = None) -> None:
+        """The oldest batch that was drawn was trained on."""
+        super().completed(batch)
+        self._replaying.batches = self.batches
 
 
 class _Batches:

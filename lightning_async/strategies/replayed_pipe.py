@@ -95,7 +95,10 @@ class SeatedPipeline(DelayedPipelineStrategy):
     def load_checkpoint(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Lightning holds a lock meanwhile, for which the others would wait: each member reads its part alone."""
         with self._replayed.alone():
-            return super().load_checkpoint(*arguments, **options)
+            loaded = super().load_checkpoint(*arguments, **options)
+        assert isinstance(self._replayed.recording, Replaying)  # see `seat_stage`
+        self._replayed.recording.goes_on(loaded["loops"]["fit_loop"])
+        return loaded
 
     def _equalise(self, module: Module) -> Wait[int]:
         """The run's seed, whatever was drawn before it."""

@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.arrival import Arrival
+from lightning_async.fresh import Fresh
 from lightning_async.strategies.compat import set_global_step
 from lightning_async.strategies.course import Course, Difference, Step, WrongInput
 from lightning_async.strategies.facts import Recorded
 from lightning_async.strategies.recording import Recording, Weights
+from lightning_async.strategies.saved_loops import Loop
 from lightning_async.transport import chance
 from lightning_async.transport.hall import Hall
 from lightning_async.transport.log import Log
@@ -64,10 +66,21 @@ class Replaying(Recording):
         self._before: Tensor | None = None
         self.strategy: Replayed | None = None
         self.samples: list[Any] = []  # of the batch that was trained on last
+        self.batches = 0  # of data of the member's own: the how-many-th that was
 
     def meets(self) -> bool:
         """Whether the members met at this point."""
         return self._carrier.meets()
+
+    def goes_on(self, fit: Loop) -> None:
+        """From this state of the loop over epochs: it must be that of the checkpoint that the run went on from."""
+        was = self._log.first("start")
+        batch, epoch = (fit[name]["current"] for name in ("epoch_loop.batch_progress", "epoch_progress"))
+        if (batch["ready"], epoch["processed"]) != (was["batch"], was["epoch"]):
+            raise WrongInput(
+                f"the run went on behind batch {was['batch']} of epoch {was['epoch']}, and this checkpoint is of batch "
+                f"{batch['ready']} of epoch {epoch['processed']}: give the one that it began with (--ckpt)"
+            )
 
     def clock(self, trainer: Trainer) -> None:
         """The run's step and the end of an epoch go by all members: as the log has them."""
@@ -86,9 +99,14 @@ class Replaying(Recording):
         if self._course.measure and self._before is None:
             self._before = self._shown()
 
+    def shrink(self, arrival: Arrival, correction: Tensor, fresh: Fresh) -> float:
+        """What the run's law of shrinking said."""
+        return self.factor(arrival, lambda: 1.0)
+
     def batch(self) -> None:
         """The loss is compared; movements are measured."""
-        self._course.steps.append(Step(self._log.me, self._log.step + 1, self.samples, self._loss))
+        step = Step(self._log.me, self._log.step + 1, self.samples, self._loss, batch=self.batches)
+        self._course.steps.append(step)
         super().batch()
         if self._before is not None:
             now = self._shown()
@@ -190,7 +208,7 @@ class Replaying(Recording):
         said = [f"member {me}, step {step}: {what}" if step else f"member {me}, before its first step: {what}"]
         mine = [one for one in self._course.steps if one.member == me]
         if step and mine:
-            said.append(f"samples {mine[-1].samples}")
+            said.append(mine[-1].data)
         if step and self._course.tolerance is None:
             said.append(f"its weights were last seen as recorded after step {self._sure}")
         if last is not None:

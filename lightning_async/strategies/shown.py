@@ -8,13 +8,18 @@ at_meetings  what callbacks of all ranks tell each other, there only        boar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from lightning_async.algorithms.algorithm import Algorithm, Shrink
+from torch import Tensor
+
+from lightning_async.algorithms.algorithm import Algorithm, Shrink, no_shrink
 from lightning_async.arrival import Arrival
+from lightning_async.fresh import Fresh
 from lightning_async.strategies.consensus import Consensus
 from lightning_async.strategies.office import CALLBACKS
 from lightning_async.strategies.own_state import Part
+from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.saving import Saving
 from lightning_async.strategies.stepping import Stepping
 from lightning_async.strategies.telling import Hear, Say
@@ -121,8 +126,22 @@ class Shown(Saving):
     @property
     def shrink(self) -> Shrink:
         """Asked before every fold for a factor in (0, 1]; assign a function to shrink late contributions."""
-        return self.algorithm.shrink
+        law = self.algorithm.shrink
+        return law.law if isinstance(law, Logged) else law
 
     @shrink.setter
     def shrink(self, law: Shrink) -> None:
-        self.algorithm.shrink = law
+        recording = self.office.recording
+        self.algorithm.shrink = Logged(law, recording) if recording.on and law is not no_shrink else law
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A law, and the log that its answers go into."""
+
+    law: Shrink
+    recording: Recording
+
+    def __call__(self, arrival: Arrival, correction: Tensor, fresh: Fresh) -> float:
+        """What the law says."""
+        return self.recording.factor(arrival, lambda: self.law(arrival, correction, fresh))

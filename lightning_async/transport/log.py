@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from lightning_async.transport.record import ACTS, ALWAYS, NOTE, SCHEMA, SERVED, Guesses
+from lightning_async.transport.record import ACTS, ALWAYS, COUNTS, NOTE, SCHEMA, SERVED, Guesses
 
 
 class Divergence(RuntimeError):  # noqa: N818
@@ -55,6 +55,7 @@ class Log:
     Attributes:
         header: What the recording carrier wrote first.
         served: What reached its service, in this order.
+        counts: By the number of what was served, what a law said of it: from whom, launched when, what part counts.
         finished: Whether the member ended on its own.
         step: The last step that was replayed.
         count: How many questions were replayed.
@@ -69,13 +70,23 @@ class Log:
             raise ValueError(f"this log has schema {self.header.get('schema')}, this version reads schema {SCHEMA}")
         self.me = int(self.header["me"])
         self.world = int(self.header["world"])
-        self._lines: list[list[Any]] = [line for line in parsed[1:] if line[1] != SERVED]
+        self._lines: list[list[Any]] = [line for line in parsed[1:] if line[1] not in (SERVED, COUNTS)]
         self.served = [Served(*line[2:]) for line in parsed[1:] if line[1] == SERVED]
-        self._events = [line for line in self._lines if line[1] != NOTE]
+        self.counts: dict[int, list[list[Any]]] = {}
+        for number, _, *said in (line for line in parsed[1:] if line[1] == COUNTS):
+            self.counts.setdefault(number, []).append(said)
+        self._events: list[list[Any]] = []
+        self._epochs: list[int] = []  # how many had begun by each event
+        begun = 0
+        for line in self._lines:
+            begun += line[1:3] == [NOTE, "epoch"]
+            if line[1] != NOTE:
+                self._events.append(line)
+                self._epochs.append(begun)
         self._notes = {(line[0], line[2]): line[3] for line in self._lines if line[1] == NOTE}
         self.finished = bool(self._events) and self._events[-1][1] == "finish"
         self.step = self.count = 0
-        self._next = 0
+        self._next = self._begun = 0
         self._guesses = Guesses(self.world)
 
     @property
@@ -124,12 +135,15 @@ class Log:
         return len({line[3]["epoch"] for line in self._lines if line[1:3] == [NOTE, "epoch"]})
 
     def meets(self) -> bool:
-        """Whether the members meet before the next batch; on its way to a meeting a member may have words to say."""
-        ahead = (self._events[i][1] for i in range(self._next, len(self._events)))
-        return next((name for name in ahead if name in ("meet", "batch", "finish")), "finish") == "meet"
+        """Whether the members meet before the next batch, in this epoch, which may have none; on its way to a meeting a
+        member may have words to say."""
+        ahead = ((self._events[i][1], self._epochs[i]) for i in range(self._next, len(self._events)))
+        name, epoch = next((one for one in ahead if one[0] in ("meet", "batch", "finish")), ("finish", 0))
+        return name == "meet" and epoch <= self._begun
 
     def note(self, name: str) -> Any:
         """What was noted here under this name; None: nothing."""
+        self._begun += name == "epoch"
         return self._notes.get((self.count, name))
 
     def end(self) -> None:

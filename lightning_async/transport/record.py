@@ -15,20 +15,21 @@ the weights, the loss of a batch) or must be told (a learning rate). A note has 
 A service is a function of the letters that reached it: their order is written, by numbers of its own.
 
     [7, "served", 1, 3, 18, 40, 0, 0.25]     its 7th letter: to the 1st service, from member 3, kind 18, number 40, ...
+    [7, "counts", 3, 112, 0.5]               of which half counts, says a law of shrinking: from member 3, version 112
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, SupportsIndex
 
 import torch
 
 from lightning_async.transport.mail import Carrier, Letter, Loss, Message, Service
 
-SCHEMA = 3
+SCHEMA = 4
 ACTS = frozenset({"meet", "finish", "folded", "at", "propose", "draw", "publish", "serve"})
 """Events that have no answer."""
 ALWAYS = frozenset({"post", "batch"})
@@ -36,6 +37,8 @@ ALWAYS = frozenset({"post", "batch"})
 NOTE = "note"
 SERVED = "served"
 """A letter that reached the member's service. These lines stand between the events in no order: two threads write."""
+COUNTS = "counts"
+"""What a law of shrinking said to the service, for the letter before. Said to the member itself it is an event."""
 
 
 class Sink(Protocol):
@@ -56,6 +59,8 @@ class Guesses:
         """The guess for a question (its name and arguments)."""
         if question[0] in ("take", "lost", "drawn"):
             return []
+        if question[0] == "factor":
+            return 1.0
         return self._last.get(question, True if question[0] == "free" else None)
 
     def learn(self, question: tuple[Any, ...], answer: Any) -> None:
@@ -88,6 +93,7 @@ class RecordingCarrier:
         self._noted: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._services = self._served = 0
+        self._serving = -1  # the thread that serves a letter
         self._looked: int | None = None  # the count at which a look began that has found nothing yet
         header = {"schema": SCHEMA, "me": carrier.me, "world": carrier.world, "seed": seed}
         versions = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
@@ -117,6 +123,15 @@ class RecordingCarrier:
     def note_meeting(self) -> None:
         """Record that the members meet here."""
         self._write("meet")
+
+    def note_factor(self, peer: int, base: int, law: Callable[[], float]) -> float:
+        """Record what a law says that a contribution counts; returns that."""
+        factor = float(law())
+        if threading.get_ident() == self._serving:
+            self._line([self._served, COUNTS, peer, base, factor])
+        else:
+            self._answer(("factor", peer, base), factor)
+        return factor
 
     def note(self, name: str, value: Any, *, news: bool = False) -> Any:
         """Record what a replay is to be compared with, or told; returns the recorded value.
@@ -179,7 +194,11 @@ class RecordingCarrier:
             self._served += 1
             m = letter.message
             self._line([self._served, SERVED, number, letter.peer, m.kind, letter.number, m.echo, letter.seconds])
-            return service(letter)
+            self._serving = threading.get_ident()
+            try:
+                yield from service(letter)
+            finally:
+                self._serving = -1
 
         self._carrier.serve(kinds, recorded)
 

@@ -10,6 +10,7 @@ member that was killed just ends, and so does its replay, without a result.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -88,6 +89,7 @@ class ReplayCarrier:
         self._taken: dict[tuple[int, int], int] = {}
         self._newest: dict[tuple[int, int], Message] = {}  # by peer and kind: only that one can be lost
         self._services: list[Service] = []
+        self._serving, self._served = -1, 0  # the thread of the service, and the number of its letter
 
     @property
     def me(self) -> int:
@@ -115,6 +117,17 @@ class ReplayCarrier:
         """Check that a batch was trained on here; returns the recorded loss."""
         recorded: float | None = self._answer("batch")
         return recorded
+
+    def note_factor(self, peer: int, base: int, law: Callable[[], float]) -> float:
+        """What a law said that a contribution counts, whatever `law` says."""
+        if threading.get_ident() != self._serving:
+            return float(self._answer("factor", peer, base))
+        said = self._log.counts.get(self._served, [])
+        if not said and not self._log.finished and self._served == len(self._log.served):
+            raise Stop  # it was killed in the middle of this letter
+        if not said or said[0][:2] != [peer, base]:
+            self._log.diverge(f"factors {said} for letter {self._served} of its service", f"factor({peer}, {base})")
+        return float(said.pop(0)[2])
 
     def note(self, name: str, value: Any, *, news: bool = False) -> Any:
         """What was noted here under this name, whatever `value` is now; None: nothing."""
@@ -150,7 +163,9 @@ class ReplayCarrier:
 
     def service(self) -> Program:
         """What the member's service did: a program of its own, which goes on as far as others need its answers."""
-        for served in self._log.served:
+        self._serving = threading.get_ident()
+        for number, served in enumerate(self._log.served, start=1):
+            self._served = number
             yield 0.0
             while len(self._services) < served.service:
                 self._stage.rest(f"member {self.me} to serve")

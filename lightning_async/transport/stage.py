@@ -6,7 +6,8 @@
                     park(): did all that is wanted of it --> goes on only as far as others need it
 
 Threads serve only to pause a program in the middle of an ordinary call; nothing runs in parallel, so nothing is locked.
-The process's random generators, and torch's default precision, are each actor's own while it is on.
+The process's random generators, torch's default precision and what the process says of its world (`world.seen_as`) are
+each actor's own while it is on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lightning_async.transport import chance
+from lightning_async.transport import chance, world
 from lightning_async.transport.log import Divergence
 from lightning_async.transport.mail import Message
 
@@ -50,21 +51,24 @@ class Actor:
         self._thread = threading.Thread(target=self._live, name=f"replay of member {member}", daemon=True)
         self._chance: chance.Chance = {}
         self._dtype = torch.get_default_dtype()
+        self._view = world.seen()
 
     def go(self) -> None:
         """Run until it waits for something, or ends."""
         self.missing, self.word = None, ""
-        outside, dtype = chance.taken(), torch.get_default_dtype()
+        outside, dtype, view = chance.taken(), torch.get_default_dtype(), world.seen()
         chance.put_back(self._chance)
         torch.set_default_dtype(self._dtype)
+        world.see(self._view)
         if self._thread.ident is None:
             self._thread.start()
         else:
             self._turn.release()
         self._back.acquire()
-        self._chance, self._dtype = chance.taken(), torch.get_default_dtype()
+        self._chance, self._dtype, self._view = chance.taken(), torch.get_default_dtype(), world.seen()
         chance.put_back(outside)
         torch.set_default_dtype(dtype)
+        world.see(view)
 
     def pause(self) -> None:
         """Called by the program itself: give the turn back."""

@@ -6,8 +6,10 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, WeightedRandomSampler
 
 SAMPLES = 120
 INPUTS = torch.randn(SAMPLES, 8, generator=torch.Generator().manual_seed(0))
@@ -105,6 +107,63 @@ class Stepwise(Plateau):
         return [adam], [{"scheduler": cycle, "interval": "step"}]
 
 
+class Foreseen(Net):
+    """A learning rate that ends where the Trainer foresees it."""
+
+    def configure_optimizers(self) -> Any:
+        sgd = torch.optim.SGD(self.parameters(), self.lr)
+        total = self.trainer.estimated_stepping_batches
+        cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, 0.02, total_steps=int(total))
+        return [sgd], [{"scheduler": cycle, "interval": "step"}]
+
+
+class Midway(Epochs):
+    """The same on data that draw nothing: what was fetched ahead of a save is fetched again."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Still(), batch_size=4, shuffle=True)
+
+
+class Split(Plateau):
+    """Whose data set each rank splits by itself, as it would under `ddp`."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        data = Data(samples=SAMPLES - 1)
+        return DataLoader(data, batch_size=4, sampler=DistributedSampler(data))  # type: ignore[arg-type]
+
+
+class Streamed(Plateau):
+    """On a stream of its own."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Own(), batch_size=4)
+
+
+class Endless(Plateau):
+    """On a stream without an end."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Own(10**9), batch_size=4)
+
+
+class Unlikely(Plateau):
+    """On streams of unlike lengths, each of which says how long it is."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Sized(24 + 24 * dist.get_rank()), batch_size=4)
+
+
+class Paired(Plateau):
+    """On two streams, the shorter of which begins again and again."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        both = [torch.cat(parts) for parts in zip(*batch, strict=True)]
+        return super().training_step(both, batch_idx)
+
+    def train_dataloader(self) -> Any:
+        return CombinedLoader([DataLoader(Own(20), batch_size=4), DataLoader(Own(48), batch_size=4)], "max_size_cycle")
+
+
 class Manual(Net):
     """Two optimizers by hand, one of them in every third batch; some batches take no step."""
 
@@ -149,11 +208,49 @@ class Whole(L.LightningDataModule):
         return loader()
 
 
-class Stream(IterableDataset[Any]):
-    """Samples without numbers."""
+class Still(Data):
+    """Without noise."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return INPUTS[index], TARGETS[index]
+
+
+class Own(IterableDataset[Any]):
+    """A rank's part of a stream, with noise; it knows where it stands."""
+
+    def __init__(self, length: int = 48) -> None:
+        self.length, self.at = length, 0
 
     def __iter__(self) -> Any:
-        return iter(list(zip(INPUTS, TARGETS, strict=True))[:20])
+        noise = 0.1 * torch.randn(8)
+        while self.at < self.length:
+            self.at += 1
+            row = (self.at * dist.get_world_size() + dist.get_rank()) % SAMPLES
+            yield INPUTS[row] + noise * torch.randn(8), TARGETS[row]
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+class Sized(Own):
+    """One that says how long it is."""
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class Stream(IterableDataset[Any]):
+    """Samples without numbers, the same on each rank."""
+
+    def __init__(self, length: int = 20) -> None:
+        self.length = length
+
+    def __iter__(self) -> Any:
+        return iter(list(zip(INPUTS, TARGETS, strict=True))[: self.length])
 
 
 def loader(spoiled: dict[int, float] | None = None, samples: int = SAMPLES) -> DataLoader[Any]:
@@ -189,3 +286,11 @@ def own_batches() -> DataLoader[Any]:
 
 def stream() -> DataLoader[Any]:
     return DataLoader(Stream(), batch_size=4)
+
+
+def shorter() -> DataLoader[Any]:
+    return DataLoader(Stream(12), batch_size=4)
+
+
+def by_worker() -> DataLoader[Any]:
+    return DataLoader(Stream(), batch_size=4, num_workers=1)

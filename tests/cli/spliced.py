@@ -4,7 +4,8 @@
                                     v
     resumed   | begin, load       | what came when ...   |     is replayed from the checkpoint: equal to the bit?
 
-Both runs write down every answer (`everything`), so that each question of the second half stands in the log by name.
+A meeting in mid-epoch had something on its way, fetched and not trained on: who begins there fetches that first. Both
+runs write down every answer (`everything`), so that each question of the second half stands in the log by name.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def continued(through: list[Any], resumed: list[Any]) -> list[Any]:
     before = [line[1:] for line in through[1 : met + 1] if line[1] != SERVED]
     after = [line[1:] for line in through[met + 1 :] if line[1] != SERVED]
     head = [line[1:] for line in resumed[1 : began + 1] if line[1] != SERVED]
-    head = [words for words in head if words[:2] not in ([NOTE, "epoch"], [NOTE, "fetched"])]
+    midway = next(words for words in after if words[0] == "batch" or words[:2] == [NOTE, "epoch"])[0] == "batch"
+    head = [words for words in head if words[:2] not in ([NOTE, "fetched"], *([] if midway else [[NOTE, "epoch"]]))]
+    head += _on_its_way(before) if midway else []
     lines: list[Line] = []
     questions = 0
     for words in [*head, *_tail(before, after)]:
@@ -40,12 +43,19 @@ def continued(through: list[Any], resumed: list[Any]) -> list[Any]:
     return [resumed[0], *lines, *([number, SERVED, *words] for number, words in served)]
 
 
+def _on_its_way(before: list[Line]) -> list[Line]:
+    """Of the epoch under way, what was fetched and not trained on."""
+    begun = max(i for i, words in enumerate(before) if words[:2] == [NOTE, "epoch"])
+    fetched = [words for words in before[begun:] if words[:2] == [NOTE, "fetched"]]
+    return fetched[sum(words[0] == "batch" for words in before[begun:]) :]
+
+
 def _tail(before: list[Line], after: list[Line]) -> Iterator[Line]:
     """What came behind the meeting, as one hears it that begins there."""
     keys = [words[1] for words in before if words[0] == "propose" and words[1].startswith("round")]
     rounds = max((int(key.split("/")[1]) for key in keys), default=0)
     tokens = _tokens(before)
-    for words in after:
+    for words in _with_all_of_chance(before, after):
         if words[0] in ("propose", "decided") and words[1].startswith("round"):
             name, number, *rest = words[1].split("/")
             words = [words[0], "/".join([name, str(int(number) - rounds), *rest]), *words[2:]]
@@ -56,6 +66,16 @@ def _tail(before: list[Line], after: list[Line]) -> Iterator[Line]:
             tokens = []
         else:
             yield words
+
+
+def _with_all_of_chance(before: list[Line], after: list[Line]) -> Iterator[Line]:
+    """Where random generators are written down, those too that had not moved since the last time."""
+    known: dict[str, str] = {}
+    for words in (*before, *after):
+        if words[0] == NOTE and isinstance(words[2], dict) and "chance" in words[2]:
+            known |= words[2]["chance"]
+            words[2]["chance"] = dict(known)
+    yield from after
 
 
 def _tokens(before: list[Line]) -> list[Line]:

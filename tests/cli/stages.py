@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.strategies.piped import INPUTS, TARGETS, Piped
 
@@ -72,3 +72,17 @@ class Fewer(Stages):
     """Has other data."""
 
     samples = 40
+
+
+class Rows(IterableDataset[Any]):
+    """The same without numbers."""
+
+    def __iter__(self) -> Any:
+        return zip(INPUTS[:32], TARGETS[:32], strict=True)
+
+
+class Streamed(Stages):
+    """On a stream."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Rows(), batch_size=8)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.runs import MODULES, Said, copied, record, write
+from tests.cli.runs import MODULES, Said, copied, write
 
 
 @pytest.mark.parametrize(
@@ -55,14 +55,14 @@ def _start(**changes: Any) -> Callable[[dict[int, list[Any]]], object]:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (_header(schema=1), "cannot be read: this log has schema 1, this version reads schema 3"),
+        (_header(schema=3), "cannot be read: this log has schema 3, this version reads schema 4"),
         (_header(strategy="tournament"), "the run's strategy 'tournament' is not among gossip_ring"),
         (_header(device="cuda", trainer={"precision": "16-mixed"}), "the run's precision was 16-mixed, which a CPU"),
         (
             _header(knobs={"mode": "chess"}),
             "the run's gossip_ring cannot be made again from its knobs: `mode` must be one",
         ),
-        (_start(shrink="half"), "the run shrank late contributions by half, which the log does not hold"),
+        (_start(fed="both"), "the run trained on a shared data set and on a stream together"),
         (lambda logs: logs[1][0].update(run="another"), "members 0 and 1 are not of one run: their `run` is"),
         (lambda logs: logs[1].__setitem__(0, dict(logs[0][0])), "the log given for member 1 was written by member 0"),
         (lambda logs: logs.pop(1), "the log of member 1 of 2 is missing"),
@@ -79,14 +79,6 @@ def test_wrong_logs(
     status, words = said(tmp_path / "run")
     assert status == 2
     assert sentence in words
-
-
-@pytest.mark.filterwarnings("ignore:.* this run cannot be replayed")
-def test_samples_without_numbers(tmp_path: Path, said: Said) -> None:
-    record(tmp_path / "run", data="stream")
-    status, words = said(tmp_path / "run", "--data", MODULES + "stream")
-    assert status == 2
-    assert "trained on samples without numbers" in words
 
 
 def test_no_folder(tmp_path: Path, said: Said) -> None:

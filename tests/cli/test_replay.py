@@ -13,17 +13,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
+from lightning_async import SpeedFaults
 from tests.cli import recorded
 from tests.cli.runs import MODULES, Said, copied, fit, record, write
-from tests.cli.spliced import continued, everything
 from tests.strategies.lit import trainer
 from tests.strategies.ranks import Forked, run
-
-UNMIRRORED = {"mirror_every": 10**6}
-"""Copies for a death, from which nothing is computed; when they travel is another thing in a run that goes on."""
 
 # -- as recorded -------------------------------------------------------------------------------------------------------
 
@@ -55,6 +50,7 @@ def test_a_real_run_equals_its_replay_to_the_bit(tmp_path: Path, said: Said) -> 
         (2, "Plateau", {"buffers": "reestimate"}, {"precision": "bf16-true"}),
         (1, "Net", {"mode": "none"}, {}),
         (2, "Counting", {}, {}),
+        (2, "Foreseen", {}, {}),
         (2, "Stepwise", {"meet_every": 37}, {}),
         (3, "Stepwise", {}, {"max_epochs": -1, "max_steps": 17, "val_check_interval": 4}),
         (2, "Stepwise", {"mode": "push_sum"}, {"limit_train_batches": 7, "accumulate_grad_batches": 2}),
@@ -162,71 +158,6 @@ def test_from_a_checkpoint(tmp_path: Path, said: Said) -> None:
     assert status == 2
     assert "the run went on from a checkpoint (`fit(ckpt_path=...)`): give it by --ckpt" in words
     assert said(folder / "resumed", "--ckpt", str(checkpoint))[0] == 0
-
-
-def _interrupted(folder: str, epochs: int) -> None:
-    L.seed_everything(7, verbose=False)
-    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
-    saving = [ModelCheckpoint(f"{folder}/saved", "last")] if epochs == 1 else []
-    callbacks = [SpeedFaults(step_seconds=0.003, slow={1: 3.0}), *saving]
-    knobs = {"record": f"{folder}/{epochs}", "mode": "push_sum", "at_meeting": "keep"}
-    t = trainer(2, knobs=knobs, max_epochs=epochs, callbacks=callbacks, enable_checkpointing=bool(saving))
-    t.fit(recorded.Epochs(), ckpt_path=None if saving else f"{folder}/saved/last.ckpt")
-
-
-@pytest.mark.few(0)
-def test_a_run_that_goes_on_from_each_rank_s_own_state(tmp_path: Path, said: Said) -> None:
-    run(2, _interrupted, str(tmp_path), 1)
-    run(2, _interrupted, str(tmp_path), 3)
-    status, words = said(tmp_path / "3", "--ckpt", str(tmp_path / "saved" / "last.ckpt"), module="Epochs")
-    assert status == 0, words
-    assert "2 members, 60 steps" in words
-
-
-def _through(folder: str, kind: Any, knobs: dict[str, Any], precision: Any, resumed: bool) -> None:
-    everything()
-    L.seed_everything(7, verbose=False)
-    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
-    saving = [] if resumed else [ModelCheckpoint(f"{folder}/saved", "{epoch}", save_top_k=-1)]
-    callbacks = [SpeedFaults(step_seconds=0.003, slow={1: 3.0}), *saving]
-    options: dict[str, Any] = {"max_epochs": 3, "callbacks": callbacks, "enable_checkpointing": bool(saving)}
-    t = trainer(2, strategy=kind(record=f"{folder}/{resumed}", **knobs), precision=precision, **options)
-    t.fit(recorded.Epochs(), ckpt_path=f"{folder}/saved/epoch=0.ckpt" if resumed else None)
-
-
-@pytest.mark.few(1)
-@pytest.mark.parametrize(
-    ("kind", "knobs", "precision"),
-    [
-        (GossipRingStrategy, {"mode": "push_sum", "at_meeting": "keep"}, "32-true"),
-        (CyclicDelayStrategy, {"push": "gradient", **UNMIRRORED}, "32-true"),
-        (AsyncGlobalStrategy, {"outer_momentum": 0.5, "outer_lr": 0.7, **UNMIRRORED}, "32-true"),
-        (LazySignStrategy, {"rule": "innovation"}, "32-true"),
-        (GossipRingStrategy, {"mode": "pairwise", "at_meeting": "adopt"}, "32-true"),
-        (GossipRingStrategy, {"mode": "push_sum", "at_meeting": "keep"}, "bf16-true"),
-        (GossipRingStrategy, {"mode": "pairwise", "at_meeting": "adopt"}, "bf16-true"),
-        (AsyncGlobalStrategy, {"local_steps": "speed", "wire": "bf16", "shards": 1, **UNMIRRORED}, "bf16-true"),
-        (AsyncGlobalStrategy, {"attenuation": "paper", "on_late": "wait", "max_delay": 2, **UNMIRRORED}, "32-true"),
-        (CyclicDelayStrategy, {"push": "gradient", "token": "strict", "scale": "delay", **UNMIRRORED}, "bf16-true"),
-        (CyclicDelayStrategy, {"push": "gradient", "compensation": "dc", "max_accumulate": 3, **UNMIRRORED}, "32-true"),
-        (CyclicDelayStrategy, {"compensation": "lr", **UNMIRRORED}, "32-true"),
-        (LazySignStrategy, {}, "bf16-true"),
-    ],
-)
-def test_what_comes_behind_a_checkpoint_is_what_came_behind_it_to_the_bit(
-    kind: Any, knobs: dict[str, Any], precision: str, tmp_path: Path, said: Said
-) -> None:
-    """Under the schedule of the run that was not interrupted: the same messages, at the same steps."""
-    for resumed in (False, True):
-        run(2, _through, str(tmp_path), kind, knobs, precision, resumed)
-    logs = [copied(tmp_path / str(resumed), tmp_path / f"copy{resumed}") for resumed in (False, True)]
-    (tmp_path / "continued").mkdir()
-    write(tmp_path / "continued", {rank: continued(logs[0][rank], logs[1][rank]) for rank in range(2)})
-    status, words = said(tmp_path / "continued", "--ckpt", str(tmp_path / "saved" / "epoch=0.ckpt"), module="Epochs")
-    assert status == 0, words
-    found = re.search(r"2 members, 60 steps, (\d+) folds; compared: 60 losses, 10 digests", words)
-    assert found is not None, words
-    assert int(found[1]) > 5 or kind is LazySignStrategy  # whose rounds are no folds
 
 
 # -- the first difference ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
-from lightning_async import DelayedPipelineStrategy, SpeedFaults
+from lightning_async import AdaptiveShrink, DelayedPipelineStrategy, SpeedFaults
 from lightning_async.cli import main
 from lightning_async.strategies.facts import knobs_of
 from tests.cli import stages
@@ -98,6 +98,24 @@ def test_other_data_and_other_weights_are_told(tmp_path: Path, said: Said) -> No
     status, words = said(tmp_path / "run", module="Fewer")
     assert status == 2
     assert "the data set of the run had 60 samples, this one has 40" in words
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore:.* this run cannot be replayed")
+@pytest.mark.parametrize(
+    ("module", "callbacks", "sentence"),
+    [
+        ("Streamed", [], "trained on samples without numbers"),
+        ("Stages", [AdaptiveShrink("inverse")], "the run shrank gradients by AdaptiveShrink.factor, whose factors"),
+    ],
+)
+def test_what_no_log_of_a_pipeline_holds_is_refused(
+    module: str, callbacks: list[Any], sentence: str, tmp_path: Path, said: Said
+) -> None:
+    record(tmp_path / "run", 2, module, max_epochs=1, callbacks=callbacks)
+    status, words = said(tmp_path / "run", module=module)
+    assert status == 2
+    assert sentence in words
 
 
 @pytest.mark.few(0)

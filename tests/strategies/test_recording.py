@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_async import GossipRingStrategy
+from lightning_async import AdaptiveShrink, GossipRingStrategy
 from lightning_async.strategies import STRATEGIES
 from lightning_async.strategies.facts import digest, knobs_of, knobs_of_groups
 from lightning_async.strategies.recording import Recording, fits_in, log_name
@@ -23,7 +23,20 @@ from tests.strategies.lit import Lit, Numbers, loader, trainer
 from tests.strategies.ranks import run
 
 EVENTS = {"batch", "at", "post", "take", "folded", "free", "lost", "members", "propose", "decided", "meet", "finish"}
-NOTES = {"dealt", "epoch", "fetched", "start", "off", "fetching", "clock", "knobs0", "weights", "own", "consensus"}
+NOTES = {
+    "dealt",
+    "length",
+    "epoch",
+    "fetched",
+    "start",
+    "off",
+    "fetching",
+    "clock",
+    "knobs0",
+    "weights",
+    "own",
+    "consensus",
+}
 FOR_PEOPLE = {"time", "arrivals", "accounts", "spread", "traffic"}
 NUMBERS = {"lr", "momentum", "dampening", "weight_decay"}
 
@@ -188,21 +201,44 @@ class Rows(IterableDataset[Any]):
         return zip(piped.INPUTS[:16], piped.TARGETS[:16], strict=True)
 
 
-def _without_numbers(kind: str, folder: str) -> list[str]:
+def _warned(kind: str, folder: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if kind == "pipeline":
-            t = piped.trainer(2, knobs={"record": folder}, max_epochs=2)
-            t.fit(piped.Piped(), DataLoader(Rows(), batch_size=4))
+        if "pipeline" in kind:
+            shrunk = [AdaptiveShrink("inverse")] if "shrunk" in kind else []
+            t = piped.trainer(2, knobs={"record": folder}, max_epochs=2, callbacks=shrunk)
+            data = TensorDataset(piped.INPUTS[:16], piped.TARGETS[:16]) if shrunk else Rows()
+            t.fit(piped.Piped(), DataLoader(data, batch_size=4))
         else:
             t = trainer(2, knobs={"record": folder}, max_epochs=2, use_distributed_sampler=kind != "own split")
-            t.fit(Lit(), loader(n=40) if kind == "own split" else DataLoader(Numbers(40), batch_size=4))
+            both = [loader(n=40), DataLoader(Numbers(40), batch_size=4)]
+            fed = {"both": both, "own split": both[0], "stream": both[1]}[kind]
+            t.fit(Pairs() if kind == "both" else Lit(), fed)
     return [str(warning.message) for warning in caught if "replayed" in str(warning.message)]
 
 
-@pytest.mark.parametrize("kind", ["stream", "own split", "pipeline"])
-def test_what_cannot_be_replayed_is_said_once_when_the_run_begins(kind: str, tmp_path: Path) -> None:
-    first, second = run(2, _without_numbers, kind, str(tmp_path))
-    assert len(first) == 1
-    assert "this run cannot be replayed, since what it trains on has no numbers" in first[0]
+class Pairs(Lit):
+    """Takes the first of two batches."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[0], batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("stream", None),
+        ("own split", None),
+        ("both", "it trains on a shared data set and on a stream together"),
+        ("pipeline", "a pipeline trains on samples without numbers here (a stream"),
+        ("shrunk pipeline", "AdaptiveShrink.factor shrinks gradients, by factors that a pipeline's log does not hold"),
+    ],
+)
+def test_what_cannot_be_replayed_is_said_once_when_the_run_begins(kind: str, why: str | None, tmp_path: Path) -> None:
+    first, second = run(2, _warned, kind, str(tmp_path))
     assert not second
+    if why is None:
+        assert not first
+    else:
+        assert len(first) == 1
+        assert f"for `lightning-async report` and `audit` only: this run cannot be replayed, since {why}" in first[0]

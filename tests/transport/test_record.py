@@ -156,7 +156,7 @@ def test_a_log_has_a_header_and_no_weights(tmp_path: Path) -> None:
         carrier.post(1, Message(KIND, torch.full((1000,), 0.123)))
     header, *events = [json.loads(line) for line in path.read_text().splitlines()]
     assert header == {
-        "schema": 3,
+        "schema": 4,
         "me": 0,
         "world": 2,
         "seed": 5,
@@ -205,6 +205,30 @@ def test_a_note_is_found_where_it_was_written_and_may_be_passed_over() -> None:
     assert replay(logs, {0: lambda carrier: program(carrier, asks=False)}) == {0: [None] * 4}
 
 
+def test_what_a_law_says_is_an_event_unless_nothing_is_shrunk() -> None:
+    def program(carrier: Any) -> Program:
+        yield 0.1
+        factors = iter([1.0, 0.1 + 0.2, 1.0])
+        heard = [carrier.note_factor(3, base, lambda: next(factors)) for base in range(3)]
+        carrier.at(1)
+        return heard
+
+    results, logs = record(program=program, n=1)
+    assert results == {0: [1.0, 0.1 + 0.2, 1.0]}
+    lines = [json.loads(line) for line in logs[0][1:]]
+    assert lines == [[2, "factor", 3, 1, 0.1 + 0.2], [4, "at", 1], [5, "finish"]]
+
+    def again(carrier: Any, base: int = 1) -> Program:
+        yield 0.1
+        heard = [carrier.note_factor(3, at, lambda: 0.0) for at in (0, base, 2)]  # what is said now does not count
+        carrier.at(1)
+        return heard
+
+    assert replay(logs, {0: again}) == results
+    with pytest.raises(Divergence, match=r"the log has factor\(3, 1\), the replay factor\(3, 7\)"):
+        replay(logs, {0: lambda carrier: again(carrier, 7)})
+
+
 def test_epochs_are_parted_by_their_notes() -> None:
     def program(carrier: Any) -> Program:
         yield 0.1
@@ -222,6 +246,24 @@ def test_epochs_are_parted_by_their_notes() -> None:
     assert log.number_of_epochs() == 3
     assert log.first("epoch") == {"epoch": 0}
     assert log.first("nothing") is None
+
+
+def test_an_epoch_without_a_batch_has_its_own_meetings() -> None:
+    def program(carrier: Any) -> Program:
+        yield 0.1
+        told = []
+        for epoch, batches in enumerate([1, 0, 2]):
+            carrier.note("epoch", {"epoch": epoch})
+            for _ in range(batches):
+                carrier.note_batch()
+            for _ in range(2):
+                told.append(carrier.meets() if hasattr(carrier, "meets") else None)
+                carrier.note_meeting()
+            told.append(carrier.meets() if hasattr(carrier, "meets") else None)
+        return told
+
+    _, logs = record(program=program, n=1)
+    assert replay(logs, {0: program}) == {0: [True, True, False] * 3}
 
 
 def test_the_cut_last_line_of_a_killed_member_is_left_out() -> None:

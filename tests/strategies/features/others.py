@@ -309,9 +309,9 @@ HEAD = """## With the other strategies
 The same fits under each, on two ranks; what both ranks saw is compared with what the line says. That all which a run
 goes on from comes back to the bit is tested for each of them too. So is, with `delayed_pipeline` as it is and with
 the others under a recorded schedule (the same messages at the same steps), that what comes behind a checkpoint on two
-ranks is equal to the bit to what comes there in the run that was not interrupted. Mirrors of shards, from which
-nothing is computed while all live, are left out of that: a run that goes on sends them anew, and a push that waits
-for one may come later.
+ranks, of an epoch's end or of the middle of one, is equal to the bit to what comes there in the run that was not
+interrupted. Mirrors of shards, from which nothing is computed while all live, are left out of that: a run that goes
+on sends them anew, and a push that waits for one may come later.
 
 """
 
