@@ -78,6 +78,11 @@ class CuttingMail(Generic[S]):
         """The number of the cut that is recorded here and waits for markers."""
         return None if self._open is None else self._open.number
 
+    @property
+    def newest(self) -> int:
+        """The number of the newest cut that is known of here; 0 before the first."""
+        return self._asked()
+
     def taken(self) -> Part[S] | None:
         """The next part that has ended, complete or given up; each once."""
         return self._ended.pop(0) if self._ended else None
