@@ -41,14 +41,28 @@ def samples(n: int = SAMPLES) -> DataLoader[Any]:
     return DataLoader(data, BATCH)
 
 
+class Stepwise(Draws):
+    """The learning rate goes by the run's steps."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), 0.01)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.99)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 class Diary(L.Callback):
     """What happens on this rank: behind each batch, how many had met, which cut was open, which checkpoints there were."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
+        self.folder.mkdir(exist_ok=True)
         self.entries: list[tuple[int, int | None, int]] = []
         self.seen: list[int] = []
+        self.rate = 0.0  # at the first batch
         self.stops: Callable[[L.Trainer, int], None] = lambda trainer, batches: None
+
+    def on_train_batch_start(self, trainer: L.Trainer, *batch: Any) -> None:
+        self.rate = self.rate or trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         strategy = trainer.strategy
@@ -91,7 +105,7 @@ def fit(
     every: int = EVERY,
     stops: Callable[[L.Trainer, int], None] | None = None,
     io: Any = None,
-    module: Callable[[], L.LightningModule] = Draws,
+    module: Callable[[], L.LightningModule] = Stepwise,
     step: float = 0.008,
     knobs: dict[str, Any] | None = None,
     **saver: Any,
@@ -111,7 +125,7 @@ def fit(
     t.fit(lit, samples(), ckpt_path=path)
     weights = Replica(lit.parameters()).weights().tolist()
     told = {"restored": restored[0], "entries": diary.entries, "seen": diary.seen, "weights": weights}
-    return told | {"last": saves.last_model_path, "best": saves.best_model_path}
+    return told | {"last": saves.last_model_path, "best": saves.best_model_path, "rate": diary.rate}
 
 
 def state_of(t: L.Trainer) -> dict[str, Any]:
@@ -125,8 +139,17 @@ def state_of(t: L.Trainer) -> dict[str, Any]:
         "letters": [(letter.peer, letter.message.kind, letter.message.weight) for letter in letters],
         "steps": strategy.steps,
         "global_step": t.global_step,
-        "lr": [group["lr"] for optimizer in t.optimizers for group in optimizer.param_groups],
     }
+
+
+def seen_by(told: list[dict[str, Any]]) -> list[int]:
+    return [sample for one in told for sample in one["seen"]]
+
+
+def cuts_in(folder: Path) -> list[Path]:
+    """The checkpoints that were saved between meetings, the oldest first."""
+    paths = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2] or 0))
+    return [path for path in paths if all("cut" in own for own in files_of(path).values())]
 
 
 def check_conserved(path: Path, mode: str, n: int = N) -> None:
@@ -175,11 +198,12 @@ def test_a_checkpoint_is_written_while_everybody_trains_on_and_the_run_goes_on_f
     first = run(N, fit, str(tmp_path), mode)
     before = first[0]["entries"][0][0]  # meetings that all had had before the first batch
     assert len([1 for met, _, there in first[0]["entries"] if met == before and there >= 2]) > 1, "nobody met for it"
-    assert sorted(sum((one["seen"] for one in first), [])) == list(range(SAMPLES))
-    paths = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+    assert sorted(seen_by(first)) == list(range(SAMPLES))
+    paths = cuts_in(tmp_path)
     for path in paths:
         check_conserved(path, mode)
-    assert {one["best"] for one in first} == {str(paths[-1])}
+    (best,) = {one["best"] for one in first}
+    assert Path(best).exists(), "all ranks know the last one by its name"
     assert_nothing_over_but(tmp_path, "diary")
     cut = paths[len(paths) // 2]
     main, own = torch.load(cut, weights_only=True), files_of(cut)
@@ -189,7 +213,7 @@ def test_a_checkpoint_is_written_while_everybody_trains_on_and_the_run_goes_on_f
         lit = Draws()
         lit.load_state_dict(main["state_dict"])
         assert torch.equal(one["restored"]["own"], Replica(lit.parameters()).flat)
-    assert sorted(done_of(main) + sum((one["seen"] for one in other), [])) == list(range(SAMPLES))
+    assert sorted(done_of(main) + seen_by(other)) == list(range(SAMPLES))
 
 
 def resumed_by_others(folder: str, mode: str, path: str) -> dict[str, Any]:
@@ -218,11 +242,11 @@ def check_resumed(cut: Path, main: dict[str, Any], own: dict[int, Any], back: li
         assert restored["global_step"] == main["global_step"]
         letters = [(letter["peer"], letter["message"]["kind"]) for letter in file["cut"]["letters"]]
         assert sorted(one[:2] for one in restored["letters"]) == sorted(letters)
-    assert len({tuple(one["restored"]["lr"]) for one in back}) == 1
+    assert [one["rate"] for one in back] == pytest.approx([0.01 * 0.99 ** main["global_step"]] * N)
     mass = sum(one["restored"]["mass"] + sum(weight for _, kind, weight in one["restored"]["letters"] if kind == 16)
                for one in back) if main["lightning_async"]["algorithm"] == "PushSum" else N * UNIT * BATCH  # fmt: skip
     assert mass == N * UNIT * BATCH
-    assert sorted(done_of(main) + sum((one["seen"] for one in back), [])) == list(range(SAMPLES))
+    assert sorted(done_of(main) + seen_by(back)) == list(range(SAMPLES))
     assert len({tuple(one["weights"]) for one in back}) == 1, "at the end all are the consensus"
 
 
@@ -251,8 +275,8 @@ def test_a_stopped_rank_stops_nobody_while_a_cut_is_open(tmp_path: Path) -> None
         assert not list(tmp_path.glob("*.ckpt"))
         forked.signal(2, signal.SIGCONT)
         told = forked.values()
-    assert sorted(sum((one["seen"] for one in told), [])) == list(range(SAMPLES))
-    paths = list(tmp_path.glob("*.ckpt"))
+    assert sorted(seen_by(told)) == list(range(SAMPLES))
+    paths = cuts_in(tmp_path)
     assert paths
     for path in paths:
         check_conserved(path, "push_sum")
@@ -302,7 +326,8 @@ def _dies(folder: str) -> dict[str, Any]:
         if rank() == 1 and batches == 1:
             strategy = trainer.strategy
             assert isinstance(strategy, AsyncStrategy)
-            strategy.cuts._record = lambda: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment,return-value]
+            assert strategy.cuts._mail is not None
+            strategy.cuts._mail._state = lambda: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,return-value]
 
     return fit(folder, stops=die, step=0.02, knobs={"silence": 0.3, "patience": 1.0})
 
@@ -311,11 +336,10 @@ def test_those_who_live_give_it_up_and_cut_again(tmp_path: Path) -> None:
     with Forked(N, _dies, str(tmp_path), store=True) as forked:
         results = forked.results()
     assert [one.kind for one in results] == [None, "gone", None], results
-    for path in tmp_path.glob("*.ckpt"):
-        shared = torch.load(path, weights_only=True)["lightning_async"]
-        assert shared["ranks"] == [0, 2]
+    for path in cuts_in(tmp_path):
+        assert torch.load(path, weights_only=True)["lightning_async"]["ranks"] == [0, 2]
         assert {unpacked(file["cut"]).members for file in files_of(path).values()} == {(0, 2)}
-    assert list(tmp_path.glob("*.ckpt"))
+    assert cuts_in(tmp_path)
 
 
 def _told_to_end(folder: str, which: int) -> dict[str, Any]:
@@ -332,9 +356,8 @@ def test_a_run_that_is_told_to_end_leaves_whole_files(which: int, tmp_path: Path
     with Forked(N, _told_to_end, str(tmp_path), which, store=True) as forked:
         results = forked.results()
     assert {one.kind for one in results} == {"SIGTERMException"}, results
-    paths = list(tmp_path.glob("*.ckpt"))
-    assert paths
-    for path in paths:
+    assert cuts_in(tmp_path)
+    for path in cuts_in(tmp_path):
         check_conserved(path, "push_sum")
     assert_nothing_over_but(tmp_path, "diary")
 
