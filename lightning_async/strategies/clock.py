@@ -123,7 +123,9 @@ class Clock:
         self._requeue = leash.replace("_signal_connector._slurm_sigusr_handler_fn", self._wishes.want_requeue)
         for callback in compat.callbacks(trainer):
             if isinstance(callback, (ModelCheckpoint, Timer)):
-                ask_at_meetings(leash, callback, meeting, lambda: self.validating, self._passed, self._strategy.cuts.between)
+                ask_at_meetings(
+                    leash, callback, meeting, lambda: self.validating, self._passed, self._strategy.cuts.between
+                )
 
     def expect(self, trainer: Trainer) -> None:
         """Let Lightning foresee the length of an epoch; it must not stop there by itself (`begin`)."""
@@ -380,7 +382,8 @@ class Clock:
     def _passed(self, every: int) -> bool:
         """Whether the run came to a multiple of so many steps, or past it, with the last meeting."""
         before, now = self._stretch
-        return max(before, self._strategy.cuts.saved_at) // every < now // every
+        before = max(before, self._strategy.cuts.saved_at)
+        return before // every < now // every
 
     def whole_epoch(self, trainer: Trainer) -> int:
         """How many steps of the run the epoch counts for, now that nothing of it is left for this rank; else 0."""

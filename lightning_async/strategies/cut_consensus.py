@@ -1,4 +1,4 @@
-"""What the first rank gathers of a cut: what all say of their parts, and the sum of what these bring into the consensus.
+"""What the first rank gathers of a cut: what all say of their parts, and the sum of what these bring into consensus.
 
     rank 2    part complete    says so on the board; posts mass * weights and what was under way, as one message
     rank 0                     hears it; adds the message up in double precision, in its writer's thread
@@ -87,7 +87,9 @@ class Gathering:
             if said["deaths"]:
                 return f"rank {said['deaths'][0]} died before its marker reached rank {rank}"
             if self.by_death:
-                return f"rank {rank} recorded it among ranks {said['members']}, and rank {self._carrier.me} among others"
+                return (
+                    f"rank {rank} recorded it among ranks {said['members']}, and rank {self._carrier.me} among others"
+                )
         missing = [rank for rank in self._members if rank not in self._said or rank not in self._added]
         for rank in missing:
             if rank not in here:

@@ -1,6 +1,6 @@
 """What a rank records of itself for a cut, and the files that come of it: copied at once, made and written later.
 
-    record       between two steps, in the training thread: weights, the method's state, what Lightning saves, all copied
+    record       between two steps, in the training thread: weights, the method's state, what Lightning saves; copied
     own_file     one a rank, as at a meeting; with its own weights, and the messages that were under way to it
     main_file    the first rank's record with the consensus in the place of its weights; loads in plain Lightning
 
@@ -22,8 +22,8 @@ from torch import Tensor
 from lightning_async.algorithms.cut import Part, Sum, packed
 from lightning_async.data.resume import unite
 from lightning_async.strategies import compat, saved_loops
-from lightning_async.strategies.own_state import all_parts, own_buffers, own_keys, primitive
 from lightning_async.strategies.own_state import Part as Saved
+from lightning_async.strategies.own_state import all_parts, own_buffers, own_keys, primitive
 from lightning_async.strategies.resuming import KEY, VERSION
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def record(strategy: AsyncStrategy, parts: Mapping[str, Saved], *, first: bool) 
 def own_file(part: Part[Record], save: str, progress: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """What a rank's own file holds; how far the run was then is known of all by now."""
     mine = part.state
-    own = {**mine.own, "data": mine.data, "weights": mine.weights, "cut": packed(replace(part, state=None))}
+    mail: Part[Any] = replace(part, state=None)  # type: ignore[arg-type]  # that is all beside it
+    own = {**mine.own, "data": mine.data, "weights": mine.weights, "cut": packed(mail)}
     parts = {**own["parts"], "algorithm": mine.algorithm, "progress": {**progress, "scheduled": mine.scheduled}}
     if "loops" in own:
         saved_loops.at_step(own["loops"]["fit_loop"], steps)
@@ -168,7 +169,7 @@ def _main(dumped: dict[str, Any], places: Mapping[str, object]) -> dict[str, Any
     for name, value in state.items():
         state[name] = None if name in places else _copied(value)
     rest = {key: value for key, value in dumped.items() if key != "state_dict"}
-    order = {key: None for key in dumped}
+    order = dict.fromkeys(dumped)
     return {**order, **_copied(rest), "state_dict": state}
 
 

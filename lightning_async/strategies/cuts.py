@@ -65,6 +65,22 @@ class Cuts:
         self.io: AsyncCheckpointIO | None = None
         self._forget()
 
+    def _forget(self) -> None:
+        self.asking = self._meets = False
+        self.saved_at = self._tried_at = 0
+        self._not_before = 0.0
+        self._callbacks: list[ModelCheckpoint] = []
+        self._mail: CuttingMail[Record | None] | None = None
+        self._part: Part[Any] | None = None  # complete, and nobody has said yet where to
+        self._sum: Future[tuple[Tensor, int]] | None = None  # what it brings; None: it is posted
+        self._adding: list[tuple[Letter, Future[None]]] = []
+        self._last: dict[str, Any] = {}  # what was said of the last cut that was saved
+        self._gathering: Gathering | None = None
+        self._due: list[Callback] = []
+        self._saves: list[Save] = []
+        self._removals: list[Callable[[], object]] = []
+        self._ordered: Future[None] | None = None
+
     def saves(self, callback: ModelCheckpoint) -> bool:
         """Whether this callback's saves by steps are cuts: one that goes by a metric, or makes a link at once, needs a
         meeting."""
@@ -146,22 +162,6 @@ class Cuts:
 
     # -- every rank ---------------------------------------------------------------------------------------------------
 
-    def _forget(self) -> None:
-        self.asking = self._meets = False
-        self.saved_at = self._tried_at = 0
-        self._not_before = 0.0
-        self._callbacks: list[ModelCheckpoint] = []
-        self._mail: CuttingMail[Record | None] | None = None
-        self._part: Part[Any] | None = None  # complete, and nobody has said yet where to
-        self._sum: Future[tuple[Tensor, int]] | None = None  # what it brings; None: it is posted
-        self._adding: list[tuple[Letter, Future[None]]] = []
-        self._last: dict[str, Any] = {}  # what was said of the last cut that was saved
-        self._gathering: Gathering | None = None
-        self._due: list[Callback] = []
-        self._saves: list[Save] = []
-        self._removals: list[Callable[[], object]] = []
-        self._ordered: Future[None] | None = None
-
     def _look(self, mail: CuttingMail[Record | None]) -> None:
         """Between two steps."""
         strategy = self._strategy
@@ -238,9 +238,10 @@ class Cuts:
     def _follow(self, told: Mapping[str, Any]) -> None:
         """Write this rank's own files, wherever rank 0 said."""
         part, self._part = self._part, None
+        assert part is not None  # it is this one's
         io, late = self._strategy.checkpoint_io, self._strategy.checkpoints.late
         for path, name in told.get("saves", ()):
-            file, make = rank_file(path, name, part.member), partial(own_file, part, name)  # type: ignore[union-attr]
+            file, make = rank_file(path, name, part.member), partial(own_file, part, name)
             self._later(partial(_write, io, partial(make, told["progress"], told["steps"]), file))
             late.tell(name)
         late.queued()
@@ -312,7 +313,9 @@ class Cuts:
     def _tell(self) -> None:
         """Say it to all, and have the first rank's own files written."""
         strategy, gathering, part = self._strategy, self._gathering, self._part
-        assert gathering is not None and part is not None and self._ordered is not None  # since `_order`
+        assert gathering is not None  # since `_order`, and so are these
+        assert part is not None
+        assert self._ordered is not None
         self._ordered.result()  # or the error that it ended with
         late, files, io = strategy.checkpoints.late, strategy.checkpoints.files, strategy.checkpoint_io
         progress, steps = strategy.clock.state_at(gathering.counts)

@@ -16,7 +16,7 @@ from lightning_async.algorithms.topology import Topology
 from lightning_async.data.share import Balance
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
-from lightning_async.strategies.knobs import AtMeeting, Saves, StartMethod
+from lightning_async.strategies.knobs import AtMeeting, Saves, StartMethod, check_word
 from lightning_async.strategies.members import Inner
 
 
@@ -40,8 +40,8 @@ class GossipRingStrategy(AsyncStrategy):
             "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
             end of a run, on the last 8 batches of each rank), or "local" (each rank keeps its own).
-        saves: "meeting" (all meet for a checkpoint by steps), or "cut" (`ModelCheckpoint(every_n_train_steps=...)` gets a
-            consistent state of the run while everybody trains on; not with mode="sync").
+        saves: "meeting" (all meet for a checkpoint by steps), or "cut" (`ModelCheckpoint(every_n_train_steps=...)` gets
+            a consistent state of the run while everybody trains on; not with mode="sync").
         meet_every: Samples of all ranks between two meetings, also in mid-epoch; None: meetings where something is due.
         grace: Seconds that a run which gets a SIGTERM may take to meet once more before it stops.
         interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
@@ -102,8 +102,8 @@ class GossipRingStrategy(AsyncStrategy):
         check_word("saves", saves, get_args(Saves))
         if saves == "cut" and mode == "sync":
             raise ValueError(
-                "`saves='cut'` is for ranks that run free, and with mode='sync' they go in step: leave it out, a meeting "
-                "makes nobody wait there; or take mode='pairwise' or 'push_sum'"
+                "`saves='cut'` is for ranks that run free, and with mode='sync' they go in step: leave it out, a "
+                "meeting makes nobody wait there; or take mode='pairwise' or 'push_sum'"
             )
         self.saves = saves
         super().__init__(

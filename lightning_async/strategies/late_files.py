@@ -108,7 +108,7 @@ class LateFiles:
 
         compat.behind_writes(self._io(), say)
 
-    def write_main(self, save: str, ranks: Sequence[int], write: Callable[[], None]) -> None:
+    def write_main(self, save: str, ranks: Sequence[int], write: Callable[[], object]) -> None:
         """Write the file that names `save`: now, or once all that it names is there."""
         io = self._io()
         if compat.writes_later(io):

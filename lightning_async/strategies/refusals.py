@@ -50,8 +50,8 @@ def refuse_cuts(strategy: AsyncStrategy) -> None:
 def _conflicts_of_cuts(strategy: AsyncStrategy) -> Iterator[str]:
     if compat.writes_later(strategy.checkpoint_io):
         yield (
-            "a cut is written in a thread of its own, and `AsyncCheckpointIO` would write in another one: leave it out, "
-            "or save at meetings"
+            "a cut is written in a thread of its own, and `AsyncCheckpointIO` would write in another one: leave it "
+            "out, or save at meetings"
         )
     if strategy.office.recording.on:
         yield "a replay knows of no cut: leave `record` out, or save at meetings"

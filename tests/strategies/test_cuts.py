@@ -1,4 +1,4 @@
-"""Checkpoints between meetings: nobody stops for them, they hold a state of the whole run, and losing one costs nothing."""
+"""Checkpoints between meetings: nobody stops for one, it holds a state of the whole run, and one lost costs none."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Stepwise(Draws):
 
 
 class Diary(L.Callback):
-    """What happens on this rank: behind each batch, how many had met, which cut was open, which checkpoints there were."""
+    """What happens on this rank: behind each batch, how many had met, which cut was open, how many files there were."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -117,6 +117,7 @@ def fit(
         n,
         knobs={"mode": mode, "saves": "cut", **(knobs or {})},
         max_epochs=1,
+        enable_checkpointing=True,
         callbacks=[diary, saves, SpeedFaults(step_seconds=step, slow={1: 2.0})],
         plugins=[] if io is None else [io],
     )
@@ -390,7 +391,7 @@ def _alone(folder: str) -> tuple[list[str], str]:
     last = ModelCheckpoint(folder, filename="a{step}", every_n_train_steps=10, save_top_k=1, save_last=True)
     more = ModelCheckpoint(folder, filename="w{step}", every_n_train_steps=15, save_top_k=-1, save_weights_only=True)
     best = ModelCheckpoint(folder, filename="m{step}", every_n_train_steps=25, monitor="train_step")
-    t = trainer(1, knobs={"saves": "cut"}, max_epochs=1, callbacks=[last, more, best, SpeedFaults(step_seconds=0.02)])
+    t = trainer(1, knobs={"saves": "cut"}, max_epochs=1, enable_checkpointing=True, callbacks=[last, more, best, SpeedFaults(step_seconds=0.02)])
     t.fit(Lit(), loader())
     return sorted(path.name for path in Path(folder).glob("*.ckpt")), last.last_model_path
 
@@ -430,7 +431,7 @@ def test_what_does_not_go_with_cuts(knobs: dict[str, Any], options: dict[str, An
 def test_what_saves_may_be() -> None:
     with pytest.raises(ValueError, match="`saves` must be one of 'meeting', 'cut', got 'cuts'"):
         GossipRingStrategy(saves="cuts")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`saves='cut'` is for ranks that run free.*take mode='pairwise'"):
+    with pytest.raises(ValueError, match=r"`saves='cut'` is for ranks that run free.*take mode='pairwise'"):
         GossipRingStrategy(mode="sync", saves="cut")
 
 
