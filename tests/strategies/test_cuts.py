@@ -30,9 +30,14 @@ from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
 from tests.strategies.ranks import Forked, run
 from tests.strategies.resumable import Draws, assert_nothing_over, files_of, look_when_put_back, rank
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*multiple `ModelCheckpoint`")
-N, EVERY, SAMPLES, BATCH = 3, 15, 2400, 4
-"""Ranks; steps of the run between two cuts; samples of its one epoch: 200 steps."""
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*exists and is not empty",
+    "ignore:.*multiple `ModelCheckpoint`",
+    "ignore:You defined a `validation_step`",
+    "ignore:The dirpath has changed",
+)
+N, EVERY, SAMPLES, BATCH = 3, 10, 1200, 4
+"""Ranks; steps of the run between two cuts; samples of its one epoch: 100 steps."""
 
 
 def samples(n: int = SAMPLES) -> DataLoader[Any]:
@@ -391,7 +396,13 @@ def _alone(folder: str) -> tuple[list[str], str]:
     last = ModelCheckpoint(folder, filename="a{step}", every_n_train_steps=10, save_top_k=1, save_last=True)
     more = ModelCheckpoint(folder, filename="w{step}", every_n_train_steps=15, save_top_k=-1, save_weights_only=True)
     best = ModelCheckpoint(folder, filename="m{step}", every_n_train_steps=25, monitor="train_step")
-    t = trainer(1, knobs={"saves": "cut"}, max_epochs=1, enable_checkpointing=True, callbacks=[last, more, best, SpeedFaults(step_seconds=0.02)])
+    t = trainer(
+        1,
+        knobs={"saves": "cut"},
+        max_epochs=1,
+        enable_checkpointing=True,
+        callbacks=[last, more, best, SpeedFaults(step_seconds=0.02)],
+    )
     t.fit(Lit(), loader())
     return sorted(path.name for path in Path(folder).glob("*.ckpt")), last.last_model_path
 
