@@ -36,8 +36,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step`",
     "ignore:The dirpath has changed",
 )
-N, EVERY, SAMPLES, BATCH = 3, 10, 1200, 4
-"""Ranks; steps of the run between two cuts; samples of its one epoch: 100 steps."""
+N, EVERY, SAMPLES, BATCH = 3, 8, 720, 4
+"""Ranks; steps of the run between two cuts; samples of its one epoch: 60 steps."""
 
 
 def samples(n: int = SAMPLES) -> DataLoader[Any]:
@@ -139,8 +139,7 @@ def state_of(t: L.Trainer) -> dict[str, Any]:
     assert isinstance(strategy, GossipRingStrategy)
     letters = [letter for box in getattr(strategy.office.mail, "_boxes", {}).values() for letter in box]
     return {
-        "own": strategy.replica.own.clone(),
-        "shown": strategy.replica.weights(),
+        "own": strategy.replica.own.tolist(),
         "mass": strategy.algorithm.mass,
         "letters": [(letter.peer, letter.message.kind, letter.message.weight) for letter in letters],
         "steps": strategy.steps,
@@ -218,7 +217,7 @@ def test_a_checkpoint_is_written_while_everybody_trains_on_and_the_run_goes_on_f
     for one in other:
         lit = Draws()
         lit.load_state_dict(main["state_dict"])
-        assert torch.equal(one["restored"]["own"], Replica(lit.parameters()).flat)
+        assert one["restored"]["own"] == Replica(lit.parameters()).flat.tolist()
     assert sorted(done_of(main) + seen_by(other)) == list(range(SAMPLES))
 
 
@@ -242,7 +241,7 @@ def check_resumed(cut: Path, main: dict[str, Any], own: dict[int, Any], back: li
     """Each rank is what it was, with what was under way to it as its first mail; each sample is trained on once."""
     for r, file in own.items():
         restored = back[r]["restored"]
-        assert torch.equal(restored["own"], file["weights"]), "its own weights"
+        assert restored["own"] == file["weights"].tolist(), "its own weights"
         assert restored["mass"] == file["parts"]["algorithm"]["mass"]
         assert restored["steps"] == file["steps"]
         assert restored["global_step"] == main["global_step"]
@@ -276,7 +275,7 @@ def test_a_stopped_rank_stops_nobody_while_a_cut_is_open(tmp_path: Path) -> None
         wait_for((tmp_path / "stopped").exists)
         wait_for(lambda: diary_of(tmp_path, 0)[1] is not None)
         (mine, number), (other, _) = diary_of(tmp_path, 0), diary_of(tmp_path, 1)
-        wait_for(lambda: diary_of(tmp_path, 0)[0] >= mine + 40 and diary_of(tmp_path, 1)[0] >= other + 20)
+        wait_for(lambda: diary_of(tmp_path, 0)[0] >= mine + 25 and diary_of(tmp_path, 1)[0] >= other + 12)
         assert diary_of(tmp_path, 0)[1] == number
         assert not list(tmp_path.glob("*.ckpt"))
         forked.signal(2, signal.SIGCONT)
@@ -335,7 +334,7 @@ def _dies(folder: str) -> dict[str, Any]:
             assert strategy.cuts._mail is not None
             strategy.cuts._mail._state = lambda: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,return-value]
 
-    return fit(folder, stops=die, step=0.02, knobs={"silence": 0.3, "patience": 1.0})
+    return fit(folder, stops=die, step=0.02, knobs={"silence": 0.3, "patience": 0.8})
 
 
 def test_those_who_live_give_it_up_and_cut_again(tmp_path: Path) -> None:
@@ -350,7 +349,7 @@ def test_those_who_live_give_it_up_and_cut_again(tmp_path: Path) -> None:
 
 def _told_to_end(folder: str, which: int) -> dict[str, Any]:
     def terminate(trainer: L.Trainer, batches: int) -> None:
-        if rank() == which and batches == 60:
+        if rank() == which and batches == 30:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return fit(folder, stops=terminate)
