@@ -39,7 +39,7 @@ from lightning_async.strategies import compat
 from lightning_async.strategies.cut_consensus import Gathering, key, said_of
 from lightning_async.strategies.cut_files import Record, Save, data_of_all, main_file, own_file, record
 from lightning_async.strategies.rank_files import rank_file
-from lightning_async.strategies.saved import agree_on_saved
+from lightning_async.strategies.saved import agree_on_saved, names_of, take_names
 from lightning_async.transport.mail import SUM, Letter, Message, Wait
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Cuts:
     Attributes:
         io: What writes, in a thread of its own; None where no cut is ever saved.
         asking: Whether a callback is being asked where to a cut is to be saved.
-        saved_at: The run's step at which the last cut was due that was saved, as all know since the last meeting.
+        saved_at: The run's step at which the last cut was due that was saved; at meetings all know the same.
     """
 
     def __init__(self, strategy: AsyncStrategy) -> None:
@@ -148,7 +148,7 @@ class Cuts:
         if self._part is not None and self._part.number == theirs.get("number"):
             self._follow(theirs)
         self._part = None
-        if len(set(said.values())) > 1:  # since the last meeting one was saved, of which the first rank alone was asked
+        if len(set(said.values())) > 1:  # one was saved since the last meeting, and not all have heard of it
             yield from agree_on_saved(self._strategy.trainer, rounds)
         self._last, self.saved_at = theirs, theirs.get("at", 0)
 
@@ -236,7 +236,7 @@ class Cuts:
             self._part = None
 
     def _follow(self, told: Mapping[str, Any]) -> None:
-        """Write this rank's own files, wherever rank 0 said."""
+        """Write this rank's own files, wherever rank 0 said; and know of them, if that rank dies."""
         part, self._part = self._part, None
         assert part is not None  # it is this one's
         io, late = self._strategy.checkpoint_io, self._strategy.checkpoints.late
@@ -245,6 +245,10 @@ class Cuts:
             self._later(partial(_write, io, partial(make, told["progress"], told["steps"]), file))
             late.tell(name)
         late.queued()
+        if told:
+            self._last, self.saved_at = dict(told), told["at"]
+        for callback, names in zip(self._callbacks, told.get("names", ()), strict=False):
+            take_names(callback, names)
 
     def _later(self, job: Callable[[], T]) -> Future[T]:
         return compat.in_its_thread(self.io, job)
@@ -321,7 +325,7 @@ class Cuts:
         progress, steps = strategy.clock.state_at(gathering.counts)
         named = [(save.path, save.name) for save in self._saves if save.name]
         self._last = {"number": gathering.number, "at": gathering.steps, "saves": named}
-        self._last |= {"progress": progress, "steps": steps}
+        self._last |= {"progress": progress, "steps": steps, "names": [names_of(c) for c in self._callbacks]}
         strategy.office.carrier.propose(key(gathering.number), json.dumps(self._last).encode())
         strategy.office.carrier.forget(key(gathering.number - 1), gone=True)
         data, scheduled = data_of_all(part.state, gathering.data), {"scheduled": part.state.scheduled}
