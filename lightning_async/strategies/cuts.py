@@ -76,6 +76,7 @@ class Cuts:
         self._adding: list[tuple[Letter, Future[None]]] = []
         self._last: dict[str, Any] = {}  # what was said of the last cut that was saved
         self._gathering: Gathering | None = None
+        self._where: tuple[dict[str, Any], int] = {}, 0  # how far the run was then, and at which of its steps
         self._due: list[Callback] = []
         self._saves: list[Save] = []
         self._removals: list[Callable[[], object]] = []
@@ -236,7 +237,7 @@ class Cuts:
             self._part = None
 
     def _follow(self, told: Mapping[str, Any]) -> None:
-        """Write this rank's own files, wherever rank 0 said; and know of them, if that rank dies."""
+        """Write this rank's own files, wherever rank 0 said. If that dies, this rank's callbacks know what is there."""
         part, self._part = self._part, None
         assert part is not None  # it is this one's
         io, late = self._strategy.checkpoint_io, self._strategy.checkpoints.late
@@ -245,8 +246,6 @@ class Cuts:
             self._later(partial(_write, io, partial(make, told["progress"], told["steps"]), file))
             late.tell(name)
         late.queued()
-        if told:
-            self._last, self.saved_at = dict(told), told["at"]
         for callback, names in zip(self._callbacks, told.get("names", ()), strict=False):
             take_names(callback, names)
 
@@ -281,16 +280,16 @@ class Cuts:
             office.carrier.propose(key(gathering.number), b"{}")
             log.warning("a checkpoint is given up, and the one before it stays: cut %d: %s", gathering.number, why)
         elif gathering.whole:
+            self._where = self._strategy.clock.state_at(gathering.counts)  # a meeting may come before it is told
             last, steps = max(self._strategy.clock.met_at, self.saved_at, self._tried_at), gathering.steps
             every = {callback: compat.saves_every(callback) for callback in self._callbacks}
             self._due = [callback for callback, each in every.items() if steps // each > last // each]
 
     def _ask(self, callback: Callback, ask: Callable[[], object]) -> None:
         """Where to: the callback sees the step of the cut, and finds that it is its own."""
-        assert self._gathering is not None  # who is due has one
         assert isinstance(callback, ModelCheckpoint)
-        trainer = self._strategy.trainer
-        now, (_, steps) = trainer.global_step, self._strategy.clock.state_at(self._gathering.counts)
+        trainer, (_, steps) = self._strategy.trainer, self._where
+        now = trainer.global_step
         compat.set_global_step(trainer, steps)
         self.asking = True
         try:
@@ -322,7 +321,7 @@ class Cuts:
         assert self._ordered is not None
         self._ordered.result()  # or the error that it ended with
         late, files, io = strategy.checkpoints.late, strategy.checkpoints.files, strategy.checkpoint_io
-        progress, steps = strategy.clock.state_at(gathering.counts)
+        progress, steps = self._where
         named = [(save.path, save.name) for save in self._saves if save.name]
         self._last = {"number": gathering.number, "at": gathering.steps, "saves": named}
         self._last |= {"progress": progress, "steps": steps, "names": [names_of(c) for c in self._callbacks]}

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import lightning as L
@@ -215,8 +216,7 @@ def test_a_checkpoint_is_written_while_everybody_trains_on_and_the_run_goes_on_f
     check_resumed(cut, main, own, run(N, fit, str(tmp_path / "same"), mode, str(cut)))
     other = run(2, resumed_by_others, str(tmp_path / "other"), mode, str(cut))
     for one in other:
-        lit = Draws()
-        lit.load_state_dict(main["state_dict"])
+        lit = Draws.load_from_checkpoint(cut, map_location="cpu", weights_only=True)
         assert one["restored"]["own"] == Replica(lit.parameters()).flat.tolist()
     assert sorted(done_of(main) + seen_by(other)) == list(range(SAMPLES))
 
@@ -350,6 +350,33 @@ def test_those_who_live_give_it_up_and_cut_again(dead: int, tmp_path: Path) -> N
     assert cuts_in(tmp_path)
 
 
+def _met_meanwhile(folder: str) -> dict[str, Any]:
+    """Rank 0's disk takes the index of a cut only when all have met."""
+    met = Event()
+
+    class Waits(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+            assert "index" not in os.path.basename(path) or met.wait(30)
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    def arm(trainer: L.Trainer, batches: int) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, AsyncStrategy)
+        if batches == 1:
+            meet = strategy.cuts.meet
+            strategy.cuts.meet = lambda: met.set() or meet()  # type: ignore[method-assign,func-returns-value]
+
+    return fit(folder, stops=arm, io=Waits())
+
+
+@pytest.mark.few(0)
+def test_a_meeting_finds_a_cut_that_is_to_be_written(tmp_path: Path) -> None:
+    """What it says is as of the cut, and not of the meeting at which the others hear of it."""
+    run(2, _met_meanwhile, str(tmp_path))
+    (path,) = cuts_in(tmp_path)
+    check_conserved(path, "push_sum", 2)
+
+
 def _told_to_end(folder: str, which: int) -> dict[str, Any]:
     def terminate(trainer: L.Trainer, batches: int) -> None:
         if rank() == which and batches == 30:
@@ -439,6 +466,13 @@ def test_what_does_not_go_with_cuts(knobs: dict[str, Any], options: dict[str, An
     t = trainer(1, knobs={"saves": "cut", **knobs}, **options)
     with pytest.raises(MisconfigurationException, match=f"strategy='gossip_ring': `saves='cut'`: .*{sentence}"):
         t.fit(WithBackbone(), loader())
+
+
+def test_weights_that_are_too_long_for_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_async.strategies.refusals.LONGEST", 400)
+    wide = trainer(1, knobs={"saves": "cut", "wire": "bf16"})
+    with pytest.raises(MisconfigurationException, match=r"`saves='cut'`: each rank would send .* save at meetings"):
+        wide.fit(Lit(), loader())
 
 
 def test_what_saves_may_be() -> None:
