@@ -436,6 +436,7 @@ def _alone(folder: str) -> tuple[list[str], str]:
     return sorted(path.name for path in Path(folder).glob("*.ckpt")), last.last_model_path
 
 
+@pytest.mark.few(0)
 def test_several_callbacks_and_mere_weights(tmp_path: Path) -> None:
     """60 steps of one rank, where a cut is whole a few batches later, or a meeting saves."""
     ((names, last),) = run(1, _alone, str(tmp_path))
