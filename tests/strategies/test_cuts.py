@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -26,6 +27,7 @@ from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.algorithms.cut import unpacked
 from lightning_async.algorithms.gossip import gossip
 from lightning_async.replica import Replica
+from lightning_async.strategies import cuts
 from lightning_async.strategies.base import AsyncStrategy
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
 from tests.strategies.ranks import Forked, run
@@ -37,8 +39,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You defined a `validation_step`",
     "ignore:The dirpath has changed",
 )
-N, EVERY, SAMPLES, BATCH = 3, 8, 720, 4
-"""Ranks; steps of the run between two cuts; samples of its one epoch: 60 steps."""
+N, EVERY, SAMPLES, BATCH = 3, 8, 960, 4
+"""Ranks; steps of the run between two cuts; samples of its one epoch: 80 steps."""
 
 
 def samples(n: int = SAMPLES) -> DataLoader[Any]:
@@ -112,15 +114,16 @@ def fit(
     stops: Callable[[L.Trainer, int], None] | None = None,
     io: Any = None,
     module: Callable[[], L.LightningModule] = Stepwise,
-    step: float = 0.008,
+    step: float = 0.02,
+    n: int = SAMPLES,
     knobs: dict[str, Any] | None = None,
     **saver: Any,
 ) -> dict[str, Any]:
-    diary, n = Diary(folder), int(os.environ["WORLD_SIZE"])
+    diary, world = Diary(folder), int(os.environ["WORLD_SIZE"])
     diary.stops = stops or diary.stops
     saves = ModelCheckpoint(folder, every_n_train_steps=every, **{"filename": "{step}", "save_top_k": -1, **saver})
     t = trainer(
-        n,
+        world,
         knobs={"mode": mode, "saves": "cut", **(knobs or {})},
         max_epochs=1,
         enable_checkpointing=True,
@@ -129,7 +132,7 @@ def fit(
     )
     restored = look_when_put_back(t, state_of)
     lit = module()
-    t.fit(lit, samples(), ckpt_path=path)
+    t.fit(lit, samples(n), ckpt_path=path)
     weights = Replica(lit.parameters()).weights().tolist()
     told = {"restored": restored[0], "entries": diary.entries, "seen": diary.seen, "weights": weights}
     return told | {"last": saves.last_model_path, "best": saves.best_model_path, "rate": diary.rate}
@@ -203,7 +206,7 @@ def test_a_checkpoint_is_written_while_everybody_trains_on_and_the_run_goes_on_f
 ) -> None:
     first = run(N, fit, str(tmp_path), mode)
     before = first[0]["entries"][0][0]  # meetings that all had had before the first batch
-    assert len([1 for met, _, there in first[0]["entries"] if met == before and there >= 2]) > 1, "nobody met for it"
+    assert len([1 for met, _, there in first[0]["entries"] if met == before and there]) > 1, "nobody met for it"
     assert sorted(seen_by(first)) == list(range(SAMPLES))
     paths = cuts_in(tmp_path)
     for path in paths:
@@ -247,7 +250,8 @@ def check_resumed(cut: Path, main: dict[str, Any], own: dict[int, Any], back: li
         assert restored["global_step"] == main["global_step"]
         letters = [(letter["peer"], letter["message"]["kind"]) for letter in file["cut"]["letters"]]
         assert sorted(one[:2] for one in restored["letters"]) == sorted(letters)
-    assert [one["rate"] for one in back] == pytest.approx([0.01 * 0.99 ** main["global_step"]] * N)
+    ahead = [math.log(one["rate"] / 0.01) / math.log(0.99) - main["global_step"] for one in back]
+    assert all(-1e-3 < steps < 10 for steps in ahead), "no schedule is behind; who recorded last may have heard of more"
     mass = sum(one["restored"]["mass"] + sum(weight for _, kind, weight in one["restored"]["letters"] if kind == 16)
                for one in back) if main["lightning_async"]["algorithm"] == "PushSum" else N * UNIT * BATCH  # fmt: skip
     assert mass == N * UNIT * BATCH
@@ -334,10 +338,11 @@ def _dies(folder: str, dead: int) -> dict[str, Any]:
             assert strategy.cuts._mail is not None
             strategy.cuts._mail._state = lambda: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,return-value]
 
-    return fit(folder, stops=die, step=0.01, knobs={"silence": 0.3, "patience": 0.8})
+    cuts.AGAIN = 0.2
+    return fit(folder, stops=die, step=0.01, n=2400, knobs={"silence": 0.3, "patience": 0.8})
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("dead", [1, 0])
 def test_those_who_live_give_it_up_and_cut_again(dead: int, tmp_path: Path) -> None:
     with Forked(N, _dies, str(tmp_path), dead, store=True) as forked:
@@ -378,8 +383,11 @@ def test_a_meeting_finds_a_cut_that_is_to_be_written(tmp_path: Path) -> None:
 
 
 def _told_to_end(folder: str, which: int) -> dict[str, Any]:
+    sent: list[int] = []
+
     def terminate(trainer: L.Trainer, batches: int) -> None:
-        if rank() == which and batches == 30:
+        if rank() == which and not sent and any(Path(folder).glob("*.ckpt")):
+            sent.append(batches)
             os.kill(os.getpid(), signal.SIGTERM)
 
     return fit(folder, stops=terminate)
@@ -388,6 +396,7 @@ def _told_to_end(folder: str, which: int) -> dict[str, Any]:
 @pytest.mark.few(1)
 @pytest.mark.parametrize("which", [0, 2])
 def test_a_run_that_is_told_to_end_leaves_whole_files(which: int, tmp_path: Path) -> None:
+    """Behind the first checkpoint, when the next cut may be open."""
     with Forked(N, _told_to_end, str(tmp_path), which, store=True) as forked:
         results = forked.results()
     assert {one.kind for one in results} == {"SIGTERMException"}, results
