@@ -44,6 +44,7 @@ def run(quick: bool, seeds: int = SEEDS) -> Table:
     """`gossip_ring` with all seeds on processes, the others with the first, and beside each the same in one process."""
     rows: list[Row] = []
     claims: list[Claim] = []
+    notes: list[str] = []
     every = range(1 if quick else seeds)
     for name in ["digits"] if quick else TASKS:
         task = TASKS[name][0]()
@@ -55,7 +56,8 @@ def run(quick: bool, seeds: int = SEEDS) -> Table:
         for variant, runs in found.items():
             rows.append(Row(f"{name}: {variant}", ROLES.get(variant, Role.RESULT), _cells(runs, virtual, variant)))
         claims += _claims(name, found, virtual["ddp"])
-    notes = [
+        notes += [_each(name, seed, *pair) for seed, *pair in zip(every, found[GOSSIP], virtual["ddp"], strict=True)]
+    notes += [
         f"gossip_ring: {len(every)} seeds, the others on processes: the first. Virtual: the mean of the same seeds.",
         "loss %, points: paired difference to `ddp` of the same seeds, with bootstrap 95 % intervals.",
     ]
@@ -74,6 +76,12 @@ def _cells(runs: Sequence[Run], virtual: Mapping[str, Sequence[Run]], variant: s
         "points": str(compared.points),
         "seeds": count,
     }
+
+
+def _each(name: str, seed: int, mine: Run, theirs: Run) -> str:
+    ours, limit = mine.score, theirs.score
+    accuracy = f"accuracy {100 * ours.accuracy:.2f} % (ddp {100 * limit.accuracy:.2f} %)"
+    return f"{name}, seed {seed}: loss {ours.loss:.4f} (ddp {limit.loss:.4f}), {accuracy}"
 
 
 def _claims(name: str, found: Mapping[str, Sequence[Run]], theirs: Sequence[Run]) -> list[Claim]:

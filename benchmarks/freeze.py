@@ -8,13 +8,15 @@
     control   mode="none" under the same faults: what the store and a busy machine alone do to the steps
     ddp       everybody stands still for 5 s
 
-The same on four hosts in network namespaces, whose links carry 100 Mbit/s: a model of 1.3 million weights (5 MB) takes
-0.4 s to cross one, and steps are 0.04 s long, so a fault may hit a transfer. `link busy %` says how often: the bytes
-that a rank sent, over what its link carries in the time. The run must end by itself, with all ranks equal.
+A rank that sends is stopped in the middle of a message (see `midway`); one that does not, at any time. The same on four
+hosts in network namespaces, whose links carry 100 Mbit/s: a model of 1.3 million weights (5 MB) takes 0.4 s to cross
+one, and steps are 0.04 s long. `link busy %` is the bytes that a rank sent, over what its link carries in the time. The
+run must end by itself, with all ranks equal.
 """
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +26,7 @@ from statistics import fmean
 
 from benchmarks.hosts import Hosts, available
 from benchmarks.launch import Ranks
-from benchmarks.subject import GOSSIP, Knobs, with_control
+from benchmarks.subject import GOSSIP, NONE, Knobs, with_control
 from benchmarks.table import Cell, Claim, Role, Row, Table
 from benchmarks.work import Record, Work, fit
 
@@ -37,6 +39,7 @@ MBIT = 100.0
 APART = ", four hosts"
 STEP = 0.04
 RATE = 22.0  # batches a second of one rank, at most: some of the step is real compute
+SOON = 20.0  # seconds until a rank sends its next message, at most
 REST = 20.0  # seconds of training after the last fault: what is claimed ahead tapers towards the end of the epoch
 
 
@@ -54,9 +57,24 @@ class Fault:
         return self.after - self.before
 
 
-def work(seconds: float) -> Work:
+def work(seconds: float, knobs: Knobs | None) -> Work:
     """About so many seconds of training, on four ranks."""
-    return Work(N * round(RATE * seconds), width=512, layers=6, step=STEP)
+    return Work(N * round(RATE * seconds), width=512, layers=6, step=STEP, midway=sends(knobs))
+
+
+def sends(knobs: Knobs | None) -> bool:
+    """Whether there are messages of ours while it trains, in whose middle a rank can be struck."""
+    return knobs is not None and knobs != NONE
+
+
+def strike(ranks: Ranks, rank: int, number: signal.Signals, knobs: Knobs | None) -> float:
+    """Freeze or kill a rank, in the middle of a message where it sends any; when that was."""
+    if sends(knobs):
+        ranks.strike(rank, number, timeout=SOON)
+        return time.monotonic()
+    begin = time.monotonic()
+    (ranks.stop if number == signal.SIGSTOP else ranks.kill)(rank)
+    return begin
 
 
 def run(quick: bool, strategy: str = GOSSIP) -> Table:
@@ -100,14 +118,13 @@ def busy(records: Sequence[Record]) -> float:
 
 
 def _stopped(knobs: Knobs | None, victims: Sequence[int], *, apart: bool) -> tuple[list[Fault], list[Record]]:
-    job = work(WINDOW * (len(victims) + 1) + (0 if knobs is None else REST))
+    job = work(WINDOW * (len(victims) + 1) + (0 if knobs is None else REST), knobs)
     stops: list[tuple[int, float]] = []
     with launched(job, knobs, apart=apart) as ranks:
         wait_for_training(ranks)
         time.sleep(WINDOW)  # the time before the first fault is measured
         for victim in victims:
-            stops.append((victim, time.monotonic()))
-            ranks.stop(victim)
+            stops.append((victim, strike(ranks, victim, signal.SIGSTOP, knobs)))
             time.sleep(SECONDS)  # the fault itself
             ranks.resume(victim)
             time.sleep(AFTER)  # the others' steps after it belong to the figure

@@ -9,14 +9,16 @@
     ddp       the run fails: every other rank ends with an error
 
 The launcher hosts the store, as torchrun's agent does. With the ranks on four hosts in namespaces (see `freeze`) it is
-on a fifth: rank 0 dies like any other. `link busy %` says how much of the time a rank's link carries a message out, so
-how likely the death cuts one off. Every rank writes down the samples it has trained on before it says anything of them
-to others, so the audit also knows those of the dead: each sample of the epoch must have been trained on at least once;
-what the dead had trained on since its last heartbeat is trained on again, and counted here.
+on a fifth: rank 0 dies like any other. A rank that sends is killed in the middle of a message (see `midway`).
+`link busy %` says how much of the time a rank's link carries a message out. Every rank writes down the samples it has
+trained on before it says anything of them to others, so the audit also knows those of the dead: each sample of the
+epoch must have been trained on at least once; what the dead had trained on since its last heartbeat is trained on
+again, and counted here.
 """
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -33,6 +35,7 @@ from benchmarks.freeze import (
     fault_of,
     launched,
     role,
+    strike,
     wait_for_training,
     work,
 )
@@ -76,7 +79,7 @@ def run(quick: bool, strategy: str = GOSSIP) -> Table:
     claims: list[Claim] = []
     apart = available()
     for name, knobs in with_control(strategy).items():
-        victims = [1] if name != strategy else [0, 2] if quick else list(range(N))
+        victims = [1] if knobs is None else [0, 2] if quick else list(range(N))
         for where in ["", APART] if knobs is not None and apart is None else [""]:
             for victim in victims:
                 death = _killed(knobs, victim, apart=bool(where))
@@ -87,13 +90,12 @@ def run(quick: bool, strategy: str = GOSSIP) -> Table:
 
 
 def _killed(knobs: Knobs | None, victim: int, *, apart: bool) -> Death:
-    job = work(2 * WINDOW + 6)
+    job = work(2 * WINDOW + 6, knobs)
     with tempfile.TemporaryDirectory() as folder:
         with launched(job, knobs, Path(folder), apart=apart, store=True) as ranks:
             wait_for_training(ranks)
             time.sleep(WINDOW)  # the time before the fault is measured
-            stop = time.monotonic()
-            ranks.kill(victim)
+            stop = strike(ranks, victim, signal.SIGKILL, knobs)
             outcomes = [o for o in ranks.outcomes(timeout=LIMIT) if o.rank != victim]
         return _death(victim, stop, outcomes, job, _seen(Path(folder)))
 

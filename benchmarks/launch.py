@@ -32,6 +32,8 @@ from benchmarks.rank import FOLDER
 from benchmarks.store import Held, Placed, Store
 
 ROOT = Path(__file__).resolve().parents[1]
+MIDWAY = "midway"
+ENDED = {signal.SIGSTOP: "TZ", signal.SIGKILL: "Z"}
 TAIL = 2000  # characters of a failed rank's output that go into the error
 
 
@@ -134,6 +136,19 @@ class Ranks:
         """End a rank without a word."""
         _signal_group(self._processes[rank], signal.SIGKILL)
 
+    def strike(self, rank: int, number: signal.Signals, *, timeout: float) -> None:
+        """Freeze or kill a rank in the middle of a message that it sends (see `benchmarks.midway`), and wait for it."""
+        order = self._folder / f"{rank}.order"
+        order.write_text(str(int(number)), encoding="ascii")
+        order.rename(self._folder / f"{rank}.{MIDWAY}")
+        end = time.monotonic() + timeout
+        while _state(self._processes[rank]) not in ENDED[number]:
+            if time.monotonic() > end:
+                raise TimeoutError(f"rank {rank} sent no long message within {timeout} s:\n{self.output(rank)}")
+            time.sleep(0.0005)  # between looks at the child, up to the limit
+        if MIDWAY not in self.heard(rank):
+            raise RuntimeError(f"rank {rank} ended before it sent a long message:\n{self.output(rank)}")
+
     def terminate(self, rank: int) -> None:
         """Send SIGTERM to a rank's main process, as a scheduler does."""
         self._processes[rank].send_signal(signal.SIGTERM)
@@ -222,6 +237,11 @@ def _spawn_here(rank: int, argv: Sequence[str], env: Mapping[str, str], output: 
     return subprocess.Popen(
         argv, env=env, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
     )
+
+
+def _state(process: subprocess.Popen[bytes]) -> str:
+    """The kernel's letter for it: T is frozen, Z dead."""
+    return Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

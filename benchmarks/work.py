@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.midway import obey
 from benchmarks.rank import say
 from benchmarks.rivals import POST_LOCAL, PostLocalSGD
 from benchmarks.subject import Knobs, made
@@ -58,6 +59,7 @@ class Work:
         workers: Workers of each rank's loader.
         prefetch: Batches that each of them has on its way.
         shared_memory: Whether messages between ranks of one host go through memory.
+        midway: Whether ranks can be frozen and killed in the middle of a message.
     """
 
     batches: int
@@ -75,6 +77,7 @@ class Work:
     workers: int = 0
     prefetch: int = 2
     shared_memory: bool = True
+    midway: bool = False
 
     def arguments(self, knobs: Knobs | None, folder: Path | None = None) -> dict[str, Any]:
         """The arguments of `fit`, as JSON takes them. `knobs` None: `ddp`."""
@@ -103,6 +106,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train on this rank, with `more` callbacks; returns `Record` as a dictionary."""
     job = Work.read(work)
+    if job.midway:
+        obey()
     strategy = "ddp" if knobs is None else PostLocalSGD(**knobs[POST_LOCAL]) if POST_LOCAL in knobs else made(knobs)
     if isinstance(strategy, AsyncStrategy):
         strategy.office.shared_memory = job.shared_memory

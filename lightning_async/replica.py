@@ -3,7 +3,8 @@
 There is no `set_weights`: the rank may have taken steps while a message travelled, and folding must not erase them
 (`go_to` is for those whose ranks wait for each other).
 The parameters are views of the flat vector, so optimizers, autograd and state dicts see every shift at no cost. The
-vector has the widest of their dtypes, at least float32; parameters that are narrower hold its rounding (`rounding.py`).
+vector has the widest of their dtypes, at least float32; parameters that are narrower hold its rounding, and are its
+parts while an optimizer steps them (`rounding.py`).
 Shifts happen between optimizer steps, by the training thread (a write between forward and backward raises no error
 and is silently wrong).
 """
@@ -11,6 +12,7 @@ and is silently wrong).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import reduce
 
 import torch
@@ -103,6 +105,15 @@ class Replica:
                 break
         self._rounded.carry_over()
 
+    def widened(self, parameters: Iterable[Tensor], *, gradients: bool = True) -> AbstractContextManager[None]:
+        """A block in which those `parameters` that are narrow are their parts of the vector (`Rounded.widened`)."""
+        return self._rounded.widened(parameters, gradients=gradients)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether there are parameters that are narrower than the flat vector."""
+        return bool(self._rounded)
+
     def parts(self, vector: Tensor) -> list[Tensor]:
         """Of a vector like the flat one, what belongs to each parameter, in their order."""
         return [vector[at : at + p.numel()] for p, at in self._places]
@@ -115,6 +126,16 @@ class Replica:
             if id(p) in of_old:
                 part.copy_(of_old[id(p)])
         return carried
+
+    @torch.no_grad()
+    def take_over(self, vector: Tensor, old: Replica) -> None:
+        """Be `vector` where a parameter is in `old` too, whose flat one it is like: narrow ones show no more than its
+        rounding."""
+        mine = {id(p): part for (p, _), part in zip(self._places, self.parts(self.flat), strict=True)}
+        for (p, _), part in zip(old.places, old.parts(vector), strict=True):
+            if id(p) in mine:
+                mine[id(p)].copy_(part)
+        self._rounded.show()
 
     def holds(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether the trainable ones among `parameters` are those that this replica was made of."""

@@ -1,6 +1,7 @@
 """What a run will hold and send, told before it begins: bytes on the device, in host memory, and on the wire.
 
-    device   beside weights, gradients and optimizers: what the method keeps where the weights are
+    device   beside weights, gradients and optimizers: what the method keeps where the weights are; and by how much the
+             state of optimizers that step half-precision weights in float32 is longer than these
     host     a slot for each message that may be under way and a box where it arrives, each as long as the message;
              what is served to others; what each link needs, whatever travels on it. None of it is pinned
     wire     bodies that one member sends in one exchange; headers are 256 bytes each
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_async.algorithms.algorithm import Algorithm
 from lightning_async.algorithms.async_global import AsyncGlobal
@@ -26,6 +28,7 @@ from lightning_async.algorithms.late_sign import LateSign
 from lightning_async.algorithms.lazy_sign import FEW, LazySign
 from lightning_async.algorithms.pairwise import Pairwise
 from lightning_async.algorithms.push_sum import PushSum
+from lightning_async.algorithms.server_groups import remembered
 from lightning_async.algorithms.shards import MANY, cut, first_owner
 from lightning_async.algorithms.sheets import Span, cuts
 from lightning_async.algorithms.sign_rules import RULES
@@ -52,6 +55,7 @@ class Model:
         whole: Which of them `lazy_sign` is told to send whole.
         remembered: Vectors like the weights that a server's optimizer remembers.
         adam: Optimizers that need a buffer more where steps are averaged (`algorithms/adam.py`).
+        wider: Bytes by which optimizers remember more, since they step narrow parameters in the vector's precision.
     """
 
     sizes: tuple[int, ...]
@@ -60,6 +64,7 @@ class Model:
     whole: frozenset[int] = frozenset()
     remembered: int = 0
     adam: int = 0
+    wider: int = 0
 
     @property
     def spans(self) -> list[Span]:
@@ -116,6 +121,18 @@ def model_of(parameters: Iterable[nn.Parameter], **more: int | frozenset[int]) -
     return Model(tuple(p.numel() for p in trained), dtype.itemsize, narrow, **more)  # type: ignore[arg-type]
 
 
+def wider_state(optimizer: Optimizer, dtype: torch.dtype) -> int:
+    """Bytes by which what an optimizer remembers is longer in this precision than in that of its parameters; 0 for one
+    that cannot be asked what it remembers."""
+    try:
+        kept = len(remembered(optimizer))
+    except Exception:  # it is the user's, and may need whatever it likes
+        return 0
+    parameters = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+    more: int = sum(p.numel() * max(0, dtype.itemsize - p.dtype.itemsize) for p in parameters)
+    return kept * more
+
+
 def account(
     algorithm: Algorithm,
     model: Model,
@@ -140,7 +157,7 @@ def account(
     links = members - 1 + inner - 1
     found = _method(algorithm, model, members)
     averaged = algorithm.averaged_over(members) > 1
-    device = model.nbytes * (int(model.narrow) + model.adam * averaged)
+    device = model.nbytes * (int(model.narrow) + model.adam * averaged) + model.wider
     host = rounds(model.nbytes, members) + linked(links, links if near is None else min(near, links), piece)
     longest = -(-model.nbytes // min(OWNERS, members)) if members > 1 else 0
     if inner > 1:

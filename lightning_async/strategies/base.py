@@ -13,7 +13,7 @@ knobs and an algorithm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, get_args
 
@@ -36,7 +36,7 @@ from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
 from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
-from lightning_async.strategies.account import Account, account, model_of, short
+from lightning_async.strategies.account import Account, account, model_of, short, wider_state
 from lightning_async.strategies.averages import Averages, miss_no_step
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.checkpoints import Checkpoints
@@ -259,7 +259,8 @@ class AsyncStrategy(Shown):
 
     def _beside(self) -> dict[str, Any]:
         """What of `account.Model` goes by the optimizers, or by names."""
-        return {"adam": sum(SecondMoment.concerns(o) for o in self.optimizers)}
+        wider = sum(wider_state(o, self.replica.flat.dtype) for o in self.optimizers) if self.replica.narrow else 0
+        return {"adam": sum(SecondMoment.concerns(o) for o in self.optimizers), "wider": wider}
 
     # -- the batch -----------------------------------------------------------------------------------------------------
 
@@ -298,7 +299,7 @@ class AsyncStrategy(Shown):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Let the algorithm see the gradients between backward and Lightning's hooks, clipping and update."""
         with self.stepping.around(optimizer):
-            return super().optimizer_step(optimizer, self.stepping.with_exchange(closure), model, **kwargs)
+            return super().optimizer_step(optimizer, self.stepping.with_exchange(optimizer, closure), model, **kwargs)
 
     def batch_ended(self, batch: Any) -> bool:
         """One batch is trained on; whether a meeting follows."""
@@ -309,6 +310,12 @@ class AsyncStrategy(Shown):
         if self.office.size > 1:
             self.office.send()  # siblings wait for it
         return meets
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """An optimizer takes a state in its parameters' precision: narrow ones are as wide as in a step."""
+        parameters = [p for one in self.optimizers for group in one.param_groups for p in group["params"]]
+        with self.replica.widened(parameters, gradients=False):
+            super().load_optimizer_state_dict(checkpoint)
 
     @property
     def taken_over(self) -> str:
@@ -331,6 +338,10 @@ class AsyncStrategy(Shown):
         if not self.alone:
             self._replica = self.consensus.leave()
             self.alone, self.apart = True, False
+
+    def renew(self) -> None:
+        """What is trained may have changed since all met."""
+        self._replica = self.consensus.renewed()
 
     def close_in_order(self) -> None:
         """The run was told to end, all have met: stop here, with the meeting open for those who save."""

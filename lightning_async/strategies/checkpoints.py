@@ -39,11 +39,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What all agreed on before a save: where, under which name, and who is there."""
+    """What all agreed on before a save: where, under which name, who is there, and whose step is still to come."""
 
     path: str
     save: str
     ranks: tuple[int, ...]
+    adding_up: tuple[int, ...]
 
     @property
     def first(self) -> int:
@@ -78,6 +79,11 @@ class Checkpoints:
     def holds_all(self, checkpoint: dict[str, Any]) -> bool:
         """Whether what each rank has of its own belongs into this checkpoint: not beside mere weights."""
         return self._begun and "optimizer_states" in checkpoint
+
+    def before_save(self) -> None:
+        """What is trained may have changed at this meeting: what is saved is of what is trained from here on."""
+        if any(p.requires_grad for p in self._strategy.trainer.lightning_module.parameters()):
+            self._strategy.renew()
 
     def save(self, checkpoint: dict[str, Any], filepath: Any, options: Any) -> Wait[None]:
         """Write the main file and every rank's own. Called by all that live, at a meeting."""
@@ -180,7 +186,7 @@ class Checkpoints:
         if plan.first not in here:
             return False
         if me == plan.first:
-            checkpoint[KEY] = self.shared(plan.save, here, data, self._strategy.clock.state_dict())
+            checkpoint[KEY] = self.shared(plan.save, here, data, self._strategy.clock.state_dict(), plan.adding_up)
             write = partial(io.save_checkpoint, checkpoint, plan.path, storage_options=options)
             trouble = _tried(lambda: self.late.write_main(plan.save, here, write))
         here = yield from self._no_trouble(plan, trouble)
@@ -190,11 +196,12 @@ class Checkpoints:
 
     def _plan(self, filepath: str) -> Wait[Plan]:
         """The first rank's path and name for this save."""
-        mine = json.dumps([filepath, secrets.token_hex(4)])
-        said = yield from self._strategy.office.rounds.agree(mine.encode(), what="where to save")
-        path, save = json.loads(said[min(said)])
+        mine = json.dumps([filepath, secrets.token_hex(4), self._strategy.stepping.adds_up])
+        words = yield from self._strategy.office.rounds.agree(mine.encode(), what="where to save")
+        said = {rank: json.loads(words[rank]) for rank in sorted(words)}
+        path, save, _ = said[min(said)]
         self._agreed[filepath] = path
-        return Plan(path, save, tuple(sorted(said)))
+        return Plan(path, save, tuple(said), tuple(rank for rank, (*_, adds_up) in said.items() if adds_up))
 
     def _no_trouble(self, plan: Plan, trouble: BaseException | None) -> Wait[tuple[int, ...]]:
         """Who is there, and wrote. Raises on all if one could not; what was written of the save is cleared away."""
@@ -229,7 +236,12 @@ class Checkpoints:
         return unite([mine, *others])
 
     def shared(
-        self, save: str, ranks: tuple[int, ...], data: dict[str, Any], progress: dict[str, Any]
+        self,
+        save: str,
+        ranks: tuple[int, ...],
+        data: dict[str, Any],
+        progress: dict[str, Any],
+        adding_up: tuple[int, ...],
     ) -> dict[str, Any]:
         """What the main file says of them all."""
         strategy = self._strategy
@@ -240,6 +252,7 @@ class Checkpoints:
             "members": strategy.members,
             "ranks_of_members": [list(ranks) for ranks in strategy.office.ranks_of_members],
             "ranks": list(ranks),
+            "added_up": [rank for rank in adding_up if rank in ranks],
             "strategy": strategy.name,
             "algorithm": type(strategy.algorithm).__name__,
             "data": data,

@@ -20,6 +20,7 @@ from lightning_async.strategies.environments import UnevenNodesEnvironment, Unev
 from lightning_async.strategies.office import Office
 from lightning_async.transport import attempts
 from lightning_async.transport.mail import Wait
+from lightning_async.transport.network import by
 
 T = TypeVar("T")
 
@@ -47,13 +48,15 @@ class Collectives(DDPStrategy):
 
     def setup_distributed(self) -> None:
         """All ranks of this attempt find each other, and none of an earlier one. Lightning leaves what is there."""
-        if (at := self.cluster_environment) is not None:
-            if isinstance(at, (UnevenNodesEnvironment, UnevenSLURMEnvironment)):  # whom not every launcher has asked
-                at.validate_settings(self.num_processes, self.num_nodes)
-            me, world, backend = at.global_rank(), at.world_size(), self.process_group_backend
-            place = at.main_address, at.main_port
-            attempts.join(*place, me, world, device=self.root_device, backend=backend, timeout=self.timeout)
-        super().setup_distributed()
+        with by(self.office.interface):
+            if (at := self.cluster_environment) is not None:
+                # not every launcher has asked these whether they have a place for each rank
+                if isinstance(at, (UnevenNodesEnvironment, UnevenSLURMEnvironment)):
+                    at.validate_settings(self.num_processes, self.num_nodes)
+                me, world, backend = at.global_rank(), at.world_size(), self.process_group_backend
+                place = at.main_address, at.main_port
+                attempts.join(*place, me, world, device=self.root_device, backend=backend, timeout=self.timeout)
+            super().setup_distributed()
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 alone      come              whoever comes out of turn says so; who is here, how far all are, what is due
            reach             the mail is drained; weights: the algorithm's, buffers: means
 MEETING    the consensus stands in: validation, metrics, checkpoints see it; what is trained may change
+           renewed           with what is trained from here on, all begin anew
            leave             own weights again, unless the consensus was adopted
 alone
 """
@@ -43,6 +44,7 @@ class Consensus:
     """
 
     rewritten = False
+    _home = False
 
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.last: dict[str, float] = {}
@@ -51,7 +53,7 @@ class Consensus:
 
     def begin(self, model: torch.nn.Module, replica: Replica) -> None:
         """Give every rank the first one's weights and buffers, if the ranks are alike."""
-        self.rewritten = False
+        self.rewritten = self._home = False
         self._strategy.office.check_alike(creed(self._strategy) | plan(self._strategy.trainer))
         self._strategy.together(self._equalise(model, replica))
 
@@ -138,16 +140,9 @@ class Consensus:
         """Own weights again, unless they are the consensus; those that are trained from here on."""
         strategy = self._strategy
         office, algorithm = strategy.office, strategy.voice
-        replica = strategy.replica
         strategy.together(strategy.clock.leave(strategy.trainer))
         settled = strategy.clock.closing.settled  # nothing could change since all said so
-        module = strategy.trainer.lightning_module
-        new = None if settled else strategy.together(renewed(module, replica, office.rounds))
-        if new is not None:
-            begin = partial(algorithm.renew, replica) if new.alike else algorithm.begin
-            replica = new.replica
-            begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
-            strategy.together(office.rounds.barrier())  # what is posted to who has not begun its old service would get
+        replica = strategy.replica if settled else self.renewed()
         if self.rewritten:  # what is held back, or served, is of weights that are no more
             self.rewritten = False
             algorithm.begin(replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
@@ -160,10 +155,23 @@ class Consensus:
         self.telling.set_off()
         return replica
 
+    def renewed(self) -> Replica:
+        """The weights of what is trained from here on; if that has changed since all met, the method begins anew with
+        it. Called by all: as they leave, and before they save, since a run that goes on from the file trains that."""
+        strategy, module = self._strategy, self._strategy.trainer.lightning_module
+        office, algorithm, old = strategy.office, strategy.voice, strategy.replica
+        if self._home or (new := strategy.together(renewed(module, old, office.rounds))) is None:
+            return old
+        begin = partial(algorithm.renew, old) if new.alike else algorithm.begin
+        begin(new.replica, office.mail, strategy.feeding.mass, office.algorithms_rounds)
+        strategy.together(office.rounds.barrier())  # what is posted to who has not begun its old service would get
+        return new.replica
+
     def take_home(self) -> None:
         """The run ends: every rank keeps the consensus, and the first one's names of the checkpoints."""
         strategy = self._strategy
         rounds = strategy.office.rounds
+        self._home = True
         strategy.replica.stay()
         strategy.office.recording.finish()
         if strategy.buffers == "reestimate":

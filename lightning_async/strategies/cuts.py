@@ -329,7 +329,8 @@ class Cuts:
         strategy.office.carrier.forget(key(gathering.number - 1), gone=True)
         data, scheduled = data_of_all(part.state, gathering.data), {"scheduled": part.state.scheduled}
         for save in self._saves:
-            shared = strategy.checkpoints.shared(save.name, gathering.members, data, {**progress, **scheduled})
+            who = gathering.members  # any of them may have added up gradients: their files say
+            shared = strategy.checkpoints.shared(save.name, who, data, {**progress, **scheduled}, who)
             main = partial(main_file, part.state, gathering.total, save, shared, steps)
             write = partial(self._later, partial(_write, io, main, save.path, save.options))
             if not save.name:

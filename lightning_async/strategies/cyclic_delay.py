@@ -167,8 +167,10 @@ class CyclicDelayStrategy(AsyncStrategy):
 
     def _beside(self) -> dict[str, Any]:
         """Also what the server's optimizers remember."""
-        names = remembered(self.optimizers[0]) if self.algorithm.push == "gradient" else []
-        return {**super()._beside(), "remembered": len(names) + ("exp_avg_sq" in names)}
+        if self.algorithm.push == "delta":
+            return super()._beside()
+        names = remembered(self.optimizers[0])
+        return {**super()._beside(), "wider": 0, "remembered": len(names) + ("exp_avg_sq" in names)}
 
     @property
     def taken_over(self) -> str:

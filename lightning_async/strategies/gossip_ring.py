@@ -24,7 +24,8 @@ class GossipRingStrategy(AsyncStrategy):
     """Asynchronous gossip on a ring (GR-SGD), with the synchronous ring and the silent control beside it.
 
     `gradient_clip_val` clips a rank's own gradient, before any exchange; what comes from neighbours is not clipped.
-    Half-precision weights (`bf16-true`, `16-true`) are exchanged and averaged in float32 and hold the rounding of that.
+    Half-precision weights (`bf16-true`, `16-true`) are exchanged, averaged and stepped in float32 and hold its
+    rounding.
 
     Args:
         mode: "pairwise" (symmetric averages, fair to unequal speeds), "push_sum" (one-sided, by mass), "sync" (D-PSGD,

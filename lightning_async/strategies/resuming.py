@@ -6,6 +6,7 @@
                                                   data: what nobody completed; counts: those of all
                                                   rank r's optimizer: that of the saved rank r modulo their number,
                                                   with r the first rank of one's member
+                                                  gradients of a step to come: their mean (`added_up`)
     no word of ours in the file                   as Lightning does it
 
 All ranks decide it together: one that goes on from its own state among others that do not would break their sum. What
@@ -20,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lightning_async.strategies import compat
+from lightning_async.strategies.added_up import mean_of_all
 from lightning_async.strategies.own_state import BEGUN_ANEW, Part, all_parts, keeps_own, own_keys, put_back_tensors
 from lightning_async.strategies.rank_files import RankFiles, main_file, rank_file
 from lightning_async.strategies.saved_loops import Loop, close, is_between_epochs
@@ -65,11 +68,15 @@ class Resuming:
             (self._foreign(shared) or trouble).encode()[:2000], what="how to go on"
         )
         if reasons := dict.fromkeys(sentence.decode(errors="replace") for sentence in said.values() if sentence):
+            added = yield from mean_of_all(
+                strategy, shared, own, lambda rank: self._read(rank_file(path, shared["save"], rank), weights_only)[0]
+            )
             own = yield from self._of_the_speaker(path, shared, own, trouble, weights_only)
             own = _without_place(own, checkpoint)
+            own["parts"]["stepping"] = {"skipped": 0, "carried": added[0]}
             if shared.get("progress"):  # older versions did not save it
                 own["parts"].setdefault("progress", {**shared["progress"], "ended": False})
-            self._warn(path, shared, list(reasons))
+            self._warn(path, shared, list(reasons), *added)
         strategy.feeding.load_state_dict(shared["data"])
         self._waiting, self._between_epochs = own, is_between_epochs(checkpoint["loops"]["fit_loop"])
         mine = {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}
@@ -186,7 +193,9 @@ class Resuming:
         dead = ", ".join(str(rank) for rank in range(world) if rank not in ranks)
         return f"rank {dead} had died before it was saved" if dead else ""
 
-    def _warn(self, path: str, shared: dict[str, Any], reasons: list[str]) -> None:
+    def _warn(
+        self, path: str, shared: dict[str, Any], reasons: list[str], added: dict[str, Tensor], lost: list[int]
+    ) -> None:
         ranks, anew = shared["ranks"], "masses, turns, steps"
         method = f"The state of the method ({anew}) and the random states begin anew"
         if self._strategy.taken_over and another_world(self._strategy, shared):
@@ -197,8 +206,8 @@ class Resuming:
             f"start from the consensus and go on with the samples of the epoch that nobody completed. {who} has the "
             f"optimizer state of the saved rank number r modulo {len(ranks)} (of rank {ranks[0]} where that cannot be "
             "read), and the place of its stream, if each rank has a stream of its own: with fewer ranks than before "
-            "nobody goes on with the others' streams, with more ranks one is gone on with twice. Gradients that were "
-            f"added up to a step still to come are left out. {method}"
+            "nobody goes on with the others' streams, with more ranks one is gone on with twice. "
+            f"{_of_gradients(added, lost)}{method}"
         )
 
 
@@ -222,6 +231,14 @@ def refuse_newer(shared: dict[str, Any], path: str) -> None:
             f"{path} was written by a newer lightning_async (form {shared['version']}; this one knows {VERSION}): "
             "install that version to resume from it. Its weights load everywhere, with `strategy='auto'` too"
         )
+
+
+def _of_gradients(added: dict[str, Tensor], lost: list[int]) -> str:
+    """What becomes of the gradients that were added up to a step still to come, in words; "" if there were none."""
+    on = "Each rank adds the mean of the gradients that all had added up to a step still to come to its first step. "
+    of = ", ".join(str(rank) for rank in lost)
+    gone = f"The gradients that rank {of} had added up to a step still to come are lost; their samples are done. "
+    return on * bool(added) + gone * bool(lost)
 
 
 def _without_place(own: dict[str, Any], main: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Saving(Collectives):
             self.cuts.save(checkpoint, filepath, storage_options)
             return
         if self.meeting and self.checkpoints.holds_all(checkpoint):
+            self.checkpoints.before_save()
             self.together(self.checkpoints.save(checkpoint, filepath, storage_options))
             return
         if not self.meeting and self.office.is_open:

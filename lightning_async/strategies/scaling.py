@@ -32,3 +32,9 @@ class SkippedSteps:
         finally:
             hook.remove()
         self.count += not stepped
+
+
+def scale_of(plugin: Precision) -> float:
+    """By what fp16's scaler multiplies this rank's losses now; 1 without one."""
+    scaler = getattr(plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())

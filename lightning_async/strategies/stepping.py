@@ -2,7 +2,8 @@
 
 closure: backward -> before_step   the gradients, this rank's own and not clipped (under fp16's scaler: scaled)
                                    where the algorithm takes them away: behind clipping, right before the optimizer
-clipping -> optimizer              counted if fp16's scaler skipped it; Adam's second moment corrected for n ranks
+clipping -> optimizer              on float32, of half-precision weights too; counted if fp16's scaler skipped it;
+                                   Adam's second moment corrected for n ranks
 batch ended -> after_step          what came is folded, what is asked is answered; an accumulated batch: nothing
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule
@@ -20,12 +22,16 @@ from lightning_async.algorithms.adam import SecondMoment
 from lightning_async.algorithms.common_step import CommonStep
 from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.strategies import compat
-from lightning_async.strategies.scaling import SkippedSteps
+from lightning_async.strategies.added_up import Carried, mass_of
+from lightning_async.strategies.scaling import SkippedSteps, scale_of
 from lightning_async.transport.gathering import When
 from lightning_async.transport.mail import Wait
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
+
+Step = Callable[..., Any]
+"""An optimizer's `step`: it may be given a closure."""
 
 
 class Stepping:
@@ -43,26 +49,42 @@ class Stepping:
         self._moments: dict[int, SecondMoment] = {}
         self._arrivals = ArrivalLog()
         self._common = CommonStep()
+        self._carried = Carried()
         self._stepped = self._adds_up = False
 
     def begin(self) -> None:
         """A fit begins."""
         self.taken = self.skipped.count = 0
-        self._adds_up = False
+        self._adds_up, self._carried = False, Carried()
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether there are gradients of a step that is still to come."""
+        return self._adds_up or bool(self._carried)
 
     def state_dict(self) -> dict[str, Any]:
         """A part of the rank's own state. (`taken` is saved beside it: the mail counts by it too.)
 
         Where a step is still to come, what its batches have added up so far belongs to it: their samples are done.
+        What they weigh, and fp16's scale, say what other ranks can make of it (`added_up`).
         """
-        return {"skipped": self.skipped.count, "gradients": self._gradients() if self._adds_up else {}}
+        strategy = self._strategy
+        return {
+            "skipped": self.skipped.count,
+            "gradients": self._gradients() if self._adds_up else {},
+            "carried": self._carried.state_dict(strategy.trainer.lightning_module),
+            "mass": mass_of(strategy),
+            "scale": scale_of(strategy.precision_plugin),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Count on from `state`, and add on to its gradients."""
+        module = self._strategy.trainer.lightning_module
         self.skipped.count = state["skipped"]
         gradients = state.get("gradients", {})  # older versions did not save them
         self._adds_up = bool(gradients)
-        for name, parameter in self._strategy.trainer.lightning_module.named_parameters():
+        self._carried.load_state_dict(module, state.get("carried", {}))
+        for name, parameter in module.named_parameters():
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter.device, copy=True)
 
@@ -71,7 +93,13 @@ class Stepping:
         return {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None}
 
     def look_at(self, optimizers: list[Optimizer]) -> None:
-        """These are the run's optimizers."""
+        """These are the run's optimizers. A state that one has made in half precision is as wide as its steps from here
+        on."""
+        replica = self._strategy.replica
+        for optimizer in optimizers:
+            if replica.narrow and optimizer.state:
+                with replica.widened(_parameters(optimizer), gradients=False):
+                    optimizer.load_state_dict(optimizer.state_dict())
         self._moments = {id(o): SecondMoment(o) for o in optimizers if SecondMoment.concerns(o)}
 
     def moment(self, optimizer: Optimizer) -> SecondMoment | None:
@@ -87,8 +115,10 @@ class Stepping:
         self._arrivals.add(arrivals)
         self._strategy.office.recording.arrived(arrivals)
 
-    def with_exchange(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def with_exchange(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, after which the algorithm sees the gradients: of all ranks of the member, if it has several."""
+        if self._carried:
+            closure = self._carried.behind(closure, optimizer, self._strategy.precision_plugin)
         if self._strategy.office.size > 1:
             closure = self._then_average(closure)
         return closure if self._strategy.algorithm.takes_gradients else self._then_exchange(closure)
@@ -126,25 +156,38 @@ class Stepping:
         strategy = self._strategy
         self._exchange(strategy.voice.before_step(strategy.replica, strategy.office.mail, self.taken + 1), "together")
 
-    @contextmanager
-    def _taken_away(self, optimizer: Optimizer) -> Iterator[None]:
+    def _taken_away(self, step: Step) -> Step:
         """Lightning clips inside of the closure that it hands to the optimizer; under fp16's scaler there is none."""
-        step, own = optimizer.step, "step" in vars(optimizer)
 
-        def exchange_then_step(closure: Callable[[], Any] | None = None) -> Any:
+        def exchange_then_step(closure: Callable[[], Any] | None = None, **options: Any) -> Any:
             if closure is not None:
-                return step(self._then_exchange(closure))
+                return step(self._then_exchange(closure), **options)
             self._before_step()
-            return step()
+            return step(**options)
 
-        optimizer.step = exchange_then_step  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            if own:
-                optimizer.step = step  # type: ignore[method-assign]
-            else:
-                del optimizer.step
+        return exchange_then_step
+
+    def _widened(self, optimizer: Optimizer, step: Step) -> Step:
+        """Half-precision weights are their float32 parts where an optimizer steps them; a closure, which is called in
+        the midst of that, finds them as they are."""
+        replica = self._strategy.replica
+
+        def step_wide(closure: Callable[[], Any] | None = None, **options: Any) -> Any:
+            with ExitStack() as wide:
+
+                def widen() -> None:
+                    wide.enter_context(replica.widened(p for p in _parameters(optimizer) if p.grad is not None))
+
+                def narrow_closure() -> Any:
+                    wide.close()
+                    result = closure() if closure is not None else None
+                    widen()
+                    return result
+
+                widen()
+                return step(**options) if closure is None else step(narrow_closure, **options)
+
+        return step_wide
 
     @contextmanager
     def around(self, optimizer: Optimizer) -> Iterator[None]:
@@ -154,11 +197,15 @@ class Stepping:
         strategy.office.recording.step_with(optimizer, strategy.optimizers)
         with ExitStack() as watched:
             watched.enter_context(self.skipped.watch(strategy.precision_plugin, optimizer))
+            if strategy.replica.narrow:
+                watched.enter_context(_instead(optimizer, partial(self._widened, optimizer)))
             if strategy.algorithm.takes_gradients:
-                watched.enter_context(self._taken_away(optimizer))
+                watched.enter_context(_instead(optimizer, self._taken_away))
             yield
         if (moment := self.moment(optimizer)) is not None:
-            moment.stretch(strategy.voice.averaged_over(len(strategy.office.mail.members())))
+            n = strategy.voice.averaged_over(len(strategy.office.mail.members()))
+            with strategy.replica.widened(_parameters(optimizer), gradients=False):
+                moment.stretch(n)
 
     def batch_ended(self) -> None:
         """A batch is over; it was a step if an optimizer stepped in it."""
@@ -181,3 +228,21 @@ class Stepping:
     def _exchange(self, waiting: Wait[list[Arrival]], leaves: When) -> None:
         """An algorithm in lock-step waits here: for whoever comes, and with an ear for who cannot."""
         self.arrived(self._strategy.office.drive(waiting, heed=self._strategy.clock.heed, leaves=leaves))
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
+@contextmanager
+def _instead(optimizer: Optimizer, other: Callable[[Step], Step]) -> Iterator[None]:
+    """Another step in the place of the optimizer's, which it is made of."""
+    step, own = optimizer.step, "step" in vars(optimizer)
+    optimizer.step = other(step)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own:
+            optimizer.step = step  # type: ignore[method-assign]
+        else:
+            del optimizer.step

@@ -1,14 +1,15 @@
 """What is trained may change at a meeting, on all ranks alike: then they begin anew with the new set, all equal.
 
-    MEETING  ->  a callback unfreezes as an epoch starts  ->  all say what they train now  ->  first batch, free again
-                                                              | not the same: an error everywhere, with the names
-                                                              | changed: a new flat vector, rank 0's weights in it
+    MEETING  ->  a callback unfreezes, as an epoch starts   ->  all say what they train now  ->  next batch, free again
+                 or behind a validation, in mid-epoch too       | not the same: an error everywhere, with the names
+                                                                | changed: a new flat vector, rank 0's weights in it
 
 Nothing is in flight after a meeting, so nothing that was posted has the old length. Between meetings the set may not
 change: what is exchanged would no longer be what is trained.
 
-A checkpoint carries the set. A run that goes on trains that: Lightning's callbacks freeze again in `setup`, and thaw
-nothing whose epoch is past.
+A checkpoint carries the set, and what is saved behind such a change, at the same meeting, is of the new one: so all say
+it before a save too. A run that goes on trains that: Lightning's callbacks freeze again in `setup`, and thaw nothing
+whose epoch is past.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from lightning_async.strategies.words import gather_uneven
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 
-WHEN = "freeze or unfreeze where an epoch starts (`on_train_epoch_start`, `BaseFinetuning`), the same on every rank"
+WHEN = (
+    "freeze or unfreeze where an epoch starts (`on_train_epoch_start`, `BaseFinetuning`) or behind a validation "
+    "(`on_validation_end`), the same on every rank"
+)
 SHOWN = 3  # names a rank in the sentence
 
 
@@ -71,8 +75,11 @@ def renewed(module: nn.Module, replica: Replica, rounds: Rounds) -> Wait[Renewed
         yield from _refuse(_names(module), tuple(words), rounds)
     if all_unchanged(words.values()):
         return None
+    exact = replica.weights() if replica.narrow else None
     replica.let_go()
     new = Replica(module.parameters())  # of the consensus, which stands in
+    if exact is not None:
+        new.take_over(exact, replica)
     weights = yield from rounds.broadcast(new.flat.cpu(), min(words))
     new.stand_in(weights)
     new.stay()

@@ -1,4 +1,4 @@
-"""A network by which the others cannot be reached is refused before anybody waits for an answer.
+"""The network by which others are reached; one by which they cannot be is refused before anybody waits for an answer.
 
 interface named                       it must be one of this host's, and have an address
 GLOO_SOCKET_IFNAME                    gloo refuses a wrong one itself, at start-up
@@ -7,20 +7,38 @@ neither, and there are other nodes    this host's name must not lead to itself, 
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
+from collections.abc import Iterator
 
 from lightning_async.transport.gloo import has_address
 
 LOOPBACK = "lo"
+NAMED = "GLOO_SOCKET_IFNAME"
+
+
+@contextlib.contextmanager
+def by(interface: str | None) -> Iterator[None]:
+    """What torch connects meanwhile goes by this interface too, as links do; None: as the environment says."""
+    before = os.environ.get(NAMED)
+    if interface is not None:
+        os.environ[NAMED] = interface
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[NAMED] = before
+        elif interface is not None:
+            os.environ.pop(NAMED, None)
 
 
 def check_network(interface: str | None, *, nodes: int) -> None:
     """Raise `ValueError` for an interface, or a name of this host, by which no link would ever be up."""
     if interface is not None:
         check_interface(interface, nodes=nodes)
-    elif nodes > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
+    elif nodes > 1 and NAMED not in os.environ:
         refuse_loopback(_own_address(socket.gethostname()), nodes=nodes)
 
 

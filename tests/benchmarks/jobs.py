@@ -50,3 +50,26 @@ def average() -> float:
     dist.all_reduce(mine)
     dist.destroy_process_group()
     return mine.item() / 2
+
+
+def sends_for_ever() -> None:
+    """On rank 0; it says a number behind each piece. Rank 1 sends headers only."""
+    import torch
+
+    from benchmarks import midway
+    from lightning_async.transport import link
+    from lightning_async.transport.shared import BODY_TAG
+
+    midway.share = lambda wire: wire  # type: ignore[assignment]
+    midway.obey()
+    wire = link.share(_Nowhere())  # type: ignore[arg-type, call-arg]
+    say("begun")
+    for number in range(1 << 30):
+        wire.send(torch.zeros(1), BODY_TAG if os.environ["RANK"] == "0" else BODY_TAG + 1)
+        say(str(number))
+        time.sleep(0.01)
+
+
+class _Nowhere:
+    def send(self, tensor: Any, tag: int) -> None:
+        say("on its way")

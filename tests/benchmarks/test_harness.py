@@ -22,7 +22,7 @@ from benchmarks.launch import Ranks
 from benchmarks.repeat import repeat
 from benchmarks.store import Held
 from benchmarks.table import Claim, Role, Row, Table
-from tests.benchmarks.jobs import counts_for_ever, counts_in_the_store, environment, fails_on_1
+from tests.benchmarks.jobs import counts_for_ever, counts_in_the_store, environment, fails_on_1, sends_for_ever
 from tests.strategies.ranks import FORK
 
 LIMIT = Row("sum of rates", Role.LIMIT, {"share": 1.0})
@@ -151,6 +151,21 @@ class TestRanks:
             outcomes = ranks.outcomes(timeout=0.3)
             assert outcomes[0].error == "ended by SIGKILL, without a result"
             assert outcomes[1].error == "still running at the time limit, killed"
+
+    def test_a_rank_is_struck_in_the_middle_of_a_message(self) -> None:
+        with Ranks(sends_for_ever, 2) as ranks:
+            for rank in (0, 1):
+                ranks.wait_for(rank, "begun", timeout=60)
+            ranks.strike(0, signal.SIGSTOP, timeout=10)
+            assert ranks.heard(0)[-2:] == ["on its way", "midway"]
+            ranks.resume(0)
+            ranks.wait_for(0, str(sum(word == "on its way" for word in ranks.heard(0)) + 3), timeout=10)
+            ranks.strike(0, signal.SIGKILL, timeout=10)
+            assert ranks.heard(0)[-2:] == ["on its way", "midway"]
+            with pytest.raises(TimeoutError, match=r"rank 1 sent no long message within 0\.1 s"):
+                ranks.strike(1, signal.SIGSTOP, timeout=0.1)
+            ranks.kill(1)
+            assert ranks.outcomes(timeout=10)[0].error == "ended by SIGKILL, without a result"
 
     def test_waiting_is_bounded(self) -> None:
         with Ranks(counts_for_ever, 1) as ranks:

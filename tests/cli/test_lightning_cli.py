@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def test_the_config_is_saved_beside_the_logs(build: Build) -> None:
     cli = build("--config", CONFIG, fork, "--trainer.devices=2", *logged)
     cli.trainer.fit(cli.model, cli.datamodule)
     (saved,) = Path("logs").rglob("config.yaml")
-    assert yaml.safe_load(saved.read_text(encoding="utf-8"))["trainer"]["strategy"]["class_path"] == CLASS
+    named = yaml.safe_load(saved.read_text(encoding="utf-8"))["trainer"]["strategy"]["class_path"]
+    assert pkgutil.resolve_name(named) is GossipRingStrategy  # older jsonargparse writes another way to it
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""A user's script, run as a process of its own: `-m tests.strategies.script NAME MODE FOLDER [NODES DEVICES]`."""
+"""A user's script, run as a process of its own: `-m tests.strategies.script NAME MODE FOLDER [NODES DEVICES
+[INTERFACE]]`; with an interface NAME is the default strategy, whose links go by it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 
 import lightning_async  # noqa: E402, F401  # registers the names
-from lightning_async import AsyncStrategy, SpeedFaults  # noqa: E402
+from lightning_async import AsyncStrategy, GossipRingStrategy, SpeedFaults  # noqa: E402
 from tests.strategies.lit import Ending, Lit, loader, weights  # noqa: E402
 
 
@@ -28,21 +29,21 @@ class Failing(Lit):
             raise ValueError("the fifth batch is too much")
 
 
-def main(name: str, mode: str, folder: str, nodes: str = "1", devices: str = "2") -> None:
+def main(name: str, mode: str, folder: str, nodes: str = "1", devices: str = "2", interface: str = "") -> None:
     lit = Ending(folder)
-    rank = fit(lit, name, folder, nodes, devices)
+    rank = fit(lit, GossipRingStrategy(interface=interface) if interface else name, folder, nodes, devices)
     (Path(folder) / f"rank{rank}.txt").write_text(repr(weights(lit)))
     if mode == "works, then fails":
         fit(Failing(), name, folder, nodes, devices)
 
 
-def fit(lit: Lit, name: str, folder: str, nodes: str, devices: str) -> int:
+def fit(lit: Lit, strategy: str | AsyncStrategy, folder: str, nodes: str, devices: str) -> int:
     faults = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
     t = L.Trainer(
         accelerator="cpu",
         num_nodes=int(nodes),
         devices=int(devices),
-        strategy=name,
+        strategy=strategy,
         max_epochs=2,
         callbacks=[faults],
         logger=False,

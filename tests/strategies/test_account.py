@@ -24,7 +24,7 @@ from lightning_async.algorithms.pairwise import ANSWER, ASK
 from lightning_async.algorithms.shards import ANSWER as SERVED
 from lightning_async.algorithms.shards import PUSH
 from lightning_async.strategies import refusals
-from lightning_async.strategies.account import Account, Model, account, model_of, short, staged
+from lightning_async.strategies.account import Account, Model, account, model_of, short, staged, wider_state
 from lightning_async.strategies.first_line import learning
 from lightning_async.strategies.waiting import PeerFailedError
 from lightning_async.transport.cluster import PIECE, link_bytes, piece_of
@@ -90,6 +90,31 @@ def test_a_member_holds_and_sends_what_it_says(case: str) -> None:
         assert exchanged(found[0], case) == pytest.approx(found[0].weights, rel=0.05)
     else:
         assert exchanged(found[0], case) == pytest.approx(said.wire, rel=0.05)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("mode", ["pairwise", "none"])
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_half_precision_weights_are_stepped_in_float32_which_is_counted(optimizer: Any, mode: str) -> None:
+    """The vector beside them, Adam's two moments in twice as many bytes, and the third where steps are averaged."""
+    members = partial(GossipRingStrategy, mode=mode)  # type: ignore[arg-type]
+    found = run(2, weigh, members, optimizer, "bf16-true")
+    said, w = found[0].said, found[0].weights
+    moments = (2 / 2 + (mode != "none")) if optimizer is torch.optim.Adam else 0
+    assert said.device == pytest.approx((1 + moments + (mode != "none")) * w, rel=0.01)
+    assert max(one.held for one in found) == pytest.approx(said.device + said.host, rel=0.05)
+
+
+def test_an_optimizer_that_cannot_be_asked_what_it_remembers_is_counted_as_if_it_remembered_nothing() -> None:
+    class Asks(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise LookupError("a table of the user's")
+
+    parameters = [torch.nn.Parameter(torch.zeros(10, dtype=torch.bfloat16)), torch.nn.Parameter(torch.zeros(3))]
+    assert wider_state(Asks(parameters, lr=0.1, momentum=0.9), torch.float32) == 0
+    assert wider_state(torch.optim.SGD(parameters, lr=0.1), torch.float32) == 0
+    assert wider_state(torch.optim.SGD(parameters, lr=0.1, momentum=0.9), torch.float32) == 20
+    assert wider_state(torch.optim.Adam(parameters), torch.float32) == 40
 
 
 @pytest.mark.few(1)

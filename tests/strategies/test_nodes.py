@@ -15,12 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.few(0)
 @pytest.mark.netns
-def test_two_nodes_by_torchrun(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", ["variable", "knob"])
+def test_two_nodes_by_torchrun(tmp_path: Path, named: str) -> None:
+    """Links go by the interface that GLOO_SOCKET_IFNAME names, or the strategy's own knob."""
     logs = [(tmp_path / f"node{i}.log") for i in range(2)]
     with Hosts(2, mbit=200) as hosts:
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment.pop("GLOO_SOCKET_IFNAME", None)
+        environment |= {"GLOO_SOCKET_IFNAME": "eth0"} if named == "variable" else {}
         launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--master-port=29511"]
         script = ["-m", "tests.strategies.script", "gossip_ring", "works", str(tmp_path), "2", "1"]
+        script += ["eth0"] if named == "knob" else []
         nodes = []
         for i, log in enumerate(logs):
             own = [f"--node-rank={i}", f"--master-addr={hosts.address(0)}"]

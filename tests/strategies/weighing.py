@@ -1,7 +1,8 @@
 """What a rank really holds in the midst of a run: every tensor's memory once, and the memory that links share.
 
-Not counted: what was there before the fit, weights, gradients and optimizers. Shared memory is mapped at both of its
-ends, so each has half of it.
+Not counted: what was there before the fit, weights, gradients and optimizers, but for what these remember in float32 of
+narrower weights: as much of it as goes beyond the weights' own precision. Shared memory is mapped at both of its ends,
+so each has half of it.
 """
 
 from __future__ import annotations
@@ -89,12 +90,14 @@ class Scales(L.Callback):
         if trainer.current_epoch < 2 or self.held:
             return
         ours = [t for p in module.parameters() for t in (p, p.grad) if t is not None]
-        states = [o.state_dict()["state"] for o in trainer.optimizers]
-        ours += [t for state in states for one in state.values() for t in one.values() if isinstance(t, Tensor)]
+        states = [(p, t) for o in trainer.optimizers for p, one in o.state.items() for t in one.values()]
+        ours += [t for _, t in states if isinstance(t, Tensor)]
+        wider = [(p, t) for p, t in states if isinstance(t, Tensor) and t.shape == p.shape]
         known = {t.untyped_storage().data_ptr() for t in ours}
         now = {at: t.untyped_storage().nbytes() for at, t in memory().items()}
         shared = sum(one._bytes.nbytes for one in gc.get_objects() if type(one) is Memory)
         self.held = sum(size for at, size in now.items() if at not in known) - shared // 2
+        self.held += sum(t.numel() * (t.element_size() - p.element_size()) for p, t in wider)
         for peer, counts in trainer.strategy.traffic().items():
             for kind, count in counts.items():
                 if count.messages_out:
@@ -107,12 +110,14 @@ def memory() -> dict[int, Tensor]:
     return {o.untyped_storage().data_ptr(): o for o in gc.get_objects() if type(o) is Tensor and o.numel()}
 
 
-def weigh(make: Callable[[], Any], optimizer: Callable[..., Any] = torch.optim.SGD) -> Weighed:
+def weigh(
+    make: Callable[[], Any], optimizer: Callable[..., Any] = torch.optim.SGD, precision: Any = "32-true"
+) -> Weighed:
     """One rank's part of a short fit."""
     gc.freeze()  # what the parent had is not looked at; and a strategy sets nothing aside where somebody has
     members, scales, strategy = int(os.environ["WORLD_SIZE"]), Scales(), make()
     module = Long() if isinstance(strategy, DelayedPipelineStrategy) else Wide(optimizer)
-    t = trainer(members, strategy=strategy, callbacks=[scales], max_epochs=3)
+    t = trainer(members, strategy=strategy, callbacks=[scales], max_epochs=3, precision=precision)
     data = TensorDataset(torch.randn(members * BATCHES * BATCH, 8))
     t.fit(module, DataLoader(data, batch_size=BATCH))
     return Weighed(scales.held, scales.sent, scales.said, scales.line, 4 * sum(p.numel() for p in module.parameters()))

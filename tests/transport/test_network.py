@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 
 import pytest
 
-from lightning_async.transport.network import check_interface, check_network, refuse_loopback
+from lightning_async.transport.network import by, check_interface, check_network, refuse_loopback
 
 
 def test_one_host_reaches_itself_in_any_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.0.1")
     check_network(None, nodes=1)
     check_network("lo", nodes=1)
+
+
+def test_what_torch_connects_goes_by_the_named_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in (None, "eth7"):
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+        if before:
+            monkeypatch.setenv("GLOO_SOCKET_IFNAME", before)
+        for named in (None, "eth0"):
+            with contextlib.suppress(OSError), by(named):
+                assert os.environ.get("GLOO_SOCKET_IFNAME") == (named or before)
+                raise OSError
+            assert os.environ.get("GLOO_SOCKET_IFNAME") == before
 
 
 def test_an_address_that_leads_home_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

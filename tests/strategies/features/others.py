@@ -278,8 +278,8 @@ LINES = [
         "`accumulate_grad_batches`, `precision`",
         '2, `"bf16-true"`',
         works("accumulated"),
-        **served(differs("accumulated", "each rank its own batches; exchanged in float32")),
-        lazy_sign=differs("accumulated", "exchanged in float32"),
+        **served(differs("accumulated", "each rank its own batches; exchanged and stepped in float32")),
+        lazy_sign=differs("accumulated", "exchanged and stepped in float32"),
     ),
     _line("`PyTorchProfiler`", "", works("profiled")),
     _line(

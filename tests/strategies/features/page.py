@@ -57,7 +57,7 @@ ROOMS = (
     plugged,
 )
 SCENES: list[Scene] = [scene for room in ROOMS for scene in room.SCENES]
-ELSEWHERE: list[Row] = [*plugged.ELSEWHERE]
+ELSEWHERE: list[Row] = [*plugged.ELSEWHERE, *logged.ELSEWHERE]
 
 STAGES = ("fit", "validate", "test", "predict")
 LISTS: dict[str, Sequence[str]] = {

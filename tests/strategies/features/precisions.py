@@ -33,8 +33,9 @@ def precisions(folder: Path) -> dict[str, Any]:
 
 
 HALF = (
-    "exchanged and averaged in float32; the weights hold the rounding of that, which costs 4 bytes a parameter. The "
-    "optimizer steps them as under `ddp`: a step by less than half a place is lost"
+    "exchanged, averaged and stepped in float32: no step is too small to count, as one by less than half a place is "
+    "under `ddp`. The weights hold the rounding of that, which costs 4 bytes a parameter, and what the optimizer "
+    "remembers is float32"
 )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lightning as L
@@ -22,7 +25,7 @@ from tests.strategies.features.fits import (
     samples,
     told,
 )
-from tests.strategies.features.table import Scene, Verdict, differs, shown, untried, works
+from tests.strategies.features.table import Scene, Verdict, differs, shown, works
 from tests.strategies.lit import Lit, weights
 
 SECTION = "Stages and checkpoints"
@@ -124,16 +127,34 @@ STAGES = Scene(
 )
 
 
+def registry() -> list[str]:
+    """A stand-in for Lightning's model registry, from which all is there; for what it was asked."""
+    asked: list[str] = []
+
+    def download_model(name: str, download_dir: str) -> list[str]:
+        asked.append(name)
+        return [str(path) for path in Path(download_dir).iterdir()]
+
+    sys.modules["litmodels"] = stand_in = ModuleType("litmodels")
+    stand_in.__spec__ = ModuleSpec("litmodels", None)
+    stand_in.download_model = download_model  # type: ignore[attr-defined]
+    return asked
+
+
 def resumed(folder: Path) -> dict[str, Any]:
     saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=STEPS // 2, save_top_k=-1, save_last=True)
-    found = {"first": fit(callbacks=[saves], enable_checkpointing=True, max_epochs=1)}
+    shared = ModelCheckpoint(folder / "team_model", filename="x")
+    found = {"first": fit(callbacks=[saves, shared], enable_checkpointing=True, max_epochs=1)}
     alone = Lit()
     alone.load_state_dict(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
     more: dict[str, Any] = {"enable_checkpointing": True, "max_epochs": 2}
     for path in ("last", folder / f"step={STEPS // 2}.ckpt"):
         again = ModelCheckpoint(folder, filename="other", save_last=True)
         found["last" if path == "last" else "path"] = fit(callbacks=[again], ckpt_path=path, **more)
-    return {**found, "alone": weights(alone), "hpc": heard(lambda: fit(ckpt_path="hpc"))}
+    asked, again = registry(), ModelCheckpoint(folder, filename="y")
+    more |= {"model_registry": "team/model", "default_root_dir": folder}
+    found["registry"] = fit(callbacks=[again], ckpt_path="registry", **more)
+    return {**found, "asked": asked, "alone": weights(alone), "hpc": heard(lambda: fit(ckpt_path="hpc"))}
 
 
 RESUMED = Scene(
@@ -174,8 +195,27 @@ RESUMED = Scene(
             "to the bit, in mid-epoch too",
             "strategies/test_resuming.py::test_a_resumed_run_continues_as_if_it_had_not_stopped",
         ),
-        untried("ckpt_path", '"registry"', "needs Lightning's model registry"),
-        untried("model_registry", "a name", "needs Lightning's model registry"),
+        shown(
+            "a checkpoint",
+            "resumed by another number of ranks",
+            Verdict.DIFFERS,
+            "from the consensus, with a warning; to its first step each rank adds the mean of the gradients that were "
+            "added up to one still to come",
+            "strategies/test_added_up.py::test_another_world_adds_the_mean_of_what_all_had_added_up_to_its_first_step",
+        ),
+        works(
+            "ckpt_path",
+            'of `fit`: "registry"',
+            lambda a, b: alike(a["registry"], b["registry"]) and a["registry"].global_step == 2 * STEPS,
+            "tried with a stand-in for the package litmodels. As under `ddp` the other ranks of a host do not wait for "
+            "the first one's download: let it be there before",
+        ),
+        works(
+            "model_registry",
+            "a name",
+            lambda a, b: a["asked"] == ["team/model"] and b["asked"] == [],
+            'what `ckpt_path="registry"` means; that litmodels uploads what is saved was not tried',
+        ),
     ],
     warnings=[
         "Checkpoint directory",

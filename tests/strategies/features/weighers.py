@@ -25,7 +25,7 @@ from tests.strategies.features.fits import (
     heard,
     rank,
 )
-from tests.strategies.features.table import Scene, refused, works
+from tests.strategies.features.table import Scene, Verdict, refused, shown, works
 from tests.strategies.lit import Lit
 
 SECTION = "Callbacks"
@@ -102,6 +102,14 @@ AVERAGING = Scene(
             )
             for kind, key in (("BackboneFinetuning", "backbone"), ("BaseFinetuning", "thaws"))
         ],
+        shown(
+            "BaseFinetuning",
+            "behind a validation in mid-epoch",
+            Verdict.WORKS,
+            "in `on_validation_end`; what `ModelCheckpoint` saves behind it at the same meeting goes on with what is "
+            "thawed",
+            "strategies/test_thaws_in_mid_epoch.py::test_what_is_saved_behind_the_thaw_goes_on_to_the_bit",
+        ),
         works(
             "GradientAccumulationScheduler",
             "{1: 4}",

@@ -1,0 +1,131 @@
+"""Gradients that were added up to a step still to come go on into it, also where other ranks go on than had saved.
+
+saved by 3      rank 0: g0    rank 1: g1    rank 2: 0     each file is read by one rank alone; a rank that had just
+                         \\      |       /                 stepped counts too, with nothing
+                           mean, by mass
+                          /            \\
+go on with 2        rank 0: + mean   rank 1: + mean       in the first step of the optimizer that has the parameter
+
+A step moves the consensus by the mean over the ranks of what they step with. So it moves by what it would have moved
+by, and each sample counts as it would have. Where the same ranks go on each has its own gradients back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.plugins import Precision
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_async.strategies.scaling import scale_of
+from lightning_async.transport.mail import Wait
+from lightning_async.transport.rounds import combined
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
+Read = Callable[[int], dict[str, Any]]
+"""A saved rank's own file; {}: it cannot be read."""
+
+
+class Carried:
+    """What other ranks had added up, until the step comes. Gradients as they are without fp16's scale, in float32.
+
+    It waits here, and not in `.grad`: the batches of a window are counted as on the rank that wrote the main file, so
+    one may begin here, and clear all gradients, where it was under way there.
+    """
+
+    def __init__(self) -> None:
+        self._gradients: dict[Tensor, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._gradients)
+
+    def behind(self, closure: Callable[[], Any], optimizer: Optimizer, plugin: Precision) -> Callable[[], Any]:
+        """The closure, behind whose backward the gradients of this optimizer's parameters are added."""
+
+        def closure_then_add() -> Any:
+            result = closure()
+            self._add(optimizer, scale_of(plugin))
+            return result
+
+        return closure_then_add
+
+    @torch.no_grad()
+    def _add(self, optimizer: Optimizer, scale: float) -> None:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if (carried := self._gradients.pop(parameter, None)) is not None:
+                gradient = (carried * scale).to(parameter)
+                parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
+
+    def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
+        """What still waits, by name."""
+        return {name: self._gradients[p] for name, p in module.named_parameters() if p in self._gradients}
+
+    def load_state_dict(self, module: nn.Module, state: dict[str, Tensor]) -> None:
+        """Wait with `state`."""
+        self._gradients = {p: state[name] for name, p in module.named_parameters() if name in state}
+
+
+def mass_of(strategy: AsyncStrategy) -> int:
+    """What a gradient of this rank weighs among all: its member steps with the mean over its ranks."""
+    return strategy.feeding.mass // strategy.office.size
+
+
+def mean_of_all(
+    strategy: AsyncStrategy, shared: dict[str, Any], own: dict[str, Any], read: Read
+) -> Wait[tuple[dict[str, Tensor], list[int]]]:
+    """The mean of what the ranks that saved had added up, by name, and those of whom it is lost. Called by all.
+
+    Args:
+        strategy: Of the run that goes on.
+        shared: What the main file says of all who saved.
+        own: The file of the saved rank in whose place this one is.
+        read: Reads another one's.
+    """
+    ranks = shared["ranks"]
+    if not (had := shared.get("added_up", ranks)):  # older versions did not say
+        return {}, []
+    me = strategy.global_rank
+    files = {rank: own if rank == ranks[me % len(ranks)] else read(rank) for rank in ranks[me :: strategy.world_size]}
+    words = yield from strategy.office.rounds.agree(
+        ",".join(str(rank) for rank, file in files.items() if not file).encode(), what="whose gradients"
+    )
+    unread = {int(rank) for word in words.values() for rank in word.decode().split(",") if rank}
+    lost = sorted(unread & set(had))
+    if unread >= set(ranks):
+        return {}, lost
+    layout, dtype = _layout(strategy)
+    states = [file.get("parts", {}).get("stepping", {}) for file in files.values() if file]
+    vectors = [(_vector(layout, _gradients(state, dtype), dtype), state.get("mass", 1)) for state in states]
+    mine = combined(vectors, "mean") if vectors else _vector(layout, {}, dtype)
+    (mean,), _ = yield from strategy.office.rounds.exchange(mine, "mean", weight=sum(mass for _, mass in vectors))
+    *values, there = torch.split(mean, [p.numel() for p in layout.values()] + [len(layout)])
+    found = zip(layout.items(), values, there.tolist(), strict=True)
+    return {name: value.view(p.shape).clone() for (name, p), value, part in found if part}, lost
+
+
+def _gradients(state: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """One rank's own, and on top of them what it had been given of others' before."""
+    scale, carried = state.get("scale", 1.0), state.get("carried", {})
+    own = {name: gradient.to_dense().to(dtype) / scale for name, gradient in state.get("gradients", {}).items()}
+    both = {name: own[name] + gradient for name, gradient in carried.items() if name in own}
+    return {**own, **carried, **both}
+
+
+def _layout(strategy: AsyncStrategy) -> tuple[dict[str, nn.Parameter], torch.dtype]:
+    """What is trained, which is not of the run's precision yet, and in which one its gradients are added up."""
+    module = strategy.trainer.lightning_module
+    layout = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    least = torch.float64 if strategy.precision_plugin.precision == "64-true" else torch.float32
+    return layout, reduce(torch.promote_types, (p.dtype for p in layout.values()), least)
+
+
+def _vector(layout: dict[str, nn.Parameter], gradients: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """All gradients, and behind them which there are."""
+    parts = [gradients[name].flatten() if name in gradients else torch.zeros(p.numel()) for name, p in layout.items()]
+    return torch.cat([*parts, torch.tensor([float(name in gradients) for name in layout])]).to(dtype)

@@ -1,0 +1,206 @@
+"""Gradients of a step that is still to come are not lost where a run goes on: to the bit, or as their mean.
+
+The loss is linear in the weights and the samples are small whole numbers: gradients are those of the samples, exactly.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_async import SpeedFaults
+from tests.strategies.lit import trainer
+from tests.strategies.ranks import run
+from tests.strategies.resumable import Saves, files_of, look_when_put_back, rank
+
+WINDOW = 4
+SAMPLES = torch.randint(-8, 8, (96, 8), generator=torch.Generator().manual_seed(0)).float()
+WORLDS = [(2, 1), (2, 3), (4, 2), (1, 2)]
+
+
+class Straight(L.LightningModule):
+    """Knows the gradients that its batches add up to, and what the optimizer was given."""
+
+    window = WINDOW
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.other = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(2))
+        self.pending = torch.zeros(8, dtype=torch.float64)
+        self.steps: list[tuple[list[float], list[float]]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        (x,) = batch
+        self.pending = self.pending + x.mean(0).double() / self.window
+        return (x * self.w).sum(1).mean()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        assert self.other.grad is None
+        assert self.w.grad is not None
+        self.steps.append((self.w.grad.double().tolist(), self.pending.tolist()))
+        self.pending = torch.zeros(8, dtype=torch.float64)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 2.0**-6)
+
+
+class ByHand(Straight):
+    """Adds up the gradients of three batches by itself."""
+
+    window = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 3 == 2:
+            optimizer: Any = self.optimizers()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class SavesPending(Saves):
+    """Remembers what had been added up."""
+
+    pending: Tensor
+
+    def _save(self, trainer: Any, module: Any) -> None:
+        super()._save(trainer, module)
+        self.pending = module.pending.clone()
+
+
+def _fit(
+    n: int,
+    kind: type[Straight],
+    scale: bool,
+    save: tuple[str, tuple[int, ...]] | None,
+    path: str | None,
+    sizes: tuple[int, ...] = (2, 2, 2, 2),
+) -> dict[str, Any]:
+    """A run that saves at a batch of each rank's own, or one that goes on, or both."""
+    module, callbacks = kind(), list[L.Callback]([SpeedFaults(step_seconds=0.001)])
+    if save is not None:
+        callbacks.append(SavesPending(save[0], epoch=0, batch=save[1][rank()]))
+    options: dict[str, Any] = {} if kind is ByHand else {"accumulate_grad_batches": WINDOW}
+    if scale:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (5 + rank()))
+        options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
+    t = trainer(n, knobs={"mode": "none", "balance": "equal"}, callbacks=callbacks, max_epochs=1, **options)
+    carried = look_when_put_back(t, lambda t: t.strategy.stepping.state_dict()["carried"])  # type: ignore[attr-defined]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        t.fit(module, DataLoader(TensorDataset(SAMPLES), batch_size=sizes[rank()]), ckpt_path=path)
+    return {
+        "steps": module.steps,
+        "pending": callbacks[-1].pending.tolist() if isinstance(callbacks[-1], SavesPending) else None,
+        "carried": {name: value.tolist() for name, value in carried[0].items()},
+        "said": [str(w.message) for w in caught if "does not go on to the bit" in str(w.message)],
+    }
+
+
+def mean(ranks: list[dict[str, Any]]) -> Tensor:
+    """Of what all had added up."""
+    return torch.tensor([one["pending"] for one in ranks], dtype=torch.float64).mean(0)
+
+
+def steps_with(one: dict[str, Any], first: Tensor) -> bool:
+    """The first step is with `first` on top of its batches; the others with their batches' gradients alone."""
+    found, batches = (torch.tensor(of, dtype=torch.float64) for of in zip(*one["steps"], strict=True))
+    batches[0] += first
+    return torch.equal(found, batches)
+
+
+@pytest.mark.few(3)
+@pytest.mark.parametrize("kind", [Straight, ByHand])
+@pytest.mark.parametrize(("before", "after"), WORLDS)
+@pytest.mark.parametrize("first", [3, 5])
+def test_another_world_adds_the_mean_of_what_all_had_added_up_to_its_first_step(
+    kind: type[Straight], before: int, after: int, first: int, tmp_path: Path
+) -> None:
+    """Also where the rank that wrote the main file had just stepped, and its window begins anew (3; by hand: 5)."""
+    path = str(tmp_path / "x.ckpt")
+    saved = run(before, _fit, before, kind, False, (path, (first, 4, 6, 3)), None)
+    resumed = run(after, _fit, after, kind, False, None, path)
+    carried = mean(saved)
+    stepped = first == (5 if kind is ByHand else 3)
+    assert stepped != any(saved[0]["pending"])
+    adding = bool(carried.any())
+    for one in resumed:
+        assert one["carried"] == ({"w": carried.tolist()} if adding else {})
+        assert len(one["steps"]) >= 2
+        assert steps_with(one, carried)
+    (sentence,) = resumed[0]["said"]
+    words = "Each rank adds the mean of the gradients that all had added up to a step still to come to its first step."
+    assert (words in sentence) is adding
+    assert "lost" not in sentence
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("kind", [Straight, ByHand])
+def test_under_fp16s_scaler_each_rank_had_a_scale_of_its_own(kind: type[Straight], tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    saved = run(2, _fit, 2, kind, True, (path, (4, 6)), None)
+    assert [own["parts"]["stepping"]["scale"] for own in files_of(Path(path)).values()] == [32.0, 64.0]
+    for one in run(3, _fit, 3, kind, True, None, path):
+        assert one["carried"] == {"w": mean(saved).tolist()}
+        assert steps_with(one, mean(saved))
+
+
+def test_who_has_larger_batches_weighs_more(tmp_path: Path) -> None:
+    """Each sample counts the same."""
+    path = str(tmp_path / "x.ckpt")
+    one, other = run(2, _fit, 2, Straight, False, (path, (4, 5)), None, (2, 6))
+    small, large = (torch.tensor(rank["pending"], dtype=torch.float32) for rank in (one, other))
+    (end,) = run(1, _fit, 1, Straight, False, None, path)
+    torch.testing.assert_close(torch.tensor(end["carried"]["w"]), (small + 3 * large) / 4, rtol=0, atol=1e-6)  # sixths
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("again", [1, 2])
+def test_what_waits_for_its_step_is_saved_once_more(again: int, tmp_path: Path) -> None:
+    """By the same world: each goes on with its own, to the bit; by another: with the mean of both."""
+    one, other = str(tmp_path / "x.ckpt"), str(tmp_path / "y.ckpt")
+    saved = run(2, _fit, 2, Straight, False, (one, (4, 5)), None)
+    (middle,) = run(1, _fit, 1, Straight, False, (other, (5,)), one)
+    assert any(middle["pending"])
+    for end in run(again, _fit, again, Straight, False, None, other):
+        if again == 1:
+            assert end["carried"] == middle["carried"]
+            assert steps_with(end, mean(saved) + mean([middle]))
+            assert not end["said"]
+        else:
+            assert end["carried"] == {"w": (mean(saved) + mean([middle])).tolist()}
+            assert steps_with(end, mean(saved) + mean([middle]))
+
+
+def test_whose_file_is_gone_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    saved = run(2, _fit, 2, Straight, False, (str(path), (4, 5)), None)
+    (file,) = tmp_path.rglob("*.rank1.ckpt")
+    file.unlink()
+    first, second = run(2, _fit, 2, Straight, False, None, str(path))
+    for one in (first, second):
+        assert one["carried"] == {"w": saved[0]["pending"]}, "of those that are there"
+        assert steps_with(one, mean(saved[:1]))
+    (sentence,) = first["said"]
+    assert "The gradients that rank 1 had added up to a step still to come are lost; their samples" in sentence
+
+
+def test_who_had_nothing_to_add_says_nothing(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    run(2, _fit, 2, Straight, False, (path, (3, 7)), None)
+    assert torch.load(path, weights_only=True)["lightning_async"]["added_up"] == []
+    (one,) = run(1, _fit, 1, Straight, False, None, path)
+    assert one["carried"] == {}
+    assert steps_with(one, torch.zeros(8, dtype=torch.float64))
+    assert "added up" not in one["said"][0]
