@@ -16,6 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
+import torch
+from torch import Tensor
+
+from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.transport.mail import Letter, Loss, Message
 
 S = TypeVar("S")
@@ -72,6 +76,32 @@ def put_together(
     if mass is not None and (found := sum(mass(part) for part in parts)) != born:
         raise ValueError(f"the parts of this cut count a mass of {found}, and {born} was born: they are damaged")
     return {part.member: part for part in parts}
+
+
+class Sum:
+    """What the parts of a cut bring into its consensus, added up in double precision.
+
+    Attributes:
+        mass: The mass that is there.
+        count: How many parts.
+    """
+
+    def __init__(self) -> None:
+        self.mass = self.count = 0
+        self._vector: Tensor | None = None
+
+    def add(self, body: Tensor, mass: int) -> None:
+        """One part: first the weights, times mass in UNITs; behind them what counts alike for all."""
+        exact = body.to("cpu", torch.float64)
+        self._vector = exact.clone() if self._vector is None else self._vector.add_(exact)
+        self.mass += mass
+        self.count += 1
+
+    def means(self, numel: int) -> tuple[Tensor, Tensor]:
+        """Of the weights, `numel` elements, by mass; of the rest, by parts."""
+        if self._vector is None:
+            raise ValueError("no part was added: there is no mean")
+        return self._vector[:numel] / (self.mass / UNIT), self._vector[numel:] / self.count
 
 
 def packed(part: Part[S]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Generic, TypeVar
 
 from lightning_async.algorithms.cut import Part, copied, from_before
-from lightning_async.transport.mail import CUT, FIRST_FREE_KIND, Letter, Loss, Mail, Message, Service, Wait
+from lightning_async.transport.mail import CUT, FIRST_FREE_KIND, SUM, Letter, Loss, Mail, Message, Service, Wait
 from lightning_async.transport.rounds import Rounds
 
 S = TypeVar("S")
@@ -77,6 +77,11 @@ class CuttingMail(Generic[S]):
     def open(self) -> int | None:
         """The number of the cut that is recorded here and waits for markers."""
         return None if self._open is None else self._open.number
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest cut that is known of here; 0 before the first."""
+        return self._asked()
 
     def taken(self) -> Part[S] | None:
         """The next part that has ended, complete or given up; each once."""
@@ -263,4 +268,4 @@ class CuttingMail(Generic[S]):
         self._open = None
 
     def _new_losses(self) -> list[Loss]:
-        return [loss for loss in self._mail.lost() if loss.message.kind != CUT]
+        return [loss for loss in self._mail.lost() if loss.message.kind not in (CUT, SUM)]

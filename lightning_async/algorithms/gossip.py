@@ -180,6 +180,16 @@ class Gossip(Algorithm):
         unheard_of = [self.worth(loss.message, lost=True) for loss in losses]
         return sum((worth for worth in under_way + unheard_of if worth is not None), start=held)
 
+    def brings(self, weights: Tensor, state: Mapping[str, Any], letters: Iterable[Letter]) -> Worth:
+        """What a member's part of a cut brings into the consensus: what it held then, and what was under way to it.
+
+        What is missing is in no consensus. It goes by the state `midway` and may be asked beside the training.
+        """
+        mass: int = state["mass"]
+        held = Worth(weights.detach().to("cpu", torch.float64) * (mass / UNIT), mass)
+        under_way = [self.worth(letter.message) for letter in letters]
+        return sum((worth for worth in under_way if worth is not None), start=held)
+
     # -- for the modes ------------------------------------------------------------------------------------------------
 
     def rate(self, n: int) -> float:

@@ -39,6 +39,12 @@ class Others:
         self._met |= reports
         return total([self._before, *(report.weighed for report in self._met.values())])
 
+    def at(self, reports: Mapping[int, Report]) -> tuple[Tally, int]:
+        """The sum of the run, and the updates that members took, where these are their words; nobody has met."""
+        words = {**self._met, **reports}.values()
+        sums = total([self._before, *(report.weighed for report in words)])
+        return sums, self._taken + sum(report.tally.updates for report in words)
+
     @property
     def taken(self) -> int:
         """How many updates members had taken when they met."""

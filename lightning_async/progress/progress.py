@@ -218,6 +218,16 @@ class Progress:
         self._desk.publish(replace(self._report(), ended=True).pack())
         return replace(self._report(), kept=self._stops.kept(self.own), whole=self.whole).pack()
 
+    def says(self) -> bytes:
+        """This member's own counts by now, for who adds them up later (`at`)."""
+        return self._report().pack()
+
+    def at(self, words: Mapping[int, bytes]) -> tuple[Tally, int, int]:
+        """Where the run was when each said so: the sum over all, the updates that were taken, the run's steps."""
+        now, taken = self._others.at({rank: Report.unpack(word) for rank, word in words.items()})
+        agreed = Tally(*map(max, self.agreed, now))
+        return agreed, taken, self._within(agreed.updates // self.n)
+
     def settle(self, words: Mapping[int, bytes]) -> Outcome:
         """Draw the same conclusion from all words on every member."""
         reports = {rank: Report.unpack(word) for rank, word in words.items()}

@@ -42,12 +42,13 @@ from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.clock import Clock
 from lightning_async.strategies.consensus import Consensus
+from lightning_async.strategies.cuts import Cuts
 from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.feeding import Feeding
 from lightning_async.strategies.first_line import bound, costs, statistics
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.inner_layer import InnerLayer
-from lightning_async.strategies.knobs import AtMeeting, StartMethod, check_lightnings, check_word
+from lightning_async.strategies.knobs import AtMeeting, Saves, StartMethod, check_lightnings, check_word
 from lightning_async.strategies.meetings import Meetings
 from lightning_async.strategies.members import Inner, check_inner, ranks_of_members, sizes
 from lightning_async.strategies.metrics import LedMetrics
@@ -55,6 +56,7 @@ from lightning_async.strategies.office import Office, check_backend
 from lightning_async.strategies.one_thread import spare_the_threads
 from lightning_async.strategies.refusals import (
     refuse,
+    refuse_cuts,
     refuse_inner,
     refuse_length,
     refuse_module,
@@ -71,7 +73,13 @@ from lightning_async.transport.world import check_world
 
 
 class AsyncStrategy(Shown):
-    """What all asynchronous strategies share."""
+    """What all asynchronous strategies share.
+
+    Attributes:
+        saves: How checkpoints by steps are taken.
+    """
+
+    saves: Saves = "meeting"
 
     def __init__(
         self,
@@ -136,7 +144,7 @@ class AsyncStrategy(Shown):
         )
         self.feeding = Feeding(meant_by(balance, in_step=algorithm.in_step))
         self.clock = Clock(self, meet_every)
-        self.checkpoints = Checkpoints(self)
+        self.checkpoints, self.cuts = Checkpoints(self), Cuts(self)
         self.stepping, self.consensus, self.statistics = Stepping(self), Consensus(self), Statistics()
         self.checkpoints.parts |= {"progress": self.clock, "stepping": self.stepping}
         self._garbage = Garbage()
@@ -193,6 +201,7 @@ class AsyncStrategy(Shown):
         )
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_run(self)
+            refuse_cuts(self)
             self._look_at_optimizers()
             refuse_length(self.account.longest, self.name)
             if self.is_global_zero:
@@ -218,6 +227,7 @@ class AsyncStrategy(Shown):
         self._garbage.put_back()
         self.clock.put_back()
         self.checkpoints.leave()
+        self.cuts.close()
         self.office.close()
         for replaced in (self._leash, self._metrics):
             if replaced is not None:
@@ -274,6 +284,7 @@ class AsyncStrategy(Shown):
     def on_train_start(self) -> None:
         """The loader is known, the checkpoint is restored: the algorithm begins."""
         self.checkpoints.before_algorithm()
+        self.cuts.begin(self.checkpoints.cut)
         self.voice.begin(self.replica, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
         self.checkpoints.put_back()
         if self.feeding.fed == "both":

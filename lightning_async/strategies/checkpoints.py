@@ -5,6 +5,8 @@
     the main file names the save           until then the checkpoint before is the one that is there
     the files of the save before go
 
+At meetings; how the same files come of a cut, between them, is `cuts.py`'s.
+
 A save that loses its first rank on the way is begun anew by those who live. What the main file has of the first rank
 (its optimizers, schedulers and loops) is not in that rank's own file a second time.
 """
@@ -55,16 +57,24 @@ class Checkpoints:
 
     Attributes:
         parts: What else each rank saves and gets back, by name.
+        late: What this rank has still to write.
+        files: The files of all ranks, as this one knows them.
     """
 
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.parts: dict[str, Part] = {}
         self._strategy = strategy
-        self._late = LateFiles(strategy)
-        self._files = RankFiles(self._late.behind)
-        self._resuming = Resuming(strategy, self._files, self.parts)
+        self.late = LateFiles(strategy, partial(getattr, self, "io"))
+        self.files = RankFiles(self.late.behind)
+        self._resuming = Resuming(strategy, self.files, self.parts)
         self._agreed: dict[str, str] = {}
         self._begun = self._waits = False
+
+    @property
+    def io(self) -> Any:
+        """What writes: where cuts are saved, what a meeting writes takes its turn behind their files."""
+        cuts = self._strategy.cuts
+        return self._strategy.checkpoint_io if cuts.io is None else cuts.io
 
     def holds_all(self, checkpoint: dict[str, Any]) -> bool:
         """Whether what each rank has of its own belongs into this checkpoint: not beside mere weights."""
@@ -77,12 +87,18 @@ class Checkpoints:
 
     def save(self, checkpoint: dict[str, Any], filepath: Any, options: Any) -> Wait[None]:
         """Write the main file and every rank's own. Called by all that live, at a meeting."""
-        yield from self._late.room()
+        cut = self._strategy.cuts.io is not None
+        yield from self.late.room()
+        if cut:
+            yield from self.late.finish()
         self._waits = self._loops_of_all(checkpoint["loops"]["fit_loop"])
         written = False
         while not written:
             written = yield from self._attempt(checkpoint, os.fspath(filepath), options)
-        self._late.queued()
+        self.late.queued()
+        if cut:  # nobody asked for files that come later
+            trouble = yield from self.late.finish()
+            yield from self._all_well(trouble, f"its part of the checkpoint {os.fspath(filepath)}")
 
     def agreed(self, filepath: Any) -> str:
         """The first rank's path for what this rank calls `filepath`: a name with `{step}` differs by rank."""
@@ -91,15 +107,15 @@ class Checkpoints:
 
     def lie_at(self, filepath: Any) -> bool:
         """Whether all ranks have saved there, in this run or an earlier one."""
-        return self._files.lie_at(self._strategy.checkpoint_io, self.agreed(filepath))
+        return self.files.lie_at(self._strategy.checkpoint_io, self.agreed(filepath))
 
     def behind(self, remove: Callable[[], object]) -> None:
         """Remove something when all that was to be written before is there."""
-        self._late.behind(remove)
+        self.late.behind(remove)
 
     def remove(self, path: str) -> None:
         """Remove the files of all ranks beside `path`."""
-        self._files.remove(self._strategy.checkpoint_io, path)
+        self.files.remove(self._strategy.checkpoint_io, path)
 
     def load(self, path: Any, checkpoint: dict[str, Any], *, weights_only: bool | None = None) -> Wait[dict[str, Any]]:
         """The checkpoint as this rank goes on from it; what is restored later waits for `put_back`. Called by all."""
@@ -109,6 +125,11 @@ class Checkpoints:
         """The training loader is about to be made: restore what has to be there before its iterator."""
         self._resuming.before_loader()
 
+    @property
+    def cut(self) -> dict[str, Any] | None:
+        """What was under way to this rank in the cut that the run goes on from, if it goes on from one."""
+        return self._resuming.cut
+
     def before_algorithm(self) -> None:
         """The algorithm is about to begin: it does on the weights of the checkpoint, to the bit."""
         self._resuming.before_algorithm()
@@ -116,18 +137,18 @@ class Checkpoints:
     def put_back(self) -> None:
         """The algorithm has begun: restore what is left, right before the first batch."""
         self._begun = True
-        self._late.begin()
+        self.late.begin()
         self._resuming.put_back()
 
     def settle(self) -> Wait[None]:
         """The run ends: where files are written later, wait for them. Raises on all if one could not be written."""
-        if self._begun and compat.writes_later(self._strategy.checkpoint_io):
-            trouble = yield from self._late.finish()
+        if self._begun and compat.writes_later(self.io):
+            trouble = yield from self.late.finish()
             yield from self._all_well(trouble, "its checkpoints")
 
     def leave(self) -> None:
         """This rank is about to leave, however the run ended; see `LateFiles.leave`."""
-        self._late.leave()
+        self.late.leave()
 
     def forget(self) -> None:
         """The run is over."""
@@ -155,26 +176,26 @@ class Checkpoints:
 
     def _attempt(self, checkpoint: dict[str, Any], filepath: str, options: Any) -> Wait[bool]:
         """False if the rank that writes the main file was lost on the way."""
-        io, me = self._strategy.checkpoint_io, self._strategy.global_rank
+        io, me = self.io, self._strategy.global_rank
         plan = yield from self._plan(filepath)
-        trouble = self._late.trouble()
+        trouble = self.late.trouble()
         if trouble is None and me == plan.first:
-            trouble = _tried(lambda: self._files.begin(io, plan.path, plan.save, plan.ranks, options))
+            trouble = _tried(lambda: self.files.begin(io, plan.path, plan.save, plan.ranks, options))
         data = yield from self._union()  # and so nobody writes before the save is in the index
         if trouble is None:
             file = rank_file(plan.path, plan.save, me)
             trouble = _tried(lambda: io.save_checkpoint(self._own(checkpoint, plan), file, storage_options=options))
-            self._late.tell(plan.save)
+            self.late.tell(plan.save)
         here = yield from self._no_trouble(plan, trouble)
         if plan.first not in here:
             return False
         if me == plan.first:
-            checkpoint[KEY] = self._shared(plan, here, data)
+            checkpoint[KEY] = self.shared(plan.save, here, data, self._strategy.clock.state_dict(), plan.adding_up)
             write = partial(io.save_checkpoint, checkpoint, plan.path, storage_options=options)
-            trouble = _tried(lambda: self._late.write_main(plan.save, here, write))
+            trouble = _tried(lambda: self.late.write_main(plan.save, here, write))
         here = yield from self._no_trouble(plan, trouble)
         if me == plan.first:
-            self._files.finish(io, plan.path, plan.save)
+            self.files.finish(io, plan.path, plan.save)
         return plan.first in here
 
     def _plan(self, filepath: str) -> Wait[Plan]:
@@ -190,7 +211,7 @@ class Checkpoints:
         """Who is there, and wrote. Raises on all if one could not; what was written of the save is cleared away."""
 
         def give_up() -> None:
-            self._files.give_up(self._strategy.checkpoint_io, plan.path, plan.save)
+            self.files.give_up(self.io, plan.path, plan.save)
 
         return (yield from self._all_well(trouble, f"its part of the checkpoint {plan.path}", give_up))
 
@@ -218,21 +239,28 @@ class Checkpoints:
         others = [{"epoch": int(part[0, 0]), "done": part[1:]} for part in parts]
         return unite([mine, *others])
 
-    def _shared(self, plan: Plan, ranks: tuple[int, ...], data: dict[str, Any]) -> dict[str, Any]:
+    def shared(
+        self,
+        save: str,
+        ranks: tuple[int, ...],
+        data: dict[str, Any],
+        progress: dict[str, Any],
+        adding_up: tuple[int, ...],
+    ) -> dict[str, Any]:
         """What the main file says of them all."""
         strategy = self._strategy
         return {
             "version": VERSION,
-            "save": plan.save,
+            "save": save,
             "world": strategy.world_size,
             "members": strategy.members,
             "ranks_of_members": [list(ranks) for ranks in strategy.office.ranks_of_members],
             "ranks": list(ranks),
-            "added_up": [rank for rank in plan.adding_up if rank in ranks],
+            "added_up": [rank for rank in adding_up if rank in ranks],
             "strategy": strategy.name,
             "algorithm": type(strategy.algorithm).__name__,
             "data": data,
-            "progress": strategy.clock.state_dict(),
+            "progress": progress,
             "trained": trained_set(strategy.trainer.lightning_module, strategy.replica),
         }
 

@@ -8,7 +8,7 @@ stops, signals, times --wishes---------------------------^
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
@@ -73,6 +73,7 @@ class Clock:
     def take(self, trainer: Trainer) -> None:
         """Take over the counts that Lightning would read as one rank's. Before the loaders are made."""
         self._counts.take(trainer, self._strategy.feeding)
+        self._counts.by_cut = self._strategy.cuts.saves
 
     def hold(self, trainer: Trainer, leash: compat.Leash, meeting: Callable[[], bool]) -> None:
         """Keep callbacks from acting by one rank's count or clock: between meetings they are not asked."""
@@ -122,7 +123,9 @@ class Clock:
         self._requeue = leash.replace("_signal_connector._slurm_sigusr_handler_fn", self._wishes.requeue.hear)
         for callback in compat.callbacks(trainer):
             if isinstance(callback, (ModelCheckpoint, Timer)):
-                ask_at_meetings(leash, callback, meeting, lambda: self.validating, self._passed)
+                ask_at_meetings(
+                    leash, callback, meeting, lambda: self.validating, self._passed, self._strategy.cuts.between
+                )
 
     def expect(self, trainer: Trainer) -> None:
         """Let Lightning foresee the length of an epoch; it must not stop there by itself (`begin`)."""
@@ -170,7 +173,8 @@ class Clock:
         self._logbook.begin(self.progress)
         self._wishes.validated()
         if trainer.lightning_module.automatic_optimization:
-            self._schedules.take(strategy.lr_scheduler_configs, self.progress.steps())
+            self._schedules.take(strategy.lr_scheduler_configs, self._restored.get("scheduled", self.progress.steps()))
+            self._schedules.follow(trainer, self.progress.steps())
 
     def _batches_of_all(self, n: int) -> int | None:
         """The batches of an epoch of all members, weighed; None while nobody knows, or one does not. A step weighs `n`.
@@ -363,6 +367,22 @@ class Clock:
         more |= {"taken": progress.taken, "members": self._strategy.members}
         return {"n": progress.n, "ended": progress.ended, **counts, **more}
 
+    def state_at(self, words: Mapping[int, bytes]) -> tuple[dict[str, Any], int]:
+        """The same where all members said this of themselves, between two meetings; and at which step of the run."""
+        assert self.progress is not None  # only a member that counts has words
+        agreed, taken, steps = self.progress.at(words)
+        return {**self.state_dict(), "agreed": list(agreed), "taken": taken, "ended": False}, steps
+
+    @property
+    def scheduled(self) -> int:
+        """The run's step to which the schedules by step have come on this rank."""
+        return self._schedules.steps
+
+    @property
+    def met_at(self) -> int:
+        """The run's step at the last meeting."""
+        return self._stretch[1]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Before `begin`."""
         self._restored = state
@@ -376,6 +396,7 @@ class Clock:
     def _passed(self, every: int) -> bool:
         """Whether the run came to a multiple of so many steps, or past it, with the last meeting."""
         before, now = self._stretch
+        before = max(before, self._strategy.cuts.saved_at)
         return before // every < now // every
 
     def whole_epoch(self, trainer: Trainer) -> int:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
 import torch
@@ -42,6 +43,7 @@ IN_A_FIT = {
 }
 """What `Clock` and the pipeline replace or ask while it lasts."""
 _NOT_SET = object()
+T = TypeVar("T")
 
 
 @dataclass
@@ -276,6 +278,22 @@ class _Always(int):
         return 0
 
 
+def last_save(callback: ModelCheckpoint) -> tuple[int, str]:
+    """The step at which a ModelCheckpoint saved last, where it saves no second time; and the file."""
+    return callback._last_global_step_saved, callback._last_checkpoint_saved
+
+
+def set_last_save(callback: ModelCheckpoint, step: int, path: str) -> None:
+    """It was there and then."""
+    callback._last_global_step_saved, callback._last_checkpoint_saved = step, path
+
+
+def dump(trainer: Trainer) -> dict[str, Any]:
+    """What `Trainer.save_checkpoint` would give the strategy now, hooks included. Nothing is copied."""
+    found: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    return found
+
+
 def save_is_due(callback: ModelCheckpoint, now: float) -> bool:
     """Whether a ModelCheckpoint that goes by time is to save now."""
     interval, last = callback._train_time_interval, callback._last_time_checked
@@ -461,6 +479,24 @@ def behind_writes(io: object, job: Callable[[], object]) -> None:
         job()
     else:
         later._executor.submit(job)
+
+
+def in_its_thread(io: object, job: Callable[[], T]) -> Future[T]:
+    """Have a late writer's own thread do this, in its turn; what goes wrong in it is that writer's error."""
+    later = _later(io)
+    if later is None:
+        raise ValueError(f"{io!r} does not write later: it has no thread")
+
+    def guarded() -> T:
+        try:
+            return job()
+        except BaseException as error:
+            later._error = error
+            raise
+
+    later._ensure_setup()
+    assert later._executor is not None  # as of now
+    return later._executor.submit(guarded)
 
 
 def late_error(io: object) -> BaseException | None:

@@ -98,6 +98,7 @@ class Consensus:
         began = carrier.now()
         self.telling.arrive()
         outcome = self.come()
+        strategy.together(strategy.cuts.meet())
         recording.meeting(strategy.replica)
         consensus = strategy.together(strategy.voice.meet(strategy.replica, strategy.office.mail))
         strategy.stepping.arrived(strategy.voice.arrived())

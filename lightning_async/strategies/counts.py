@@ -39,6 +39,7 @@ class Counts:
     Attributes:
         val_seconds: The time between two validations, if they go by time.
         at_end: Whether a validation stands at the end of an epoch.
+        by_cut: Whether this callback's saves by steps need no meeting.
     """
 
     def __init__(self, meet_every: int | None) -> None:
@@ -49,6 +50,7 @@ class Counts:
         self.val_seconds: float | None = None
         self.at_end = True
         self._meet_every = meet_every
+        self.by_cut: Callable[[ModelCheckpoint], bool] = _never
         self._taken: dict[str, Any] = {}
         self._val_every: int | float = 1.0
 
@@ -128,6 +130,8 @@ class Counts:
             yield Item(Due.NOTHING, Unit.UPDATES, trainer.min_steps * n, once=True)
         for callback in compat.callbacks(trainer):
             if isinstance(callback, ModelCheckpoint) and (every := compat.saves_every(callback)):
+                if self.by_cut(callback):
+                    continue
                 yield Item(Due.NOTHING, Unit.UPDATES, every * n)
         if self._meet_every is not None:
             yield Item(Due.NOTHING, Unit.SAMPLES, self._meet_every)
@@ -155,8 +159,9 @@ def ask_at_meetings(
     meeting: Callable[[], bool],
     ends: Callable[[], bool],
     passed: Callable[[int], bool],
+    between: Callable[[Callback, Callable[[], object]], object] = lambda callback, ask: None,
 ) -> None:
-    """The callback saves, or stops, with all ranks or not at all.
+    """The callback saves, or stops, with all ranks or not at all; `between` meetings, where that has another way.
 
     All must see the same end of a batch there: `ends` says whether that is an epoch's, or has a validation behind it.
     A meeting may come late, past a multiple of the steps after which the callback saves (`passed`): it saves there.
@@ -165,6 +170,7 @@ def ask_at_meetings(
 
     def on_train_batch_end(trainer: Trainer, *batch: Any, **more: Any) -> None:
         if not meeting():
+            between(callback, lambda: ask(trainer, *batch, **more))
             return
         progress = trainer.fit_loop.epoch_loop.batch_progress
         last, progress.is_last_batch = progress.is_last_batch, ends()
@@ -175,6 +181,10 @@ def ask_at_meetings(
             progress.is_last_batch = last
 
     leash.wrap(callback, "on_train_batch_end", on_train_batch_end)
+
+
+def _never(callback: ModelCheckpoint) -> bool:
+    return False
 
 
 def _check_is_reached(every: int, length: int | float | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import get_args
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -15,7 +16,7 @@ from lightning_async.algorithms.topology import Topology
 from lightning_async.data.share import Balance
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
-from lightning_async.strategies.knobs import AtMeeting, StartMethod
+from lightning_async.strategies.knobs import AtMeeting, Saves, StartMethod, check_word
 from lightning_async.strategies.members import Inner
 
 
@@ -40,6 +41,8 @@ class GossipRingStrategy(AsyncStrategy):
             "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
             end of a run, on the last 8 batches of each rank), or "local" (each rank keeps its own).
+        saves: "meeting" (all meet for a checkpoint by steps), or "cut" (`ModelCheckpoint(every_n_train_steps=...)` gets
+            a consistent state of the run while everybody trains on; not with mode="sync").
         meet_every: Samples of all ranks between two meetings, also in mid-epoch; None: meetings where something is due.
         grace: Seconds that a run which gets a SIGTERM may take to meet once more before it stops.
         interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
@@ -76,6 +79,7 @@ class GossipRingStrategy(AsyncStrategy):
         at_meeting: AtMeeting = "adopt",
         balance: Balance | None = None,
         buffers: Buffers = "average",
+        saves: Saves = "meeting",
         meet_every: int | None = None,
         grace: float = 10.0,
         interface: str | None = None,
@@ -96,6 +100,13 @@ class GossipRingStrategy(AsyncStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        check_word("saves", saves, get_args(Saves))
+        if saves == "cut" and mode == "sync":
+            raise ValueError(
+                "`saves='cut'` is for ranks that run free, and with mode='sync' they go in step: leave it out, a "
+                "meeting makes nobody wait there; or take mode='pairwise' or 'push_sum'"
+            )
+        self.saves = saves
         super().__init__(
             gossip(mode, period=period, max_delay=max_delay, wire=wire, topology=topology, mixing=mixing),
             at_meeting=at_meeting,

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import Precision
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 AtMeeting = Literal["adopt", "keep"]
+Saves = Literal["meeting", "cut"]
 
 
 def check_word(knob: str, value: object, words: Sequence[str]) -> None:

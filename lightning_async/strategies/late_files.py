@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_async.strategies import compat
 from lightning_async.strategies.waiting import GLANCE
@@ -48,10 +48,16 @@ LATE = (
 
 
 class LateFiles:
-    """What one rank has still to write, seen from its training thread and from its writer's."""
+    """What one rank has still to write, seen from its training thread and from its writer's.
 
-    def __init__(self, strategy: AsyncStrategy) -> None:
+    Args:
+        strategy: Whose.
+        io: What writes, asked each time; None: the strategy's.
+    """
+
+    def __init__(self, strategy: AsyncStrategy, io: Callable[[], Any] | None = None) -> None:
         self._strategy = strategy
+        self._given = io
         self.begin()
 
     def begin(self) -> None:
@@ -61,9 +67,18 @@ class LateFiles:
         self._shut = False
         self._queued: list[Event] = []
 
+    def _io(self) -> Any:
+        return self._strategy.checkpoint_io if self._given is None else self._given()
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that was asked for is written, or given up."""
+        self._queued = [written for written in self._queued if not written.is_set()]
+        return not self._queued
+
     def trouble(self) -> BaseException | None:
         """Why something that this rank was to write is not there."""
-        return self._stuck or compat.late_error(self._strategy.checkpoint_io)
+        return self._stuck or compat.late_error(self._io())
 
     def room(self) -> Wait[None]:
         """Wait until another save may wait in memory, or it is known that none will be written."""
@@ -74,16 +89,15 @@ class LateFiles:
 
     def queued(self) -> None:
         """A save has asked for all that it writes on this rank."""
-        if compat.writes_later(self._strategy.checkpoint_io):
+        if compat.writes_later(self._io()):
             self._queued.append(self._mark())
 
     def _is_full(self) -> bool:
-        self._queued = [written for written in self._queued if not written.is_set()]
-        return len(self._queued) >= MOST
+        return not self.idle and len(self._queued) >= MOST
 
     def tell(self, save: str) -> None:
         """Let the others know when this rank's part of `save` is there, or why not. Called right behind its write."""
-        if not compat.writes_later(self._strategy.checkpoint_io):
+        if not compat.writes_later(self._io()):
             return
         carrier = self._strategy.office.carrier
 
@@ -92,11 +106,11 @@ class LateFiles:
             word = WRITTEN if error is None else f"{type(error).__name__}: {error}".encode()[:2000]
             carrier.propose(_key(save, carrier.me), word)
 
-        compat.behind_writes(self._strategy.checkpoint_io, say)
+        compat.behind_writes(self._io(), say)
 
-    def write_main(self, save: str, ranks: Sequence[int], write: Callable[[], None]) -> None:
+    def write_main(self, save: str, ranks: Sequence[int], write: Callable[[], object]) -> None:
         """Write the file that names `save`: now, or once all that it names is there."""
-        io = self._strategy.checkpoint_io
+        io = self._io()
         if compat.writes_later(io):
             compat.write_when(io, partial(self._all_there, self._strategy.office.carrier, save, ranks), write)
         else:
@@ -104,7 +118,7 @@ class LateFiles:
 
     def behind(self, remove: Callable[[], object]) -> None:
         """Remove something when all that was to be written before is there; never, if that went wrong."""
-        compat.behind_writes(self._strategy.checkpoint_io, lambda: self._failed or remove())
+        compat.behind_writes(self._io(), lambda: self._failed or remove())
 
     def finish(self) -> Wait[BaseException | None]:
         """Wait until this rank has written all that it was to write; why it could not."""
@@ -116,7 +130,7 @@ class LateFiles:
     def leave(self) -> None:
         """The run is over, the board is still there: let what is under way be written, but not for ever."""
         office = self._strategy.office
-        if not office.is_open or not compat.writes_later(self._strategy.checkpoint_io):
+        if not office.is_open or not compat.writes_later(self._io()):
             return
         carrier, written, end = office.carrier, self._mark(), time.monotonic() + office.limit
         while time.monotonic() < end and not written.wait(GLANCE):
@@ -162,7 +176,7 @@ class LateFiles:
     def _mark(self) -> Event:
         """Set when the queue is written as far as it is long now."""
         written = Event()
-        compat.behind_writes(self._strategy.checkpoint_io, written.set)
+        compat.behind_writes(self._io(), written.set)
         return written
 
 

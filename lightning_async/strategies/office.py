@@ -28,7 +28,7 @@ from lightning_async.strategies.waiting import GLANCE, Flags, drive
 from lightning_async.transport.cluster import PIECE, ClusterCarrier, piece_of
 from lightning_async.transport.gathering import When
 from lightning_async.transport.layers import LayeredRounds, Speakers
-from lightning_async.transport.mail import Carrier, Wait
+from lightning_async.transport.mail import Carrier, Mail, Wait
 from lightning_async.transport.network import check_network
 from lightning_async.transport.pages import Desk, Pages
 from lightning_async.transport.rounds import Rounds
@@ -133,8 +133,9 @@ class Office:
         self._pages = Pages(seen, PAGES)
         self.recording.flags = self.flags
         fit = self.drive(self.recording.number(self.rounds)) if fitting and self.recording.on else None
-        self.mail = self.recording.of(seen, fit=fit, run=f"{self._run}.{self._count}")
-        self.algorithms_rounds = Rounds(self.mail, channel=1)
+        recorded = self.recording.of(seen, fit=fit, run=f"{self._run}.{self._count}")
+        self.mail: Mail = recorded
+        self.algorithms_rounds = Rounds(recorded, channel=1)
 
     def _layered(self, carrier: ClusterCarrier) -> Carrier:
         """The carrier as members see each other on it; where they have several ranks, as their speakers do."""

@@ -76,14 +76,19 @@ def own_tensors(strategy: AsyncStrategy) -> dict[str, Any]:
     Lightning loads the main file before it converts the module to another precision. So where the weights are not
     float32 the consensus is here too: as it is, not as the module shows it.
     """
-    replica, buffers = strategy.replica, {name: b.cpu() for name, b in _buffers(strategy.trainer.lightning_module)}
-    state: dict[str, Any] = {"buffers": buffers}
+    replica = strategy.replica
+    state: dict[str, Any] = {"buffers": own_buffers(strategy.trainer.lightning_module)}
     if strategy.at_meeting == "keep":
         state["weights"] = replica.own.cpu()
     trained = [p for p in strategy.trainer.lightning_module.parameters() if p.requires_grad]
     if any(tensor.dtype != torch.float32 for tensor in (replica.flat, *trained)):
         state["consensus"] = replica.flat.cpu()
     return state
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a state dict has, by name."""
+    return {name: buffer.cpu() for name, buffer in _buffers(module)}
 
 
 @torch.no_grad()
@@ -103,8 +108,13 @@ def put_back_tensors(strategy: AsyncStrategy, state: dict[str, Any]) -> None:
     if "consensus" in state:
         replica.stand_in(state["consensus"])
         replica.stay()
-    if "weights" in state and strategy.at_meeting == "keep":
+    if "weights" in state and keeps_own(strategy, state):
         replica.keep_aside(state["weights"])
+
+
+def keeps_own(strategy: AsyncStrategy, state: dict[str, Any]) -> bool:
+    """Whether a rank goes on from its own weights: where it keeps them at meetings, and from a cut."""
+    return strategy.at_meeting == "keep" or "cut" in state
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, ModelPruning, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_async.strategies import compat
@@ -30,6 +31,43 @@ def refuse_run(strategy: AsyncStrategy) -> None:
     refuse_optimizers(strategy.optimizers, strategy.name)
     if strategy.buffers == "reestimate":
         refuse_manual(strategy.trainer.lightning_module, strategy.name)
+
+
+def refuse_cuts(strategy: AsyncStrategy) -> None:
+    """Raise for what does not go with checkpoints between meetings; say so if there is nothing to save there."""
+    if strategy.saves != "cut":
+        return
+    for conflict in _conflicts_of_cuts(strategy):
+        raise MisconfigurationException(f"strategy={strategy.name!r}: `saves='cut'`: {conflict}")
+    found = [c for c in compat.callbacks(strategy.trainer) if isinstance(c, ModelCheckpoint)]
+    if not any(strategy.cuts.saves(callback) for callback in found):
+        rank_zero_warn(
+            f"{strategy.name}: `saves='cut'` is for `ModelCheckpoint(every_n_train_steps=...)` without `monitor` and "
+            "`save_last='link'`, and there is none: all checkpoints are saved at meetings"
+        )
+
+
+def _conflicts_of_cuts(strategy: AsyncStrategy) -> Iterator[str]:
+    if compat.writes_later(strategy.checkpoint_io):
+        yield (
+            "a cut is written in a thread of its own, and `AsyncCheckpointIO` would write in another one: leave it "
+            "out, or save at meetings"
+        )
+    if strategy.office.recording.on:
+        yield "a replay knows of no cut: leave `record` out, or save at meetings"
+    if strategy.members < strategy.world_size:
+        yield "the ranks of one member would have to be cut as one, which is not done yet: leave `inner` out"
+    if (nbytes := strategy.replica.numel * strategy.replica.flat.element_size()) > LONGEST:
+        yield (
+            f"each rank would send its weights to rank 0 as they are, {nbytes / 1e9:.3g} GB, and a link takes up to "
+            f"{LONGEST / 1e9:.3g} GB: save at meetings"
+        )
+    for callback in compat.callbacks(strategy.trainer):
+        if isinstance(callback, (WeightAveraging, BaseFinetuning, ModelPruning)):
+            yield (
+                f"`{type(callback).__name__}` puts other weights into a checkpoint, or trains others from some epoch "
+                "on, which only a meeting can save: leave one of the two out"
+            )
 
 
 def refuse_inner(strategy: AsyncStrategy, members: Sequence[Sequence[int]]) -> None:

@@ -1,6 +1,7 @@
 """A run goes on to the bit where its ranks are those that were saved; otherwise from the consensus, and says so.
 
     the same world and method, all files there    each rank has its own back (masses: with the same batch sizes)
+    the same, saved by a cut                      each its own weights; what was under way to it, as its next mail
     anything else                                 weights: the consensus, so sums are conserved
                                                   data: what nobody completed; counts: those of all
                                                   rank r's optimizer: that of the saved rank r modulo their number,
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from lightning_async.strategies import compat
 from lightning_async.strategies.added_up import mean_of_all
-from lightning_async.strategies.own_state import BEGUN_ANEW, Part, all_parts, own_keys, put_back_tensors
+from lightning_async.strategies.own_state import BEGUN_ANEW, Part, all_parts, keeps_own, own_keys, put_back_tensors
 from lightning_async.strategies.rank_files import RankFiles, main_file, rank_file
 from lightning_async.strategies.saved_loops import Loop, close, is_between_epochs
 from lightning_async.strategies.trainable import train_again
@@ -86,6 +87,11 @@ class Resuming:
         strategy.feeding.load_loader_states(loaders, in_mid_epoch=not self._between_epochs, over=waits)
         return mine
 
+    @property
+    def cut(self) -> dict[str, Any] | None:
+        """This rank's part of the cut that the run goes on from; None where it goes on from a meeting."""
+        return self._waiting.get("cut")
+
     def before_loader(self) -> None:
         """Put the random states back here if the loader's first iterator is that of the epoch to come, once."""
         if self._between_epochs and (state := self._waiting.get("parts", {}).pop("random", None)) is not None:
@@ -94,7 +100,7 @@ class Resuming:
     def before_algorithm(self) -> None:
         """Restore weights and buffers as they were: of half-precision ones the module shows no more than roundings."""
         strategy = self._strategy
-        if self._waiting and strategy.at_meeting == "keep":
+        if self._waiting and keeps_own(strategy, self._waiting):
             self._waiting = strategy.together(self._with_masses_of_now(self._waiting))
         put_back_tensors(strategy, self._waiting)
 
@@ -107,7 +113,9 @@ class Resuming:
             strategy.office.mail.at(strategy.steps)
         states = own.get("parts", {})
         for name, part in all_parts(strategy, self._parts).items():
-            if name in states:
+            if name == "algorithm" and "cut" in own and name in states:
+                strategy.algorithm.go_on(states[name])  # type: ignore[attr-defined]  # those that can be cut have it
+            elif name in states:
                 part.load_state_dict(states[name])
 
     def forget(self) -> None:
@@ -136,7 +144,7 @@ class Resuming:
     def _with_masses_of_now(self, own: dict[str, Any]) -> Wait[dict[str, Any]]:
         """Masses go by batch sizes. Where a rank has another one, what they moved is lost on all: the consensus is not.
 
-        (Who adopts the consensus begins with the masses of now anyway.)
+        (Who adopts the consensus begins with the masses of now anyway.) What was under way in a cut is in it, too.
         """
         mass = self._strategy.feeding.mass
         born = own.get("parts", {}).get("algorithm", {}).get("born", mass)
@@ -148,7 +156,7 @@ class Resuming:
             "saved, so masses begin anew, and all ranks start from the consensus"
         )
         parts = {name: state for name, state in own["parts"].items() if name != "algorithm"}
-        return {**{key: own[key] for key in own if key != "weights"}, "parts": parts}
+        return {**{key: own[key] for key in own if key not in ("weights", "cut")}, "parts": parts}
 
     def _of_the_speaker(
         self, path: str, shared: dict[str, Any], own: dict[str, Any], trouble: str, weights_only: bool | None

@@ -73,6 +73,14 @@ def go_on(fit: Loop) -> None:
     fit["epoch_loop.batch_progress"]["is_last_batch"] = False
 
 
+def at_step(fit: Loop, steps: int) -> None:
+    """Of who saved while others were on their way: the run's step was not known exactly then."""
+    automatic = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
+    for total in (automatic, fit["epoch_loop.manual_optimization.optim_step_progress"]["total"]):
+        if total["completed"]:
+            total["ready"] = total["completed"] = steps
+
+
 def end_epoch(fit: Loop, *, counted: bool) -> None:
     """Behind the last batch of all. Where nobody counts epochs, Lightning ends this one when it goes on."""
     batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]

@@ -2,6 +2,7 @@
 
 save_checkpoint      MEETING: the consensus, and beside it each rank's own (`checkpoints.py`)
                      alone: this rank's weights, and a warning that says so; never where a consensus lies
+                     asked by a cut, between meetings: the cut's (`cuts.py`)
                      after the run: the consensus, and of the ranks' own the first one's
 load_checkpoint      MEETING: all decide together how the run goes on
 remove_checkpoint    the main file, then the files of all ranks
@@ -27,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_async.strategies import compat, foreign
 from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.collectives import Collectives
+from lightning_async.strategies.cuts import Cuts
 
 
 class Saving(Collectives):
@@ -34,12 +36,17 @@ class Saving(Collectives):
 
     Attributes:
         checkpoints: Saves and restores the run, seen from this rank.
+        cuts: The same between meetings, where a strategy can.
     """
 
     checkpoints: Checkpoints
+    cuts: Cuts
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """The consensus, and beside it what each rank has of its own. Between meetings there is none: say so."""
+        if self.cuts.asking:
+            self.cuts.save(checkpoint, filepath, storage_options)
+            return
         if self.meeting and self.checkpoints.holds_all(checkpoint):
             self.checkpoints.before_save()
             self.together(self.checkpoints.save(checkpoint, filepath, storage_options))
@@ -78,6 +85,9 @@ class Saving(Collectives):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """The main file, then the files of all ranks."""
+        if self.cuts.asking:
+            self.cuts.remove_behind(partial(self.remove_checkpoint, filepath))
+            return
         path, remove = self.checkpoints.agreed(filepath), super().remove_checkpoint
         self.checkpoints.behind(lambda: remove(path))
         if self.is_global_zero:

@@ -43,6 +43,11 @@ class Schedules:
         for config, _ in self._taken:
             config.frequency = NEVER
 
+    @property
+    def steps(self) -> int:
+        """The run's step that they have followed to: no more than was told by then."""
+        return self._steps
+
     def give_back(self) -> None:
         """Put them back. Idempotent."""
         for config, frequency in self._taken:

@@ -39,9 +39,11 @@ RESULT = 3
 CUT = 6
 """Reserved kind: no body; what is before it on this link was posted before its sender recorded its state for the cut
 `reference`, what is behind it after (cuts)."""
+SUM = 7
+"""Reserved kind: what a member's part of the cut `reference` brings into its consensus (cuts)."""
 FIRST_FREE_KIND = 16  # 8 to 15 are for the ranks of one member (siblings)
 """Algorithms number their own kinds from here; a kind is below 64."""
-KIND_NAMES = {0: "headers", MARKER: "marker", CUT: "cut"}
+KIND_NAMES = {0: "headers", MARKER: "marker", CUT: "cut", SUM: "cut sum"}
 KIND_NAMES |= dict.fromkeys((CONTRIBUTION, RESULT, CONTRIBUTION + 2, RESULT + 2), "rounds")
 """What kinds are called where people read them; algorithms name their own."""
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from lightning_async.algorithms.algorithm import UNIT
-from lightning_async.algorithms.cut import Part, packed, put_together, unpacked
+from lightning_async.algorithms.cut import Part, Sum, packed, put_together, unpacked
 from lightning_async.algorithms.gossip import Gossip, gossip
 from lightning_async.algorithms.pairwise import ANSWER, ASK, BOUNCE
 from lightning_async.algorithms.worth import Worth
 from lightning_async.arrival import Fate
 from lightning_async.transport.mail import Message
 from lightning_async.transport.virtual import VirtualCluster
-from tests.algorithms.cut_world import STARTS, Plan, World, check_links, run
+from tests.algorithms.cut_world import NOTHING, STARTS, Plan, World, check_links, run
 from tests.transport.cluster_world import ClusterWorld
 
 SEEDS = int(os.environ.get("LIGHTNING_ASYNC_CUTS", "2000"))  # how many runs; more find more
@@ -56,6 +56,34 @@ def test_a_cut_keeps_the_sum_and_holds_what_was_between_the_records(batch: int) 
             check_same(world.total(cut), plan.born(), plan)
         assert all(trained.waits == 0 for trained in world.trained.values()), plan
     assert under_way > len(seeds(batch))  # or nothing was tested
+
+
+@pytest.mark.few(4)
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_the_consensus_of_a_cut_has_all_but_what_is_missing(batch: int) -> None:
+    """Bounced or not, on its way there or back: each message counts once."""
+    for seed in seeds(batch, 0.2):
+        plan = Plan.drawn(seed, second=set())
+        world = run(plan)
+        cut, total, count = world.cut(1), Sum(), len(STARTS[0])
+        expected = sum((world.counted(part) for part in cut.values()), start=NOTHING)
+        for r, part in cut.items():
+            state = part.state
+            worth = world.algorithms[r].brings(state["weights"], state["algorithm"], part.letters)
+            total.add(torch.cat([worth.vector, torch.full((2,), float(r), dtype=torch.float64)]), worth.mass)
+            missing = list(state["algorithm"]["ledger"]["moved"].values())
+            lost = [world.algorithms[r].worth(loss.message, lost=True) for loss in part.losses]
+            missing += [worth.vector for worth in lost if worth is not None]
+            expected = Worth(expected.vector - sum(missing, torch.zeros(count)), expected.mass)
+        weights, rest = total.means(count)
+        mass = total.mass / UNIT
+        assert (weights * mass - expected.vector).abs().max() <= 1e-5 * sum(plan.masses) / UNIT, plan
+        assert rest.tolist() == [(plan.n - 1) / 2] * 2
+
+
+def test_no_part_has_no_mean() -> None:
+    with pytest.raises(ValueError, match="no part was added"):
+        Sum().means(1)
 
 
 @pytest.mark.few(4)

@@ -34,6 +34,8 @@ Met = list[tuple[float, float, Outcome, Tally]]
 
 truth: WeakKeyDictionary[VirtualCluster, dict[int, Tally]] = WeakKeyDictionary()
 """What each member of a cluster has really done."""
+words: WeakKeyDictionary[VirtualCluster, dict[int, bytes]] = WeakKeyDictionary()
+"""What each says of itself."""
 
 
 def member(
@@ -69,6 +71,12 @@ def member(
             told = [*zip(progress.told(), weighed, strict=True)]
             told += [(progress.told_taken(), sum(one.updates for one in done.values()))]
             assert all(a <= b for a, b in told) or len(carrier.members()) < carrier.world, "never more than was done"
+            said = words.setdefault(cluster, {})
+            said[rank] = progress.says()
+            if len(carrier.members()) == carrier.world:
+                sums, taken, _ = progress.at(said)
+                assert (sums.batches, sums.samples) == (weighed.batches, weighed.samples), "exactly what was done"
+                assert taken == sum(one.updates for one in done.values())
             progress.ended = progress.own.batches == end
             steps.append(progress.steps())
         if wish and progress.own.batches == wish[0]:

@@ -61,6 +61,29 @@ def test_a_name_that_vanished_is_refused(t: L.Trainer, owner: type, name: str, m
         compat.check(t)
 
 
+def test_what_a_checkpoint_would_hold_and_when_one_was_saved_last(t: L.Trainer) -> None:
+    lit = Lit()
+    lit.trainer = t
+    t.strategy.connect(lit)
+    assert compat.dump(t).keys() >= {"state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers"}
+    callback = ModelCheckpoint()
+    assert compat.last_save(callback) == (0, "")
+    compat.set_last_save(callback, 5, "x")
+    assert (callback._last_global_step_saved, callback._last_checkpoint_saved) == (5, "x")
+
+
+def test_a_late_writers_thread_does_what_it_is_given_and_keeps_what_goes_wrong() -> None:
+    io = AsyncCheckpointIO()
+    assert compat.in_its_thread(io, lambda: 3).result() == 3
+    with pytest.raises(ZeroDivisionError):
+        compat.in_its_thread(io, lambda: 1 // 0).result()
+    assert isinstance(compat.late_error(io), ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError):
+        io.teardown()
+    with pytest.raises(ValueError, match="does not write later"):
+        compat.in_its_thread(object(), lambda: 3)
+
+
 def test_what_is_read_exists(t: L.Trainer) -> None:
     assert t._logger_connector._callback_metrics == {}
     assert t._logger_connector._first_loop_iter is None

@@ -159,7 +159,12 @@ OWN: dict[str, dict[str, set[str]]] = {
         "replicas": COUNT,
         "baseline": WORDS,
     },
-    "GossipRingStrategy": {"period": COUNT | OPTIONAL, "topology": WORDS, "mixing": {"0.5"} | OPTIONAL},
+    "GossipRingStrategy": {
+        "period": COUNT | OPTIONAL,
+        "topology": WORDS,
+        "mixing": {"0.5"} | OPTIONAL,
+        "saves": WORDS,
+    },
     "Incremental": {"parts": COUNT, "partition": WORDS, "nominal": {"[1]", "[1.5]", "tuple"}, "memory": PART},
     "LazySignStrategy": {
         "rule": WORDS,

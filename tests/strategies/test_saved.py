@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_async.strategies.compat import last_save, set_last_save
 from lightning_async.strategies.saved import agree_on_saved
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
@@ -17,6 +18,7 @@ from lightning_async.transport.virtual import VirtualCluster
 def _saved_by(rank: int) -> ModelCheckpoint:
     callback = ModelCheckpoint()
     callback.best_model_path, callback.best_k_models = f"{rank}.ckpt", {f"{rank}.ckpt": torch.tensor(0.5)}
+    set_last_save(callback, rank + 7, f"{rank}.ckpt")
     return callback
 
 
@@ -35,6 +37,7 @@ def _agree(n: int, dead: int | None = None) -> list[ModelCheckpoint]:
 
 def test_the_first_ranks_names_are_everybodys() -> None:
     assert {c.best_model_path for c in _agree(3)} == {"0.ckpt"}
+    assert {last_save(c) for c in _agree(3)} == {(7, "0.ckpt")}
 
 
 def test_where_the_first_dies_the_next_ones_names_are() -> None:

@@ -1,0 +1,354 @@
+"""Checkpoints by steps without a meeting: markers cut a consistent state of the run while everybody trains on.
+
+    rank 0, a save is due    begins cut 7: records itself, then posts a marker to each
+    every rank               at its first marker: records itself behind the batch under way, posts markers
+                             all markers are here: says so on the board, posts what it brings into the consensus
+    rank 0, all is here      asks the callbacks whose save it is where to; says it on the board
+    every rank               writes its own file, in a thread of its own, and says so
+    rank 0's thread          all are written: the main file takes its name, and what it replaces goes
+
+No rank waits for another one in any of this. A cut is given up, in a sentence of the log, when a member dies before its
+part is here, or does not take part for as long as a meeting may last; also where rank 0 dies. A meeting ends what is
+open, and saves itself what is due. Whatever is given up, the checkpoint before stays as it is.
+
+"Rank 0" is the first that lives. What cuts are: `algorithms/cut.py`, `algorithms/cutting_mail.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch import Tensor
+
+from lightning_async.algorithms.cut import Part, unpacked
+from lightning_async.algorithms.cutting_mail import CuttingMail
+from lightning_async.strategies import compat
+from lightning_async.strategies.cut_consensus import Gathering, key, said_of
+from lightning_async.strategies.cut_files import Record, Save, data_of_all, main_file, own_file, record
+from lightning_async.strategies.rank_files import rank_file
+from lightning_async.strategies.saved import agree_on_saved, names_of, take_names
+from lightning_async.transport.mail import SUM, Letter, Message, Wait
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+AGAIN = 1.0
+"""Seconds behind a death after which the next cut may begin: by then all have heard of it."""
+
+
+class Cuts:
+    """The cuts of a run, seen from one rank.
+
+    Attributes:
+        io: What writes, in a thread of its own; None where no cut is ever saved.
+        asking: Whether a callback is being asked where to a cut is to be saved.
+        saved_at: The run's step at which the last cut was due that was saved; at meetings all know the same.
+    """
+
+    def __init__(self, strategy: AsyncStrategy) -> None:
+        self._strategy = strategy
+        self.io: AsyncCheckpointIO | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.asking = self._meets = False
+        self.saved_at = self._tried_at = 0
+        self._not_before = 0.0
+        self._callbacks: list[ModelCheckpoint] = []
+        self._mail: CuttingMail[Record | None] | None = None
+        self._part: Part[Any] | None = None  # complete, and nobody has said yet where to
+        self._sum: Future[tuple[Tensor, int]] | None = None  # what it brings; None: it is posted
+        self._adding: list[tuple[Letter, Future[None]]] = []
+        self._last: dict[str, Any] = {}  # what was said of the last cut that was saved
+        self._gathering: Gathering | None = None
+        self._where: tuple[dict[str, Any], int] = {}, 0  # how far the run was then, and at which of its steps
+        self._due: list[Callback] = []
+        self._saves: list[Save] = []
+        self._removals: list[Callable[[], object]] = []
+        self._ordered: Future[None] | None = None
+
+    def saves(self, callback: ModelCheckpoint) -> bool:
+        """Whether this callback's saves by steps are cuts: one that goes by a metric, or makes a link at once, needs a
+        meeting."""
+        by_steps = self._strategy.saves == "cut" and compat.saves_every(callback) > 0
+        return by_steps and callback.monitor is None and callback.save_last != "link"
+
+    def begin(self, cut: Mapping[str, Any] | None) -> None:
+        """A fit begins; where it goes on from a cut, with this rank's part of it."""
+        strategy = self._strategy
+        self._forget()
+        found = [c for c in compat.callbacks(strategy.trainer) if isinstance(c, ModelCheckpoint) and self.saves(c)]
+        self._callbacks = [] if compat.fast_dev_run(strategy.trainer) else found
+        if cut is not None and strategy.office.recording.on:
+            raise MisconfigurationException(
+                f"strategy={strategy.name!r}: a run that goes on from a cut gets mail that no log has, so it cannot be "
+                "recorded: leave `record` out until it has saved at a meeting"
+            )
+        if self._callbacks:
+            self.io = AsyncCheckpointIO(strategy.checkpoint_io)
+        if self._callbacks or cut is not None:
+            part: Part[None] = Part(0, 0, (), None) if cut is None else unpacked(cut)
+            carrier, mail = strategy.office.carrier, (part.letters, part.losses)
+            self._mail = CuttingMail(carrier, self._record, letters=mail[0], losses=mail[1])
+            strategy.office.mail = self._mail
+
+    def between(self, callback: Callback, ask: Callable[[], object]) -> None:
+        """Behind a batch with no meeting, in the place of a callback that may save."""
+        if self._mail is None or callback not in self._callbacks:
+            return
+        if callback is self._callbacks[0]:
+            self._look(self._mail)
+        if callback in self._due:
+            self._ask(callback, ask)
+        if self._due and callback is self._callbacks[-1]:
+            self._order()
+
+    def save(self, checkpoint: Mapping[str, Any], filepath: Any, options: Any) -> None:
+        """A callback says where to."""
+        keys = {c.state_key for c in self._callbacks}
+        named = {name: state for name, state in checkpoint.get("callbacks", {}).items() if name in keys}
+        name = secrets.token_hex(4) if "optimizer_states" in checkpoint else ""
+        self._saves.append(Save(os.fspath(filepath), name, tuple(checkpoint), dict(named), options))
+
+    def remove_behind(self, remove: Callable[[], object]) -> None:
+        """And what that replaces."""
+        self._removals.append(remove)
+
+    def meet(self) -> Wait[None]:
+        """All have come to a meeting: what is open ends; what rank 0 had decided to save by now is saved."""
+        if self._mail is None:
+            return
+        while self._ordered is not None and not self._ordered.done():
+            yield "the index of a checkpoint to be written"
+        if self._ordered is not None:
+            self._tell()
+        self._gathering = self._sum = None
+        self._meets = True
+        rounds = self._strategy.office.rounds
+        yield from self._mail.finish(rounds)
+        while self._mail.taken() is not None:
+            pass  # nobody has trained since: the meeting saves what is due
+        self._meets = False
+        said = yield from rounds.agree(json.dumps(self._last).encode(), what="the last cut")
+        theirs = json.loads(said[min(said)])
+        if self._part is not None and self._part.number == theirs.get("number"):
+            self._follow(theirs)
+        self._part = None
+        if len(set(said.values())) > 1:  # one was saved since the last meeting, and not all have heard of it
+            yield from agree_on_saved(self._strategy.trainer, rounds)
+        self._last, self.saved_at = theirs, theirs.get("at", 0)
+
+    def close(self) -> None:
+        """The fit is over. What could be written is written by now (`LateFiles.leave`). Idempotent."""
+        io, self.io = self.io, None
+        if io is not None:
+            with suppress(Exception):  # the run has ended with it, or said so
+                io.teardown()
+        self._forget()
+
+    # -- every rank ---------------------------------------------------------------------------------------------------
+
+    def _look(self, mail: CuttingMail[Record | None]) -> None:
+        """Between two steps."""
+        strategy = self._strategy
+        if (trouble := strategy.checkpoints.late.trouble()) is not None:
+            raise trouble
+        if strategy.is_global_zero:
+            self._begin_if_due(mail)
+        mail.between_steps()
+        while (part := mail.taken()) is not None:
+            self._ended(part)
+        self._take_sums()
+        self._send()
+        self._hear()
+        if self._ordered is not None:
+            if self._ordered.done():
+                self._tell()
+        elif self._gathering is not None:
+            self._gather(self._gathering)
+
+    def _record(self) -> Record | None:
+        strategy = self._strategy
+        return None if self._meets else record(strategy, strategy.checkpoints.parts, first=strategy.is_global_zero)
+
+    def _ended(self, part: Part[Any]) -> None:
+        """This rank's part is complete, or cannot be any more."""
+        self._part = self._sum = None
+        mine, open_ = part.members[0] == part.member, self._gathering
+        if not part.deaths and not (mine and (open_ is None or open_.number != part.number)):  # else it was given up
+            self._part, self._sum = part, self._later(partial(self._brings, part))
+        self._strategy.office.carrier.propose(key(part.number, part.member), said_of(part))
+
+    def _brings(self, part: Part[Record]) -> tuple[Tensor, int]:
+        mine = part.state
+        worth = self._strategy.algorithm.brings(mine.weights, mine.algorithm, part.letters)  # type: ignore[attr-defined]
+        return torch.cat([worth.vector.to(mine.weights.dtype), mine.buffers]), worth.mass
+
+    def _send(self) -> None:
+        """Post what the part brings to who is to have it, as soon as it is known and there is room."""
+        if self._part is None or self._sum is None or not self._sum.done() or self._sum.exception() is not None:
+            return
+        (body, mass), first = self._sum.result(), self._part.members[0]
+        if first == self._part.member:
+            assert self._gathering is not None  # or the part would not be held
+            self._later(partial(self._gathering.add, first, body, mass))
+            self._sum = None
+        elif self._strategy.office.carrier.post(first, Message(SUM, body, weight=mass, reference=self._part.number)):
+            self._sum = None
+
+    def _take_sums(self) -> None:
+        """Add up what came; what belongs to no cut of this rank goes."""
+        carrier, gathering = self._strategy.office.carrier, self._gathering
+        for letter in carrier.take(SUM):
+            message = letter.message
+            if gathering is None or message.reference != gathering.number or message.body is None:
+                carrier.folded(letter)
+            else:
+                added = self._later(partial(gathering.add, letter.peer, message.body, message.weight))
+                self._adding.append((letter, added))
+        for letter, added in [one for one in self._adding if one[1].done()]:
+            carrier.folded(letter)
+            self._adding.remove((letter, added))
+
+    def _hear(self) -> None:
+        """What becomes of this rank's part."""
+        part, carrier = self._part, self._strategy.office.carrier
+        if part is None or part.members[0] == part.member:
+            return
+        if (word := carrier.decided(key(part.number))) is not None:
+            carrier.forget(key(part.number))
+            self._follow(json.loads(word))
+        elif part.members[0] not in carrier.members():
+            self._part = None
+
+    def _follow(self, told: Mapping[str, Any]) -> None:
+        """Write this rank's own files, wherever rank 0 said. If that dies, this rank's callbacks know what is there."""
+        part, self._part = self._part, None
+        assert part is not None  # it is this one's
+        io, late = self._strategy.checkpoint_io, self._strategy.checkpoints.late
+        for path, name in told.get("saves", ()):
+            file, make = rank_file(path, name, part.member), partial(own_file, part, name)
+            self._later(partial(_write, io, partial(make, told["progress"], told["steps"]), file))
+            late.tell(name)
+        late.queued()
+        for callback, names in zip(self._callbacks, told.get("names", ()), strict=False):
+            take_names(callback, names)
+
+    def _later(self, job: Callable[[], T]) -> Future[T]:
+        return compat.in_its_thread(self.io, job)
+
+    # -- the first rank -----------------------------------------------------------------------------------------------
+
+    def _begin_if_due(self, mail: CuttingMail[Record | None]) -> None:
+        """One cut at a time, and none before the files of the last one are written: each is in memory."""
+        strategy, progress = self._strategy, self._strategy.clock.progress
+        if progress is None or self._gathering is not None or self._ordered is not None:
+            return
+        steps, late = progress.steps(), strategy.checkpoints.late
+        last = max(strategy.clock.met_at, self.saved_at, self._tried_at)
+        due = any(steps // (every := compat.saves_every(c)) > last // every for c in self._callbacks)
+        if due and late.idle and strategy.office.carrier.now() >= self._not_before:
+            number = mail.newest + 1
+            self._gathering = Gathering(number, steps, strategy.office.carrier)
+            mail.begin_cut(number)
+
+    def _gather(self, gathering: Gathering) -> None:
+        """Is all here? Then the callbacks are asked that it is for."""
+        office = self._strategy.office
+        gathering.hear()
+        if why := gathering.why_not(office.limit):
+            if gathering.by_death:
+                self._not_before = office.carrier.now() + AGAIN
+            else:
+                self._tried_at = gathering.steps
+            self._gathering = self._part = self._sum = None
+            office.carrier.propose(key(gathering.number), b"{}")
+            log.warning("a checkpoint is given up, and the one before it stays: cut %d: %s", gathering.number, why)
+        elif gathering.whole:
+            self._where = self._strategy.clock.state_at(gathering.counts)  # a meeting may come before it is told
+            last, steps = max(self._strategy.clock.met_at, self.saved_at, self._tried_at), gathering.steps
+            every = {callback: compat.saves_every(callback) for callback in self._callbacks}
+            self._due = [callback for callback, each in every.items() if steps // each > last // each]
+
+    def _ask(self, callback: Callback, ask: Callable[[], object]) -> None:
+        """Where to: the callback sees the step of the cut, and finds that it is its own."""
+        assert isinstance(callback, ModelCheckpoint)
+        trainer, (_, steps) = self._strategy.trainer, self._where
+        now = trainer.global_step
+        compat.set_global_step(trainer, steps)
+        self.asking = True
+        try:
+            with compat.saves_at_once(callback):
+                ask()
+        finally:
+            self.asking = False
+            compat.set_global_step(trainer, now)
+
+    def _order(self) -> None:
+        """All are asked. What is under way is written down before any of its files is there."""
+        self._due = []
+        strategy, saves, gathering = self._strategy, list(self._saves), self._gathering
+        assert gathering is not None  # as for `_ask`
+        files, members, io = strategy.checkpoints.files, gathering.members, strategy.checkpoint_io
+
+        def write_down() -> None:
+            for save in saves:
+                if save.name:
+                    files.begin(io, save.path, save.name, members, save.options)
+
+        self._ordered = self._later(write_down)
+
+    def _tell(self) -> None:
+        """Say it to all, and have the first rank's own files written."""
+        strategy, gathering, part = self._strategy, self._gathering, self._part
+        assert gathering is not None  # since `_order`, and so are these
+        assert part is not None
+        assert self._ordered is not None
+        self._ordered.result()  # or the error that it ended with
+        late, files, io = strategy.checkpoints.late, strategy.checkpoints.files, strategy.checkpoint_io
+        progress, steps = self._where
+        named = [(save.path, save.name) for save in self._saves if save.name]
+        self._last = {"number": gathering.number, "at": gathering.steps, "saves": named}
+        self._last |= {"progress": progress, "steps": steps, "names": [names_of(c) for c in self._callbacks]}
+        strategy.office.carrier.propose(key(gathering.number), json.dumps(self._last).encode())
+        strategy.office.carrier.forget(key(gathering.number - 1), gone=True)
+        data, scheduled = data_of_all(part.state, gathering.data), {"scheduled": part.state.scheduled}
+        for save in self._saves:
+            who = gathering.members  # any of them may have added up gradients: their files say
+            shared = strategy.checkpoints.shared(save.name, who, data, {**progress, **scheduled}, who)
+            main = partial(main_file, part.state, gathering.total, save, shared, steps)
+            write = partial(self._later, partial(_write, io, main, save.path, save.options))
+            if not save.name:
+                write()
+                continue
+            own = partial(own_file, part, save.name, progress, steps)
+            self._later(partial(_write, io, own, rank_file(save.path, save.name, part.member), save.options))
+            late.tell(save.name)
+            late.write_main(save.name, gathering.members, write)
+            late.behind(partial(files.finish, io, save.path, save.name))
+        for remove in self._removals:
+            late.behind(remove)
+        late.queued()
+        self.saved_at = gathering.steps
+        self._gathering = self._part = self._ordered = None
+        self._saves, self._removals = [], []
+
+
+def _write(io: Any, make: Callable[[], dict[str, Any]], path: str, options: Any = None) -> None:
+    """In the writer's thread."""
+    io.save_checkpoint(make(), path, storage_options=options)
