@@ -6,6 +6,7 @@ Forking takes milliseconds where importing torch takes seconds. It is safe as lo
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 from benchmarks.store import Held, Store
 
+STACKS = signal.SIGUSR2
 FORK = multiprocessing.get_context("fork")
 
 
@@ -83,22 +85,28 @@ class Forked:
     def result(self, rank: int, timeout: float = 60.0) -> Result:
         """One rank's result, whatever the others do."""
         pipe = self._pipes[rank]
-        return pipe.recv() if pipe.poll(timeout) else Result(kind="silent", error=f"nothing within {timeout} s")
+        return pipe.recv() if pipe.poll(timeout) else self._silent(rank, timeout)
 
     def results(self, timeout: float = 60.0) -> list[Result]:
         """Each rank's result; a rank that said nothing in time has kind "silent"."""
         end = time.monotonic() + timeout
         results = []
-        for pipe, process in zip(self._pipes, self.processes, strict=True):
+        for rank, (pipe, process) in enumerate(zip(self._pipes, self.processes, strict=True)):
             said = pipe.poll(max(0.0, end - time.monotonic()))
             try:
-                results.append(pipe.recv() if said else Result(kind="silent", error=f"nothing within {timeout} s"))
+                results.append(pipe.recv() if said else self._silent(rank, timeout))
             except EOFError:
                 process.join()
                 results.append(Result(kind="gone", error=f"exit code {process.exitcode}"))
         for process in self.processes:
             process.join(max(0.1, end - time.monotonic()))
         return results
+
+    def _silent(self, rank: int, timeout: float) -> Result:
+        """A hang shows where it is: all threads of the rank go to standard error."""
+        self.signal(rank, STACKS)
+        self.processes[rank].join(1.0)
+        return Result(kind="silent", error=f"nothing within {timeout} s")
 
     def values(self, timeout: float = 60.0) -> list[Any]:
         """What all ranks returned."""
@@ -118,6 +126,7 @@ def _life(
     pipe: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     gc.unfreeze()  # conftest's: a strategy sets aside what there is itself
+    faulthandler.register(STACKS, file=2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     os.environ.update(environment)
     try:
