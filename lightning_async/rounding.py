@@ -52,14 +52,16 @@ class Rounded:
             return
         self.carry_over()
         wanted = {id(p) for p in parameters} - self._wide.keys()
-        mine = {id(p): _Wide(p, part, gradients) for p, part in self._pairs if id(p) in wanted}
-        self._wide |= mine
+        mine: list[int] = []
         try:
+            for p, part in self._pairs:
+                if id(p) in wanted:
+                    self._wide[id(p)] = _Wide(p, part, gradients)
+                    mine.append(id(p))
             yield
         finally:
-            for key, wide in mine.items():
-                wide.narrow()
-                del self._wide[key]
+            for key in mine:
+                self._wide.pop(key).narrow()
 
     @torch.no_grad()
     def _carry_over(self) -> None:
@@ -86,11 +88,12 @@ class _Wide:
         self._parameter, self._part = parameter, part
         self._narrow, self._gradient = parameter.data, parameter.grad
         self._copy: Tensor | None = None
+        if gradients and self._gradient is not None:
+            self._copy = self._gradient.to(part.dtype)
+            self._version = self._copy._version
         parameter.grad = None  # it has to be of one dtype with its parameter
         parameter.data = part
-        if gradients and self._gradient is not None:
-            parameter.grad = self._copy = self._gradient.to(part.dtype)
-            self._version = self._copy._version
+        parameter.grad = self._copy
 
     @torch.no_grad()
     def narrow(self) -> None:

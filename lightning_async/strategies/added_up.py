@@ -12,7 +12,7 @@ by, and each sample counts as it would have. Where the same ranks go on each has
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ def mass_of(strategy: AsyncStrategy) -> int:
 
 
 def mean_of_all(
-    strategy: AsyncStrategy, shared: dict[str, Any], own: dict[str, Any], read: Read
+    strategy: AsyncStrategy, shared: dict[str, Any], own: dict[str, Any], read: Read, here: Sequence[int]
 ) -> Wait[tuple[dict[str, Tensor], list[int]]]:
     """The mean of what the ranks that saved had added up, by name, and those of whom it is lost. Called by all.
 
@@ -86,35 +86,59 @@ def mean_of_all(
         shared: What the main file says of all who saved.
         own: The file of the saved rank in whose place this one is.
         read: Reads another one's.
+        here: The ranks that are here: each reads its share, and the first ones those of who is not. A replay of one
+            rank reads all, and adds up in the same order.
     """
     ranks = shared["ranks"]
     if not (had := shared.get("added_up", ranks)):  # older versions did not say
         return {}, []
-    me = strategy.global_rank
-    files = {rank: own if rank == ranks[me % len(ranks)] else read(rank) for rank in ranks[me :: strategy.world_size]}
+    me, world = strategy.global_rank, strategy.world_size
+    shares = [ranks[at::world] for at in range(world) if me == (at if at in here else here[at % len(here)])]
+    states = {
+        rank: _stepping(own if rank == ranks[me % len(ranks)] else read(rank)) for share in shares for rank in share
+    }
     words = yield from strategy.office.rounds.agree(
-        ",".join(str(rank) for rank, file in files.items() if not file).encode(), what="whose gradients"
+        ",".join(str(rank) for rank, state in states.items() if state is None).encode(), what="whose gradients"
     )
     unread = {int(rank) for word in words.values() for rank in word.decode().split(",") if rank}
     lost = sorted(unread & set(had))
     if unread >= set(ranks):
         return {}, lost
     layout, dtype = _layout(strategy)
-    states = [file.get("parts", {}).get("stepping", {}) for file in files.values() if file]
-    vectors = [(_vector(layout, _gradients(state, dtype), dtype), state.get("mass", 1)) for state in states]
-    mine = combined(vectors, "mean") if vectors else _vector(layout, {}, dtype)
-    (mean,), _ = yield from strategy.office.rounds.exchange(mine, "mean", weight=sum(mass for _, mass in vectors))
+    parts = [_of(share, states, layout, dtype) for share in shares]
+    mine, mass = parts[0] if len(parts) == 1 else (combined(parts, "mean"), sum(mass for _, mass in parts))
+    (mean,), _ = yield from strategy.office.rounds.exchange(mine, "mean", weight=mass)
     *values, there = torch.split(mean, [p.numel() for p in layout.values()] + [len(layout)])
     found = zip(layout.items(), values, there.tolist(), strict=True)
     return {name: value.view(p.shape).clone() for (name, p), value, part in found if part}, lost
 
 
+def _stepping(file: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a rank's own file, which may be long, what is needed here; None: it could not be read."""
+    found: dict[str, Any] | None = file.get("parts", {}).get("stepping", {}) if file else None
+    return found
+
+
+def _of(
+    share: Sequence[int],
+    states: Mapping[int, dict[str, Any] | None],
+    layout: Mapping[str, nn.Parameter],
+    dtype: torch.dtype,
+) -> tuple[Tensor, int]:
+    """The mean of those who saved, of a share of them, and what it weighs."""
+    found = [state for rank in share if (state := states[rank]) is not None]
+    vectors = [(_vector(layout, _gradients(state, dtype), dtype), state.get("mass", 1)) for state in found]
+    return (combined(vectors, "mean") if vectors else _vector(layout, {}, dtype)), sum(mass for _, mass in vectors)
+
+
 def _gradients(state: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """One rank's own, and on top of them what it had been given of others' before."""
+    """One rank's own, and on top of them what it had been given of others' before; none of it if some is not finite,
+    since its step would not have been taken."""
     scale, carried = state.get("scale", 1.0), state.get("carried", {})
     own = {name: gradient.to_dense().to(dtype) / scale for name, gradient in state.get("gradients", {}).items()}
     both = {name: own[name] + gradient for name, gradient in carried.items() if name in own}
-    return {**own, **carried, **both}
+    all_of_it = {**own, **carried, **both}
+    return all_of_it if all(bool(gradient.isfinite().all()) for gradient in all_of_it.values()) else {}
 
 
 def _layout(strategy: AsyncStrategy) -> tuple[dict[str, nn.Parameter], torch.dtype]:
@@ -125,7 +149,7 @@ def _layout(strategy: AsyncStrategy) -> tuple[dict[str, nn.Parameter], torch.dty
     return layout, reduce(torch.promote_types, (p.dtype for p in layout.values()), least)
 
 
-def _vector(layout: dict[str, nn.Parameter], gradients: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+def _vector(layout: Mapping[str, nn.Parameter], gradients: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     """All gradients, and behind them which there are."""
     parts = [gradients[name].flatten() if name in gradients else torch.zeros(p.numel()) for name, p in layout.items()]
     return torch.cat([*parts, torch.tensor([float(name in gradients) for name in layout])]).to(dtype)

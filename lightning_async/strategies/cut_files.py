@@ -174,5 +174,12 @@ def _main(dumped: dict[str, Any], places: Mapping[str, object]) -> dict[str, Any
 
 
 def _copied(found: Any) -> Any:
-    """With tensors of its own, in host memory."""
-    return apply_to_collection(found, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+    """A copy of its own, of whatever it is made, with tensors in host memory: what is here goes on changing."""
+    memo: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        memo[id(tensor)] = tensor.detach().to("cpu", copy=True)
+        return tensor
+
+    apply_to_collection(found, Tensor, keep, allow_frozen=True)
+    return copy.deepcopy(found, memo)

@@ -155,10 +155,10 @@ class Cuts:
 
     def close(self) -> None:
         """The fit is over. What could be written is written by now (`LateFiles.leave`). Idempotent."""
-        io, self.io = self.io, None
-        if io is not None:
+        if self.io is not None:
             with suppress(Exception):  # the run has ended with it, or said so
-                io.teardown()
+                self.io.teardown()  # what is still to be written here may fail, and those behind it look at this
+            self.io = None
         self._forget()
 
     # -- every rank ---------------------------------------------------------------------------------------------------
@@ -248,6 +248,8 @@ class Cuts:
         late.queued()
         for callback, names in zip(self._callbacks, told.get("names", ()), strict=False):
             take_names(callback, names)
+        if "number" in told:
+            self._last, self.saved_at = dict(told), told["at"]
 
     def _later(self, job: Callable[[], T]) -> Future[T]:
         return compat.in_its_thread(self.io, job)

@@ -69,7 +69,11 @@ class Resuming:
         )
         if reasons := dict.fromkeys(sentence.decode(errors="replace") for sentence in said.values() if sentence):
             added = yield from mean_of_all(
-                strategy, shared, own, lambda rank: self._read(rank_file(path, shared["save"], rank), weights_only)[0]
+                strategy,
+                shared,
+                own,
+                lambda rank: self._read(rank_file(path, shared["save"], rank), weights_only)[0],
+                sorted(said),
             )
             own = yield from self._of_the_speaker(path, shared, own, trouble, weights_only)
             own = _without_place(own, checkpoint)

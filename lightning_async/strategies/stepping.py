@@ -204,8 +204,9 @@ class Stepping:
             yield
         if (moment := self.moment(optimizer)) is not None:
             n = strategy.voice.averaged_over(len(strategy.office.mail.members()))
-            with strategy.replica.widened(_parameters(optimizer), gradients=False):
-                moment.stretch(n)
+            if n > 1:
+                with strategy.replica.widened(_parameters(optimizer), gradients=False):
+                    moment.stretch(n)
 
     def batch_ended(self) -> None:
         """A batch is over; it was a step if an optimizer stepped in it."""

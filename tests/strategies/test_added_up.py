@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async import SpeedFaults
+from lightning_async.strategies.added_up import mean_of_all
+from lightning_async.transport.rounds import combined
 from tests.strategies.lit import trainer
 from tests.strategies.ranks import run
 from tests.strategies.resumable import Saves, files_of, look_when_put_back, rank
@@ -204,3 +207,68 @@ def test_who_had_nothing_to_add_says_nothing(tmp_path: Path) -> None:
     assert one["carried"] == {}
     assert steps_with(one, torch.zeros(8, dtype=torch.float64))
     assert "added up" not in one["said"][0]
+
+
+# -- the mean itself ---------------------------------------------------------------------------------------------------
+
+
+class _Rounds:
+    """A round in which `others` have said what they bring; alone it is one's own."""
+
+    def __init__(self, me: int, others: dict[int, tuple[torch.Tensor, int]]) -> None:
+        self.me, self.others = me, others
+
+    def agree(self, word: bytes, *, what: str) -> Any:
+        yield from ()
+        return {self.me: word}
+
+    def exchange(self, tensor: torch.Tensor, how: str, weight: int) -> Any:
+        yield from ()
+        self.others[self.me] = tensor, weight
+        parts = [self.others[rank] for rank in sorted(self.others)]
+        return [combined(parts, "mean")], tuple(self.others)
+
+
+def _mean(me: int, world: int, states: list[dict[str, Any]], here: list[int], others: dict[int, Any]) -> dict[str, Any]:
+    module, ranks = torch.nn.Linear(5, 3), list(range(len(states)))
+    strategy = SimpleNamespace(
+        global_rank=me,
+        world_size=world,
+        office=SimpleNamespace(rounds=_Rounds(me, others)),
+        trainer=SimpleNamespace(lightning_module=module),
+        precision_plugin=SimpleNamespace(precision="32-true"),
+    )
+    files = [{"parts": {"stepping": state}} for state in states]
+    waiting = mean_of_all(strategy, {"ranks": ranks}, files[me % len(ranks)], files.__getitem__, here)  # type: ignore[arg-type]
+    with pytest.raises(StopIteration) as ended:
+        next(waiting)
+    found, lost = ended.value.value
+    assert lost == []
+    return found
+
+
+def test_who_goes_on_alone_adds_up_what_all_would_to_the_bit() -> None:
+    """A replay of one rank reads the files of all; so do those who are left where one died on the way."""
+    torch.manual_seed(3)
+    states = [
+        {"gradients": {"weight": torch.randn(3, 5), "bias": torch.randn(3)}, "mass": mass} for mass in (3, 1, 4, 1, 5)
+    ]
+    brought: dict[int, Any] = {}
+    for me in range(3):
+        together = _mean(me, 3, states, [0, 1, 2], brought)
+    for me in range(3):
+        alone = _mean(me, 3, states, [me], {})
+        assert all(torch.equal(alone[name], together[name]) for name in ("weight", "bias"))
+    exact = sum(state["gradients"]["weight"].double() * state["mass"] for state in states) / 14
+    assert torch.allclose(together["weight"].double(), exact, rtol=0, atol=1e-6)
+    brought = {}
+    for me in (0, 2):
+        without = _mean(me, 3, states, [0, 2], brought)
+    assert torch.allclose(without["weight"].double(), exact, rtol=0, atol=1e-6)
+
+
+def test_what_overflowed_is_nobody_elses() -> None:
+    """Its step would have been skipped on the rank that had it."""
+    finite = {"gradients": {"bias": torch.ones(3)}, "mass": 1}
+    broken = {"gradients": {"bias": torch.tensor([1.0, float("inf"), 1.0])}, "mass": 1}
+    assert torch.equal(_mean(0, 1, [finite, broken], [0], {})["bias"], torch.full((3,), 0.5))

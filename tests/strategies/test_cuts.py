@@ -17,7 +17,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader, TensorDataset
@@ -339,7 +339,7 @@ def _dies(folder: str, dead: int) -> dict[str, Any]:
             strategy.cuts._mail._state = lambda: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,return-value]
 
     cuts.AGAIN = 0.2
-    return fit(folder, stops=die, step=0.01, n=2400, knobs={"silence": 0.3, "patience": 0.8})
+    return fit(folder, stops=die, step=0.01, n=2400, knobs={"silence": 0.3, "patience": 5.0})
 
 
 @pytest.mark.few(0)
@@ -429,26 +429,39 @@ def test_who_cannot_write_ends_the_run_and_no_main_file_is_there(tmp_path: Path)
 # -- what it goes with -------------------------------------------------------------------------------------------------
 
 
-def _alone(folder: str) -> tuple[list[str], str]:
-    """One rank, two callbacks, and one that goes by a metric."""
+class _Saved(Callback):
+    """At which step the last cut was due that was saved before any meeting."""
+
+    at = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        self.at = trainer.strategy.cuts.saved_at  # type: ignore[attr-defined]
+
+
+def _alone(folder: str, metric: bool) -> tuple[list[str], str, int]:
+    """One rank, two callbacks, and one that goes by a metric, at meetings."""
     last = ModelCheckpoint(folder, filename="a{step}", every_n_train_steps=10, save_top_k=1, save_last=True)
     more = ModelCheckpoint(folder, filename="w{step}", every_n_train_steps=15, save_top_k=-1, save_weights_only=True)
     best = ModelCheckpoint(folder, filename="m{step}", every_n_train_steps=25, monitor="train_step")
+    saved = _Saved()
     t = trainer(
         1,
         knobs={"saves": "cut"},
         max_epochs=1,
         enable_checkpointing=True,
-        callbacks=[last, more, best, SpeedFaults(step_seconds=0.02)],
+        callbacks=[last, more, *([best] if metric else []), saved, SpeedFaults(step_seconds=0.02)],
     )
     t.fit(Lit(), loader())
-    return sorted(path.name for path in Path(folder).glob("*.ckpt")), last.last_model_path
+    return sorted(path.name for path in Path(folder).glob("*.ckpt")), last.last_model_path, saved.at
 
 
 @pytest.mark.few(0)
-def test_several_callbacks_and_mere_weights(tmp_path: Path) -> None:
-    """60 steps of one rank, where a cut is whole a few batches later, or a meeting saves."""
-    ((names, last),) = run(1, _alone, str(tmp_path))
+@pytest.mark.parametrize("metric", [False, True])
+def test_several_callbacks_and_mere_weights(tmp_path: Path, metric: bool) -> None:
+    """60 steps of one rank: a cut is whole a few batches later; a meeting for the metric saves all that is due."""
+    ((names, last, saved_at),) = run(1, _alone, str(tmp_path), metric)
+    assert metric or saved_at >= 30  # both callbacks' by then
+    assert any(name.startswith("m") for name in names) == metric
     assert Path(last).name in names
     assert len([name for name in names if name.startswith("a")]) == 1
     assert any(name.startswith("w") for name in names)
