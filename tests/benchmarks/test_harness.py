@@ -152,6 +152,7 @@ class TestRanks:
             assert outcomes[0].error == "ended by SIGKILL, without a result"
             assert outcomes[1].error == "still running at the time limit, killed"
 
+    @pytest.mark.few(0)
     def test_a_rank_is_struck_in_the_middle_of_a_message(self) -> None:
         with Ranks(sends_for_ever, 2) as ranks:
             for rank in (0, 1):
@@ -175,6 +176,7 @@ class TestRanks:
             with pytest.raises(RuntimeError, match="ended before it said"):
                 ranks.wait_for(0, "never", timeout=10)
 
+    @pytest.mark.few(0)
     def test_the_store_outlives_rank_0(self) -> None:
         with Ranks(counts_in_the_store, 2, store=True) as ranks:
             for rank in (0, 1):

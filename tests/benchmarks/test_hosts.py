@@ -127,6 +127,7 @@ print(min(trips))
 """
 
 
+@pytest.mark.few(0)
 @pytest.mark.netns
 def test_a_delay_comes_on_top_and_nothing_is_lost_or_left() -> None:
     """A lower bound alone: a busy machine may take longer. Half a million bytes come back whole."""

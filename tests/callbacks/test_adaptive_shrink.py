@@ -238,6 +238,7 @@ def _in_a_pipeline(optimizer: str) -> list[tuple[bool, float]]:
     return [(law.sees, law.factor(3)) for law in laws]
 
 
+@pytest.mark.few(0)
 def test_in_a_pipeline_each_stage_but_the_last_sees_how_the_loss_bends() -> None:
     """The last one, on rank 0, has no late gradients."""
     ((last, _),), ((middle, one),), ((first, other),) = run(3, _in_a_pipeline, "sgd")

@@ -94,6 +94,7 @@ def _steps(lr: float, semantics: Any) -> tuple[dict[str, float], list[str]]:
     return shrink.figures, said
 
 
+@pytest.mark.few(0)
 def test_in_a_pipeline_it_goes_by_whether_late_gradients_still_point_where_fresh_ones_do() -> None:
     ends = {lr: run(3, _steps, lr, "stash")[0] for lr in (0.001, 0.3)}
     (calm, said), (hasty, _) = ends.values()

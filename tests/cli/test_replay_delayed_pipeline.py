@@ -90,6 +90,7 @@ def test_what_differs_first_is_named_by_its_stage_and_pass(tmp_path: Path, said:
     assert status == 0, words
 
 
+@pytest.mark.few(0)
 def test_other_data_and_other_weights_are_told(tmp_path: Path, said: Said) -> None:
     record(tmp_path / "run", 2)
     status, words = said(tmp_path / "run", module="Other")

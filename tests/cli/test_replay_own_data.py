@@ -33,7 +33,7 @@ def notes(folder: Path, name: str, rank: int = 0) -> list[Any]:
 # -- as recorded -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("n", "module", "knobs", "options"),
     [
@@ -91,7 +91,7 @@ def _parted(folder: str, module: str, options: dict[str, Any], resumed: bool) ->
     t.fit(getattr(recorded, module)(), ckpt_path=f"{folder}/saved/step=5.ckpt" if resumed else None)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("module", "options"),
     [

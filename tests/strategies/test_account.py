@@ -92,7 +92,7 @@ def test_a_member_holds_and_sends_what_it_says(case: str) -> None:
         assert exchanged(found[0], case) == pytest.approx(said.wire, rel=0.05)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("mode", ["pairwise", "none"])
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
 def test_half_precision_weights_are_stepped_in_float32_which_is_counted(optimizer: Any, mode: str) -> None:

@@ -123,7 +123,7 @@ def steps_with(one: dict[str, Any], first: Tensor) -> bool:
     return torch.equal(found, batches)
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [Straight, ByHand])
 @pytest.mark.parametrize(("before", "after"), WORLDS)
 @pytest.mark.parametrize("first", [3, 5])
@@ -148,7 +148,7 @@ def test_another_world_adds_the_mean_of_what_all_had_added_up_to_its_first_step(
     assert "lost" not in sentence
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("kind", [Straight, ByHand])
 def test_under_fp16s_scaler_each_rank_had_a_scale_of_its_own(kind: type[Straight], tmp_path: Path) -> None:
     path = str(tmp_path / "x.ckpt")
@@ -159,6 +159,7 @@ def test_under_fp16s_scaler_each_rank_had_a_scale_of_its_own(kind: type[Straight
         assert steps_with(one, mean(saved))
 
 
+@pytest.mark.few(0)
 def test_who_has_larger_batches_weighs_more(tmp_path: Path) -> None:
     """Each sample counts the same."""
     path = str(tmp_path / "x.ckpt")
@@ -168,7 +169,7 @@ def test_who_has_larger_batches_weighs_more(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(end["carried"]["w"]), (small + 3 * large) / 4, rtol=0, atol=1e-6)  # sixths
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("again", [1, 2])
 def test_what_waits_for_its_step_is_saved_once_more(again: int, tmp_path: Path) -> None:
     """By the same world: each goes on with its own, to the bit; by another: with the mean of both."""

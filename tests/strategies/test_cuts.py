@@ -273,6 +273,7 @@ def _stopped(folder: str) -> dict[str, Any]:
     return fit(folder, stops=stop, every=4)
 
 
+@pytest.mark.few(0)
 def test_a_stopped_rank_stops_nobody_while_a_cut_is_open(tmp_path: Path) -> None:
     """No clock decides: the others come on by so many batches while it stands, and then the cut is whole."""
     with Forked(N, _stopped, str(tmp_path), store=True) as forked:
@@ -315,6 +316,7 @@ def _again(folder: str) -> dict[str, Any]:
     return fit(folder, path=f"{folder}/x.ckpt", step=0.004, **X)
 
 
+@pytest.mark.few(0)
 def test_a_kill_in_the_middle_of_a_cut_leaves_the_one_before(tmp_path: Path) -> None:
     with Forked(N, _killed, str(tmp_path), store=True) as forked:
         forked.processes[0].join(40)
@@ -393,7 +395,7 @@ def _told_to_end(folder: str, which: int) -> dict[str, Any]:
     return fit(folder, stops=terminate)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("which", [0, 2])
 def test_a_run_that_is_told_to_end_leaves_whole_files(which: int, tmp_path: Path) -> None:
     """Behind the first checkpoint, when the next cut may be open."""

@@ -144,7 +144,7 @@ def _compiled(what: str, backend: str, cache: Path) -> Any:
     return weights(lit) != before, counters["stats"]["unique_graphs"] > 0, weights(lit)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(("what", "backend"), [("layer", "aot_eager"), ("module", "aot_eager"), ("layer", "inductor")])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_torch_compile(what: str, backend: str, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def _steps(kind: type[Small], make: Callable[..., torch.optim.Optimizer], option
     }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize(
     ("kind", "options"),

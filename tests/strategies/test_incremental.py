@@ -80,6 +80,7 @@ def test_every_sample_once_an_epoch_and_a_slow_rank_gets_less(balance: Any) -> N
     assert len(ends[3]["seen"][2]) < 0.6 * 240 / 4  # 18 if nothing disturbed the ranks
 
 
+@pytest.mark.few(0)
 def test_the_papers_form_adds_a_part_an_epoch_and_moves_nothing() -> None:
     ends = run(4, _fit, 4, Incremental(parts=3, partition="kept"), 4, None, None, None, 2)
     for epoch, total in enumerate([80, 160, 240, 240]):
@@ -100,7 +101,7 @@ def test_with_a_server_and_one_exchange_an_epoch_as_in_the_paper(balance: Any) -
     assert of_epoch(ends, 2) == Counter(range(240))
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("balance", ["incremental", KEPT])
 def test_the_others_go_on_after_a_death(balance: Any) -> None:

@@ -209,6 +209,7 @@ def task(environment: dict[str, str], words: list[str], name: str | None) -> dic
     return train(words, told) | {"saved": told.saved, "began": told.began}
 
 
+@pytest.mark.few(0)
 def test_a_job_of_slurm_is_queued_anew_and_goes_on(tmp_path: Path) -> None:
     """The batch script itself is run by bash, with what SLURM tells it by its own `#SBATCH` lines."""
     queue = Queue(tmp_path)

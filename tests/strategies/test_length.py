@@ -116,7 +116,7 @@ def test_a_loader_of_the_user_s_own_has_the_length_that_it_says() -> None:
         assert validated == [(epoch, step) for epoch in range(3) for step in (5, 10)]
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("lengths", [(64, 160, 32), (160, 64)])
 @pytest.mark.parametrize("asks", [True, False])
 @pytest.mark.parametrize(("interval", "fed"), [(0.5, True), (4, True), (0.5, False)])

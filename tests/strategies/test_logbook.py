@@ -108,7 +108,7 @@ def piped_through(folder: Path, devices: int, replicas: int, epochs: int, resume
     return {key: float(value) for key, value in one.logged_metrics.items() if key.startswith("progress/")}
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:You defined a `validation_step`")
 @pytest.mark.parametrize(("devices", "replicas"), [(4, 2), (2, 1), (1, 1)])
 def test_a_pipeline_enters_what_its_replicas_have_trained_on(devices: int, replicas: int, tmp_path: Path) -> None:

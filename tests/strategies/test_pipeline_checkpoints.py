@@ -70,7 +70,7 @@ def _breaks_off(file: Path) -> None:
     trainer(2, max_steps=4, callbacks=[AtTheEnd(file)]).fit(Piped(), loader(shuffle=True), loader(20))
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("options", [{}, BOTH])
 def test_a_run_that_broke_off_within_an_epoch_and_was_saved_at_its_end_goes_on_there(
     options: dict[str, Any], tmp_path: Path
@@ -82,7 +82,7 @@ def test_a_run_that_broke_off_within_an_epoch_and_was_saved_at_its_end_goes_on_t
     _is_rest_of(whole, run(2, _train, str(tmp_path / "b"), 2, 2, str(file), {}, 4, options), 4)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("step", [12, 16])
 @pytest.mark.parametrize("options", [{}, BOTH | UNSEEN, {"max_epochs": -1, "max_steps": 24}])
 def test_a_run_that_was_saved_by_its_steps_where_an_epoch_ends_goes_on_twice(
@@ -123,7 +123,7 @@ def _told(folder: str, batch: int) -> None:
         trainer(2, callbacks=[Told(batch), saver], **SAVING, **UNSEEN).fit(Piped(), loader(shuffle=True), loader(20))
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("batch", [8, 4])
 def test_a_run_that_was_told_to_end_goes_on_behind_its_last_batch(batch: int, tmp_path: Path) -> None:
     """Which may be the last one of an epoch."""
@@ -162,6 +162,7 @@ def _two_then_three(file: str, devices: int) -> Any:
     return weights(lit)
 
 
+@pytest.mark.few(0)
 def test_another_number_of_stages_goes_on_from_it(tmp_path: Path) -> None:
     run(2, _train, str(tmp_path), 2, 1, None, {}, None)
     file = str(tmp_path / "epoch=0-step=8.ckpt")

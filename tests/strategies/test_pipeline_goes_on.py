@@ -138,6 +138,7 @@ def test_a_run_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.few(0)
 def test_what_a_run_that_went_on_saved_behind_a_validation_goes_on_too(tmp_path: Path) -> None:
     """Of loaders that it began anew it says nothing, and plain Lightning goes on from it as well."""
 

@@ -224,6 +224,7 @@ class Pairs(Lit):
         return super().training_step(batch[0], batch_idx)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "why"),
     [

@@ -114,7 +114,7 @@ def test_so_it_is_with_the_own_state_of_other_methods(kind: Any, tmp_path: Path)
     assert run(2, _look, kind, path, False) == run(2, _look, kind, path, True)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("balance", "where", "slow"),
     [("equal", "batch", 1.0), ("claim", "epoch", 1.0), ("claim", "validation", 4.0)],  # of claims no batch is all's
@@ -305,7 +305,7 @@ def test_a_save_that_comes_past_its_step_and_between_two_others_goes_on_to_the_b
         assert other == end
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:rank 1 had no batch in this epoch")
 @pytest.mark.parametrize("last", [True, False])
 def test_a_run_that_was_terminated_between_two_steps_goes_on_to_the_bit(last: bool, tmp_path: Path) -> None:
@@ -581,6 +581,7 @@ def _counted(folder: Path, path: Path | None) -> tuple[list[int], int]:
     return validated.at, t.global_step
 
 
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:.*does not go on to the bit", "ignore:.*exists and is not empty")
 def test_whose_file_is_missing_counts_as_the_others_do(tmp_path: Path) -> None:
     """What it did itself, and Lightning counts, is not what all did: it is the slow one."""
@@ -668,6 +669,7 @@ def _fits(path: str) -> Any:
     return seen[0]["steps"], weights(lit)
 
 
+@pytest.mark.few(1)
 def test_a_checkpoint_without_our_word_loads_as_always(saved: Path) -> None:
     main = torch.load(saved, weights_only=True)
     del main["lightning_async"]

@@ -224,6 +224,7 @@ def _again(speeds: dict[int, float], folder: str) -> tuple[list[int], list[int]]
     return odd.at, [t.global_step, t.current_epoch]
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
 @pytest.mark.parametrize("speeds", [{}, {1: 3.0}])
 def test_a_second_fit_validates_where_the_first_did(speeds: dict[int, float], tmp_path: Path) -> None:

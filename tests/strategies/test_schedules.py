@@ -117,7 +117,7 @@ def test_so_they_do_with_limits_and_meetings_and_stop_at_max_steps(
     assert found == at_its_end(name, total)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("slow", [1.0, 4.0])
 @pytest.mark.parametrize("name", ["onecycle", "cosine"])
 @pytest.mark.parametrize(

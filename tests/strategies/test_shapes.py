@@ -211,7 +211,7 @@ def test_a_loader_with_a_state_goes_on_behind_the_last_batch_of_each_rank(
         assert not [said for said in end["said"] if "begins its stream anew" in said]
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("shape", ["webdataset", "webdataset's loader"])
 def test_a_loader_without_a_state_begins_anew_and_says_so(shape: str, tmp_path: Path) -> None:
     for rank, end in enumerate(interrupted(shape, 0, tmp_path)):

@@ -239,7 +239,7 @@ def adding_up(folder: Path, rank: int | None) -> dict[str, Any]:
     return {"saved": watch.saved, "losses": lit.losses, "end": weights(lit)}
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:rank . had no batch in this epoch")  # where the other one came to its end first
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_job_that_was_warned_between_two_steps_goes_on_to_the_bit(slurm: Path, rank: int) -> None:
@@ -374,7 +374,7 @@ def validating(folder: Path, rank: int, options: dict[str, Any]) -> dict[str, An
     return {"saved": watch.saved, "validated": watch.validated, "end": end, "seen": lit.seen}
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_in_a_validation_saves_behind_it(slurm: Path, rank: int) -> None:
     """And nobody validates a second time where the job goes on from there, or trains on a sample again."""
@@ -434,7 +434,7 @@ def pipeline(folder: Path, rank: Whom, warned: Any = Warned) -> dict[str, Any]:
     return {"saved": warned.saved, "steps": t.global_step, "end": piped.weights(lit), "batches": warned.batches}
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("rank", ["all", 1, 0])
 def test_the_stages_of_a_pipeline_save_after_the_same_batch_and_train_on(slurm: Path, rank: Whom) -> None:
     """Its middle stage too, which waits for both others. Where all hear the signal, they do at unlike moments."""

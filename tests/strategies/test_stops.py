@@ -66,7 +66,7 @@ def test_sigterm_to_any_rank_stops_all_cleanly(rank: int, tmp_path: Path) -> Non
     assert [r.kind for r in results] == ["SIGTERMException"] * 3
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("ranks", [(0, 1, 2, 1), (2, 2, 1, 0)])
 def test_sigterm_to_all_ranks_and_to_one_of_them_twice_stops_all_cleanly(
     ranks: tuple[int, ...], tmp_path: Path
@@ -141,6 +141,7 @@ def test_where_a_rank_does_not_come_in_time_what_all_saved_stays(names: str, tmp
     assert "lightning_async" not in torch.load(alone, weights_only=True)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_an_exception_on_any_rank_stops_all_and_is_named(rank: int, tmp_path: Path) -> None:
     with Forked(3, _train, str(tmp_path), {"step_seconds": 0.01, "fail": {rank: 7}}, {}) as forked:

@@ -175,7 +175,7 @@ class Pairs(Lit):
         return super().training_step(batch[0], batch_idx)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:`Batches` is not a DataLoader", "ignore:rank .* had no batch in this epoch")
 @pytest.mark.filterwarnings("ignore:.*does not go on to the bit", "ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("feed", ["loader", "data set", "all of two", "shorter of two"])
@@ -437,7 +437,7 @@ def test_a_stream_that_ends_with_its_part_steps_its_schedules_too() -> None:
     assert [(end["scheduled"], end["step"]) for end in ends] == [(4, 24)] * 3
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
 @pytest.mark.parametrize(
     ("every", "limit", "points"),
@@ -454,7 +454,7 @@ def test_all_validate_at_the_same_batches_of_streams_of_unlike_lengths(
     assert ends[0]["end"] == ends[1]["end"]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:`Bookmarked` is not a DataLoader", "ignore:.*exists and is not empty")
 @pytest.mark.parametrize("kind", ["data set", "loader", "sixes"])
 @pytest.mark.parametrize("name", ["epoch=1-step=12", "epoch=1-step=9"])

@@ -137,7 +137,7 @@ def _one_rank_only(folder: str | None) -> None:
     trainer(2, callbacks=[OneRankOnly(), *save], **options).fit(Backbone(), samples(), held_out())
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("saves", [True, False])
 def test_ranks_that_do_not_thaw_alike_are_stopped_with_the_names(saves: bool, tmp_path: Path) -> None:
     """Before what they would save is of unlike vectors; else before they train on."""
@@ -187,7 +187,7 @@ def _goes_on(knobs: dict[str, Any], later: int, precision: Any, path: str, resum
     }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("mode", "at_meeting", "later", "precision"),
     [
@@ -265,7 +265,7 @@ def _elsewhere(n: int, signs: bool, path: str, resume: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("signs", [True, False])
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3)])
 def test_another_world_goes_on_behind_the_thaw_with_what_was_held_back(
@@ -302,6 +302,7 @@ def _freezes_all(folder: str) -> Tensor:
     return torch.tensor(weights(lit))
 
 
+@pytest.mark.few(0)
 def test_what_is_frozen_for_good_at_the_very_end_is_saved(tmp_path: Path) -> None:
     first, second = run(2, _freezes_all, str(tmp_path))
     assert torch.equal(first, second)

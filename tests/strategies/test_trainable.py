@@ -235,6 +235,7 @@ def _replaces(signs: bool) -> Any:
     return weights(lit), sizes.starts
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("signs", [False, True])
 def test_a_replaced_layer(signs: bool) -> None:
     """Also with signs that say how updates have changed: what all have of them must not stay on some ranks alone."""

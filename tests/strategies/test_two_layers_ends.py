@@ -164,6 +164,7 @@ def test_sigterm_to_any_rank_stops_all(rank: int, tmp_path: Path) -> None:
         assert [result.kind for result in ended(forked)] == ["SIGTERMException"] * 4
 
 
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore")
 def test_a_frozen_sibling_is_waited_for_until_it_counts_as_dead(tmp_path: Path) -> None:
     with Forked(4, _trains, str(tmp_path), {"patience": 2.0}, store=True) as forked:

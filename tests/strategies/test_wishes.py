@@ -133,7 +133,7 @@ def long_batches(rank: int, folder: Path) -> dict[str, Any]:
     return {"batches": len(batches), "end": end}
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_in_the_first_stretch_ranks_with_long_batches_end_within_grace(rank: int, tmp_path: Path) -> None:
     found = run(2, long_batches, rank, tmp_path)
@@ -322,7 +322,7 @@ class Long(IterableDataset[Any]):
         return itertools.islice(iter(Endless()), self.length)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("kind", ["max_time", "train_time_interval", "val_check_interval"])
 def test_the_clock_of_the_first_rank_counts_while_it_waits_for_the_others(kind: str, tmp_path: Path) -> None:
     first, second = run(2, by_time, tmp_path, kind)
