@@ -89,19 +89,31 @@ class Sum:
     def __init__(self) -> None:
         self.mass = self.count = 0
         self._vector: Tensor | None = None
+        self._divided = False
 
-    def add(self, body: Tensor, mass: int) -> None:
-        """One part: first the weights, times mass in UNITs; behind them what counts alike for all."""
-        exact = body.to("cpu", torch.float64)
-        self._vector = exact.clone() if self._vector is None else self._vector.add_(exact)
-        self.mass += mass
-        self.count += 1
+    def add(self, body: Tensor, mass: int, *, at: int = 0, numel: int | None = None) -> None:
+        """One part: first the weights, times mass in UNITs; behind them what counts alike for all.
+
+        It may come in pieces: this one begins `at` an element of the `numel` that there are.
+        """
+        if self._divided:
+            raise ValueError("the means were taken: no part can be added any more")
+        if self._vector is None:
+            self._vector = torch.zeros(body.numel() if numel is None else numel, dtype=torch.float64)
+        self._vector[at : at + body.numel()].add_(body.cpu())  # computed in double precision, without a copy in it
+        self.mass += mass if at == 0 else 0
+        self.count += at == 0
 
     def means(self, numel: int) -> tuple[Tensor, Tensor]:
-        """Of the weights, `numel` elements, by mass; of the rest, by parts."""
+        """Of the weights, `numel` elements, by mass; of the rest, by parts. In the place of the sums."""
         if self._vector is None:
             raise ValueError("no part was added: there is no mean")
-        return self._vector[:numel] / (self.mass / UNIT), self._vector[numel:] / self.count
+        weights, rest = self._vector[:numel], self._vector[numel:]
+        if not self._divided:
+            self._divided = True
+            weights.div_(self.mass / UNIT)
+            rest.div_(self.count)
+        return weights, rest
 
 
 def packed(part: Part[S]) -> dict[str, Any]:

@@ -81,6 +81,23 @@ def test_the_consensus_of_a_cut_has_all_but_what_is_missing(batch: int) -> None:
         assert rest.tolist() == [(plan.n - 1) / 2] * 2
 
 
+def test_a_part_may_come_in_pieces_and_the_means_stand_in_the_place_of_the_sum() -> None:
+    """To the bit, in whatever order those of several parts come; and one that comes behind the means is refused."""
+    parts = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+    whole, pieces = Sum(), Sum()
+    for number, part in enumerate(parts):
+        whole.add(part, (number + 1) * UNIT)
+    for at in range(0, 10, 4):
+        for number, part in enumerate(parts):
+            pieces.add(part[at : at + 4], (number + 1) * UNIT, at=at, numel=10)
+    assert (pieces.mass, pieces.count) == (whole.mass, whole.count) == (6 * UNIT, 3)
+    for one, other in zip(pieces.means(8), whole.means(8), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(pieces.means(8)[0], parts.double().sum(0)[:8] / 6), "they are taken once"
+    with pytest.raises(ValueError, match="the means were taken"):
+        pieces.add(parts[0], UNIT)
+
+
 def test_no_part_has_no_mean() -> None:
     with pytest.raises(ValueError, match="no part was added"):
         Sum().means(1)
