@@ -163,6 +163,11 @@ class Progress:
     def overhear(self) -> None:
         """Called by who waits for the others at a meeting. Nothing: this rank is a member by itself."""
 
+    def look(self) -> None:
+        """To be called by who waits and goes by how far the others come: it has no batch that would look around."""
+        if self._desk.now() >= self._next_look:
+            self._look_around()
+
     def steps(self) -> int:
         """Steps of the run by now: never less than before, not the next point before all are there, and none beyond the
         epoch's."""

@@ -3,7 +3,8 @@
     device   beside weights, gradients and optimizers: what the method keeps where the weights are; and by how much the
              state of optimizers that step half-precision weights in float32 is longer than these
     host     a slot for each message that may be under way and a box where it arrives, each as long as the message;
-             what is served to others; what each link needs, whatever travels on it. None of it is pinned
+             what is served to others; what each link needs, whatever travels on it. With `saves="cut"` also what
+             the first rank has while a cut is written. None of it is pinned
     wire     bodies that one member sends in one exchange; headers are 256 bytes each
 
 Of the member that holds the most, which is the first, from its first meeting on and as long as nothing goes wrong: what
@@ -39,6 +40,7 @@ from lightning_async.algorithms.topology import neighbours, onward, partner
 from lightning_async.pipeline.edge import DEPTH
 from lightning_async.pipeline.stash import Semantics
 from lightning_async.replica import ALIGNMENT
+from lightning_async.strategies.cut_consensus import piece_of
 from lightning_async.transport.cluster import PIECE, link_bytes
 from lightning_async.transport.mail import LONGEST
 from lightning_async.transport.rounds import OWNERS, SHORT
@@ -56,6 +58,7 @@ class Model:
         remembered: Vectors like the weights that a server's optimizer remembers.
         adam: Optimizers that need a buffer more where steps are averaged (`algorithms/adam.py`).
         wider: Bytes by which optimizers remember more, since they step narrow parameters in the vector's precision.
+        state: Bytes of all that optimizers remember, where a cut copies it.
     """
 
     sizes: tuple[int, ...]
@@ -65,6 +68,7 @@ class Model:
     remembered: int = 0
     adam: int = 0
     wider: int = 0
+    state: int = 0
 
     @property
     def spans(self) -> list[Span]:
@@ -124,13 +128,23 @@ def model_of(parameters: Iterable[nn.Parameter], **more: int | frozenset[int]) -
 def wider_state(optimizer: Optimizer, dtype: torch.dtype) -> int:
     """Bytes by which what an optimizer remembers is longer in this precision than in that of its parameters; 0 for one
     that cannot be asked what it remembers."""
+    return _kept(optimizer) * sum(p.numel() * max(0, dtype.itemsize - p.dtype.itemsize) for p in _trained(optimizer))
+
+
+def state_of(optimizer: Optimizer, dtype: torch.dtype) -> int:
+    """Bytes of what an optimizer remembers in this precision, or its parameters' if that is wider; 0 as above."""
+    return _kept(optimizer) * sum(p.numel() * max(dtype.itemsize, p.dtype.itemsize) for p in _trained(optimizer))
+
+
+def _kept(optimizer: Optimizer) -> int:
     try:
-        kept = len(remembered(optimizer))
+        return len(remembered(optimizer))
     except Exception:  # it is the user's, and may need whatever it likes
         return 0
-    parameters = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-    more: int = sum(p.numel() * max(0, dtype.itemsize - p.dtype.itemsize) for p in parameters)
-    return kept * more
+
+
+def _trained(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 def account(
@@ -142,6 +156,7 @@ def account(
     near: int | None = None,
     piece: int = PIECE,
     apart: bool = False,
+    cuts: bool = False,
 ) -> Account:
     """What a method holds and sends.
 
@@ -153,6 +168,7 @@ def account(
         near: How many other ranks are on the same host, as far as links go there; None: all.
         piece: The longest piece in which a body travels.
         apart: Whether the weights are on a device with memory of its own.
+        cuts: Whether checkpoints are cuts.
     """
     links = members - 1 + inner - 1
     found = _method(algorithm, model, members)
@@ -163,6 +179,7 @@ def account(
     if inner > 1:
         device += model.nbytes
         host += inside(model.nbytes, inner) + apart * model.nbytes
+    host += cut_midway(model, members) if cuts else 0
     return found.plus(device=device, host=host, longest=longest)
 
 
@@ -178,6 +195,14 @@ def rounds(nbytes: int, members: int) -> int:
         return 2 * others * nbytes
     owners = min(OWNERS, members)
     return 2 * (owners - 1 + others) * -(-nbytes // owners)
+
+
+def cut_midway(model: Model, members: int) -> int:
+    """What the first rank has while a cut is written (`cut_files.py`): its record, with what optimizers remember; the
+    sum in double precision, which becomes the mean, and the consensus as it stands in the file; and the boxes in which
+    pieces of the others' sums arrived, for good."""
+    boxes = (members - 1) * piece_of(model.nbytes, members)
+    return model.nbytes + model.state + 8 * model.numel + model.nbytes + boxes
 
 
 def inside(nbytes: int, inner: int) -> int:

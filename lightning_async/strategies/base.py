@@ -36,7 +36,7 @@ from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
 from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
-from lightning_async.strategies.account import Account, account, model_of, short, wider_state
+from lightning_async.strategies.account import Account, account, model_of, short, state_of, wider_state
 from lightning_async.strategies.averages import Averages, miss_no_step
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.checkpoints import Checkpoints
@@ -257,12 +257,14 @@ class AsyncStrategy(Shown):
         near = self.num_processes - 1
         inner = max(map(len, self.office.ranks_of_members), default=1)
         apart, piece = self.root_device.type != "cpu", self.office.piece
-        return account(self.algorithm, model, self.members, inner=inner, near=near, piece=piece, apart=apart)
+        seen = {"inner": inner, "near": near, "piece": piece}
+        return account(self.algorithm, model, self.members, **seen, apart=apart, cuts=self.cuts.are_due)
 
     def _beside(self) -> dict[str, Any]:
         """What of `account.Model` goes by the optimizers, or by names."""
         wider = sum(wider_state(o, self.replica.flat.dtype) for o in self.optimizers) if self.replica.narrow else 0
-        return {"adam": sum(SecondMoment.concerns(o) for o in self.optimizers), "wider": wider}
+        state = sum(state_of(o, self.replica.flat.dtype) for o in self.optimizers) if self.cuts.are_due else 0
+        return {"adam": sum(SecondMoment.concerns(o) for o in self.optimizers), "wider": wider, "state": state}
 
     # -- the batch -----------------------------------------------------------------------------------------------------
 

@@ -86,6 +86,8 @@ class Consensus:
         office, algorithm = strategy.office, strategy.algorithm
         strategy.clock.summon(strategy.trainer)
         progress.overhear()
+        if progress.ended:
+            strategy.cuts.attend()
         if algorithm.attends and office.speaks:
             for _ in office.recording.attends():
                 algorithm.attend(strategy.replica, office.mail)
@@ -179,3 +181,4 @@ class Consensus:
             strategy.together(strategy.statistics.take_anew(module, strategy.training_step, rounds))
         strategy.together(agree_on_saved(strategy.trainer, rounds))
         strategy.together(strategy.checkpoints.settle())
+        strategy.together(strategy.cuts.settle())

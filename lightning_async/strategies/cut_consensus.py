@@ -1,11 +1,14 @@
 """What the first rank gathers of a cut: what all say of their parts, and the sum of what these bring into consensus.
 
-    rank 2    part complete    says so on the board; posts mass * weights and what was under way, as one message
-    rank 0                     hears it; adds the message up in double precision, in its writer's thread
+    rank 2    part complete    says so on the board; posts mass * weights and what was under way, piece by piece
+    rank 0                     hears it; adds each piece up in double precision, in its writer's thread
     all there                  the consensus of the cut: (sum of mass * weights + under way) / (sum of masses)
 
 The sum travels by links and not by files: the folder of a checkpoint need not be one that all ranks share. Nobody waits
 for it: a slot that is taken is tried again behind the next batch.
+
+A link keeps the memory in which something arrived. So the pieces of all others together are as long as one vector, or
+16 MB each: the first rank holds no more of them at a time, however many ranks there are.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ from torch import Tensor
 
 from lightning_async.algorithms.cut import Part, Sum
 from lightning_async.strategies.cut_files import Record, said_of_data
-from lightning_async.transport.mail import Carrier
+from lightning_async.transport.mail import LONGEST, Carrier
+
+PIECE = 1 << 24
+"""Bytes that a piece has at least, if there are so many: each takes about two batches."""
 
 
 class Gathering:
@@ -44,10 +50,11 @@ class Gathering:
         self._said: dict[int, dict[str, Any]] = {}
         self._added: set[int] = set()
 
-    def add(self, rank: int, body: Tensor, mass: int) -> None:
-        """What a part brings; in the writer's thread."""
-        self.total.add(body, mass)
-        self._added.add(rank)
+    def add(self, rank: int, body: Tensor, mass: int, *, at: int = 0, numel: int | None = None) -> None:
+        """A piece of what a part brings (`Sum.add`); in the writer's thread."""
+        self.total.add(body, mass, at=at, numel=numel)
+        if numel is None or at + body.numel() == numel:  # a link keeps their order
+            self._added.add(rank)
 
     def hear(self) -> None:
         """What was said since."""
@@ -99,6 +106,11 @@ class Gathering:
         if missing and waited > limit:
             return f"the part of rank {missing[0]} was not here after {waited:.0f} s (`meeting_timeout`)"
         return ""
+
+
+def piece_of(nbytes: int, members: int) -> int:
+    """Bytes of the longest piece of a vector that each of the others sends to the first."""
+    return min(LONGEST, nbytes, max(PIECE, -(-nbytes // max(1, members - 1))))
 
 
 def key(number: int, rank: int | None = None) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_async.algorithms.cut import Part, Sum, packed
 from lightning_async.data.resume import unite
 from lightning_async.strategies import compat, saved_loops
+from lightning_async.strategies.cut_places import Places, averaged_places, places_of, shown
 from lightning_async.strategies.own_state import Part as Saved
 from lightning_async.strategies.own_state import all_parts, own_buffers, own_keys, primitive
 from lightning_async.strategies.resuming import KEY, VERSION
@@ -40,11 +41,12 @@ class Record:
         algorithm: The method's state, with what it has asked and not heard of.
         counts: What it has trained on.
         scheduled: To which step of the run its schedules have come.
+        waits: Whether its epoch was over, and not the others'.
         data: What of the epoch it has completed.
         own: What else its own file holds.
         main: What Lightning saves of the first rank, without what is trained; empty on the others.
-        places: Where in the vector what is trained lies, by its names in a state dict: offset and what it is like.
-        averaged: The names of the buffers that are averaged, with what they are like.
+        places: Where in the vector what is trained lies, by its names in the state dict; empty on the others.
+        averaged: The same of the buffers that are averaged.
     """
 
     weights: Tensor
@@ -52,11 +54,12 @@ class Record:
     algorithm: dict[str, Any]
     counts: bytes
     scheduled: int
+    waits: bool
     data: dict[str, Any]
     own: dict[str, Any]
     main: dict[str, Any]
-    places: dict[str, tuple[int, Tensor]]
-    averaged: dict[str, Tensor]
+    places: Places
+    averaged: Places
 
 
 @dataclass(frozen=True)
@@ -83,29 +86,32 @@ def record(strategy: AsyncStrategy, parts: Mapping[str, Saved], *, first: bool) 
     """This rank as it is now."""
     module, replica = strategy.trainer.lightning_module, strategy.replica
     feeding, clock = strategy.feeding, strategy.clock
+    replica.check()  # where its memory is, is looked at below
     dumped = compat.dump(strategy.trainer)
-    saved_loops.go_on(dumped["loops"]["fit_loop"])
-    places = _places(strategy)
+    assert clock.progress is not None  # only who trains records
+    waits = clock.progress.ended
+    (saved_loops.wait_again if waits else saved_loops.go_on)(dumped["loops"]["fit_loop"])
+    places = places_of(module, replica, dumped["state_dict"], strategy.name)
     buffers = own_buffers(module)
     averaged = {name: b for name, b in buffers.items() if b.is_floating_point() and strategy.buffers != "local"}
     state = {name: part.state_dict() for name, part in all_parts(strategy, dict(parts)).items() if name != "algorithm"}
     algorithm: dict[str, Any] = strategy.algorithm.midway()  # type: ignore[attr-defined]  # no other is ever cut
     own = {key: dumped[key] for key in own_keys(strategy) if key in dumped and not first}
-    own |= {"buffers": buffers, "loaders": feeding.loader_states(), "waits": False, "parts": state}
+    own |= {"buffers": buffers, "loaders": feeding.loader_states(), "waits": waits, "parts": state}
     weights = _copied(replica.flat)
     flat = [b.reshape(-1).to(weights.dtype) for b in averaged.values()]
-    assert clock.progress is not None  # only who trains records
     return Record(
         weights=weights,
         buffers=torch.cat([weights.new_empty(0), *flat]),
         algorithm=algorithm,
         counts=clock.progress.says(),
         scheduled=clock.scheduled,
+        waits=waits,
         data=_copied(feeding.state_dict()),
         own=_copied({"steps": strategy.steps, **own}),
         main=_main(dumped, places) if first else {},
         places=places,
-        averaged={name: torch.empty_like(b, device="meta") for name, b in averaged.items()},
+        averaged=averaged_places(averaged, module, dumped["state_dict"]),
     )
 
 
@@ -114,7 +120,8 @@ def own_file(part: Part[Record], save: str, progress: Mapping[str, Any], steps: 
     mine = part.state
     mail: Part[Any] = replace(part, state=None)  # type: ignore[arg-type]  # that is all beside it
     own = {**mine.own, "data": mine.data, "weights": mine.weights, "cut": packed(mail)}
-    parts = {**own["parts"], "algorithm": mine.algorithm, "progress": {**progress, "scheduled": mine.scheduled}}
+    counted = {**progress, "scheduled": mine.scheduled, "ended": mine.waits}
+    parts = {**own["parts"], "algorithm": mine.algorithm, "progress": counted}
     if "loops" in own:
         saved_loops.at_step(own["loops"]["fit_loop"], steps)
     return primitive({"version": VERSION, "save": save, "rank": part.member, **own, "parts": parts})  # type: ignore[no-any-return]
@@ -144,23 +151,8 @@ def said_of_data(mine: Record) -> dict[str, Any]:
 def _with_consensus(mine: Record, total: Sum) -> dict[str, Any]:
     weights, buffers = total.means(mine.weights.numel())
     state = copy.copy(mine.main["state_dict"])  # torch keeps more in it than its items
-    made: dict[int, Tensor] = {}  # tied weights have two names, and lie in the file once
-    for name, (at, like) in mine.places.items():
-        if name in state:
-            part = weights[at : at + like.numel()].view(like.shape)
-            state[name] = made.setdefault(at, part.to(like.dtype, copy=True))
-    at = 0
-    for name, like in mine.averaged.items():
-        if name in state:
-            state[name] = buffers[at : at + like.numel()].view(like.shape).to(like.dtype, copy=True)
-        at += like.numel()
+    state.update(shown(weights, mine.places) | shown(buffers, mine.averaged))
     return state  # type: ignore[no-any-return]
-
-
-def _places(strategy: AsyncStrategy) -> dict[str, tuple[int, Tensor]]:
-    at = {id(p): offset for p, offset in strategy.replica.places}
-    named = strategy.trainer.lightning_module.named_parameters(remove_duplicate=False)
-    return {name: (at[id(p)], torch.empty_like(p, device="meta")) for name, p in named if id(p) in at}
 
 
 def _main(dumped: dict[str, Any], places: Mapping[str, object]) -> dict[str, Any]:

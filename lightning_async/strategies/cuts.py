@@ -5,7 +5,8 @@
                              all markers are here: says so on the board, posts what it brings into the consensus
     rank 0, all is here      asks the callbacks whose save it is where to; says it on the board
     every rank               writes its own file, in a thread of its own, and says so
-    rank 0's thread          all are written: the main file takes its name, and what it replaces goes
+    rank 0's thread          all are written: the main file takes its name; says so; what it replaces goes
+    every rank               its callbacks call the files so
 
 No rank waits for another one in any of this. A cut is given up, in a sentence of the log, when a member dies before its
 part is here, or does not take part for as long as a meeting may last; also where rank 0 dies. A meeting ends what is
@@ -35,11 +36,13 @@ from torch import Tensor
 
 from lightning_async.algorithms.cut import Part, unpacked
 from lightning_async.algorithms.cutting_mail import CuttingMail
-from lightning_async.strategies import compat
-from lightning_async.strategies.cut_consensus import Gathering, key, said_of
+from lightning_async.strategies import compat, cut_names
+from lightning_async.strategies.cut_consensus import Gathering, key, piece_of, said_of
 from lightning_async.strategies.cut_files import Record, Save, data_of_all, main_file, own_file, record
+from lightning_async.strategies.cut_names import Names, Told
+from lightning_async.strategies.cut_places import places_of
 from lightning_async.strategies.rank_files import rank_file
-from lightning_async.strategies.saved import agree_on_saved, names_of, take_names
+from lightning_async.strategies.saved import agree_on_saved
 from lightning_async.transport.mail import SUM, Letter, Message, Wait
 
 if TYPE_CHECKING:
@@ -63,9 +66,13 @@ class Cuts:
     def __init__(self, strategy: AsyncStrategy) -> None:
         self._strategy = strategy
         self.io: AsyncCheckpointIO | None = None
+        self._names: Names | None = None
         self._forget()
 
     def _forget(self) -> None:
+        if self._names is not None:
+            self._names.forget()
+        self._names = None
         self.asking = self._meets = False
         self.saved_at = self._tried_at = 0
         self._not_before = 0.0
@@ -73,11 +80,14 @@ class Cuts:
         self._mail: CuttingMail[Record | None] | None = None
         self._part: Part[Any] | None = None  # complete, and nobody has said yet where to
         self._sum: Future[tuple[Tensor, int]] | None = None  # what it brings; None: it is posted
+        self._sent = 0  # as many elements of it are
         self._adding: list[tuple[Letter, Future[None]]] = []
         self._last: dict[str, Any] = {}  # what was said of the last cut that was saved
+        self._saved_before = 0  # `saved_at` before that one
         self._gathering: Gathering | None = None
         self._where: tuple[dict[str, Any], int] = {}, 0  # how far the run was then, and at which of its steps
         self._due: list[Callback] = []
+        self._before: list[dict[str, Any]] = []  # the callbacks' names before they were asked
         self._saves: list[Save] = []
         self._removals: list[Callable[[], object]] = []
         self._ordered: Future[None] | None = None
@@ -88,18 +98,30 @@ class Cuts:
         by_steps = self._strategy.saves == "cut" and compat.saves_every(callback) > 0
         return by_steps and callback.monitor is None and callback.save_last != "link"
 
+    @property
+    def are_due(self) -> bool:
+        """Whether any callback saves so in this fit."""
+        return bool(self._found())
+
+    def _found(self) -> list[ModelCheckpoint]:
+        trainer = self._strategy.trainer
+        found = [c for c in compat.callbacks(trainer) if isinstance(c, ModelCheckpoint) and self.saves(c)]
+        return [] if compat.fast_dev_run(trainer) else found
+
     def begin(self, cut: Mapping[str, Any] | None) -> None:
         """A fit begins; where it goes on from a cut, with this rank's part of it."""
         strategy = self._strategy
         self._forget()
-        found = [c for c in compat.callbacks(strategy.trainer) if isinstance(c, ModelCheckpoint) and self.saves(c)]
-        self._callbacks = [] if compat.fast_dev_run(strategy.trainer) else found
+        self._callbacks = self._found()
         if cut is not None and strategy.office.recording.on:
             raise MisconfigurationException(
                 f"strategy={strategy.name!r}: a run that goes on from a cut gets mail that no log has, so it cannot be "
                 "recorded: leave `record` out until it has saved at a meeting"
             )
         if self._callbacks:
+            module = strategy.trainer.lightning_module
+            places_of(module, strategy.replica, strategy.lightning_module_state_dict(), strategy.name)  # or it refuses
+            self._names = Names(self._callbacks, strategy.office.carrier)
             self.io = AsyncCheckpointIO(strategy.checkpoint_io)
         if self._callbacks or cut is not None:
             part: Part[None] = Part(0, 0, (), None) if cut is None else unpacked(cut)
@@ -117,6 +139,15 @@ class Cuts:
             self._ask(callback, ask)
         if self._due and callback is self._callbacks[-1]:
             self._order()
+
+    def attend(self) -> None:
+        """This rank's epoch is over, and it waits for the others, between two steps: it takes part as ever."""
+        trainer, progress = self._strategy.trainer, self._strategy.clock.progress
+        if self._mail is None or progress is None:
+            return
+        progress.look()
+        for callback in self._callbacks:  # as the loop does behind a batch; they ask `between`
+            callback.on_train_batch_end(trainer, trainer.lightning_module, None, {}, 0)
 
     def save(self, checkpoint: Mapping[str, Any], filepath: Any, options: Any) -> None:
         """A callback says where to."""
@@ -138,20 +169,32 @@ class Cuts:
         if self._ordered is not None:
             self._tell()
         self._gathering = self._sum = None
+        self._due = []
         self._meets = True
         rounds = self._strategy.office.rounds
         yield from self._mail.finish(rounds)
         while self._mail.taken() is not None:
             pass  # nobody has trained since: the meeting saves what is due
         self._meets = False
-        said = yield from rounds.agree(json.dumps(self._last).encode(), what="the last cut")
-        theirs = json.loads(said[min(said)])
+        word = [self._last, None if self._names is None else self._names.says()]
+        said = yield from rounds.agree(json.dumps(word).encode(), what="the last cut")
+        theirs, names = json.loads(said[min(said)])
         if self._part is not None and self._part.number == theirs.get("number"):
             self._follow(theirs)
         self._part = None
-        if len(set(said.values())) > 1:  # one was saved since the last meeting, and not all have heard of it
+        if self._names is not None:
+            self._names.meet(names)
+        if len(set(said.values())) > 1 or (names is not None and names["whole"] is None):  # not all know the same
             yield from agree_on_saved(self._strategy.trainer, rounds)
         self._last, self.saved_at = theirs, theirs.get("at", 0)
+
+    def settle(self) -> Wait[None]:
+        """The run ends, and all is written (`Checkpoints.settle`): the names of all are those of whole files."""
+        if self._names is None:
+            return
+        while self._names.open and self._names.look() is None:
+            yield "the board to say whether the last checkpoint is whole"
+        yield from agree_on_saved(self._strategy.trainer, self._strategy.office.rounds)
 
     def close(self) -> None:
         """The fit is over. What could be written is written by now (`LateFiles.leave`). Idempotent."""
@@ -168,6 +211,9 @@ class Cuts:
         strategy = self._strategy
         if (trouble := strategy.checkpoints.late.trouble()) is not None:
             raise trouble
+        if self._names is not None and self._names.look() is False:
+            self.saved_at = self._saved_before
+            self._last = {**self._last, "at": self.saved_at}
         if strategy.is_global_zero:
             self._begin_if_due(mail)
         mail.between_steps()
@@ -191,7 +237,7 @@ class Cuts:
         self._part = self._sum = None
         mine, open_ = part.members[0] == part.member, self._gathering
         if not part.deaths and not (mine and (open_ is None or open_.number != part.number)):  # else it was given up
-            self._part, self._sum = part, self._later(partial(self._brings, part))
+            self._part, self._sum, self._sent = part, self._later(partial(self._brings, part)), 0
         self._strategy.office.carrier.propose(key(part.number, part.member), said_of(part))
 
     def _brings(self, part: Part[Record]) -> tuple[Tensor, int]:
@@ -208,7 +254,13 @@ class Cuts:
             assert self._gathering is not None  # or the part would not be held
             self._later(partial(self._gathering.add, first, body, mass))
             self._sum = None
-        elif self._strategy.office.carrier.post(first, Message(SUM, body, weight=mass, reference=self._part.number)):
+            return
+        numel, itemsize, post = body.numel(), body.element_size(), self._strategy.office.carrier.post
+        each = max(1, piece_of(numel * itemsize, len(self._part.members)) // itemsize)
+        about: dict[str, int] = {"weight": mass, "samples": numel, "reference": self._part.number}
+        while (at := self._sent) < numel and post(first, Message(SUM, body[at : at + each], version=at, **about)):
+            self._sent += each
+        if self._sent >= numel:
             self._sum = None
 
     def _take_sums(self) -> None:
@@ -219,7 +271,8 @@ class Cuts:
             if gathering is None or message.reference != gathering.number or message.body is None:
                 carrier.folded(letter)
             else:
-                added = self._later(partial(gathering.add, letter.peer, message.body, message.weight))
+                add = partial(gathering.add, at=message.version, numel=message.samples)
+                added = self._later(partial(add, letter.peer, message.body, message.weight))
                 self._adding.append((letter, added))
         for letter, added in [one for one in self._adding if one[1].done()]:
             carrier.folded(letter)
@@ -237,7 +290,7 @@ class Cuts:
             self._part = None
 
     def _follow(self, told: Mapping[str, Any]) -> None:
-        """Write this rank's own files, wherever rank 0 said. If that dies, this rank's callbacks know what is there."""
+        """Write this rank's own files, wherever rank 0 said; its names for them count when all are whole."""
         part, self._part = self._part, None
         assert part is not None  # it is this one's
         io, late = self._strategy.checkpoint_io, self._strategy.checkpoints.late
@@ -246,10 +299,15 @@ class Cuts:
             self._later(partial(_write, io, partial(make, told["progress"], told["steps"]), file))
             late.tell(name)
         late.queued()
-        for callback, names in zip(self._callbacks, told.get("names", ()), strict=False):
-            take_names(callback, names)
         if "number" in told:
-            self._last, self.saved_at = dict(told), told["at"]
+            self._saved(told, Told(told["number"], part.members[0], told["names"]))
+
+    def _saved(self, last: Mapping[str, Any], told: Told, before: list[dict[str, Any]] | None = None) -> None:
+        """A cut is on its way into files."""
+        assert self._names is not None  # who saves cuts has callbacks
+        self._names.told(told, before=before)
+        self._saved_before = self.saved_at
+        self._last, self.saved_at = dict(last), last["at"]
 
     def _later(self, job: Callable[[], T]) -> Future[T]:
         return compat.in_its_thread(self.io, job)
@@ -282,6 +340,8 @@ class Cuts:
             office.carrier.propose(key(gathering.number), b"{}")
             log.warning("a checkpoint is given up, and the one before it stays: cut %d: %s", gathering.number, why)
         elif gathering.whole:
+            assert self._names is not None  # or none would be due
+            self._before = self._names.now()
             self._where = self._strategy.clock.state_at(gathering.counts)  # a meeting may come before it is told
             last, steps = max(self._strategy.clock.met_at, self.saved_at, self._tried_at), gathering.steps
             every = {callback: compat.saves_every(callback) for callback in self._callbacks}
@@ -324,11 +384,14 @@ class Cuts:
         self._ordered.result()  # or the error that it ended with
         late, files, io = strategy.checkpoints.late, strategy.checkpoints.files, strategy.checkpoint_io
         progress, steps = self._where
+        assert self._names is not None
+        number, names, carrier = gathering.number, self._names.now(), strategy.office.carrier
         named = [(save.path, save.name) for save in self._saves if save.name]
-        self._last = {"number": gathering.number, "at": gathering.steps, "saves": named}
-        self._last |= {"progress": progress, "steps": steps, "names": [names_of(c) for c in self._callbacks]}
-        strategy.office.carrier.propose(key(gathering.number), json.dumps(self._last).encode())
-        strategy.office.carrier.forget(key(gathering.number - 1), gone=True)
+        last = {"number": number, "at": gathering.steps, "saves": named, "names": names}
+        self._saved(last | {"progress": progress, "steps": steps}, Told(number, part.member, names), self._before)
+        carrier.propose(key(number), json.dumps(self._last).encode())
+        for old in (key(number - 1), cut_names.key(number - 2)):  # all have heard these
+            carrier.forget(old, gone=True)
         data, scheduled = data_of_all(part.state, gathering.data), {"scheduled": part.state.scheduled}
         for save in self._saves:
             who = gathering.members  # any of them may have added up gradients: their files say
@@ -343,14 +406,18 @@ class Cuts:
             late.tell(save.name)
             late.write_main(save.name, gathering.members, write)
             late.behind(partial(files.finish, io, save.path, save.name))
+        late.say(cut_names.key(number))
         for remove in self._removals:
             late.behind(remove)
         late.queued()
-        self.saved_at = gathering.steps
         self._gathering = self._part = self._ordered = None
         self._saves, self._removals = [], []
 
 
 def _write(io: Any, make: Callable[[], dict[str, Any]], path: str, options: Any = None) -> None:
-    """In the writer's thread."""
-    io.save_checkpoint(make(), path, storage_options=options)
+    """In the writer's thread. It may be the last that this run does: so it is told here, too."""
+    try:
+        io.save_checkpoint(make(), path, storage_options=options)
+    except Exception as error:
+        log.warning("%s is not written, and the checkpoint before stays: %s: %s", path, type(error).__name__, error)
+        raise

@@ -120,6 +120,21 @@ class LateFiles:
         """Remove something when all that was to be written before is there; never, if that went wrong."""
         compat.behind_writes(self._io(), lambda: self._failed or remove())
 
+    def say(self, key: str) -> None:
+        """Let all know, behind what was to be written before, that it is there; else nothing is removed for it."""
+        carrier, limit = self._strategy.office.carrier, self._strategy.office.limit
+
+        def said() -> None:
+            if self._failed:
+                return
+            carrier.propose(key, WRITTEN)
+            end = time.monotonic() + limit
+            while (word := carrier.decided(key)) is None and not self._leaving and time.monotonic() < end:
+                time.sleep(LOOK)  # as above
+            self._shut |= word != WRITTEN
+
+        compat.behind_writes(self._io(), said)
+
     def finish(self) -> Wait[BaseException | None]:
         """Wait until this rank has written all that it was to write; why it could not."""
         written = self._mark()

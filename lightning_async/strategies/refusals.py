@@ -57,11 +57,6 @@ def _conflicts_of_cuts(strategy: AsyncStrategy) -> Iterator[str]:
         yield "a replay knows of no cut: leave `record` out, or save at meetings"
     if strategy.members < strategy.world_size:
         yield "the ranks of one member would have to be cut as one, which is not done yet: leave `inner` out"
-    if (nbytes := strategy.replica.numel * strategy.replica.flat.element_size()) > LONGEST:
-        yield (
-            f"each rank would send its weights to rank 0 as they are, {nbytes / 1e9:.3g} GB, and a link takes up to "
-            f"{LONGEST / 1e9:.3g} GB: save at meetings"
-        )
     for callback in compat.callbacks(strategy.trainer):
         if isinstance(callback, (WeightAveraging, BaseFinetuning, ModelPruning)):
             yield (

@@ -24,7 +24,7 @@ PATHS = ("best_model_path", "last_model_path", "kth_best_model_path")
 def names_of(callback: ModelCheckpoint) -> dict[str, Any]:
     """What this rank calls the files of a callback, and when it saved last: of a cut the first rank alone is asked."""
     best_k = {path: float(score) for path, score in callback.best_k_models.items()}
-    return {**{name: str(getattr(callback, name)) for name in PATHS}, "best_k": best_k, "last": last_save(callback)}
+    return {**{name: str(getattr(callback, name)) for name in PATHS}, "best_k": best_k, "last": [*last_save(callback)]}
 
 
 def take_names(callback: ModelCheckpoint, names: Mapping[str, Any]) -> None:

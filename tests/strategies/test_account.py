@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -103,6 +104,18 @@ def test_half_precision_weights_are_stepped_in_float32_which_is_counted(optimize
     moments = (2 / 2 + (mode != "none")) if optimizer is torch.optim.Adam else 0
     assert said.device == pytest.approx((1 + moments + (mode != "none")) * w, rel=0.01)
     assert max(one.held for one in found) == pytest.approx(said.device + said.host, rel=0.05)
+
+
+@pytest.mark.few(0)
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_a_cut_is_counted_with_what_optimizers_remember(optimizer: Any, tmp_path: Path) -> None:
+    """From the first cut on, where the first rank writes it: three vectors and the sum in double precision."""
+    folder = str(tmp_path)
+    first, *_ = run(3, weigh, partial(GossipRingStrategy, saves="cut", mode="none"), optimizer, "32-true", folder)
+    assert first.held == pytest.approx(first.said.device + first.said.host, rel=0.05)
+    without = run(3, weigh, partial(GossipRingStrategy, mode="none"), optimizer)[0].said
+    moments = 2 * (optimizer is torch.optim.Adam)
+    assert first.said.host - without.host == pytest.approx((6 + moments) * first.weights, rel=0.01)
 
 
 def test_an_optimizer_that_cannot_be_asked_what_it_remembers_is_counted_as_if_it_remembered_nothing() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_async.strategies.cut_consensus import Gathering, key
+from lightning_async.strategies.cut_consensus import PIECE, Gathering, key, piece_of
+from lightning_async.transport.mail import LONGEST
 from lightning_async.transport.virtual import VirtualCluster
 
 LIMIT = 30.0
@@ -48,6 +49,26 @@ def test_it_is_whole_when_all_of_it_is_here() -> None:
     run.cluster.kill(1)
     run.cluster.advance(1.0)
     assert run.why_not() == "", "who has given its part may die"
+
+
+def test_a_part_is_here_with_its_last_piece() -> None:
+    run = Run()
+    for rank in (0, 2):
+        run.says(rank)
+    run.says(1, adds=False)
+    run.gathering.add(1, torch.ones(1), 1, at=0, numel=2)
+    assert not run.gathering.whole
+    run.gathering.add(1, torch.ones(1), 1, at=1, numel=2)
+    assert run.gathering.whole
+    assert [mean.tolist() for mean in run.gathering.total.means(0)] == [[], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "members", "piece"),
+    [(100, 3, 100), (PIECE, 9, PIECE), (8 * PIECE, 5, 2 * PIECE), (8 * PIECE, 100, PIECE), (2 * LONGEST, 2, LONGEST)],
+)
+def test_pieces_of_all_others_together_are_as_long_as_one_vector(nbytes: int, members: int, piece: int) -> None:
+    assert piece_of(nbytes, members) == piece
 
 
 def test_a_death_before_a_part_was_here() -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import signal
-import time
-import warnings
-from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -16,187 +12,36 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_async import GossipRingStrategy, SpeedFaults
-from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.algorithms.cut import unpacked
-from lightning_async.algorithms.gossip import gossip
 from lightning_async.replica import Replica
-from lightning_async.strategies import cuts
+from lightning_async.strategies import cuts, late_files
 from lightning_async.strategies.base import AsyncStrategy
-from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
-from tests.strategies.ranks import Forked, run
-from tests.strategies.resumable import Draws, assert_nothing_over, files_of, look_when_put_back, rank
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*exists and is not empty",
-    "ignore:.*multiple `ModelCheckpoint`",
-    "ignore:You defined a `validation_step`",
-    "ignore:The dirpath has changed",
+from tests.strategies.cut_runs import (
+    IGNORED,
+    SAMPLES,
+    N,
+    Stepwise,
+    assert_nothing_over_but,
+    check_conserved,
+    check_resumed,
+    cuts_in,
+    diary_of,
+    done_of,
+    fit,
+    resumed_by_others,
+    seen_by,
+    wait_for,
 )
-N, EVERY, SAMPLES, BATCH = 3, 8, 960, 4
-"""Ranks; steps of the run between two cuts; samples of its one epoch: 80 steps."""
+from tests.strategies.ranks import Forked, run
+from tests.strategies.resumable import (
+    Draws,
+    files_of,
+    rank,
+)
 
-
-def samples(n: int = SAMPLES) -> DataLoader[Any]:
-    """In their order, so that positions are samples."""
-    data = TensorDataset(torch.arange(n), INPUTS.repeat(n // 240, 1), TARGETS.repeat(n // 240, 1))
-    return DataLoader(data, BATCH)
-
-
-class Stepwise(Draws):
-    """The learning rate goes by the run's steps."""
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), 0.01)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.99)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-class Diary(L.Callback):
-    """What happens on this rank: behind each batch, how many had met, which cut was open, how many files there were."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(exist_ok=True)
-        self.entries: list[tuple[int, int | None, int]] = []
-        self.seen: list[int] = []
-        self.rate = 0.0  # at the first batch
-        self.stops: Callable[[L.Trainer, int], None] = lambda trainer, batches: None
-
-    def on_train_batch_start(self, trainer: L.Trainer, *batch: Any) -> None:
-        self.rate = self.rate or trainer.optimizers[0].param_groups[0]["lr"]
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        strategy = trainer.strategy
-        assert isinstance(strategy, AsyncStrategy)
-        assert strategy.clock.progress is not None
-        number, there = open_cut(strategy), len(list(self.folder.glob("*.ckpt")))
-        self.entries.append((strategy.clock.progress.meetings, number, there))
-        self.seen += batch[0].tolist()
-        (self.folder / f"diary{rank()}.json").write_text(json.dumps([len(self.entries), number]))
-        self.stops(trainer, len(self.entries))
-
-
-def open_cut(strategy: AsyncStrategy) -> int | None:
-    """The number of the cut that this rank has begun and not ended."""
-    gathering = strategy.cuts._gathering
-    return None if gathering is None else gathering.number
-
-
-def diary_of(folder: Path, rank: int) -> tuple[int, int | None]:
-    """How far it has come, for who looks from outside; it may be about to write."""
-    try:
-        batches, number = json.loads((folder / f"diary{rank}.json").read_text())
-    except (OSError, ValueError):
-        return 0, None
-    return batches, number
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 40.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.005)
-
-
-def fit(
-    folder: str,
-    mode: str = "push_sum",
-    path: str | None = None,
-    *,
-    every: int = EVERY,
-    stops: Callable[[L.Trainer, int], None] | None = None,
-    io: Any = None,
-    module: Callable[[], L.LightningModule] = Stepwise,
-    step: float = 0.02,
-    n: int = SAMPLES,
-    knobs: dict[str, Any] | None = None,
-    **saver: Any,
-) -> dict[str, Any]:
-    diary, world = Diary(folder), int(os.environ["WORLD_SIZE"])
-    diary.stops = stops or diary.stops
-    saves = ModelCheckpoint(folder, every_n_train_steps=every, **{"filename": "{step}", "save_top_k": -1, **saver})
-    t = trainer(
-        world,
-        knobs={"mode": mode, "saves": "cut", **(knobs or {})},
-        max_epochs=1,
-        enable_checkpointing=True,
-        callbacks=[diary, saves, SpeedFaults(step_seconds=step, slow={1: 2.0})],
-        plugins=[] if io is None else [io],
-    )
-    restored = look_when_put_back(t, state_of)
-    lit = module()
-    t.fit(lit, samples(n), ckpt_path=path)
-    weights = Replica(lit.parameters()).weights().tolist()
-    told = {"restored": restored[0], "entries": diary.entries, "seen": diary.seen, "weights": weights}
-    return told | {"last": saves.last_model_path, "best": saves.best_model_path, "rate": diary.rate}
-
-
-def state_of(t: L.Trainer) -> dict[str, Any]:
-    strategy = t.strategy
-    assert isinstance(strategy, GossipRingStrategy)
-    letters = [letter for box in getattr(strategy.office.mail, "_boxes", {}).values() for letter in box]
-    return {
-        "own": strategy.replica.own.tolist(),
-        "mass": strategy.algorithm.mass,
-        "letters": [(letter.peer, letter.message.kind, letter.message.weight) for letter in letters],
-        "steps": strategy.steps,
-        "global_step": t.global_step,
-    }
-
-
-def seen_by(told: list[dict[str, Any]]) -> list[int]:
-    return [sample for one in told for sample in one["seen"]]
-
-
-def cuts_in(folder: Path) -> list[Path]:
-    """The checkpoints that were saved between meetings, the oldest first."""
-    paths = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2] or 0))
-    return [path for path in paths if all("cut" in own for own in files_of(path).values())]
-
-
-def check_conserved(path: Path, mode: str, n: int = N) -> None:
-    """The main file is the mass-weighted mean of what all had, and of what was under way to them."""
-    main, own = torch.load(path, weights_only=True), files_of(path)
-    parts = {r: unpacked(file["cut"]) for r, file in own.items()}
-    assert len({part.number for part in parts.values()}) == 1
-    assert len(parts) == n
-    method = gossip(mode)  # type: ignore[arg-type]
-    method.mass = UNIT * BATCH
-    total, mass = torch.zeros_like(own[0]["weights"], dtype=torch.float64), 0
-    for r, file in own.items():
-        held = file["parts"]["algorithm"]["mass"]
-        total, mass = total + file["weights"].double() * held / UNIT, mass + held
-        for letter in parts[r].letters:
-            if (worth := method.worth(letter.message)) is not None:
-                total, mass = total + worth.vector, mass + worth.mass
-    assert mass == n * UNIT * BATCH
-    lit = Draws()
-    lit.load_state_dict(main["state_dict"])
-    torch.testing.assert_close(Replica(lit.parameters()).flat, (total / mass * UNIT).float(), rtol=1e-5, atol=1e-6)
-    means = [torch.stack([file["buffers"][name] for file in own.values()]) for name, _ in lit.named_buffers()]
-    for mean, buffer in zip(means, lit.buffers(), strict=True):
-        if buffer.is_floating_point():
-            torch.testing.assert_close(buffer, mean.mean(0))
-    check_counts(main, own)
-
-
-def check_counts(main: dict[str, Any], own: dict[int, Any]) -> None:
-    """The run's step is that of all ranks' batches, and so is what is done of the epoch."""
-    shared = main["lightning_async"]
-    batches = sum(file["steps"] for file in own.values())
-    assert shared["progress"]["agreed"][:2] == [batches, batches]
-    assert main["global_step"] == batches // len(own)
-    done = sum(int(amount) for _, amount in shared["data"]["done"])
-    assert done == batches * BATCH
-    for file in own.values():
-        assert {**file["parts"]["progress"], "scheduled": 0} == {**shared["progress"], "scheduled": 0}
+pytestmark = IGNORED
 
 
 @pytest.mark.parametrize("mode", ["push_sum", "pairwise"])
@@ -222,41 +67,6 @@ def test_a_checkpoint_is_written_while_everybody_trains_on_and_the_run_goes_on_f
         lit = Draws.load_from_checkpoint(cut, map_location="cpu", weights_only=True)
         assert one["restored"]["own"] == Replica(lit.parameters()).flat.tolist()
     assert sorted(done_of(main) + seen_by(other)) == list(range(SAMPLES))
-
-
-def resumed_by_others(folder: str, mode: str, path: str) -> dict[str, Any]:
-    warnings.filterwarnings("ignore", message=".*does not go on to the bit")
-    return fit(folder, mode, path)
-
-
-def assert_nothing_over_but(folder: Path, name: str) -> None:
-    for path in folder.glob(f"{name}*"):
-        path.unlink()
-    assert_nothing_over(folder)
-
-
-def done_of(main: dict[str, Any]) -> list[int]:
-    ranges = main["lightning_async"]["data"]["done"].tolist()
-    return [position for at, amount in ranges for position in range(at, at + amount)]
-
-
-def check_resumed(cut: Path, main: dict[str, Any], own: dict[int, Any], back: list[dict[str, Any]]) -> None:
-    """Each rank is what it was, with what was under way to it as its first mail; each sample is trained on once."""
-    for r, file in own.items():
-        restored = back[r]["restored"]
-        assert restored["own"] == file["weights"].tolist(), "its own weights"
-        assert restored["mass"] == file["parts"]["algorithm"]["mass"]
-        assert restored["steps"] == file["steps"]
-        assert restored["global_step"] == main["global_step"]
-        letters = [(letter["peer"], letter["message"]["kind"]) for letter in file["cut"]["letters"]]
-        assert sorted(one[:2] for one in restored["letters"]) == sorted(letters)
-    ahead = [math.log(one["rate"] / 0.01) / math.log(0.99) - main["global_step"] for one in back]
-    assert all(-1e-3 < steps < 10 for steps in ahead), "no schedule is behind; who recorded last may have heard of more"
-    mass = sum(one["restored"]["mass"] + sum(weight for _, kind, weight in one["restored"]["letters"] if kind == 16)
-               for one in back) if main["lightning_async"]["algorithm"] == "PushSum" else N * UNIT * BATCH  # fmt: skip
-    assert mass == N * UNIT * BATCH
-    assert sorted(done_of(main) + seen_by(back)) == list(range(SAMPLES))
-    assert len({tuple(one["weights"]) for one in back}) == 1, "at the end all are the consensus"
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
@@ -328,6 +138,65 @@ def test_a_kill_in_the_middle_of_a_cut_leaves_the_one_before(tmp_path: Path) -> 
     check_resumed(tmp_path / "x.ckpt", main, own, run(N, _again, str(tmp_path)))
     assert torch.load(tmp_path / "x.ckpt", weights_only=True)["global_step"] > main["global_step"]
     assert_nothing_over_but(tmp_path, "diary")
+
+
+class KilledBeforeMain(TorchCheckpointIO):
+    """Rank 0 is killed in the place of its second main file, when the others have trained on behind their own files."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.mains = Path(folder), 0
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        self.mains += os.path.dirname(path) == str(self.folder)
+        if self.mains == 2:
+            before = [diary_of(self.folder, r)[0] for r in (1, 2)]
+            wait_for(lambda: all(diary_of(self.folder, r)[0] > b + 4 for r, b in zip((1, 2), before, strict=True)))
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def _killed_before_main(folder: str) -> dict[str, Any]:
+    knobs = {"silence": 0.3, "patience": 5.0}
+    return fit(folder, io=KilledBeforeMain(folder) if rank() == 0 else None, step=0.01, n=2400, knobs=knobs)
+
+
+@pytest.mark.few(0)
+def test_nobody_calls_a_checkpoint_by_a_name_of_a_file_that_does_not_come(tmp_path: Path) -> None:
+    """Rank 0 dies between telling where to and the main file; those who live cut again at once."""
+    with Forked(N, _killed_before_main, str(tmp_path), store=True) as forked:
+        results = forked.results()
+    assert [one.kind for one in results] == ["gone", None, None], results
+    named = results[2].value["named"]  # it is never the first, which is told of a file before it is there
+    assert all(there for _, there in named)
+    assert len({name for name, _ in named}) > 1, "those that the living saved are known, too"
+    for one in results[1:]:
+        steps, last = one.value["saved_at"], Path(one.value["best"])
+        assert any(b < a for a, b in pairwise(steps)), "what did not come is not saved"
+        assert torch.load(last, weights_only=True)["lightning_async"]["ranks"] == [1, 2]
+
+
+def _killed_when_all_know(folder: str) -> dict[str, Any]:
+    """Rank 0, when all know the first checkpoint by its name."""
+
+    def stop(trainer: L.Trainer, batches: int) -> None:
+        if trainer.checkpoint_callback.best_model_path:  # type: ignore[union-attr]
+            Path(folder, f"diary-knows{rank()}").touch()
+        if rank() == 0 and all(Path(folder, f"diary-knows{r}").exists() for r in (1, 2)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return fit(folder, stops=stop, every=50, step=0.01, knobs={"silence": 0.3, "patience": 5.0})
+
+
+@pytest.mark.few(0)
+def test_a_meeting_does_not_save_what_a_cut_has_saved_whose_first_rank_died_since(tmp_path: Path) -> None:
+    """80 steps: a cut at the 50th, which all that follow rank 0 remember; and no other save is due."""
+    with Forked(N, _killed_when_all_know, str(tmp_path), store=True) as forked:
+        results = forked.results()
+    assert [one.kind for one in results] == ["gone", None, None], results
+    (path,) = tmp_path.glob("*.ckpt")
+    assert {one.value["best"] for one in results[1:]} == {str(path)}
+    assert all(one.value["saved_at"][-1] >= 50 for one in results[1:])
+    check_conserved(path, "push_sum")
 
 
 def _dies(folder: str, dead: int) -> dict[str, Any]:
@@ -428,85 +297,92 @@ def test_who_cannot_write_ends_the_run_and_no_main_file_is_there(tmp_path: Path)
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-# -- what it goes with -------------------------------------------------------------------------------------------------
+class FailsLate(TorchCheckpointIO):
+    """The second main file cannot be written; known of only when `late` is set."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.mains, self.late, self.under_way = folder, 0, Event(), Event()
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        self.mains += os.path.dirname(path) == self.folder
+        if self.mains == 2:
+            self.under_way.set()
+            assert self.late.wait(30)
+            raise OSError(28, "No space left on device")
+        super().save_checkpoint(checkpoint, path, storage_options)
 
 
-class _Saved(Callback):
-    """At which step the last cut was due that was saved before any meeting."""
+def _fails_late(folder: str, how: str) -> None:
+    """60 steps of one rank, cuts at the 25th and the 50th; the run ends well, but for that, or fails itself."""
+    io = FailsLate(folder)
+    late_files.LEAVE_FAILED = 0.1
 
-    at = 0
+    def stop(trainer: L.Trainer, batches: int) -> None:
+        if batches == 1:
+            owner, name = (
+                (trainer.strategy.checkpoints, "settle") if how == "well" else (trainer.strategy.cuts, "close")
+            )  # type: ignore[attr-defined]
+            original = getattr(owner, name)
+            setattr(owner, name, lambda: io.late.set() or original())
+        if how == "fails" and io.under_way.is_set():
+            raise RuntimeError("it fails by itself")
 
-    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        self.at = trainer.strategy.cuts.saved_at  # type: ignore[attr-defined]
-
-
-def _alone(folder: str, metric: bool) -> tuple[list[str], str, int]:
-    """One rank, two callbacks, and one that goes by a metric, at meetings."""
-    last = ModelCheckpoint(folder, filename="a{step}", every_n_train_steps=10, save_top_k=1, save_last=True)
-    more = ModelCheckpoint(folder, filename="w{step}", every_n_train_steps=15, save_top_k=-1, save_weights_only=True)
-    best = ModelCheckpoint(folder, filename="m{step}", every_n_train_steps=25, monitor="train_step")
-    saved = _Saved()
-    t = trainer(
-        1,
-        knobs={"saves": "cut"},
-        max_epochs=1,
-        enable_checkpointing=True,
-        callbacks=[last, more, *([best] if metric else []), saved, SpeedFaults(step_seconds=0.02)],
-    )
-    t.fit(Lit(), loader())
-    return sorted(path.name for path in Path(folder).glob("*.ckpt")), last.last_model_path, saved.at
+    fit(folder, io=io, stops=stop, every=25, n=240, save_top_k=1)
 
 
 @pytest.mark.few(0)
-@pytest.mark.parametrize("metric", [False, True])
-def test_several_callbacks_and_mere_weights(tmp_path: Path, metric: bool) -> None:
-    """60 steps of one rank: a cut is whole a few batches later; a meeting for the metric saves all that is due."""
-    ((names, last, saved_at),) = run(1, _alone, str(tmp_path), metric)
-    assert metric or saved_at >= 30  # both callbacks' by then
-    assert any(name.startswith("m") for name in names) == metric
-    assert Path(last).name in names
-    assert len([name for name in names if name.startswith("a")]) == 1
-    assert any(name.startswith("w") for name in names)
-    for name in names:
-        main = torch.load(tmp_path / name, weights_only=True)
-        assert ("lightning_async" in main) == (not name.startswith("w"))
-        Lit().load_state_dict(main["state_dict"])
+@pytest.mark.parametrize("how", ["well", "fails"])
+def test_a_write_that_fails_at_the_very_end_is_told_and_the_one_before_stays(how: str, tmp_path: Path) -> None:
+    with Forked(1, _fails_late, str(tmp_path), how) as forked:
+        (result,) = forked.results()
+    assert result.kind == {"well": "OSError", "fails": "RuntimeError"}[how], result
+    (path,) = tmp_path.glob("*.ckpt")
+    check_conserved(path, "push_sum", 1)
 
 
-REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({}, {"plugins": [AsyncCheckpointIO()]}, "`AsyncCheckpointIO` would write in another one: leave it out"),
-    ({"record": "events"}, {}, "a replay knows of no cut: leave `record` out"),
-    ({}, {"callbacks": [EMAWeightAveraging()]}, "`EMAWeightAveraging` puts other weights into a checkpoint"),
-    ({}, {"callbacks": [BackboneFinetuning()]}, "`BackboneFinetuning` puts other weights"),
-]
+class Box:
+    """What torch knows nothing of."""
+
+    def __init__(self) -> None:
+        self.batches, self.tensor = 0, torch.zeros(1)
 
 
-@pytest.mark.parametrize(("knobs", "options", "sentence"), REFUSED, ids=[one[2][:24] for one in REFUSED])
-def test_what_does_not_go_with_cuts(knobs: dict[str, Any], options: dict[str, Any], sentence: str) -> None:
-    class WithBackbone(Lit):
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone = torch.nn.Linear(2, 2)
+class Boxed(Stepwise):
+    """Has such a one in its checkpoint, and goes on filling it."""
 
-    t = trainer(1, knobs={"saves": "cut", **knobs}, **options)
-    with pytest.raises(MisconfigurationException, match=f"strategy='gossip_ring': `saves='cut'`: .*{sentence}"):
-        t.fit(WithBackbone(), loader())
+    def __init__(self) -> None:
+        super().__init__()
+        self.box = Box()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.box.batches += 1
+        self.box.tensor += 1
 
-def test_weights_that_are_too_long_for_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_async.strategies.refusals.LONGEST", 400)
-    wide = trainer(1, knobs={"saves": "cut", "wire": "bf16"})
-    with pytest.raises(MisconfigurationException, match=r"`saves='cut'`: each rank would send .* save at meetings"):
-        wide.fit(Lit(), loader())
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["box"] = {"it": self.box, "again": [self.box], "batches": self.box.batches}
 
 
-def test_what_saves_may_be() -> None:
-    with pytest.raises(ValueError, match="`saves` must be one of 'meeting', 'cut', got 'cuts'"):
-        GossipRingStrategy(saves="cuts")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"`saves='cut'` is for ranks that run free.*take mode='pairwise'"):
-        GossipRingStrategy(mode="sync", saves="cut")
+def _boxed(folder: str) -> None:
+    """The main file is pickled some batches behind its record."""
+    trained = Event()
+
+    class Waits(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+            assert os.path.dirname(path) != folder or trained.wait(30)
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    def stop(trainer: L.Trainer, batches: int) -> None:
+        if batches == 40:
+            trained.set()
+
+    fit(folder, io=Waits(), stops=stop, every=25, n=240, module=Boxed)
 
 
-def test_a_cut_that_nothing_asks_for_is_said() -> None:
-    with pytest.warns(UserWarning, match="`saves='cut'` is for `ModelCheckpoint"):
-        trainer(1, knobs={"saves": "cut"}, max_epochs=1).fit(Lit(), loader())
+@pytest.mark.few(0)
+def test_a_file_holds_all_as_it_was_at_the_record(tmp_path: Path) -> None:
+    run(1, _boxed, str(tmp_path))
+    path, *_ = sorted(tmp_path.glob("*.ckpt"))
+    box = torch.load(path, weights_only=False)["box"]
+    assert 25 <= box["batches"] < 40
+    assert (box["it"].batches, box["it"].tensor.item()) == (box["batches"], box["batches"])
+    assert box["again"][0] is box["it"], "what was one is one"

@@ -11,14 +11,17 @@ import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_async import DelayedPipelineStrategy
+from lightning_async import DelayedPipelineStrategy, SpeedFaults
 from lightning_async.strategies.account import Account
 from lightning_async.transport.shared import Memory
 from tests.strategies.lit import trainer
@@ -80,6 +83,10 @@ class Scales(L.Callback):
         self.line = trainer.strategy._first_line()
         self.said = self.account(trainer.strategy)
 
+    def is_time(self, trainer: L.Trainer) -> bool:
+        """Whether this batch is the one."""
+        return trainer.current_epoch >= 2
+
     def account(self, strategy: Any) -> Account:
         """What it says of this rank, or of the one that holds the most."""
         if isinstance(strategy, DelayedPipelineStrategy):
@@ -87,7 +94,7 @@ class Scales(L.Callback):
         return strategy.account  # type: ignore[no-any-return]
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.current_epoch < 2 or self.held:
+        if self.held or not self.is_time(trainer):
             return
         ours = [t for p in module.parameters() for t in (p, p.grad) if t is not None]
         states = [(p, t) for o in trainer.optimizers for p, one in o.state.items() for t in one.values()]
@@ -104,6 +111,35 @@ class Scales(L.Callback):
                     self.sent[peer, kind] = (count.messages_out, count.bytes_out)
 
 
+class HeldBack(TorchCheckpointIO):
+    """Main files are written when `go` is set."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.there, self.go = folder, Event(), Event()
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        if os.path.dirname(path) == self.folder:
+            self.there.set()
+            assert self.go.wait(30)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+class ScalesOfCuts(Scales):
+    """Weighs the first rank when the main file of a cut is to be written."""
+
+    def __init__(self, io: HeldBack) -> None:
+        super().__init__()
+        self.io = io
+
+    def is_time(self, trainer: L.Trainer) -> bool:
+        return self.io.there.is_set() and trainer.is_global_zero
+
+    def on_train_batch_end(self, *batch: Any) -> None:
+        super().on_train_batch_end(*batch)
+        if self.held:
+            self.io.go.set()
+
+
 def memory() -> dict[int, Tensor]:
     """A tensor of each memory that there is, of those made since `weigh` began."""
     gc.collect()
@@ -111,13 +147,23 @@ def memory() -> dict[int, Tensor]:
 
 
 def weigh(
-    make: Callable[[], Any], optimizer: Callable[..., Any] = torch.optim.SGD, precision: Any = "32-true"
+    make: Callable[[], Any],
+    optimizer: Callable[..., Any] = torch.optim.SGD,
+    precision: Any = "32-true",
+    folder: str = "",
 ) -> Weighed:
-    """One rank's part of a short fit."""
+    """One rank's part of a short fit; with a folder its checkpoints lie there."""
     gc.freeze()  # what the parent had is not looked at; and a strategy sets nothing aside where somebody has
     members, scales, strategy = int(os.environ["WORLD_SIZE"]), Scales(), make()
     module = Long() if isinstance(strategy, DelayedPipelineStrategy) else Wide(optimizer)
-    t = trainer(members, strategy=strategy, callbacks=[scales], max_epochs=3, precision=precision)
-    data = TensorDataset(torch.randn(members * BATCHES * BATCH, 8))
+    more: dict[str, Any] = {"callbacks": [scales]}
+    if folder:
+        io = HeldBack(folder)
+        scales = ScalesOfCuts(io)
+        saves = ModelCheckpoint(folder, every_n_train_steps=4 * BATCHES)  # in the second epoch
+        faults = SpeedFaults(step_seconds=0.02)
+        more = {"callbacks": [scales, saves, faults], "plugins": [io], "enable_checkpointing": True}
+    t = trainer(members, strategy=strategy, max_epochs=3, precision=precision, **more)
+    data = TensorDataset(torch.randn(members * BATCHES * BATCH * (3 if folder else 1), 8))
     t.fit(module, DataLoader(data, batch_size=BATCH))
     return Weighed(scales.held, scales.sent, scales.said, scales.line, 4 * sum(p.numel() for p in module.parameters()))
