@@ -19,8 +19,9 @@ from lightning_async.progress.member import progress_of
 from lightning_async.progress.progress import Outcome, Progress
 from lightning_async.progress.report import Wish
 from lightning_async.strategies import compat
+from lightning_async.strategies.asking import ask_at_meetings
 from lightning_async.strategies.closing import Closing
-from lightning_async.strategies.counts import NEVER, Counts, ask_at_meetings
+from lightning_async.strategies.counts import NEVER, Counts
 from lightning_async.strategies.earlier import Earlier
 from lightning_async.strategies.last_batch import LastBatch
 from lightning_async.strategies.log_steps import LogSteps
