@@ -1,4 +1,4 @@
-"""Feeding: which samples this rank trains on, seen from the strategy: a share of one loader's, or streams of its own.
+"""A rank trains on its share of one loader's samples, or on streams of its own: which, where they stand, how many come.
 
 load_state_dict    ->  share_out               ->  completed, completed, ...  ->  state_dict
 of a checkpoint        Lightning makes its loaders    after each batch                into a checkpoint
