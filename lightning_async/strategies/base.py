@@ -38,6 +38,7 @@ from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
 from lightning_async.strategies.account import Account, account, model_of, wider_state
 from lightning_async.strategies.averages import Averages, miss_no_step
+from lightning_async.strategies.batchnorm import Statistics
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.clock import Clock
@@ -65,7 +66,6 @@ from lightning_async.strategies.refusals import (
 )
 from lightning_async.strategies.saving import put_aside_on_exceptions
 from lightning_async.strategies.shown import Shown
-from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.stepping import Stepping
 from lightning_async.strategies.voice import voice
 from lightning_async.strategies.whole_files import WholeFiles

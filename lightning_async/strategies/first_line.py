@@ -25,7 +25,7 @@ from lightning_async.pipeline import schedule
 from lightning_async.strategies import compat
 from lightning_async.strategies.account import Account, short
 from lightning_async.strategies.members import sizes
-from lightning_async.strategies.turns import stash_limit
+from lightning_async.strategies.pipe_turns import stash_limit
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy

@@ -36,11 +36,11 @@ from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.one_thread import spare_the_threads
 from lightning_async.strategies.parts import Parts
 from lightning_async.strategies.pipe_batches import PipeBatches
+from lightning_async.strategies.pipe_turns import Turns, stash_limit
 from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse_schedulers
 from lightning_async.strategies.refusals import refuse, refuse_optimizers, refuse_unmade
 from lightning_async.strategies.rests import Rests
 from lightning_async.strategies.saving import put_aside_on_exceptions
-from lightning_async.strategies.turns import Turns, stash_limit
 from lightning_async.strategies.whole_files import WholeFiles
 from lightning_async.transport.mail import Wait
 
