@@ -196,6 +196,7 @@ class Clock:
         self._earlier.close(self.progress)
         self.progress, self.empty = None, ()
         self.ended = self.over = self._wishes.stop = False
+        self._last.forget()
         self._wishes.requeue.forget()
         self.closing.forget()
 

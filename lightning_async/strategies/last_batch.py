@@ -74,6 +74,10 @@ class LastBatch:
         if left or (feeding.share is None and feeding.dry and not batches.is_last_batch):
             _was_last(trainer)
 
+    def forget(self) -> None:
+        """The run is over, perhaps by an error within a batch that was foretold."""
+        self.foretold = False
+
     def _look_ahead(self, trainer: Trainer, mark: str) -> None:
         """Where Lightning may not: when that was is in the log."""
         if self.fetches_late:

@@ -50,6 +50,15 @@ def test_what_the_agenda_foretells_and_all_confirm_ends_the_epoch_there(monkeypa
     assert one.did == ["mark cut", "cut", "epoch"]
 
 
+def test_a_run_that_failed_within_it_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = world(monkeypatch)
+    one.last.started(one.trainer, by_agenda=True)
+    one.last.forget()
+    assert not one.last.foretold
+    assert not one.last.met(one.trainer, by_agenda=False)
+    assert one.did == []
+
+
 @pytest.mark.parametrize("ends", [False, True])
 def test_where_another_stream_ended_before_its_part_it_is_taken_back(
     ends: bool, monkeypatch: pytest.MonkeyPatch
