@@ -27,25 +27,21 @@ from lightning_async.algorithms.compensation import compensation as compensated
 from lightning_async.algorithms.delta_exchange import DeltaExchange
 from lightning_async.algorithms.images import bundle, gathered, recut
 from lightning_async.algorithms.own_service import OwnService
+from lightning_async.algorithms.own_turns import OwnTurns
 from lightning_async.algorithms.owners import Owners
 from lightning_async.algorithms.server_groups import Groups, MakeOptimizer, check_elementwise, numbers
 from lightning_async.algorithms.server_meeting import ServerMeeting
 from lightning_async.algorithms.shard_server import Rules, version_of
 from lightning_async.algorithms.shard_service import next_of
 from lightning_async.algorithms.shards import (
-    ANOTHERS,
-    ANSWER,
     BID,
     LAST,
     MANY,
     NAMES,
-    NOT_HERE,
     RATES,
     SERVED,
-    SOUGHT,
     TOKEN,
     cut,
-    shard_of,
 )
 from lightning_async.algorithms.taken_gradients import TakenGradients, UsedGradients
 from lightning_async.algorithms.token_exchange import TokenExchange
@@ -56,7 +52,7 @@ from lightning_async.algorithms.weighting import Bound, check_bound, law
 from lightning_async.algorithms.wire import EXACT
 from lightning_async.arrival import Arrival
 from lightning_async.replica import Replica
-from lightning_async.transport.mail import Letter, Mail, Message, Wait
+from lightning_async.transport.mail import Mail, Wait
 from lightning_async.transport.rounds import Rounds
 
 
@@ -144,8 +140,7 @@ class CyclicDelay(Algorithm):
     def begin(self, replica: Replica, mail: Mail, mass: int, rounds: Rounds) -> None:
         """All have the same weights: those are the server's, version 0."""
         self._beginnings += 1
-        self._samples, self._rounds, self._step, self._paused = mass // UNIT, rounds, 0, False
-        self._arrivals: list[Arrival] = []
+        self._samples, self._rounds = mass // UNIT, rounds
         self._images = torch.empty(0, dtype=torch.uint8)
         own = self.push == "delta"
         self._taken = UsedGradients() if own else TakenGradients(replica, self._users(replica))
@@ -164,6 +159,7 @@ class CyclicDelay(Algorithm):
         service = self._service(replica, mail, first)
         mail.serve((*SERVED, BID, RATES), service)
         self._own = OwnService(mail)
+        self._turns = OwnTurns(self.exchanges, self.owners, self._own, self.token == "strict")
         heritage, self.heritage = self.heritage, ()
         self._inherit(heritage, replica.flat.cpu(), mail, service)
 
@@ -204,11 +200,11 @@ class CyclicDelay(Algorithm):
 
     def after_step(self, replica: Replica, mail: Mail, step: int) -> Wait[list[Arrival]]:
         """Add up, and push where it is this member's turn."""
-        self._step, alone = step, mail.members() == (mail.me,)
+        self._turns.step, alone = step, mail.members() == (mail.me,)
         self._add_up()
         if self.push == "gradient":
             yield from self._tell_rates(numbers(self._users(replica)), replica, mail, wait=alone)
-        self._tend(replica, mail)
+        self._turns.tend(replica, mail)
         if (most := self.most) is not None:
             yield from self._until(lambda x: x.count < most, "the token", replica, mail)
         if self.token == "strict" or alone:  # alone: before the next batch, whose gradients would else be late
@@ -219,7 +215,11 @@ class CyclicDelay(Algorithm):
     def most(self) -> int | None:
         """So many batches may add up in this step."""
         most = self.max_accumulate
-        return most if most is None or self._step >= self.warm_up else 1 + (most - 1) * self._step // self.warm_up
+        return (
+            most
+            if most is None or self._turns.step >= self.warm_up
+            else 1 + (most - 1) * self._turns.step // self.warm_up
+        )
 
     @property
     def refused(self) -> int:
@@ -233,10 +233,10 @@ class CyclicDelay(Algorithm):
 
     def attend(self, replica: Replica, mail: Mail) -> None:
         """An heir that knows of no pause may give this member a turn; it may have to be an heir itself."""
-        if self._paused:
-            self._tend(replica, mail, LAST)
+        if self._turns.paused:
+            self._turns.tend(replica, mail, LAST)
         else:
-            self._pump(replica, mail)
+            self._turns.pump(replica, mail)
 
     def meet(self, replica: Replica, mail: Mail) -> Wait[Tensor]:
         """Push what is left, by turns; when all have, pull: the consensus is the server's W."""
@@ -248,7 +248,7 @@ class CyclicDelay(Algorithm):
     def resume(self, replica: Replica, *, adopted: bool) -> None:
         """What was pulled is the base of what comes."""
         self._taken.drop()
-        self._paused = False
+        self._turns.paused = False
 
     def averaged_over(self, n: int) -> int:
         """Each batch's move counts one n-th; of gradients it is the server that steps."""
@@ -260,8 +260,7 @@ class CyclicDelay(Algorithm):
 
     def arrived(self) -> list[Arrival]:
         """What became of own pushes since the last call."""
-        arrivals, self._arrivals = self._arrivals, []
-        return arrivals
+        return self._turns.arrived()
 
     # -- a state at a meeting -----------------------------------------------------------------------------------------
 
@@ -271,7 +270,7 @@ class CyclicDelay(Algorithm):
             "method": type(self).__name__,
             "shards": len(self.exchanges),
             "push": self.push,
-            "step": self._step,
+            "step": self._turns.step,
             "refused": self.refused,
             "images": self._images,
             "owners": self._acting,
@@ -289,9 +288,9 @@ class CyclicDelay(Algorithm):
                     f"the run was saved with {name} {state.get(name)!r} and goes on with {now!r}: go on with the same, "
                     "or start anew from the weights alone"
                 )
-        self._step, self._taken.refused = state["step"], state["refused"]
+        self._turns.step, self._taken.refused = state["step"], state["refused"]
         for exchange, version, pushes in zip(self.exchanges, state["versions"], state["pushes"], strict=True):
-            exchange.version, exchange.step, exchange.clean = version, pushes, self._step
+            exchange.version, exchange.step, exchange.clean = version, pushes, self._turns.step
             exchange.token = exchange.token if "rates" not in state else 0  # older images name no holder
         self._images = state["images"].clone()
         at = self.owners.were(state.get("owners"), self.exchanges)
@@ -324,71 +323,14 @@ class CyclicDelay(Algorithm):
                 exchange.add(gradient, self._samples)
         self._taken.drop()
 
-    def _tend(self, replica: Replica, mail: Mail, kind: int | None = None) -> None:
-        """Fold what came, push where a token is, say where none is. Never waits."""
-        self._pump(replica, mail)
-        for exchange in self.exchanges:
-            if kind is None:
-                exchange.give(replica, mail, self._step)
-            elif exchange.astray or exchange.clean < self._step:
-                exchange.give(replica, mail, self._step, kind=kind)
-            self._bid(exchange, mail)
-
-    def _pump(self, replica: Replica, mail: Mail) -> None:
-        mail.lost()  # what was asked of the dead is asked of others
-        for letter in mail.take(TOKEN):
-            self._hear(letter.message)
-            mail.folded(letter)
-        for letter in mail.take(ANSWER):
-            self._fold(letter, replica)
-            mail.folded(letter)
-        for exchange in self.exchanges:
-            if self.owners.look(exchange.shard.number):
-                self._move(exchange)
-        self._own.tell(exchange.owner for exchange in self.exchanges)
-
-    def _hear(self, token: Message) -> None:
-        """A turn, or whose the shard is now. There may have been more shards before what is trained changed."""
-        self.owners.sought(token.reference)
-        for exchange in self.exchanges:
-            if exchange.shard.number == shard_of(token.reference) and token.weight != ANOTHERS:
-                exchange.token = max(exchange.token, token.reference)
-
-    def _fold(self, letter: Letter, replica: Replica) -> None:
-        if letter.message.weight == SOUGHT:
-            self.owners.sought(letter.message.reference)
-            return
-        exchange = self.exchanges[shard_of(letter.message.reference)]
-        if letter.message.weight == NOT_HERE and letter.message.reference == exchange.place:
-            self.owners.doubt(exchange.shard.number)
-        self._arrivals += exchange.fold(letter, replica)
-
-    def _bid(self, exchange: TokenExchange | DeltaExchange, mail: Mail, *, idle: bool = False) -> None:
-        """Once for each batch, and when others are heard than before; who is `idle` in its turn says so too."""
-        bid = (self._step, mail.live(), exchange.place if idle else 0)
-        through = self._paused and exchange.clean >= self._step  # nothing is left to push until all have met
-        if self.token == "strict" or through or exchange.has_token != idle or exchange.asked or exchange.bidden == bid:
-            return
-        heard = torch.tensor(bid[1], dtype=torch.int64)
-        if mail.post(exchange.owner, Message(BID, heard, weight=int(idle), reference=exchange.place)):
-            exchange.bidden = bid
-
-    def _move(self, exchange: TokenExchange | DeltaExchange) -> None:
-        """A shard has a new owner."""
-        number = exchange.shard.number
-        exchange.belongs_to(self.owners.owner(number), self.owners.place(number))
-        self._own.moved(exchange)
-
     def _meeting(self, replica: Replica, mail: Mail) -> ServerMeeting:
-        for exchange in () if self._paused else self.exchanges:
-            exchange.clean = self._step - 1  # also who has nothing left says that it pauses, once
-        self._paused = True
+        self._turns.pause()
         return ServerMeeting(
             list(self.exchanges),
             self.owners,
             self._rounds,
-            self._step,
-            pump=lambda: self._tend(replica, mail, LAST),
+            self._turns.step,
+            pump=lambda: self._turns.tend(replica, mail, LAST),
             push=lambda exchange: None,  # `pump` does, of all shards whose token has come
             pausing=False,
         )
@@ -397,17 +339,15 @@ class CyclicDelay(Algorithm):
         """Who is alone steps with these numbers, and not with those of the step before."""
         while not self._own.rates(now) and wait:
             yield "the own service to hear the optimizer's numbers"
-            self._pump(replica, mail)
+            self._turns.pump(replica, mail)
 
     def _until(
         self, done: Callable[[TokenExchange | DeltaExchange], bool], what: str, replica: Replica, mail: Mail
     ) -> Wait[None]:
         while (waits := next((x for x in self.exchanges if not done(x)), None)) is not None:
-            for exchange in self.exchanges:
-                if not exchange.count:
-                    self._bid(exchange, mail, idle=True)
+            self._turns.say_idle(mail)
             yield f"{what} of shard {waits.shard.number}"
-            self._tend(replica, mail)
+            self._turns.tend(replica, mail)
 
     def _current_shrink(self) -> Shrink:
         return self.shrink

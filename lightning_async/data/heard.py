@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-_OWN = frozenset({"_loader", "_ear"})
+from lightning_async.data.around import Around
+
 _NO_MORE = object()
 
 
@@ -35,8 +36,8 @@ class Ear:
 DEAF = Ear()
 
 
-class Heard:
-    """A loader with an ear. In all else it is the user's loader: attributes are read from and set on that.
+class Heard(Around, own=("_ear",)):
+    """A loader with an ear.
 
     Args:
         loader: The user's loader.
@@ -44,21 +45,8 @@ class Heard:
     """
 
     def __init__(self, loader: Any, ear: Ear) -> None:
-        self._loader, self._ear = loader, ear
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _OWN:
-            raise AttributeError(name)
-        return getattr(self._loader, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._loader, name, value)
-
-    def __len__(self) -> int:
-        return len(self._loader)  # without a length this is the TypeError it should be
+        super().__init__(loader)
+        self._ear = ear
 
     def __iter__(self) -> Iterator[Any]:
         with self._ear.begins():

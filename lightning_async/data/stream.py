@@ -24,31 +24,18 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from lightning_async.data.around import Around
 from lightning_async.data.heard import DEAF, Ear, drawn
 from lightning_async.data.skipped import count_once
 
-_OWN = frozenset(
-    {
-        "_loader",
-        "_source",
-        "_begun",
-        "_over",
-        "_ear",
-        "_way",
-        "_mark",
-        "_handed",
-        "_ended",
-        "_moved",
-        "_cut",
-        "_live",
-        "_loaded",
-        "_resumed",
-    }
+_OWN = (
+    *("_source", "_begun", "_over", "_ear", "_way", "_mark", "_handed"),
+    *("_ended", "_moved", "_cut", "_live", "_loaded", "_resumed"),
 )
 
 
-class Stream:
-    """A loader with a bookmark. In all else it is the user's loader: attributes are read from and set on that.
+class Stream(Around, own=_OWN):
+    """A loader with a bookmark.
 
     Args:
         loader: The user's loader.
@@ -65,7 +52,7 @@ class Stream:
         over: Callable[[], bool] = lambda: False,
         ear: Ear = DEAF,
     ) -> None:
-        self._loader = loader
+        super().__init__(loader)
         self._source = source_of(loader)
         self._begun = begun
         self._over = over
@@ -76,20 +63,6 @@ class Stream:
         self._handed = 0
         self._ended = self._moved = self._cut = self._resumed = False
         self._live: Iterator[Any] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _OWN:
-            raise AttributeError(name)
-        return getattr(self._loader, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._loader, name, value)
-
-    def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type]  # without a length this is the TypeError it should be
 
     def __iter__(self) -> Iterator[Any]:
         with self._ear.begins():

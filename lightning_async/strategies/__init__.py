@@ -1,4 +1,4 @@
-"""Lightning strategies: one thin file each. Importing `lightning_async` registers their names."""
+"""The strategies of this package, and their names in Lightning's registry: importing `lightning_async` enters them."""
 
 from __future__ import annotations
 

@@ -36,8 +36,9 @@ from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
 from lightning_async.replica import Replica
 from lightning_async.strategies import compat, words
-from lightning_async.strategies.account import Account, account, model_of, short, state_of, wider_state
+from lightning_async.strategies.account import Account, account, model_of, state_of, wider_state
 from lightning_async.strategies.averages import Averages, miss_no_step
+from lightning_async.strategies.batchnorm import Statistics
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.clock import Clock
@@ -45,12 +46,12 @@ from lightning_async.strategies.consensus import Consensus
 from lightning_async.strategies.cuts import Cuts
 from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.feeding import Feeding
-from lightning_async.strategies.first_line import bound, costs, statistics
+from lightning_async.strategies.first_line import of_members
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.inner_layer import InnerLayer
 from lightning_async.strategies.knobs import AtMeeting, Saves, StartMethod, check_lightnings, check_word
 from lightning_async.strategies.meetings import Meetings
-from lightning_async.strategies.members import Inner, check_inner, ranks_of_members, sizes
+from lightning_async.strategies.members import Inner, check_inner, ranks_of_members
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.office import Office, check_backend
 from lightning_async.strategies.one_thread import spare_the_threads
@@ -65,7 +66,6 @@ from lightning_async.strategies.refusals import (
 )
 from lightning_async.strategies.saving import put_aside_on_exceptions
 from lightning_async.strategies.shown import Shown
-from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.stepping import Stepping
 from lightning_async.strategies.voice import voice
 from lightning_async.strategies.whole_files import WholeFiles
@@ -389,11 +389,4 @@ class AsyncStrategy(Shown):
         return found
 
     def _first_line(self) -> str:
-        each = sizes(self.office.ranks_of_members)
-        size = short(self.replica.numel * self.replica.flat.element_size())
-        adopt = "adopt the consensus" if self.at_meeting == "adopt" else "keep their own weights"
-        return (
-            f"{self.name}: {self.members} members{each}, {size} of weights each, data by {self.feeding.balance!r}, at "
-            f"meetings they {adopt}; {bound(self.algorithm, self.members)}; {costs(self.account, self.root_device)}; "
-            f"{statistics(self.trainer)}"
-        )
+        return of_members(self)

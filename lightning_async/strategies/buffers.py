@@ -4,7 +4,7 @@ Float buffers (BatchNorm's statistics) are averaged, integer ones take the maxim
 
     buffers=      at meetings                          at the end of a run
     average       averaged                             equal
-    reestimate    averaged                             BatchNorm's taken anew (`statistics.py`), equal
+    reestimate    averaged                             BatchNorm's taken anew (`batchnorm.py`), equal
     local         each rank's own                      each rank's own; a checkpoint holds those of the rank that saves
 """
 

@@ -18,10 +18,12 @@ from lightning_async.progress.agenda import Agenda, Due
 from lightning_async.progress.member import progress_of
 from lightning_async.progress.progress import Outcome, Progress
 from lightning_async.progress.report import Wish
-from lightning_async.progress.tally import Tally
 from lightning_async.strategies import compat
+from lightning_async.strategies.asking import ask_at_meetings
 from lightning_async.strategies.closing import Closing
-from lightning_async.strategies.counts import NEVER, Counts, ask_at_meetings
+from lightning_async.strategies.counts import NEVER, Counts
+from lightning_async.strategies.earlier import Earlier
+from lightning_async.strategies.last_batch import LastBatch
 from lightning_async.strategies.log_steps import LogSteps
 from lightning_async.strategies.logbook import Logbook
 from lightning_async.strategies.schedules import Schedules
@@ -60,12 +62,9 @@ class Clock:
         self._counts, self._wishes = Counts(meet_every), Wishes(strategy)
         self.closing = Closing(strategy, self._wishes)
         self._schedules, self._log_steps, self._logbook = Schedules(), LogSteps(), Logbook()
-        self._restored: dict[str, Any] = {}
-        self._fitted: tuple[Tally, int, int] | None = None  # what all had trained when the last fit of this Trainer
-        # ended, what a step of it weighed, and how many updates that took
+        self._earlier, self._last = Earlier(), LastBatch(strategy, self._counts)
         self._written = 0
         self._partly = False  # whether the epoch under way was begun by a run with other steps
-        self._closes = False  # whether the epoch is over with the batch under way, if all do their parts by then
         self._stretch = (0, 0)  # the run's steps at the last two meetings
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -110,7 +109,7 @@ class Clock:
                 return validates(fetcher)
 
         def by_epoch(interval: str, update_plateau_schedulers: bool) -> None:
-            if not (self._closes and interval == "epoch"):
+            if not (self._last.foretold and interval == "epoch"):
                 update_schedulers(interval, update_plateau_schedulers=update_plateau_schedulers)
 
         update_schedulers = leash.wrap(trainer.fit_loop.epoch_loop, "update_lr_schedulers", by_epoch)
@@ -137,7 +136,7 @@ class Clock:
     @property
     def fetches_late(self) -> bool:
         """Whether a batch of a stream is fetched only when it is known that the epoch has one more (`compat`)."""
-        return self._counts.cuts(self._strategy.feeding)
+        return self._last.fetches_late
 
     def _renew(self, trainer: Trainer) -> None:
         """The loaders are others, perhaps of another length; all are between two epochs."""
@@ -154,26 +153,22 @@ class Clock:
         if self._counts.taken and feeding.epoch_batches() is not None:
             trainer.fit_loop.max_batches = float("inf")
         self._written = trainer.global_step
-        self.waited = self._restored.get("ended", False)
+        self.waited = self._earlier.waited
         if self.waited and feeding.share is not None:  # what was left of the epoch is shared out anew
             self.waited = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
         agenda = Agenda(self._counts.items(trainer, feeding, n, self._batches_of_all(n)))
-        before, epoch = self._earlier(trainer, n)
-        evened = int(self._restored.get("evened", 0)) * n // self._restored.get("n", n)
-        taken = self._taken(before.updates - evened, n, members)
-        same = (self._restored.get("n"), self._restored.get("steps_of")) == (n, self._steps_of(trainer))
-        self._partly = before != epoch and not same
+        sums = self._earlier.sums(trainer, n, members)
+        self._partly = sums.before != sums.epoch and not self._earlier.was_alike(n, self._steps_of(trainer))
         office, desk = strategy.office, strategy.office.desk(PROGRESS)
         make = progress_of(office.siblings, office.ranks_of_members, office.drive)
-        sums: dict[str, Any] = {"before": before, "epoch": epoch, "evened": evened, "taken": taken}
         weighed: dict[str, int] = {"n": n, "batch": feeding.batch, "weight": feeding.weight}
-        self.progress = make(desk, agenda=agenda, in_step=in_step, **weighed, **sums)
+        self.progress = make(desk, agenda=agenda, in_step=in_step, **weighed, **sums._asdict())
         self._stretch = (self.progress.steps(), self.progress.steps())
         self._log_steps.begin(trainer, self.progress.steps())
         self._logbook.begin(self.progress)
         self._wishes.validated()
         if trainer.lightning_module.automatic_optimization:
-            self._schedules.take(strategy.lr_scheduler_configs, self._restored.get("scheduled", self.progress.steps()))
+            self._schedules.take(strategy.lr_scheduler_configs, self._earlier.scheduled(self.progress.steps()))
             self._schedules.follow(trainer, self.progress.steps())
 
     def _batches_of_all(self, n: int) -> int | None:
@@ -198,34 +193,12 @@ class Clock:
         """The run is over: Lightning's counts are Lightning's again. Idempotent."""
         self._counts.put_back(lambda: self._strategy.trainer)
         self._schedules.give_back()
-        self._restored = {}
-        if self.progress is not None:
-            self._fitted = self.progress.agreed, self.progress.n, self.progress.taken
+        self._earlier.close(self.progress)
         self.progress, self.empty = None, ()
         self.ended = self.over = self._wishes.stop = False
+        self._last.forget()
         self._wishes.requeue.forget()
         self.closing.forget()
-
-    def _earlier(self, trainer: Trainer, n: int) -> tuple[Tally, Tally]:
-        """What an earlier part of the run did, as if it had been done by the members that there are now."""
-        state = self._restored
-        if not state:
-            batches = trainer.fit_loop.epoch_loop.batch_progress
-            done, by = Tally(batches.total.ready), 1
-            if self._fitted is not None and trainer.global_step:  # else this is another Trainer
-                done, by, _ = self._fitted
-            before = Tally(done.batches * n // by, trainer.global_step * n, done.samples)
-            return before, before.minus(Tally(batches.current.ready * n if compat.is_in_mid_epoch(trainer) else 0))
-        return tuple(_scaled(Tally(*state[name]), n, state["n"]) for name in ("agreed", "epoch"))  # type: ignore[return-value]
-
-    def _taken(self, counted: int, n: int, members: int) -> int:
-        """How many updates that took, one by one, as if by so many members as there are now."""
-        state = self._restored
-        if not state and self._fitted is not None and counted:
-            return self._fitted[2]
-        if "taken" not in state:
-            return counted * members // n
-        return int(state["taken"]) * members // int(state["members"])
 
     # -- the batch -----------------------------------------------------------------------------------------------------
 
@@ -235,11 +208,7 @@ class Clock:
             return
         self.progress.length = self._steps_of_epoch(trainer)
         self.progress.batch_started()
-        batches = trainer.fit_loop.epoch_loop.batch_progress
-        if not self.progress.is_last():
-            self._look_ahead(trainer, "ahead")
-        elif not batches.is_last_batch:
-            batches.is_last_batch = self._closes = True
+        self._last.started(trainer, by_agenda=self.progress.is_last())
         if self._counts.taken:
             self._log_steps.follow(trainer, trainer.global_step)
 
@@ -250,7 +219,7 @@ class Clock:
             return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         progress.batch_ended(updates=trainer.global_step - self._written, samples=samples)
         self._write(trainer)
-        progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not self._closes
+        progress.ended = self._last.ended(trainer)
         self.summon(trainer)
         trainer.val_check_batch = NEVER if self._counts.taken else trainer.val_check_batch
         meets = progress.ended or self._strategy.together(progress.comes())
@@ -281,14 +250,15 @@ class Clock:
 
     def conclude(self, trainer: Trainer, outcome: Outcome) -> None:
         """What a meeting agreed on, told to Lightning: counts, schedules, whether to stop."""
+        assert self.progress is not None  # behind `begin`
         self._write(trainer)
         self._stretch = (self._stretch[1], trainer.global_step)
         if self._counts.taken and not self._log_steps.is_logged(trainer):
             self._log_steps.follow(trainer, trainer.global_step - 1)
-        if self.progress is not None:
-            self._logbook.met(trainer, self.progress)
+        self._logbook.met(trainer, self.progress)
         loop = trainer.fit_loop.epoch_loop
-        self._close_epoch(trainer, by_agenda=bool(outcome.due & Due.END_EPOCH))
+        if self._last.met(trainer, by_agenda=bool(outcome.due & Due.END_EPOCH)):
+            self.progress.ended = True
         if outcome.wishes & Wish.STOP:
             trainer.should_stop, self._wishes.stop = True, False
         self.empty = outcome.empty
@@ -304,27 +274,6 @@ class Clock:
             iteration = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
             trainer.val_check_batch = iteration + 1
 
-    def _close_epoch(self, trainer: Trainer, *, by_agenda: bool) -> None:
-        """All know whether the agenda ended the epoch; where a stream ended before its part, the others go on."""
-        batches = trainer.fit_loop.epoch_loop.batch_progress
-        closes, self._closes = self._closes, False
-        if by_agenda and (closes or not batches.is_last_batch):
-            self._strategy.office.recording.mark("cut")
-            self._strategy.feeding.cut()
-            _was_last(trainer)
-        elif closes:
-            batches.is_last_batch = False
-            self._look_ahead(trainer, "further")
-            if batches.is_last_batch and self.progress is not None:  # it has no more: the others go on
-                self.progress.ended = True
-                _was_last(trainer)
-
-    def _look_ahead(self, trainer: Trainer, mark: str) -> None:
-        """Where Lightning may not: when that was is in the log."""
-        if self.fetches_late:
-            self._strategy.office.recording.mark(mark)
-            compat.look_ahead(trainer)
-
     def _validates(self, trainer: Trainer, outcome: Outcome, *, stops: bool) -> bool:
         """Whether a validation follows this meeting."""
         due = outcome.due & Due.VALIDATE or outcome.first & Wish.VALIDATE or (outcome.ended and self._counts.at_end)
@@ -336,11 +285,7 @@ class Clock:
 
     def ran_dry(self, trainer: Trainer) -> None:
         """The epoch is over on this rank; a stream that has less than its length says so by ending, and not before."""
-        feeding, batches = self._strategy.feeding, trainer.fit_loop.epoch_loop.batch_progress
-        left = self._closes  # a -1 of `on_train_batch_start`
-        self._closes = False
-        if left or (feeding.share is None and feeding.dry and not batches.is_last_batch):
-            _was_last(trainer)
+        self._last.ran_dry(trainer)
 
     def requeued(self, trainer: Trainer) -> None:
         """Save and ask for a new place in the queue, as Lightning would have done in the signal handler."""
@@ -385,11 +330,11 @@ class Clock:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Before `begin`."""
-        self._restored = state
+        self._earlier.load(state)
 
     def loaded(self) -> None:
         """Lightning's counts are those of a checkpoint."""
-        self._fitted = None
+        self._earlier.loaded()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -433,15 +378,3 @@ class Clock:
         self._written = trainer.global_step
         steps = self.progress.steps() if self._counts.taken else self._written
         self._schedules.follow(trainer, min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps)
-
-
-def _was_last(trainer: Trainer) -> None:
-    """The batch that was trained on was the last one of the epoch, and Lightning did not know it."""
-    loop = trainer.fit_loop.epoch_loop
-    loop.batch_progress.is_last_batch = True
-    loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
-
-
-def _scaled(tally: Tally, n: int, before: int) -> Tally:
-    """The counts at the same step of the run where one counts for `n`."""
-    return Tally(tally.batches * n // before, tally.updates * n // before, tally.samples)

@@ -4,17 +4,17 @@
     val_check_interval, limit_train_batches     batches of each member; as a float, a part of the epoch
     meet_every                                  samples of all
 
-Left to Lightning, each would be one rank's count. Callbacks that act by such a count are asked at meetings only.
+Left to Lightning, each would be one rank's count. Callbacks that act by such a count are asked at meetings (`asking`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_async.progress.agenda import Due, Item
@@ -153,36 +153,6 @@ class Counts:
             yield Item(Due.VALIDATE, Unit.BATCHES, every * n, in_epoch=in_epoch, below=below)
 
 
-def ask_at_meetings(
-    leash: compat.Leash,
-    callback: Callback,
-    meeting: Callable[[], bool],
-    ends: Callable[[], bool],
-    passed: Callable[[int], bool],
-    between: Callable[[Callback, Callable[[], object]], object] = lambda callback, ask: None,
-) -> None:
-    """The callback saves, or stops, with all ranks or not at all; `between` meetings, where that has another way.
-
-    All must see the same end of a batch there: `ends` says whether that is an epoch's, or has a validation behind it.
-    A meeting may come late, past a multiple of the steps after which the callback saves (`passed`): it saves there.
-    """
-    ask = callback.on_train_batch_end
-
-    def on_train_batch_end(trainer: Trainer, *batch: Any, **more: Any) -> None:
-        if not meeting():
-            between(callback, lambda: ask(trainer, *batch, **more))
-            return
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        last, progress.is_last_batch = progress.is_last_batch, ends()
-        try:
-            with _as_due(callback, passed):
-                ask(trainer, *batch, **more)
-        finally:
-            progress.is_last_batch = last
-
-    leash.wrap(callback, "on_train_batch_end", on_train_batch_end)
-
-
 def _never(callback: ModelCheckpoint) -> bool:
     return False
 
@@ -195,13 +165,6 @@ def _check_is_reached(every: int, length: int | float | None) -> None:
             f"has in an epoch ({length}): no validation would ever come. To count batches across epochs set "
             "`check_val_every_n_epoch=None`; to validate never, `limit_val_batches=0`"
         )
-
-
-def _as_due(callback: Callback, passed: Callable[[int], bool]) -> AbstractContextManager[None]:
-    """Lightning saves at a multiple, not past it."""
-    if isinstance(callback, ModelCheckpoint) and (every := compat.saves_every(callback)) and passed(every):
-        return compat.saves_at_once(callback)
-    return nullcontext()
 
 
 def _part_of_unknown(name: str, value: float) -> MisconfigurationException:

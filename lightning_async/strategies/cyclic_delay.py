@@ -22,7 +22,7 @@ from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
-from lightning_async.strategies.inheritance import heirlooms
+from lightning_async.strategies.heritage import heirlooms
 from lightning_async.strategies.knobs import StartMethod
 from lightning_async.strategies.members import Inner
 

@@ -1,4 +1,4 @@
-"""Nodes with unlike numbers of devices: Lightning's own environments refuse them, or count `num_nodes * devices` ranks.
+"""Where nodes have unlike numbers of devices, ranks are counted along the nodes, by what each of them has.
 
     devices_per_node=[4, 2]     node 0: ranks 0 1 2 3    node 1: ranks 4 5
 
@@ -6,7 +6,8 @@
     a list, and nobody started them         Lightning starts those of this node; NODE_RANK says which node it is
     srun started them                       its variables say who each is, and how many tasks each node has: 4,2
 
-`devices` and `num_nodes` are what the Trainer of this node is to be told. It sets products of them, which do not count.
+`devices` and `num_nodes` are what the Trainer of this node is to be told. It sets products of them, which do not count:
+Lightning's own environments refuse such nodes, or count `num_nodes * devices` ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Feeding: which samples this rank trains on, seen from the strategy: a share of one loader's, or streams of its own.
+"""A rank trains on its share of one loader's samples, or on streams of its own: which, where they stand, how many come.
 
 load_state_dict    ->  share_out               ->  completed, completed, ...  ->  state_dict
 of a checkpoint        Lightning makes its loaders    after each batch                into a checkpoint
@@ -6,11 +6,9 @@ of a checkpoint        Lightning makes its loaders    after each batch          
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_async.algorithms.algorithm import UNIT
 from lightning_async.data.balance import Balance, knobs_of, name_of, refuse_unknown
 from lightning_async.data.counts import epoch_batches, limited, samples_in
 from lightning_async.data.dealt import Dealt, dealt
@@ -33,6 +30,7 @@ from lightning_async.data.share import Share, make_share
 from lightning_async.data.split import SplitShare, check_loaders_alike
 from lightning_async.data.stream import Stream, Streams, is_stateful, source_of
 from lightning_async.strategies.drawing import Drawing
+from lightning_async.strategies.unlike import Sizes
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 
@@ -47,7 +45,7 @@ DATA = 0
 """The page of a member's note that is the share's."""
 
 
-class Feeding:
+class Feeding(Sizes):
     """The share of this rank and what the algorithm needs to know of it.
 
     Attributes:
@@ -63,6 +61,7 @@ class Feeding:
     """What stands around what is drawn from loaders of the rank's own."""
 
     def __init__(self, balance: Balance) -> None:
+        super().__init__()
         refuse_unknown(balance)
         self.balance = name_of(balance)
         self._balance = balance
@@ -71,11 +70,8 @@ class Feeding:
         self.under_way = False
         self.share: Share | None = None
         self._kept: tuple[Share, int, bool, int] | None = None
-        self._batch, self._drop_last, self._world, self._ranks = 1, False, 1, 1
+        self._drop_last, self._world, self._ranks = False, 1, 1
         self._speaks = True
-        self._usual: Fraction | None = None
-        self._batches_of: dict[int, int] = {}
-        self._lengths_of: dict[int, int] = {}
         self._total: int | None = None
         self._by_sample = False
         self._begun = True
@@ -85,34 +81,6 @@ class Feeding:
         self._in_mid_epoch = False
         self._tell_epoch: Callable[[int], None] | None = None
         self._tell_dealt: Callable[[Dealt], None] | None = None
-
-    @property
-    def mass(self) -> int:
-        """What a step of this rank weighs: a member with larger batches counts for more, each sample for the same."""
-        return UNIT * self._batch
-
-    @property
-    def batch(self) -> int:
-        """This member's samples of a batch."""
-        return self._batch
-
-    @property
-    def weight(self) -> int:
-        """What a batch of this member counts for in the run: 1, unless members' batches are unlike (`tally.py`)."""
-        return self._batch // self._grain
-
-    def weight_of(self, rank: int) -> int:
-        """What a batch of the member that this rank speaks for counts for."""
-        return self._batches_of.get(rank, self._batch) // self._grain
-
-    def step_of(self, members: int) -> int:
-        """What a step of the run counts for: a batch of each of so many members."""
-        return int((self._usual or self._batch) * members / self._grain)
-
-    @property
-    def usual(self) -> float:
-        """A batch of a member, in samples, on average over the members."""
-        return float(self._usual or self._batch)
 
     @property
     def dry(self) -> bool:
@@ -215,14 +183,8 @@ class Feeding:
         """All ranks made their loaders: what a batch of a member is on average decides how many an epoch has, and how
         long its streams are; who speaks for one says it. Before any of them draws. Raises on all ranks."""
         length = self._streams.batches(1.0) if self._streams.known else None
-        mine = f"{self._batch} {'' if length is None else length}".strip() if self._speaks else ""
-        words = yield from rounds.agree(mine.encode(), what="the batch sizes")
-        said = {rank: [int(number) for number in word.split()] for rank, word in words.items() if word}
-        self._batches_of = {rank: batch for rank, (batch, *_) in said.items()}
-        self._lengths_of = {rank: lengths[0] for rank, (_, *lengths) in said.items() if lengths}
-        sizes = self._batches_of.values()
-        self._usual = Fraction(sum(sizes), len(sizes)) if sizes else None
-        if in_step and self.share is not None and len(set(sizes)) > 1:
+        yield from self.tell_sizes(rounds, length, speaks=self._speaks)
+        if in_step and self.share is not None and len(set(self._batches_of.values())) > 1:
             told = ", ".join(f"on rank {rank}: {size}" for rank, size in self._batches_of.items())
             raise MisconfigurationException(
                 f"the batch sizes are unlike ({told}), and all ranks take each step together: equal shares of one data "
@@ -247,21 +209,17 @@ class Feeding:
         """How many batches one rank of a synchronous run has in an epoch; None while that is not known."""
         if self._total is None:
             return self._streams.batches(self.limit) if self._streams.known else None
-        span, usual = self._span(self._total), self._usual or self._batch
-        return epoch_batches(span, members=self._world, batch=usual, drop_last=self._drop_last)
+        span = self._span(self._total)
+        return epoch_batches(span, members=self._world, batch=self._mean, drop_last=self._drop_last)
 
     def foreseen(self, accumulated: int = 1) -> int | None:
         """The same, for who plans ahead: streams may be of unlike lengths, and the run has those of all, each of which
         ends with a step of the batches that are left, if so many make a step."""
-        mine, n, lengths = self.epoch_batches(), len(self._batches_of), self._lengths_of
-        part = isinstance(self.limit, float) and self.limit < 1.0
-        if not mine or part or self.share is not None or len(lengths) < n or len(set(lengths.values())) < 2:
+        mine = self.epoch_batches()
+        if not mine or self.share is not None or (isinstance(self.limit, float) and self.limit < 1.0):
             return mine
-        whole = sum(length * self.weight_of(rank) for rank, length in lengths.items())
-        if isinstance(self.limit, int) and self.limit * self.step_of(n) <= whole:
-            return self.limit
-        steps = sum(math.ceil(length / accumulated) * self.weight_of(rank) for rank, length in lengths.items())
-        return math.ceil(steps / self.step_of(n)) * accumulated
+        of_all = self.length_of_all(self.limit, accumulated)
+        return mine if of_all is None else of_all
 
     def length(self) -> int | None:
         """How many batches this rank's own streams have in an epoch, limits aside; None while that is not known."""
@@ -271,8 +229,7 @@ class Feeding:
         """What the loader of a synchronous run says of its length, limits aside; None where it may not be told."""
         if self._total is None or not self.under_way:
             return None
-        usual = self._usual or self._batch
-        return epoch_batches(self._total, members=self._world, batch=usual, drop_last=self._drop_last)
+        return epoch_batches(self._total, members=self._world, batch=self._mean, drop_last=self._drop_last)
 
     def met(self, *, deaths: bool) -> None:
         """All have met: who waited for that goes on with the next epoch. Say what nobody trained on of this one.
@@ -286,8 +243,8 @@ class Feeding:
     def close(self) -> None:
         """The run is over."""
         self.under_way = False
-        self.share = self._kept = self._total = self._usual = None
-        self._batches_of, self._lengths_of = {}, {}
+        self.share = self._kept = self._total = None
+        self.forget()
         self.batches = self.samples = 0
         self._begun, self._by_sample = True, False
         self._tell_epoch = self._tell_dealt = None
@@ -371,18 +328,12 @@ class Feeding:
         )
 
     @property
-    def _grain(self) -> int:
-        """The largest number of samples that divides all members' batches."""
-        return math.gcd(self._batch, *self._batches_of.values())
-
-    @property
     def _unit(self) -> int:
         return self._batch if self._drop_last else 1
 
     def _span(self, total: int) -> int:
         """How many positions the limit leaves."""
-        usual = self._usual or self._batch
-        return limited(self.limit, total, members=self._world, batch=usual, drop_last=self._drop_last)
+        return limited(self.limit, total, members=self._world, batch=self._mean, drop_last=self._drop_last)
 
     def _left(self, total: int, done: Sequence[Range]) -> int:
         return usable(len(Rest(self._span(total), done)), members=1, unit=self._unit)

@@ -8,6 +8,8 @@ statistics go.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -19,10 +21,48 @@ from lightning_async.algorithms.gossip import Alone, Gossip
 from lightning_async.algorithms.late_sign import LateSign
 from lightning_async.algorithms.weighting import bound_among
 from lightning_async.callbacks.stats import Stats
+from lightning_async.pipeline import schedule
 from lightning_async.strategies import compat
 from lightning_async.strategies.account import Account, short
+from lightning_async.strategies.members import sizes
+from lightning_async.strategies.pipe_turns import stash_limit
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.base import AsyncStrategy
+    from lightning_async.strategies.pipe_setup import PipeSetup
 
 IN_STEP = "in lock-step, so nothing is late"
+
+
+def of_members(strategy: AsyncStrategy) -> str:
+    """The line of a run whose members have replicas."""
+    replica, members = strategy.replica, strategy.members
+    each = sizes(strategy.office.ranks_of_members)
+    size = short(replica.numel * replica.flat.element_size())
+    adopt = "adopt the consensus" if strategy.at_meeting == "adopt" else "keep their own weights"
+    late, cost = bound(strategy.algorithm, members), costs(strategy.account, strategy.root_device)
+    return (
+        f"{strategy.name}: {members} members{each}, {size} of weights each, data by {strategy.feeding.balance!r}, at "
+        f"meetings they {adopt}; {late}; {cost}; {statistics(strategy.trainer)}"
+    )
+
+
+def of_stages(strategy: PipeSetup) -> str:
+    """The line of a pipeline."""
+    depth, parts = strategy.depth, strategy.turns.parts
+    held = [stash_limit(stage, depth, strategy.order) for stage in range(depth)]
+    accounts = strategy.accounts_of_stages()
+    weights = ", ".join(short(parts.nbytes(stage)) for stage in range(depth))
+    old = ", ".join(short(one.device) for one in accounts)
+    late = ", ".join(str(schedule.delay(stage, depth)) for stage in range(depth))
+    advice = learning(strategy.trainer, depth, strategy.compensate, strategy.baseline)
+    return (
+        f"{strategy.name}: {depth} stages, {strategy.replicas} replicas, all read the same batches; first to last, "
+        f"stages have {weights} of weights and {old} of old ones on {strategy.root_device.type}, their gradients are "
+        f"{late} batches late, and they hold {', '.join(map(str, held))} batches ({strategy.semantics}); each has "
+        f"{short(max(one.host for one in accounts))} in host memory, and 8 times what a batch is between stages "
+        f"for each neighbour; {'; '.join(filter(None, (advice, statistics(strategy.trainer))))}"
+    )
 
 
 def costs(account: Account, device: torch.device) -> str:

@@ -27,7 +27,7 @@ from lightning_async.algorithms.signs import BLOCK
 from lightning_async.progress.report import Wish
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
-from lightning_async.strategies.inheritance import heirlooms
+from lightning_async.strategies.heritage import heirlooms
 from lightning_async.strategies.knobs import StartMethod
 from lightning_async.strategies.resuming import KEY
 

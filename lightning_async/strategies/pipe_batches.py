@@ -1,7 +1,7 @@
 """What Lightning's loop asks of a strategy for a batch, and what that is in a pipeline.
 
               last stage                                      the others
-step          the user's, with what arrived as the call's     a turn in the pipe (`turns`), and a zero for a loss
+step          the user's, with what arrived as the call's     a turn in the pipe (`pipe_turns`), and a zero for a loss
 backward      Lightning's, then the gradient goes back        none: it comes with a gradient from behind
 optimizer     Lightning's                                     none: it comes with the last gradient of a group
 data          the same batches on all; the order of each epoch is drawn alike
@@ -21,11 +21,11 @@ from lightning_async.algorithms.algorithm import no_shrink
 from lightning_async.data.counts import samples_in
 from lightning_async.pipeline import draws
 from lightning_async.strategies import compat, whole
+from lightning_async.strategies.at_rest import Resting
 from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.garbage import Garbage
 from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of, under_way
 from lightning_async.strategies.pipe_recording import Held
-from lightning_async.strategies.resting import Resting
 
 Timeline = list[tuple[str, int, float, float]]
 

@@ -22,25 +22,25 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_async.pipeline import partition, schedule
+from lightning_async.pipeline import partition
 from lightning_async.pipeline.compensate import Compensate
 from lightning_async.pipeline.edge import Wire
 from lightning_async.pipeline.stash import Semantics
 from lightning_async.strategies import compat, whole, words
-from lightning_async.strategies.account import Account, short, staged
+from lightning_async.strategies.account import Account, staged
 from lightning_async.strategies.alike import creed, plan
-from lightning_async.strategies.first_line import learning, statistics
+from lightning_async.strategies.first_line import of_stages
 from lightning_async.strategies.handover import Handover
 from lightning_async.strategies.measuring import measured
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.one_thread import spare_the_threads
 from lightning_async.strategies.parts import Parts
 from lightning_async.strategies.pipe_batches import PipeBatches
+from lightning_async.strategies.pipe_turns import Turns, stash_limit
 from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse_schedulers
 from lightning_async.strategies.refusals import refuse, refuse_optimizers, refuse_unmade
 from lightning_async.strategies.rests import Rests
 from lightning_async.strategies.saving import put_aside_on_exceptions
-from lightning_async.strategies.turns import Turns, stash_limit
 from lightning_async.strategies.whole_files import WholeFiles
 from lightning_async.transport.mail import Wait
 
@@ -277,16 +277,4 @@ class PipeSetup(PipeBatches):
         ]
 
     def _first_line(self) -> str:
-        held = [stash_limit(stage, self.depth, self.order) for stage in range(self.depth)]
-        accounts = self.accounts_of_stages()
-        weights = ", ".join(short(self.turns.parts.nbytes(stage)) for stage in range(self.depth))
-        old = ", ".join(short(one.device) for one in accounts)
-        late = ", ".join(str(schedule.delay(stage, self.depth)) for stage in range(self.depth))
-        advice = learning(self.trainer, self.depth, self.compensate, self.baseline)
-        return (
-            f"{self.name}: {self.depth} stages, {self.replicas} replicas, all read the same batches; first to last, "
-            f"stages have {weights} of weights and {old} of old ones on {self.root_device.type}, their gradients are "
-            f"{late} batches late, and they hold {', '.join(map(str, held))} batches ({self.semantics}); each has "
-            f"{short(max(one.host for one in accounts))} in host memory, and 8 times what a batch is between stages "
-            f"for each neighbour; {'; '.join(filter(None, (advice, statistics(self.trainer))))}"
-        )
+        return of_stages(self)

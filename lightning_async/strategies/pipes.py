@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from lightning_async.strategies.collectives import Collectives
 from lightning_async.strategies.pipe_recording import StageRecording
-from lightning_async.strategies.turns import Turns
+from lightning_async.strategies.pipe_turns import Turns
 from lightning_async.transport.mail import Wait
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Where the stages rest together: before a validation, at the end of an epoch, at the very end.
+"""The stages rest around a validation, at the end of an epoch, at the very end, and where somebody saves by steps.
 
 Between rests each runs free within the depth of its queues. At a rest the last stage tells the others what was logged,
 so that whoever monitors a metric (EarlyStopping, ModelCheckpoint, ReduceLROnPlateau) finds it on every rank, and one

@@ -6,7 +6,7 @@
     behind the validation there      begun, not processed, and the batch is its last one: its end is still to come
 
 Callbacks save in hooks where Lightning's counts are one rank's: it may stand at the end of an epoch that others are in,
-and whether a batch is the last is told to callbacks as if it were theirs (`counts.ask_at_meetings`).
+and whether a batch is the last is told to callbacks as if it were theirs (`asking`).
 """
 
 from __future__ import annotations

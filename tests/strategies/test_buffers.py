@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_async import SpeedFaults
-from lightning_async.strategies.statistics import KEPT
+from lightning_async.strategies.batchnorm import KEPT
 from tests.strategies.lit import INPUTS, Lit, loader, trainer
 from tests.strategies.ranks import run
 

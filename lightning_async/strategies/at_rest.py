@@ -1,4 +1,4 @@
-"""Where all stages stop after the same batch: they hear what the last one logged, and do what anybody wishes.
+"""At a rest all stages are after the same batch: they hear what the last one logged, and do what anybody wishes.
 
 A callback, a hook, a user or a signal that wishes something of one rank in mid-epoch may not stop that rank alone: the
 others would wait for it. At a rest all agree; between rests the wish travels with the batches (`place`):

@@ -1,0 +1,131 @@
+"""Every private name of Lightning that we touch is here, each with a reason, under a name of our own.
+
+Whoever needs one says `compat.name`: in which file of this folder it is, is no matter of theirs.
+"""
+
+from __future__ import annotations
+
+from lightning_async.strategies.compat.fetching import (
+    fetch_late,
+    first_batch,
+    look_ahead,
+    reloads,
+    set_sampler_epoch,
+    skip_batch,
+)
+from lightning_async.strategies.compat.leash import (
+    IN_A_FIT,
+    PRIVATE,
+    Leash,
+    around_ends_of_batches,
+    check,
+    mark_sigterm,
+    requeue,
+    share_by_sampler,
+    skip_backward,
+    take_off,
+)
+from lightning_async.strategies.compat.loggers import count_log_step, last_metric, log, log_step, logs_now, set_log_step
+from lightning_async.strategies.compat.of_callbacks import (
+    average_of,
+    averaged_until,
+    last_save,
+    save_is_due,
+    saves_at_once,
+    saves_every,
+    set_last_save,
+    time_is_up,
+)
+from lightning_async.strategies.compat.standing import (
+    behind_epoch,
+    can_stop_early,
+    ends_in_step,
+    is_in_mid_epoch,
+    let_plateaus_step,
+    set_global_step,
+    tell_epoch,
+    within_batch,
+    within_epoch,
+)
+from lightning_async.strategies.compat.told import (
+    callbacks,
+    fast_dev_run,
+    log_every,
+    reloads_with,
+    synchronises_batchnorm,
+    wants_our_sampler,
+)
+from lightning_async.strategies.compat.validation import (
+    val_seconds,
+    validate,
+    validates_in_this_epoch,
+    without_val_seconds,
+)
+from lightning_async.strategies.compat.writing import (
+    behind_writes,
+    dump,
+    in_its_thread,
+    late_error,
+    with_inner,
+    write_when,
+    writes_later,
+)
+
+__all__ = [
+    "IN_A_FIT",
+    "PRIVATE",
+    "Leash",
+    "around_ends_of_batches",
+    "average_of",
+    "averaged_until",
+    "behind_epoch",
+    "behind_writes",
+    "callbacks",
+    "can_stop_early",
+    "check",
+    "count_log_step",
+    "dump",
+    "ends_in_step",
+    "fast_dev_run",
+    "fetch_late",
+    "first_batch",
+    "in_its_thread",
+    "is_in_mid_epoch",
+    "last_metric",
+    "last_save",
+    "late_error",
+    "let_plateaus_step",
+    "log",
+    "log_every",
+    "log_step",
+    "logs_now",
+    "look_ahead",
+    "mark_sigterm",
+    "reloads",
+    "reloads_with",
+    "requeue",
+    "save_is_due",
+    "saves_at_once",
+    "saves_every",
+    "set_global_step",
+    "set_last_save",
+    "set_log_step",
+    "set_sampler_epoch",
+    "share_by_sampler",
+    "skip_backward",
+    "skip_batch",
+    "synchronises_batchnorm",
+    "take_off",
+    "tell_epoch",
+    "time_is_up",
+    "val_seconds",
+    "validate",
+    "validates_in_this_epoch",
+    "wants_our_sampler",
+    "with_inner",
+    "within_batch",
+    "within_epoch",
+    "without_val_seconds",
+    "write_when",
+    "writes_later",
+]

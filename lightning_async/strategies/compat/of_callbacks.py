@@ -1,0 +1,64 @@
+"""What Lightning's own callbacks keep to themselves: when one saves, stops or averages, and when it last did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from torch.optim.swa_utils import AveragedModel
+
+
+def saves_every(callback: ModelCheckpoint) -> int:
+    """After how many steps a ModelCheckpoint saves; 0 for one that does not go by steps."""
+    return int(callback._every_n_train_steps or 0)
+
+
+@contextmanager
+def saves_at_once(callback: ModelCheckpoint) -> Iterator[None]:
+    """A ModelCheckpoint that goes by steps takes the step of the run, whichever it is, for one of its multiples."""
+    every = callback._every_n_train_steps
+    callback._every_n_train_steps = _Always(every)
+    try:
+        yield
+    finally:
+        callback._every_n_train_steps = every
+
+
+class _Always(int):
+    """The number itself, under which its state is saved too; but whatever is divided by it leaves no rest."""
+
+    def __rmod__(self, steps: int) -> int:
+        return 0
+
+
+def save_is_due(callback: ModelCheckpoint, now: float) -> bool:
+    """Whether a ModelCheckpoint that goes by time is to save now."""
+    interval, last = callback._train_time_interval, callback._last_time_checked
+    return interval is not None and last is not None and now - last >= interval.total_seconds()
+
+
+def last_save(callback: ModelCheckpoint) -> tuple[int, str]:
+    """The step at which a ModelCheckpoint saved last, where it saves no second time; and the file."""
+    return callback._last_global_step_saved, callback._last_checkpoint_saved
+
+
+def set_last_save(callback: ModelCheckpoint, step: int, path: str) -> None:
+    """It was there and then."""
+    callback._last_global_step_saved, callback._last_checkpoint_saved = step, path
+
+
+def time_is_up(timer: Timer) -> bool:
+    """Whether a Timer that stops after a batch, not after an epoch, is to stop the run."""
+    left = timer.time_remaining()
+    return left is not None and left <= 0 and bool(timer._interval == "step")
+
+
+def average_of(callback: WeightAveraging) -> AveragedModel | None:
+    """The averaged model of a WeightAveraging; there is none outside of `fit`."""
+    return callback._average_model
+
+
+def averaged_until(callback: WeightAveraging) -> int:
+    """The step of the run at which a WeightAveraging last averaged, or saved that it did."""
+    return int(callback._latest_update_step)

@@ -1,0 +1,39 @@
+"""When Lightning validates, and how one is run where its loop would not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch import Trainer
+
+
+def val_seconds(trainer: Trainer) -> float | None:
+    """The time between validations, if that is how the Trainer was told to validate."""
+    seconds: float | None = getattr(trainer, "_val_check_time_interval", None)
+    return seconds
+
+
+@contextmanager
+def without_val_seconds(trainer: Trainer) -> Iterator[None]:
+    """A Trainer that was not told so."""
+    seconds, vars(trainer)["_val_check_time_interval"] = val_seconds(trainer), None
+    try:
+        yield
+    finally:
+        vars(trainer)["_val_check_time_interval"] = seconds
+
+
+def validates_in_this_epoch(trainer: Trainer) -> bool:
+    """Whether Lightning validates in this epoch at all."""
+    return bool(trainer.fit_loop.epoch_loop._should_check_val_epoch())
+
+
+def validate(trainer: Trainer) -> None:
+    """Run a validation as the loop does after a batch."""
+    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    trainer.validating = True
+    first = connector._first_loop_iter
+    loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first
