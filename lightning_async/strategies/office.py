@@ -87,6 +87,15 @@ class Office:
         self._members: tuple[int, ...] | None = None
         self._nodes: tuple[int, ...] | None = None
         self._carrier: ClusterCarrier | None = None
+        self._fails = False
+
+    @property
+    def fails(self) -> bool:
+        """Whether the run ends by an accident, as far as this rank knows; also when it has left."""
+        if (carrier := self._carrier) is not None:
+            aborted = carrier.decided("abort") is not None
+            self._fails = bool(aborted or self.flags.failed or carrier.failed)
+        return self._fails
 
     @property
     def is_open(self) -> bool:
@@ -246,6 +255,7 @@ class Office:
 
     def close(self) -> None:
         """Leave, politely but within seconds. Idempotent."""
+        self._fails = self.fails
         carrier, self._carrier = self._carrier, None
         if carrier is None:
             return

@@ -31,6 +31,7 @@ from lightning_async.strategies.account import Account, short, staged
 from lightning_async.strategies.alike import creed, plan
 from lightning_async.strategies.first_line import learning, statistics
 from lightning_async.strategies.handover import Handover
+from lightning_async.strategies.late_files import LEAVE_FAILED
 from lightning_async.strategies.measuring import measured
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.one_thread import spare_the_threads
@@ -42,6 +43,7 @@ from lightning_async.strategies.rests import Rests
 from lightning_async.strategies.saving import put_aside_on_exceptions
 from lightning_async.strategies.turns import Turns, stash_limit
 from lightning_async.strategies.whole_files import WholeFiles
+from lightning_async.strategies.writer import Writer
 from lightning_async.transport.mail import Wait
 
 Split = Literal["even", "auto"]
@@ -84,6 +86,8 @@ class PipeSetup(PipeBatches):
         """Stand first among the callbacks, once; what Lightning would write, is written whole."""
         super().connect(model)
         self.checkpoint_io = compat.with_inner(self.checkpoint_io, TorchCheckpointIO, WholeFiles)
+        office = self.office
+        compat.let_write(self.checkpoint_io, Writer(lambda: LEAVE_FAILED if office.fails else office.limit))
         callbacks = compat.callbacks(model.trainer)
         if not any(isinstance(c, Rests) for c in callbacks):
             callbacks.insert(0, Rests(self))
