@@ -63,7 +63,7 @@ from lightning_async.strategies.refusals import (
     refuse_run,
     refuse_unmade,
 )
-from lightning_async.strategies.saving import put_aside_on_exceptions
+from lightning_async.strategies.saving import guard_exits
 from lightning_async.strategies.shown import Shown
 from lightning_async.strategies.statistics import Statistics
 from lightning_async.strategies.stepping import Stepping
@@ -188,7 +188,7 @@ class AsyncStrategy(Shown):
         if fitting:
             self.clock.take(trainer)
             self.clock.hold(trainer, self._leash, lambda: self.meeting)
-            put_aside_on_exceptions(trainer, self._leash, self)
+            guard_exits(trainer, self._leash, self)
             miss_no_step(trainer, self._leash)
 
     def setup(self, trainer: Trainer) -> None:

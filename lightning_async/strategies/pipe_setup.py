@@ -40,7 +40,7 @@ from lightning_async.strategies.pipe_batches import PipeBatches
 from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse_schedulers
 from lightning_async.strategies.refusals import refuse, refuse_optimizers, refuse_unmade
 from lightning_async.strategies.rests import Rests
-from lightning_async.strategies.saving import put_aside_on_exceptions
+from lightning_async.strategies.saving import guard_exits
 from lightning_async.strategies.turns import Turns, stash_limit
 from lightning_async.strategies.whole_files import WholeFiles
 from lightning_async.strategies.writer import Writer
@@ -114,7 +114,7 @@ class PipeSetup(PipeBatches):
             self._leash.replace("fit_loop._iteration_based_training", lambda: False)
         if self.fitting and self.piped:
             self.hear_requeue(self._leash)
-            put_aside_on_exceptions(trainer, self._leash, self)  # no link leads to what a stage cannot write alone
+            guard_exits(trainer, self._leash, self)  # no link leads to what a stage cannot write alone
         if self.replicas > 1:
             compat.share_by_sampler(trainer, self._leash)
         self.alone = not self.piped
