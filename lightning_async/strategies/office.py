@@ -27,6 +27,7 @@ from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
 from lightning_async.transport.cluster import PIECE, ClusterCarrier, piece_of
 from lightning_async.transport.gathering import When
+from lightning_async.transport.gloo import reached
 from lightning_async.transport.layers import LayeredRounds, Speakers
 from lightning_async.transport.mail import Carrier, Mail, Wait
 from lightning_async.transport.network import check_network
@@ -36,6 +37,7 @@ from lightning_async.transport.siblings import Siblings
 
 T = TypeVar("T")
 CONNECT = 10.0  # seconds to reach a store that is known to be there
+ANSWER = 3 * CONNECT  # seconds in which torch has reached it, or says why not; its answer may take as long as a meeting
 FAREWELL = 15.0  # seconds that leaving may take
 FAREWELL_FAILED = 5.0
 PAGES = 3
@@ -118,8 +120,11 @@ class Office:
         if self._run is None:
             self._run = _run_id(device)
         self._count += 1
-        store = TCPStore(
-            environment.main_address, environment.main_port, is_master=False, timeout=timedelta(seconds=CONNECT)
+        host, port = environment.main_address, environment.main_port
+        store = reached(
+            lambda: TCPStore(host, port, is_master=False, timeout=timedelta(seconds=CONNECT)),
+            f"{host}:{port}",
+            seconds=ANSWER + self.limit,
         )
         self._carrier = ClusterCarrier(
             store=store,
