@@ -82,6 +82,7 @@ def test_who_ended_by_itself_says_good_bye_to_nobody(monkeypatch: pytest.MonkeyP
         _open(office, port)
         control = next(thread for thread in threading.enumerate() if thread.name.startswith("control"))
         os.kill(host, signal.SIGSTOP)
+        os.waitid(os.P_PID, host, os.WSTOPPED)  # on a busy machine it answers until then
         office.sigterm()
         with pytest.raises(SIGTERMException):
             office.drive(_heard(office))
