@@ -64,11 +64,12 @@ from lightning_async.strategies.refusals import (
     refuse_run,
     refuse_unmade,
 )
-from lightning_async.strategies.saving import put_aside_on_exceptions
+from lightning_async.strategies.saving import guard_exits
 from lightning_async.strategies.shown import Shown
 from lightning_async.strategies.stepping import Stepping
 from lightning_async.strategies.voice import voice
 from lightning_async.strategies.whole_files import WholeFiles
+from lightning_async.strategies.writer import Writer
 from lightning_async.transport.world import check_world
 
 
@@ -161,6 +162,7 @@ class AsyncStrategy(Shown):
         """Stand first among the callbacks, once; what Lightning would write, is written whole."""
         super().connect(model)
         self.checkpoint_io = compat.with_inner(self.checkpoint_io, TorchCheckpointIO, WholeFiles)
+        compat.let_write(self.checkpoint_io, Writer(self.checkpoints.late.patience))
         callbacks = compat.callbacks(model.trainer)
         if not any(isinstance(c, Meetings) for c in callbacks):
             callbacks[:0] = [Meetings(self), Averages(self)]
@@ -186,7 +188,7 @@ class AsyncStrategy(Shown):
         if fitting:
             self.clock.take(trainer)
             self.clock.hold(trainer, self._leash, lambda: self.meeting)
-            put_aside_on_exceptions(trainer, self._leash, self)
+            guard_exits(trainer, self._leash, self)
             miss_no_step(trainer, self._leash)
 
     def setup(self, trainer: Trainer) -> None:
@@ -227,8 +229,8 @@ class AsyncStrategy(Shown):
         self._garbage.put_back()
         self.clock.put_back()
         self.checkpoints.leave()
+        self.office.close()  # before this rank's own disk: nobody else waits for that
         self.cuts.close()
-        self.office.close()
         for replaced in (self._leash, self._metrics):
             if replaced is not None:
                 replaced.restore()

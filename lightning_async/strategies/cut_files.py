@@ -80,6 +80,9 @@ class Save:
     callbacks: dict[str, Any]
     options: Any
 
+    def __fspath__(self) -> str:
+        return self.path
+
 
 @torch.no_grad()
 def record(strategy: AsyncStrategy, parts: Mapping[str, Saved], *, first: bool) -> Record:

@@ -43,6 +43,7 @@ from lightning_async.strategies.cut_names import Names, Told
 from lightning_async.strategies.cut_places import places_of
 from lightning_async.strategies.rank_files import rank_file
 from lightning_async.strategies.saved import agree_on_saved
+from lightning_async.strategies.writer import Writer
 from lightning_async.transport.mail import SUM, Letter, Message, Wait
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class Cuts:
             places_of(module, strategy.replica, strategy.lightning_module_state_dict(), strategy.name)  # or it refuses
             self._names = Names(self._callbacks, strategy.office.carrier)
             self.io = AsyncCheckpointIO(strategy.checkpoint_io)
+            compat.let_write(self.io, Writer(strategy.checkpoints.late.patience))
         if self._callbacks or cut is not None:
             part: Part[None] = Part(0, 0, (), None) if cut is None else unpacked(cut)
             carrier, mail = strategy.office.carrier, (part.letters, part.losses)
@@ -197,7 +199,8 @@ class Cuts:
         yield from agree_on_saved(self._strategy.trainer, self._strategy.office.rounds)
 
     def close(self) -> None:
-        """The fit is over. What could be written is written by now (`LateFiles.leave`). Idempotent."""
+        """The fit is over. What could be written is written by now (`LateFiles.leave`): a disk that hangs is named in
+        the log, and not waited for. Idempotent."""
         if self.io is not None:
             with suppress(Exception):  # the run has ended with it, or said so
                 self.io.teardown()  # what is still to be written here may fail, and those behind it look at this
@@ -364,16 +367,10 @@ class Cuts:
     def _order(self) -> None:
         """All are asked. What is under way is written down before any of its files is there."""
         self._due = []
-        strategy, saves, gathering = self._strategy, list(self._saves), self._gathering
+        strategy, gathering = self._strategy, self._gathering
         assert gathering is not None  # as for `_ask`
-        files, members, io = strategy.checkpoints.files, gathering.members, strategy.checkpoint_io
-
-        def write_down() -> None:
-            for save in saves:
-                if save.name:
-                    files.begin(io, save.path, save.name, members, save.options)
-
-        self._ordered = self._later(write_down)
+        begin = partial(strategy.checkpoints.files.begin, strategy.checkpoint_io)
+        self._ordered = self._later(partial(_write_down, begin, gathering.members, *self._saves))
 
     def _tell(self) -> None:
         """Say it to all, and have the first rank's own files written."""
@@ -412,6 +409,13 @@ class Cuts:
         late.queued()
         self._gathering = self._part = self._ordered = None
         self._saves, self._removals = [], []
+
+
+def _write_down(begin: Callable[..., object], members: tuple[int, ...], *saves: Save) -> None:
+    """In the writer's thread."""
+    for save in saves:
+        if save.name:
+            begin(save.path, save.name, members, save.options)
 
 
 def _write(io: Any, make: Callable[[], dict[str, Any]], path: str, options: Any = None) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ LOOK = 0.05
 TELL = 30.0
 """Seconds of waiting for another rank's file behind which the log says so."""
 LEAVE_FAILED = 2.0
-"""Seconds that a run which failed waits for what is still to be written."""
+"""Seconds that a run which failed waits for what is still to be written, and then for the writer to end."""
 MOST = 4
 """Saves that may wait in memory: the files of two callbacks at two meetings."""
 FULL = (
@@ -45,6 +45,7 @@ LATE = (
     "rank %d has not written its part of a checkpoint for %.0f s: look at its disk. Training goes on; what is saved "
     "meanwhile waits in memory, and the checkpoint before stays until it is there, for %.0f s at most"
 )
+SLOW = "rank %d waits for %s to be written, for %.0f s by now and %.0f s at most: look at its disk"
 
 
 class LateFiles:
@@ -137,8 +138,9 @@ class LateFiles:
 
     def finish(self) -> Wait[BaseException | None]:
         """Wait until this rank has written all that it was to write; why it could not."""
-        written = self._mark()
+        written, slow = self._mark(), self._slow()
         while not written.is_set():
+            next(slow)
             yield "this rank's checkpoints to be written"
         return self.trouble()
 
@@ -147,12 +149,28 @@ class LateFiles:
         office = self._strategy.office
         if not office.is_open or not compat.writes_later(self._io()):
             return
-        carrier, written, end = office.carrier, self._mark(), time.monotonic() + office.limit
+        written, slow, end = self._mark(), self._slow(), time.monotonic() + office.limit
         while time.monotonic() < end and not written.wait(GLANCE):
-            if office.flags.failed or carrier.failed or carrier.decided("abort") is not None:
+            if office.fails:
                 written.wait(LEAVE_FAILED)
                 break
+            next(slow)
         self._leaving = True
+
+    def patience(self) -> float:
+        """Seconds that who ends waits for the writer: behind `leave` there is nothing left, or it hangs."""
+        office = self._strategy.office
+        return office.limit if office.is_open and not office.fails and not self._leaving else LEAVE_FAILED
+
+    def _slow(self) -> Iterator[None]:
+        """Asked again and again while this rank waits for its disk: the log says so now and then."""
+        began, tell = time.monotonic(), TELL
+        while True:
+            if (waited := time.monotonic() - began) > tell:
+                office, path = self._strategy.office, compat.being_written(self._io()) or "a checkpoint"
+                log.warning(SLOW, office.carrier.me, path, waited, office.limit)
+                tell *= 4
+            yield
 
     # -- in the writer's thread ---------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from lightning_async.strategies.recording import Recording
 from lightning_async.strategies.waiting import GLANCE, Flags, drive
 from lightning_async.transport.cluster import PIECE, ClusterCarrier, piece_of
 from lightning_async.transport.gathering import When
+from lightning_async.transport.gloo import reached
 from lightning_async.transport.layers import LayeredRounds, Speakers
 from lightning_async.transport.mail import Carrier, Mail, Wait
 from lightning_async.transport.network import check_network
@@ -36,6 +37,7 @@ from lightning_async.transport.siblings import Siblings
 
 T = TypeVar("T")
 CONNECT = 10.0  # seconds to reach a store that is known to be there
+ANSWER = 3 * CONNECT  # seconds in which torch has reached it, or says why not; its answer may take as long as a meeting
 FAREWELL = 15.0  # seconds that leaving may take
 FAREWELL_FAILED = 5.0
 PAGES = 3
@@ -87,6 +89,15 @@ class Office:
         self._members: tuple[int, ...] | None = None
         self._nodes: tuple[int, ...] | None = None
         self._carrier: ClusterCarrier | None = None
+        self._fails = False
+
+    @property
+    def fails(self) -> bool:
+        """Whether the run ends by an accident, as far as this rank knows; also when it has left."""
+        if (carrier := self._carrier) is not None:
+            aborted = carrier.decided("abort") is not None
+            self._fails = bool(aborted or self.flags.failed or carrier.failed)
+        return self._fails
 
     @property
     def is_open(self) -> bool:
@@ -109,8 +120,11 @@ class Office:
         if self._run is None:
             self._run = _run_id(device)
         self._count += 1
-        store = TCPStore(
-            environment.main_address, environment.main_port, is_master=False, timeout=timedelta(seconds=CONNECT)
+        host, port = environment.main_address, environment.main_port
+        store = reached(
+            lambda: TCPStore(host, port, is_master=False, timeout=timedelta(seconds=CONNECT)),
+            f"{host}:{port}",
+            seconds=ANSWER + self.limit,
         )
         self._carrier = ClusterCarrier(
             store=store,
@@ -246,6 +260,7 @@ class Office:
 
     def close(self) -> None:
         """Leave, politely but within seconds. Idempotent."""
+        self._fails = self.fails
         carrier, self._carrier = self._carrier, None
         if carrier is None:
             return

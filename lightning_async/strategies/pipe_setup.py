@@ -31,6 +31,7 @@ from lightning_async.strategies.account import Account, staged
 from lightning_async.strategies.alike import creed, plan
 from lightning_async.strategies.first_line import of_stages
 from lightning_async.strategies.handover import Handover
+from lightning_async.strategies.late_files import LEAVE_FAILED
 from lightning_async.strategies.measuring import measured
 from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.one_thread import spare_the_threads
@@ -40,8 +41,9 @@ from lightning_async.strategies.pipe_turns import Turns, stash_limit
 from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse_schedulers
 from lightning_async.strategies.refusals import refuse, refuse_optimizers, refuse_unmade
 from lightning_async.strategies.rests import Rests
-from lightning_async.strategies.saving import put_aside_on_exceptions
+from lightning_async.strategies.saving import guard_exits
 from lightning_async.strategies.whole_files import WholeFiles
+from lightning_async.strategies.writer import Writer
 from lightning_async.transport.mail import Wait
 
 Split = Literal["even", "auto"]
@@ -84,6 +86,8 @@ class PipeSetup(PipeBatches):
         """Stand first among the callbacks, once; what Lightning would write, is written whole."""
         super().connect(model)
         self.checkpoint_io = compat.with_inner(self.checkpoint_io, TorchCheckpointIO, WholeFiles)
+        office = self.office
+        compat.let_write(self.checkpoint_io, Writer(lambda: LEAVE_FAILED if office.fails else office.limit))
         callbacks = compat.callbacks(model.trainer)
         if not any(isinstance(c, Rests) for c in callbacks):
             callbacks.insert(0, Rests(self))
@@ -110,7 +114,7 @@ class PipeSetup(PipeBatches):
             self._leash.replace("fit_loop._iteration_based_training", lambda: False)
         if self.fitting and self.piped:
             self.hear_requeue(self._leash)
-            put_aside_on_exceptions(trainer, self._leash, self)  # no link leads to what a stage cannot write alone
+            guard_exits(trainer, self._leash, self)  # no link leads to what a stage cannot write alone
         if self.replicas > 1:
             compat.share_by_sampler(trainer, self._leash)
         self.alone = not self.piped

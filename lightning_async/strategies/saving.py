@@ -16,19 +16,25 @@ its way out, and what is looked for under a ModelCheckpoint's names is what all 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async.strategies import compat, foreign
 from lightning_async.strategies.checkpoints import Checkpoints
 from lightning_async.strategies.collectives import Collectives
 from lightning_async.strategies.cuts import Cuts
+from lightning_async.strategies.waiting import PeerFailedError
+
+log = logging.getLogger(__name__)
 
 
 class Saving(Collectives):
@@ -94,12 +100,13 @@ class Saving(Collectives):
             self.checkpoints.remove(path)
 
 
-def put_aside_on_exceptions(trainer: Trainer, leash: compat.Leash, strategy: Collectives) -> None:
+def guard_exits(trainer: Trainer, leash: compat.Leash, strategy: Collectives) -> None:
     """What a ModelCheckpoint saves on an exception is one rank's, unless all stop together: its name says so, no link
-    leads to it, and no older one goes for it."""
+    leads to it, and no older one goes for it. And whatever a callback does then, this rank leaves the run."""
     for callback in compat.callbacks(trainer):
         if isinstance(callback, ModelCheckpoint) and strategy.world_size > 1:
             leash.wrap(callback, "on_exception", partial(_put_aside, callback, strategy, callback.on_exception))
+        leash.wrap(callback, "on_exception", partial(_leave_all_the_same, strategy, callback.on_exception))
 
 
 def _put_aside(callback: ModelCheckpoint, strategy: Collectives, save: Callable[..., None], *exception: Any) -> None:
@@ -111,3 +118,21 @@ def _put_aside(callback: ModelCheckpoint, strategy: Collectives, save: Callable[
         save(*exception)
     finally:
         callback.save_last, strategy.aside = save_last, False
+
+
+def _leave_all_the_same(strategy: Collectives, hook: Callable[..., None], *exception: Any) -> None:
+    """Lightning leaves its teardown out where a callback raises on the way out: the others would count on this rank.
+
+    The end of the run may come into a save, where the grace is over. That is no exception of its own: what is under way
+    is told, and what else is saved is this rank's.
+    """
+    try:
+        hook(*exception)
+    except (SIGTERMException, PeerFailedError) as stopped:
+        strategy.alone = True
+        why = "the grace is over" if isinstance(stopped, SIGTERMException) else stopped
+        log.warning("what rank %d saved on its way out is left out: %s", strategy.global_rank, why)
+    except BaseException:
+        with suppress(Exception):
+            strategy.teardown()
+        raise

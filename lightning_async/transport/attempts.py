@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, not exported by name
 
+from lightning_async.transport.gloo import reached
+
 ROOT = "lightning_async/attempt"
 LOOK = 0.02  # seconds between two looks
 
@@ -35,9 +37,14 @@ def join(
     if dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or world == 1:
         return
     backend = backend or dist.Backend.default_device_backend_map.get(device.type, "gloo")
+    store = reached(
+        lambda: TCPStore(address, port, is_master=False, timeout=timeout),
+        f"{address}:{port}",
+        seconds=2 * timeout.total_seconds(),
+    )
     dist.init_process_group(
         backend,
-        store=fresh(TCPStore(address, port, is_master=False, timeout=timeout), me, world, timeout),
+        store=fresh(store, me, world, timeout),
         rank=me,
         world_size=world,
         timeout=timeout,

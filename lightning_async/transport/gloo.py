@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol, cast
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, Store, Work
 
+T = TypeVar("T")
 CONNECTED = timedelta(days=20)
 """How long a client that has reached the store waits for its answers; torch counts that in milliseconds of 32 bits."""
 CANCEL_TAG = 0
@@ -58,6 +62,35 @@ class Keys(Protocol):
 def keys_of(store: Store, prefix: str) -> Keys:
     """A view of `store` in which every key begins with `prefix`."""
     return cast(Keys, PrefixStore(prefix, store))
+
+
+def reached(connect: Callable[[], T], where: str, *, seconds: float) -> T:
+    """What `connect` makes of a store, or its error; a sentence if that takes longer.
+
+    torch bounds the way to a store and not its first answer, for which it waits without end where the host is frozen:
+    the system takes connections for it all the same. So that happens in a thread that nobody has to wait for.
+    """
+    made: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
+    threading.Thread(target=lambda: made.put(_tried(connect)), name="reaching", daemon=True).start()
+    try:
+        return made.get(timeout=seconds)()
+    except queue.Empty:
+        raise TimeoutError(
+            f"the store at {where} takes connections and has not answered for {seconds:.0f} s: the process that hosts "
+            "it, rank 0 or torchrun's agent, is frozen or very busy. Look at its output and its host"
+        ) from None
+
+
+def _tried(connect: Callable[[], T]) -> Callable[[], T]:
+    try:
+        made = connect()
+    except Exception as error:
+        return partial(_raised, error)
+    return lambda: made
+
+
+def _raised(error: Exception) -> Any:
+    raise error
 
 
 def client_of(keys: Keys) -> Keys:

@@ -6,6 +6,8 @@ import signal
 import time
 import warnings
 from datetime import timedelta
+from functools import partial
+from threading import Event
 from typing import Any
 
 import lightning as L
@@ -16,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import CombinedLoader
@@ -25,6 +27,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_async.strategies import compat
+from lightning_async.strategies.writer import Writer
 from tests.strategies.lit import Lit, trainer
 
 
@@ -82,6 +85,28 @@ def test_a_late_writers_thread_does_what_it_is_given_and_keeps_what_goes_wrong()
         io.teardown()
     with pytest.raises(ValueError, match="does not write later"):
         compat.in_its_thread(object(), lambda: 3)
+
+
+def test_a_late_writer_writes_in_the_thread_that_it_is_given_until_its_teardown() -> None:
+    written, io = Event(), AsyncCheckpointIO(TorchCheckpointIO())
+    compat.let_write(object(), Writer(lambda: 30.0))
+    compat.let_write(io, mine := Writer(lambda: 30.0))
+    compat.let_write(io, Writer(lambda: 30.0))
+    assert io._executor is mine
+    begun = compat.in_its_thread(io, partial(_notes, written, "x.ckpt"))
+    while not compat.being_written(io):
+        assert not begun.done()
+    assert compat.being_written(io) == "x.ckpt"
+    written.set()
+    io.save_checkpoint({"a": torch.ones(2)}, "y.ckpt")
+    io.teardown()
+    assert torch.load("y.ckpt")["a"].tolist() == [1, 1]
+    assert io._executor is None
+    assert compat.being_written(io) == compat.being_written(object()) == ""
+
+
+def _notes(written: Event, path: str) -> None:
+    written.wait(30.0)
 
 
 def test_what_is_read_exists(t: L.Trainer) -> None:

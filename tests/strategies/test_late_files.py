@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
+from threading import Event
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +14,9 @@ import pytest
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from lightning_async.strategies.late_files import MOST, LateFiles
+from lightning_async.strategies import compat
+from lightning_async.strategies.late_files import LEAVE_FAILED, MOST, LateFiles
+from lightning_async.strategies.writer import Writer
 
 SAVE = "5f0c"
 
@@ -57,13 +61,21 @@ class Board:
         return self.here
 
 
+class Place(SimpleNamespace):
+    """What is asked of the office."""
+
+    @property
+    def fails(self) -> bool:
+        return self.flags.failed is not None
+
+
 class Rank:
     """Rank 0 has written its part, and asks for the main file and for the removal of an older one."""
 
     def __init__(self, limit: float = 30.0) -> None:
         self.inner, self.board = Notes(), Board()
         self.io = AsyncCheckpointIO(self.inner)
-        office = SimpleNamespace(carrier=self.board, limit=limit, is_open=True, flags=SimpleNamespace(failed=None))
+        office = Place(carrier=self.board, limit=limit, is_open=True, flags=SimpleNamespace(failed=None))
         self.late = LateFiles(cast(Any, SimpleNamespace(checkpoint_io=self.io, office=office)))
         self.flags = office.flags
 
@@ -171,6 +183,32 @@ def test_a_run_that_failed_waits_for_nobody(rank: Rank, monkeypatch: pytest.Monk
     rank.late.leave()
     assert rank.finish() is None
     assert rank.inner.written == ["old", "own"]
+
+
+def test_who_waits_for_its_own_disk_is_told_for_which_file(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the end of a run, and of one that ended well for as long as a meeting may take."""
+    monkeypatch.setattr("lightning_async.strategies.late_files.TELL", 0.01)
+    monkeypatch.setattr("lightning_async.strategies.late_files.GLANCE", 0.02)
+    rank, there = Rank(limit=0.2), Event()
+    compat.let_write(rank.io, Writer(rank.late.patience))
+    compat.in_its_thread(rank.io, partial(_written_when, there, "own"))
+    waiting = rank.late.finish()
+    while not caplog.messages:
+        next(waiting)
+    assert caplog.messages[0].startswith("rank 0 waits for own to be written, for 0 s by now and 0 s at most: look at")
+    assert rank.late.patience() == 0.2
+    caplog.clear()
+    rank.late.leave()
+    assert caplog.messages
+    assert rank.late.patience() == LEAVE_FAILED
+    there.set()
+    rank.io.teardown()
+
+
+def _written_when(there: Event, path: str) -> None:
+    there.wait(30.0)
 
 
 def test_where_a_disk_hangs_the_next_save_waits_behind_the_fourth(rank: Rank, caplog: pytest.LogCaptureFixture) -> None:

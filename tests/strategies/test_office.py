@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed import DistNetworkError
 
-from benchmarks.store import Store
+from benchmarks.store import Held, Store
+from lightning_async.strategies import office as office_module
 from lightning_async.strategies import waiting
 from lightning_async.strategies.office import CONNECT, FAREWELL, FAREWELL_FAILED, Office
 from lightning_async.strategies.waiting import PeerFailedError
@@ -51,6 +54,26 @@ def test_the_time_to_reach_the_store_does_not_bound_its_answers(monkeypatch: pyt
     assert [one.timeout > timedelta(days=1) > timedelta(seconds=CONNECT) for one in found] == [True]
 
 
+def test_a_store_that_does_not_answer_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its host is frozen: the system takes the connection, and torch would wait for the first word without end."""
+    monkeypatch.setattr(office_module, "ANSWER", 0.2)
+    monkeypatch.setattr(office_module, "CONNECT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        where = frozen.getsockname()
+        office = Office(**{**KNOBS, "limit": 0.2})
+        with pytest.raises(
+            TimeoutError, match=rf"the store at 127.0.0.1:{where[1]} takes connections and has not answ"
+        ):
+            _open(office, where[1])
+    assert not office.is_open
+
+
+def test_a_store_that_is_not_there_is_torchs_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(office_module, "CONNECT", 0.2)
+    with closing(Held()) as nobody, pytest.raises(DistNetworkError):
+        _open(Office(**KNOBS), nobody.port)
+
+
 def test_who_ended_by_itself_says_good_bye_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Told to end while the store's host is frozen, a rank is gone before it is killed for being late."""
     monkeypatch.setattr(waiting, "UNHEARD", 0.1)
@@ -59,6 +82,7 @@ def test_who_ended_by_itself_says_good_bye_to_nobody(monkeypatch: pytest.MonkeyP
         _open(office, port)
         control = next(thread for thread in threading.enumerate() if thread.name.startswith("control"))
         os.kill(host, signal.SIGSTOP)
+        os.waitid(os.P_PID, host, os.WSTOPPED)  # on a busy machine it answers until then
         office.sigterm()
         with pytest.raises(SIGTERMException):
             office.drive(_heard(office))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import resource
 import signal
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from lightning_async import SpeedFaults
 from lightning_async.strategies import office
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import Forked, Result
-from tests.strategies.resumable import files_of
+from tests.strategies.resumable import files_of, rank
 
 SECONDS = 20.0  # on a machine that is busy with other things; a hang would take for ever
 
@@ -256,3 +258,80 @@ def test_all_gather_between_meetings_is_refused(tmp_path: Path) -> None:
         results = ended(forked)
     assert all("`all_gather` between meetings" in r.error for r in results)
     assert MisconfigurationException.__name__ in {r.kind for r in results}
+
+
+class _Training(Callback):
+    """Says when all have met once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 1:
+            (self.folder / str(trainer.global_rank)).touch()
+
+
+class _Dawdles(TorchCheckpointIO):
+    """Rank 1's disk takes longer than the grace."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        if rank() == 1:
+            (self.folder / "saving").touch()
+            end = time.monotonic() + 3 * SECONDS
+            while not (self.folder / "go").exists() and time.monotonic() < end:
+                time.sleep(0.01)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+class _Fails(Callback):
+    """Its last word is an error of its own."""
+
+    def on_exception(self, *_: Any) -> None:
+        raise OSError("on purpose")
+
+
+def _left(folder: Path, *, fails: bool) -> tuple[str, bool, list[str]]:
+    """How the fit ended; whether the office is still open, and which threads of the carrier are left."""
+    office.FAREWELL_FAILED = 0.5
+    saves = ModelCheckpoint(folder / "saved", save_on_exception=True, every_n_epochs=100)
+    callbacks: list[Callback] = [_Training(folder / "there"), *([_Fails()] if fails else [saves])]
+    plugins = [] if fails else [_Dawdles(folder)]
+    knobs = {"grace": 1.0}
+    t = trainer(2, knobs=knobs, enable_checkpointing=not fails, callbacks=callbacks, plugins=plugins, max_epochs=1000)
+    try:
+        t.fit(Lit(), loader(), loader(40, shuffle=False))
+        ended = ""
+    except BaseException as error:
+        ended = type(error).__name__
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith(("control", "link"))]
+    return ended, t.strategy.office.is_open, left  # type: ignore[attr-defined]
+
+
+def test_who_is_told_to_end_leaves_though_the_grace_ends_within_a_save(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with Forked(2, partial(_left, fails=False), tmp_path) as forked:
+        until_training(tmp_path / "there", 2)
+        forked.signal(0, signal.SIGTERM)
+        end = time.monotonic() + SECONDS
+        while not (tmp_path / "saving").exists():
+            assert time.monotonic() < end, "nothing was saved"
+            time.sleep(0.01)
+        first = forked.result(0, SECONDS)
+        (tmp_path / "go").touch()
+        second = forked.result(1, SECONDS)
+    for result in (first, second):
+        assert result.value == ("SIGTERMException", False, []), result
+    assert not list((tmp_path / "saved").glob("*.ckpt"))
+
+
+def test_a_rank_leaves_though_a_callback_fails_on_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with Forked(2, partial(_left, fails=True), tmp_path) as forked:
+        until_training(tmp_path / "there", 2)
+        forked.signal(0, signal.SIGTERM)
+        results = forked.results(SECONDS)
+    for result in results:
+        assert result.value == ("OSError", False, []), result

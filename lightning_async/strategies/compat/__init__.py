@@ -63,9 +63,11 @@ from lightning_async.strategies.compat.validation import (
 )
 from lightning_async.strategies.compat.writing import (
     behind_writes,
+    being_written,
     dump,
     in_its_thread,
     late_error,
+    let_write,
     with_inner,
     write_when,
     writes_later,
@@ -80,6 +82,7 @@ __all__ = [
     "averaged_until",
     "behind_epoch",
     "behind_writes",
+    "being_written",
     "callbacks",
     "can_stop_early",
     "check",
@@ -95,6 +98,7 @@ __all__ = [
     "last_save",
     "late_error",
     "let_plateaus_step",
+    "let_write",
     "log",
     "log_every",
     "log_step",

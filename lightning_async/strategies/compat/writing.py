@@ -11,6 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
+from lightning_async.strategies.writer import Writer
+
 T = TypeVar("T")
 
 
@@ -40,7 +42,7 @@ def in_its_thread(io: object, job: Callable[[], T]) -> Future[T]:
     if later is None:
         raise ValueError(f"{io!r} does not write later: it has no thread")
 
-    def guarded() -> T:
+    def guarded(job: Callable[[], T]) -> T:
         try:
             return job()
         except BaseException as error:
@@ -49,7 +51,20 @@ def in_its_thread(io: object, job: Callable[[], T]) -> Future[T]:
 
     later._ensure_setup()
     assert later._executor is not None  # as of now
-    return later._executor.submit(guarded)
+    return later._executor.submit(guarded, job)
+
+
+def let_write(io: object, writer: Writer) -> None:
+    """A late writer has this one's thread until its `teardown`, and not one that Python waits for without bound."""
+    later = _later(io)
+    if later is not None and later._executor is None:
+        later._executor = writer  # type: ignore[assignment]  # `submit` and `shutdown` are all it asks for
+
+
+def being_written(io: object) -> str:
+    """The file that a late writer is at; "" if that is not known."""
+    later = _later(io)
+    return "" if later is None else getattr(later._executor, "path", "")
 
 
 def late_error(io: object) -> BaseException | None:
@@ -78,7 +93,10 @@ class _Gate:
     ready: Callable[[], bool]
 
     def submit(self, job: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
-        return self.executor.submit(lambda: self.ready() and job(*args, **kwargs))
+        return self.executor.submit(self._do, job, *args, **kwargs)
+
+    def _do(self, job: Callable[..., object], *args: Any, **kwargs: Any) -> object:
+        return self.ready() and job(*args, **kwargs)
 
 
 def with_inner(io: Any, kind: type[object], other: Callable[[], Any]) -> Any:
