@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
+from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 
 PRIVATE = {
@@ -457,6 +458,25 @@ def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:
 def average_of(callback: WeightAveraging) -> AveragedModel | None:
     """The averaged model of a WeightAveraging; there is none outside of `fit`."""
     return callback._average_model
+
+
+def swap_parts(
+    callback: WeightAveraging,
+    leash: Leash,
+    in_part: Callable[[], AbstractContextManager[None]],
+    part: Callable[[Module], Module],
+) -> None:
+    """Let a WeightAveraging exchange its average and the weights within a part of both, for the time of a run."""
+
+    def within(exchange: Callable[[Module], None]) -> Callable[[Module], None]:
+        def exchange_part(module: Module) -> None:
+            with in_part():
+                exchange(part(module))
+
+        return exchange_part
+
+    leash.wrap(callback, "_swap_models", within(callback._swap_models))  # type: ignore[arg-type]
+    leash.wrap(callback, "_copy_average_to_current", within(callback._copy_average_to_current))  # type: ignore[arg-type]
 
 
 def averaged_until(callback: WeightAveraging) -> int:

@@ -78,7 +78,12 @@ class Parts:
         for parameter in self.module.parameters():
             if not self._is_here(parameter):
                 self._away.append(parameter)
-                parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+                parameter.data = away(parameter)
+
+    def here(self) -> list[bool]:
+        """Of all parameters, in the module's order, whether this rank has their numbers now."""
+        elsewhere = {id(p) for p in self._away}
+        return [id(p) not in elsewhere for p in self.module.parameters()]
 
     def take_home(self, state: dict[str, Tensor]) -> None:
         """Make the module whole again from the states of all stages."""
@@ -184,6 +189,11 @@ class Parts:
                     group[key] = [group[key][at] for at in kept]
         for parameter in [p for p in optimizer.state if id(p) in gone]:
             del optimizer.state[parameter]
+
+
+def away(parameter: Tensor) -> Tensor:
+    """One number in the place of all, which are elsewhere."""
+    return parameter.data.new_zeros(()).expand(parameter.shape)
 
 
 def _stages(module: nn.Module, blocks: Sequence[nn.Module], spans: Sequence[range]) -> dict[int, int]:

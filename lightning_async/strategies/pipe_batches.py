@@ -23,6 +23,7 @@ from lightning_async.pipeline import draws
 from lightning_async.strategies import compat, whole
 from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.garbage import Garbage
+from lightning_async.strategies.pipe_averages import PipeAverages
 from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of, under_way
 from lightning_async.strategies.pipe_recording import Held
 from lightning_async.strategies.resting import Resting
@@ -45,6 +46,7 @@ class PipeBatches(Resting):
         super().__init__(**options)
         self.timelines = {}
         self._garbage = Garbage()
+        self.averages = PipeAverages(self)
 
     def listen(self) -> None:
         """Stop here if somebody stopped the run."""
@@ -210,6 +212,7 @@ class PipeBatches(Resting):
         for part in self.together(whole.gather(self.office.rounds, self.answered_for(state))):
             state |= part
         self.turns.parts.take_home(state)
+        self.together(self.averages.take_home())
         self.at_home = True
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

@@ -143,6 +143,8 @@ class PipeSetup(PipeBatches):
         self.office.check_alike(creed(self) | plan(self.trainer))
         handover = Handover(module, self.stages)
         seed = self.together(self._equalise(module))
+        if self.fitting:
+            self.together(self.averages.equalise())
         handover.take(leash)
         blocks = handover.blocks
         self.cuts = self._cuts(handover)
@@ -153,6 +155,7 @@ class PipeSetup(PipeBatches):
             self.turns.passes = self.resumed.get("passes", 0)
             self.epoch_began = self.resumed.get("epoch_began", 0)
             self.turns.parts.send_away()
+            self.averages.take(leash)
             compat.skip_backward(self.trainer, leash, not self.last)
             self._watch_loop(module, leash)
             if self.clip == "pipe":

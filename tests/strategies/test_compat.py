@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -207,6 +209,36 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
     assert compat.averaged_until(average) == 0
     average.setup(t, Lit(), "fit")
     assert compat.average_of(average) is not None
+
+
+def test_a_callback_exchanges_its_average_and_the_weights_within_a_part_of_both(t: L.Trainer) -> None:
+    leash, average, lit = compat.Leash(t), WeightAveraging(), Lit()
+    inside: list[bool] = []
+    average.setup(t, lit, "fit")
+    model = compat.average_of(average)
+    assert model is not None
+
+    @contextmanager
+    def in_part() -> Iterator[None]:
+        inside.append(True)
+        whole, model.module = model.module, model.module.layer[0]
+        yield
+        model.module = whole
+
+    with torch.no_grad():
+        for p in model.module.parameters():
+            p.zero_()
+    compat.swap_parts(average, leash, in_part, lambda module: module.layer[0])  # type: ignore[arg-type, return-value]
+    first, last = lit.layer[0].weight.clone(), lit.layer[-1].weight.clone()
+    average.on_validation_epoch_start(t, lit)
+    assert not lit.layer[0].weight.any()
+    average.on_train_end(t, lit)
+    assert torch.equal(lit.layer[0].weight, first)
+    assert torch.equal(lit.layer[-1].weight, last)
+    assert inside == [True, True]
+    leash.restore()
+    average.on_train_end(t, lit)
+    assert not lit.layer[-1].weight.any()
 
 
 def test_what_a_pipeline_takes_of_the_loop(t: L.Trainer) -> None:
