@@ -23,7 +23,7 @@ from lightning_async.algorithms.cut import Part, Sum, packed
 from lightning_async.data.resume import unite
 from lightning_async.strategies import compat, saved_loops
 from lightning_async.strategies.own_state import Part as Saved
-from lightning_async.strategies.own_state import all_parts, own_buffers, own_keys, primitive
+from lightning_async.strategies.own_state import all_parts, exact, own_buffers, own_keys, places_of, primitive
 from lightning_async.strategies.resuming import KEY, VERSION
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def record(strategy: AsyncStrategy, parts: Mapping[str, Saved], *, first: bool) 
     feeding, clock = strategy.feeding, strategy.clock
     dumped = compat.dump(strategy.trainer)
     saved_loops.go_on(dumped["loops"]["fit_loop"])
-    places = _places(strategy)
+    places = places_of(strategy)
     buffers = own_buffers(module)
     averaged = {name: b for name, b in buffers.items() if b.is_floating_point() and strategy.buffers != "local"}
     state = {name: part.state_dict() for name, part in all_parts(strategy, dict(parts)).items() if name != "algorithm"}
@@ -127,7 +127,8 @@ def main_file(mine: Record, total: Sum, save: Save, shared: Mapping[str, Any], s
     main["state_dict"] = _with_consensus(mine, total)
     if "callbacks" in main:
         main["callbacks"] = {**main["callbacks"], **save.callbacks}
-    return {**{key: main[key] for key in main if key in save.keys}, **({KEY: dict(shared)} if save.name else {})}
+    of_all = {KEY: {**shared, "consensus": _exact(mine, total)}} if save.name else {}
+    return {**{key: main[key] for key in main if key in save.keys}, **of_all}
 
 
 def data_of_all(mine: Record, said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -139,6 +140,11 @@ def data_of_all(mine: Record, said: Sequence[Mapping[str, Any]]) -> dict[str, An
 def said_of_data(mine: Record) -> dict[str, Any]:
     """What this rank says there."""
     return {"epoch": int(mine.data["epoch"]), "done": mine.data["done"].tolist()}
+
+
+def _exact(mine: Record, total: Sum) -> dict[str, Tensor]:
+    weights, _ = total.means(mine.weights.numel())
+    return exact(weights.to(mine.weights.dtype), mine.places)
 
 
 def _with_consensus(mine: Record, total: Sum) -> dict[str, Any]:
@@ -155,12 +161,6 @@ def _with_consensus(mine: Record, total: Sum) -> dict[str, Any]:
             state[name] = buffers[at : at + like.numel()].view(like.shape).to(like.dtype, copy=True)
         at += like.numel()
     return state  # type: ignore[no-any-return]
-
-
-def _places(strategy: AsyncStrategy) -> dict[str, tuple[int, Tensor]]:
-    at = {id(p): offset for p, offset in strategy.replica.places}
-    named = strategy.trainer.lightning_module.named_parameters(remove_duplicate=False)
-    return {name: (at[id(p)], torch.empty_like(p, device="meta")) for name, p in named if id(p) in at}
 
 
 def _main(dumped: dict[str, Any], places: Mapping[str, object]) -> dict[str, Any]:

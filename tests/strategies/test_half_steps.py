@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -210,6 +211,47 @@ def test_states_come_back_as_wide_as_they_were(at_meeting: str, tmp_path: Path) 
         states = _tensors([optimizer["state"] for optimizer in one["optimizers"]])
         assert {dtype for dtype, _ in states} == {FP32}
         assert any(torch.tensor(values).bfloat16().tolist() != values for _, values in states)
+
+
+class SavesExactly(Saves):
+    """And notes what all hold at the save, by name."""
+
+    def _save(self, trainer: Any, module: Any) -> None:
+        super()._save(trainer, module)
+        self.exact = by_name(trainer.strategy, trainer.strategy.replica.flat)
+
+
+def by_name(strategy: AsyncStrategy, vector: Tensor) -> dict[str, list[float]]:
+    names = {id(p): name for name, p in strategy.trainer.lightning_module.named_parameters()}
+    parts = zip(strategy.replica.places, strategy.replica.parts(vector), strict=True)
+    return {names[id(p)]: part.tolist() for (p, _), part in parts}
+
+
+def _other_world(n: int, path: str, resume: bool, precision: str) -> dict[str, list[float]]:
+    seed()
+    save = SavesExactly(path, "validation", epoch=0)
+    t = trainer(n, knobs={"at_meeting": "keep"}, precision=precision, callbacks=[save] * (not resume), max_epochs=2)
+    seen = look_when_put_back(t, lambda t: by_name(t.strategy, t.strategy.replica.own))  # type: ignore[arg-type, attr-defined]
+    warnings.filterwarnings("ignore", ".*does not go on to the bit")
+    t.fit(Tiny(), samples(), held_out(), ckpt_path=path if resume else None)
+    return seen[0] if resume else save.exact
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("before", "after", "precision", "then"),
+    [(3, 2, "bf16-true", "bf16-true"), (2, 3, "bf16-true", "32-true"), (2, 1, "64-true", "64-true")],
+)
+def test_another_world_goes_on_from_all_of_the_consensus(
+    before: int, after: int, precision: str, then: str, tmp_path: Path
+) -> None:
+    """Also with what lies below a place of the weights that the file shows."""
+    path = str(tmp_path / "x.ckpt")
+    saved = run(before, _other_world, before, path, False, precision)
+    found = run(after, _other_world, after, path, True, then)
+    assert found == [saved[0]] * after
+    rounded = torch.load(path, weights_only=True)["state_dict"]
+    assert any(values != rounded[name].float().flatten().tolist() for name, values in saved[0].items())
 
 
 def _moved() -> tuple[list[float], list[float]]:
