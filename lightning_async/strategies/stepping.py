@@ -197,6 +197,8 @@ class Stepping:
         strategy.office.recording.step_with(optimizer, strategy.optimizers)
         with ExitStack() as watched:
             watched.enter_context(self.skipped.watch(strategy.precision_plugin, optimizer))
+            if self._carried:
+                watched.enter_context(self._carried.until_stepped(optimizer))
             if strategy.replica.narrow:
                 watched.enter_context(_instead(optimizer, partial(self._widened, optimizer)))
             if strategy.algorithm.takes_gradients:
