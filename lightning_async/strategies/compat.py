@@ -21,9 +21,11 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.nn import Module
@@ -287,6 +289,12 @@ def last_save(callback: ModelCheckpoint) -> tuple[int, str]:
 def set_last_save(callback: ModelCheckpoint, step: int, path: str) -> None:
     """It was there and then."""
     callback._last_global_step_saved, callback._last_checkpoint_saved = step, path
+
+
+def lightnings(strategy: Strategy) -> list[LightningOptimizer]:
+    """The optimizers as the module gets them of `self.optimizers()`: objects of their own, that pass on what they are
+    asked."""
+    return strategy._lightning_optimizers
 
 
 def dump(trainer: Trainer) -> dict[str, Any]:

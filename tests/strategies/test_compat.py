@@ -94,6 +94,9 @@ def test_what_is_read_exists(t: L.Trainer) -> None:
     assert AsyncCheckpointIO()._error is None
     assert AsyncCheckpointIO()._checkpoint_io is None
     assert callable(AsyncCheckpointIO()._ensure_setup)
+    assert compat.lightnings(t.strategy) == []
+    optimizer = t.strategy.optimizers = [torch.optim.SGD(Lit().parameters(), 0.1)]
+    assert [one.optimizer for one in compat.lightnings(t.strategy)] == optimizer
 
 
 def test_the_batch_ahead_is_fetched_late(t: L.Trainer) -> None:
