@@ -20,7 +20,7 @@ import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
@@ -466,6 +466,16 @@ def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:
 def average_of(callback: WeightAveraging) -> AveragedModel | None:
     """The averaged model of a WeightAveraging; there is none outside of `fit`."""
     return callback._average_model
+
+
+def average_of_epochs(callback: StochasticWeightAveraging) -> Module | None:
+    """The copy of the module in which StochasticWeightAveraging averages; there is none before `setup`."""
+    return callback._average_model
+
+
+def go_on_skipping_backward(trainer: Trainer, skip: bool) -> None:
+    """What `skip_backward` said holds on, whoever has set it otherwise."""
+    trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward = skip
 
 
 def swap_parts(

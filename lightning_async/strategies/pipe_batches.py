@@ -70,6 +70,12 @@ class PipeBatches(Resting):
         if self.piped:
             self.epoch_began = self.turns.batches
             draws.reseed(self.turns.seed, self.turns.batches, draws.BETWEEN)
+            if self.averages.takes_statistics():
+                self.recording.cannot_be_replayed("an epoch takes BatchNorm's statistics, and trains nothing")
+                self.turns.drain()
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad()
+                self.turns.only_forward = True
 
     def skip_done(self, fetcher: Any) -> None:
         """Where a run goes on in mid-epoch: what it was trained on is fetched in vain, from the random numbers of then.

@@ -59,11 +59,6 @@ def refuse_pipeline(trainer: Trainer, name: str, world: int, replicas: int) -> N
         )
     for callback in compat.callbacks(trainer):
         kinds = {kind.__name__ for kind in type(callback).__mro__}
-        if world > 1 and "StochasticWeightAveraging" in kinds:
-            raise MisconfigurationException(
-                f"strategy={name!r}: `{type(callback).__name__}` copies the whole model, and here each rank has a part "
-                "of it; take `EMAWeightAveraging`, or average checkpoints afterwards"
-            )
         if world > 1 and "BaseFinetuning" in kinds:
             raise MisconfigurationException(
                 f"strategy={name!r}: `{type(callback).__name__}` gives the optimizer new groups in mid-run, and here "

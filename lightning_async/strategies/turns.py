@@ -44,6 +44,7 @@ class Turns:
         batches: How many were trained on, in all epochs.
         passes: How many were evaluated.
         arrivals: The gradients that came from the stage behind.
+        only_forward: Whether batches go through the stages without a way back: nothing is trained.
     """
 
     def __init__(self, strategy: PipeSetup, handover: Handover, parts: Parts, *, seed: int) -> None:
@@ -51,6 +52,7 @@ class Turns:
         self.batches = self.passes = 0
         self.arrivals = ArrivalLog()
         self.stamp = 0
+        self.only_forward = False
         self._strategy = strategy
         self._entered: Tensor | None = None
         self._noted: list[Tensor] = []
@@ -118,6 +120,9 @@ class Turns:
     def train(self, step: Step, context: Callable[[], AbstractContextManager[Any]]) -> Any:
         """One batch. `step` runs the user's code; `context` is that of its precision."""
         self.batches += 1
+        if self.only_forward:
+            output = self.evaluate(step, context)
+            return output if self.place.stage.last else torch.zeros((), device=self._strategy.root_device)
         place, batch, drive = self.place, self.batches, self._strategy.together
         ends = compat.ends_in_step(self._strategy.trainer)
         drive(place.begin(batch, ends=ends))

@@ -14,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer, WeightAveraging
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -242,6 +242,17 @@ def test_a_callback_exchanges_its_average_and_the_weights_within_a_part_of_both(
     leash.restore()
     average.on_train_end(t, lit)
     assert not lit.layer[-1].weight.any()
+
+
+def test_where_stochastic_averages_are(t: L.Trainer) -> None:
+    swa, lit = StochasticWeightAveraging(0.1), Lit()
+    assert compat.average_of_epochs(swa) is None
+    swa.setup(t, lit, "fit")
+    assert isinstance(compat.average_of_epochs(swa), Lit)
+    compat.go_on_skipping_backward(t, True)
+    assert t.fit_loop._skip_backward is True
+    swa.on_train_epoch_end(t)
+    assert t.fit_loop.epoch_loop.automatic_optimization._skip_backward is False
 
 
 def test_what_a_pipeline_takes_of_the_loop(t: L.Trainer) -> None:

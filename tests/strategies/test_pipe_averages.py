@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import Tensor, nn
 
 from lightning_async.strategies import compat
@@ -212,3 +219,102 @@ def test_all_take_the_whole_average_home_and_a_second_fit_goes_on() -> None:
     assert one == other
     assert one[0] != one[1]
     assert not one[2]
+
+
+# -- StochasticWeightAveraging -----------------------------------------------------------------------------------------
+
+
+class Plain(Quiet):
+    """Without BatchNorm, so that every epoch trains."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.norm, self.net[1][1] = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+
+
+class Epochs(Callback):
+    """What each rank has as an epoch starts."""
+
+    def __init__(self) -> None:
+        self.found: list[State] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.found.append(told(module))
+
+
+def _swa(
+    kind: type[Piped], devices: int = 2, folder: str | None = None, resume: str | None = None, **options: Any
+) -> dict[str, Any]:
+    warnings.filterwarnings("ignore", "The dirpath has changed|.*callbacks used to create|Detected call of `lr_sch")
+    lit, epochs = kind(), Epochs()
+    swa = StochasticWeightAveraging(0.02, swa_epoch_start=2, annealing_epochs=2)
+    saved = [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)] if folder else []
+    options |= SAVING if folder else {}
+    t = trainer(devices, callbacks=[epochs, swa, *saved], max_epochs=4, num_sanity_val_steps=0, **options)
+    t.fit(lit, loader(), loader(20), ckpt_path=resume)
+    return {
+        "end": weights(lit),
+        "own": told(lit),
+        "state": {name: value.tolist() for name, value in lit.state_dict().items()},
+        "epochs": epochs.found,
+        "rates": [group["lr"] for group in t.optimizers[0].param_groups],
+        "epoch": t.current_epoch,
+        "losses": lit.losses,
+    }
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("kind", [Quiet, Plain, Piped])
+def test_swa_leaves_the_mean_of_each_stages_weights_as_epochs_start(kind: type[Piped]) -> None:
+    """Where there is BatchNorm, with statistics of all batches that went through the averaged stages."""
+    ranks = run(2, _swa, kind)
+    assert ranks[0]["end"] == ranks[1]["end"]
+    assert ranks[0]["rates"] == ranks[1]["rates"]
+    for rank in ranks:
+        assert rank["epoch"] == (4 if kind is Plain else 5)
+        for name, own in rank["own"].items():
+            mean = torch.tensor([state[name] for state in rank["epochs"][1:4]]).mean(0)
+            torch.testing.assert_close(torch.tensor(own), mean, rtol=1e-5, atol=1e-6)
+            assert own != rank["epochs"][3][name]
+    if kind is Quiet:
+        _has_statistics_of_all_batches(ranks[0]["state"])
+
+
+def _has_statistics_of_all_batches(state: dict[str, Any]) -> None:
+    lit = Quiet()
+    lit.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
+    norms = [layer for layer in lit.modules() if isinstance(layer, nn.BatchNorm1d)]
+    for layer in norms:
+        layer.reset_running_stats()
+        layer.momentum = None
+    with torch.no_grad():
+        for x, _ in loader():
+            lit.net(lit.prepare(x))
+    for name, value in lit.state_dict().items():
+        torch.testing.assert_close(torch.tensor(state[name]), value, rtol=1e-5, atol=1e-6)
+    assert len(norms) == 2
+
+
+@pytest.mark.few(1)
+def test_swa_is_that_of_a_single_process_where_no_gradient_is_late(tmp_path: Path) -> None:
+    piped = run(2, partial(_swa, Plain, 2, str(tmp_path / "piped"), knobs={"baseline": "sync"}))
+    ((plain),) = run(1, partial(_swa, Plain, 1, str(tmp_path / "plain"), strategy="auto"))
+    assert [one["end"] for one in piped] == [plain["end"]] * 2
+    assert piped[0]["rates"] == plain["rates"]
+    averages = []
+    for where in ("piped", "plain"):
+        file = torch.load(tmp_path / where / "epoch=2.ckpt", weights_only=True)
+        (state,) = [one for name, one in file["callbacks"].items() if name.startswith("Stochastic")]
+        averages.append(state["average_model_state"])
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[1])
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("epoch", [1, 0])
+def test_a_run_with_swa_goes_on_to_the_bit(epoch: int, tmp_path: Path) -> None:
+    whole = run(2, _swa, Quiet, 2, str(tmp_path / "a"))
+    rest = run(2, _swa, Quiet, 2, str(tmp_path / "b"), str(tmp_path / "a" / f"epoch={epoch}.ckpt"))
+    for one, other in zip(whole, rest, strict=True):
+        assert other["end"] == one["end"]
+        assert other["epochs"] == one["epochs"][epoch + 1 :]
+        assert other["losses"] == one["losses"][8 * (epoch + 1) :]

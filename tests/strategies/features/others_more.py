@@ -298,7 +298,7 @@ LINES = [
         "`StochasticWeightAveraging`",
         "",
         works("swa", lambda one: one.epoch == 4, "the method begins anew from the average"),
-        pipe=refused("swa", "average checkpoints afterwards"),
+        pipe=works("swa", lambda one: one.epoch == 4, "each stage averages its own"),
     ),
     _line(
         "`BackboneFinetuning`",
