@@ -276,15 +276,18 @@ class Turns:
 
     @contextmanager
     def _noting_buffers(self) -> Iterator[None]:
-        """In the first batch, note the buffers of the modules outside the blocks that run before the call."""
+        """In the first batch, note the buffers of the modules outside the blocks that run before the call, and what of
+        them is frozen: it has no gradient that would show it, and may have one later."""
         if self._looked or not self._fitting:
             yield
             return
+        self._noted.clear()  # a validation before it has gone on behind the call
         inside = {id(part) for block in self.handover.blocks for part in block.modules()}
         outside = [part for part in self.parts.module.modules() if id(part) not in inside]
 
         def note(part: Any, _: Any) -> None:
             self._noted.extend(part.buffers(recurse=False))
+            self._noted.extend(p for p in part.parameters(recurse=False) if not p.requires_grad)
 
         hooks = [part.register_forward_pre_hook(note) for part in outside]
         try:
