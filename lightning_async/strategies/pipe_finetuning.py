@@ -44,11 +44,11 @@ def _known_by_name() -> Iterator[None]:
     """Lightning leaves out what equals a parameter that the optimizer has, number for number. What lives elsewhere has
     no numbers, and two layers that begin with zeros are two: here a parameter equals itself alone."""
     kept = vars(BaseFinetuning)["filter_on_optimizer"]
-    BaseFinetuning.filter_on_optimizer = staticmethod(_not_in)  # type: ignore[assignment]
+    BaseFinetuning.filter_on_optimizer = staticmethod(_not_in)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        BaseFinetuning.filter_on_optimizer = kept
+        BaseFinetuning.filter_on_optimizer = kept  # type: ignore[method-assign]
 
 
 def _not_in(optimizer: Optimizer, params: Iterable[Any]) -> list[Any]:
