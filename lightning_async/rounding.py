@@ -11,11 +11,13 @@ parameter, and the next one would not either. Here they add up until the paramet
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+AT_ONCE = 1 << 16  # elements
 
 
 class Rounded:
@@ -52,28 +54,34 @@ class Rounded:
             return
         self.carry_over()
         wanted = {id(p) for p in parameters} - self._wide.keys()
-        mine: list[int] = []
+        mine: list[_Wide] = []
         try:
-            for p, part in self._pairs:
-                if id(p) in wanted:
-                    self._wide[id(p)] = _Wide(p, part, gradients)
-                    mine.append(id(p))
+            found = [(p, part) for p, part in self._pairs if id(p) in wanted]
+            copies = _widened([p.grad for p, _ in found], [part.dtype for _, part in found]) if gradients else {}
+            for at, (p, part) in enumerate(found):
+                self._wide[id(p)] = _Wide(p, part, copies.get(at))
+                mine.append(self._wide[id(p)])
             yield
         finally:
-            for key in mine:
-                self._wide.pop(key).narrow()
+            _round([one.back() for one in mine])
+            for one in mine:
+                one.narrow()
+                del self._wide[id(one.parameter)]
 
     @torch.no_grad()
     def _carry_over(self) -> None:
-        for parameter, part in self._narrow():
-            moved = parameter.detach().to(part.dtype, copy=True).sub_(part.to(parameter.dtype))
-            part.add_(moved)
-        self._show()  # a step towards 0 can leave a remainder that is more than half a place there
+        for pairs in _batches((parameter.data, part) for parameter, part in self._narrow()):
+            shown, parts = map(list, zip(*pairs, strict=True))
+            moved, before = [torch.empty_like(part) for part in parts], [torch.empty_like(one) for one in shown]
+            torch._foreach_copy_(moved, shown)
+            torch._foreach_copy_(before, parts)
+            torch._foreach_sub_(moved, before)
+            torch._foreach_add_(parts, moved)
+            torch._foreach_copy_(shown, parts)  # a step towards 0 can leave a remainder of more than half a place there
 
     @torch.no_grad()
     def _show(self) -> None:
-        for parameter, part in self._narrow():
-            parameter.data.copy_(part)  # by `data`: as with views, autograd does not count it as a change
+        _round([(parameter.data, part) for parameter, part in self._narrow()])  # `data`: autograd counts no change
 
     def _narrow(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Those that are no parts themselves just now."""
@@ -81,29 +89,59 @@ class Rounded:
 
 
 class _Wide:
-    """A parameter that is its part for a while."""
+    """A parameter that is its part for a while. `copy`: its gradient as wide, or none."""
 
-    @torch.no_grad()
-    def __init__(self, parameter: nn.Parameter, part: Tensor, gradients: bool) -> None:
-        self._parameter, self._part = parameter, part
+    def __init__(self, parameter: nn.Parameter, part: Tensor, copy: Tensor | None) -> None:
+        self.parameter, self._part, self._copy = parameter, part, copy
         self._narrow, self._gradient = parameter.data, parameter.grad
-        self._copy: Tensor | None = None
-        if gradients and self._gradient is not None:
-            self._copy = self._gradient.to(part.dtype)
-            self._version = self._copy._version
+        self._version = 0 if copy is None else copy._version
         parameter.grad = None  # it has to be of one dtype with its parameter
         parameter.data = part
-        parameter.grad = self._copy
+        parameter.grad = copy
 
     @torch.no_grad()
+    def back(self) -> tuple[Tensor, Tensor]:
+        """What it will be again, which is to be rounded anew, and its part."""
+        if self.parameter.data_ptr() != self._part.data_ptr():  # an optimizer that writes `p.data = ...`
+            self._part.copy_(self.parameter)
+        return self._narrow, self._part
+
     def narrow(self) -> None:
-        """Be what it was before, rounded anew; what was done to its gradient stays done."""
-        parameter, found = self._parameter, self._parameter.grad
-        if parameter.data_ptr() != self._part.data_ptr():  # an optimizer that writes `p.data = ...`
-            self._part.copy_(parameter)
+        """Be what it was before; what was done to its gradient stays done."""
+        parameter, found = self.parameter, self.parameter.grad
         parameter.grad = None
-        parameter.data = self._narrow.copy_(self._part)
+        parameter.data = self._narrow
         if found is not self._copy or (found is not None and found._version != self._version):
             parameter.grad = None if found is None else found.to(self._narrow.dtype)
         else:
             parameter.grad = self._gradient
+
+
+def _batches(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Some at a time: copies of all at once would be a model more in memory, and fall out of a processor's cache."""
+    batch, numel = list[tuple[Tensor, Tensor]](), 0
+    for pair in pairs:
+        batch.append(pair)
+        numel += pair[0].numel()
+        if numel >= AT_ONCE:
+            yield batch
+            batch, numel = [], 0
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _round(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy parts into what is narrower than they, all at once."""
+    if pairs:
+        torch._foreach_copy_([one for one, _ in pairs], [part for _, part in pairs])
+
+
+@torch.no_grad()
+def _widened(gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> dict[int, Tensor]:
+    """Copies of those that are there, by their place, all at once; of sparse ones one by one."""
+    there = {at: (g, dtype) for at, (g, dtype) in enumerate(zip(gradients, dtypes, strict=True)) if g is not None}
+    dense = {at: (g, torch.empty_like(g, dtype=dtype)) for at, (g, dtype) in there.items() if g.layout is torch.strided}
+    if dense:
+        torch._foreach_copy_([copy for _, copy in dense.values()], [g for g, _ in dense.values()])
+    return {at: dense[at][1] if at in dense else g.to(dtype) for at, (g, dtype) in there.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_async.algorithms.adam import SecondMoment
 from lightning_async.replica import Replica
@@ -258,3 +259,42 @@ def test_autograd_takes_no_notice() -> None:
     replica.shift(torch.zeros(replica.numel))
     loss.backward()
     assert weight.grad is not None
+
+
+class Copies(TorchDispatchMode):
+    """Counts what moves or adds up numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += any(word in str(func) for word in ("copy", "add", "sub"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_widening_many_parameters_takes_no_more_calls_than_a_few(gradients: bool) -> None:
+    counts = []
+    for n in (2, 20):
+        halves = nn.ParameterList([nn.Parameter(torch.ones(3).bfloat16()) for _ in range(n)])
+        replica = Replica(halves)
+        for p in halves:
+            p.grad = torch.ones(3).bfloat16()
+        with Copies() as copies, replica.widened(halves, gradients=gradients):
+            pass
+        counts.append(copies.count)
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_sparse_gradient_is_widened_too() -> None:
+    table = nn.Embedding(4, 2, sparse=True).bfloat16()
+    replica = Replica(table.parameters())
+    before = replica.weights()
+    table(torch.tensor([1])).sum().backward()
+    with replica.widened(table.parameters()):
+        torch.optim.SGD(table.parameters(), 1e-5).step()
+    assert torch.equal(replica.weights()[2:4], before[2:4] - 1e-5)
+    assert torch.equal(replica.weights()[4:], before[4:])
+    assert table.weight.grad is not None
+    assert table.weight.grad.is_sparse

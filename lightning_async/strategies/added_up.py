@@ -12,7 +12,8 @@ by, and each sample counts as it would have. Where the same ranks go on each has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ class Carried:
 
     def __init__(self) -> None:
         self._gradients: dict[Tensor, Tensor] = {}
+        self._own: dict[Tensor, Tensor | None] = {}
 
     def __bool__(self) -> bool:
         return bool(self._gradients)
@@ -58,9 +60,27 @@ class Carried:
     @torch.no_grad()
     def _add(self, optimizer: Optimizer, scale: float) -> None:
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            if (carried := self._gradients.pop(parameter, None)) is not None:
+            if (carried := self._gradients.get(parameter)) is not None:
                 gradient = (carried * scale).to(parameter)
+                self._own[parameter] = parameter.grad
                 parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
+
+    @contextmanager
+    def until_stepped(self, optimizer: Optimizer) -> Iterator[None]:
+        """In here the optimizer is to step. If it does not (an exception comes first, or fp16's scaler skips it), what
+        was added waits for the next step, and the gradients are this rank's own again."""
+        stepped: list[bool] = []
+        hook = optimizer.register_step_post_hook(lambda *_: stepped.append(True))
+        try:
+            yield
+        finally:
+            hook.remove()
+            for parameter, own in self._own.items():
+                if stepped:
+                    del self._gradients[parameter]
+                else:
+                    parameter.grad = own
+            self._own = {}
 
     def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
         """What still waits, by name."""

@@ -205,6 +205,8 @@ class AsyncStrategy(Shown):
             refuse_run(self)
             refuse_cuts(self)
             self._look_at_optimizers()
+            assert self._leash is not None  # since `setup_environment`
+            self.stepping.widen_modes(self._leash)
             refuse_length(self.account.longest, self.name)
             if self.is_global_zero:
                 rank_zero_info(self._first_line())

@@ -26,7 +26,7 @@ import torch
 from lightning_async.data.resume import unite
 from lightning_async.strategies import compat, saved_loops, words
 from lightning_async.strategies.late_files import LateFiles
-from lightning_async.strategies.own_state import Part, all_parts, own_keys, own_tensors, primitive
+from lightning_async.strategies.own_state import Part, all_parts, exact, own_keys, own_tensors, places_of, primitive
 from lightning_async.strategies.rank_files import RankFiles, rank_file
 from lightning_async.strategies.resuming import KEY, VERSION, Resuming
 from lightning_async.strategies.trainable import trained_set
@@ -190,7 +190,10 @@ class Checkpoints:
         if plan.first not in here:
             return False
         if me == plan.first:
-            checkpoint[KEY] = self.shared(plan.save, here, data, self._strategy.clock.state_dict(), plan.adding_up)
+            checkpoint[KEY] = {
+                **self.shared(plan.save, here, data, self._strategy.clock.state_dict(), plan.adding_up),
+                "consensus": exact(self._strategy.replica.flat, places_of(self._strategy)),
+            }
             write = partial(io.save_checkpoint, checkpoint, plan.path, storage_options=options)
             trouble = _tried(lambda: self.late.write_main(plan.save, here, write))
         here = yield from self._no_trouble(plan, trouble)

@@ -24,7 +24,8 @@ from lightning_async.data.resume import unite
 from lightning_async.strategies import compat, saved_loops
 from lightning_async.strategies.cut_places import Places, averaged_places, places_of, shown
 from lightning_async.strategies.own_state import Part as Saved
-from lightning_async.strategies.own_state import all_parts, own_buffers, own_keys, primitive
+from lightning_async.strategies.own_state import all_parts, exact, own_buffers, own_keys, primitive
+from lightning_async.strategies.own_state import places_of as own_places
 from lightning_async.strategies.resuming import KEY, VERSION
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Record:
         main: What Lightning saves of the first rank, without what is trained; empty on the others.
         places: Where in the vector what is trained lies, by its names in the state dict; empty on the others.
         averaged: The same of the buffers that are averaged.
+        named: Where the weights lie by the module's own names; empty on the others.
     """
 
     weights: Tensor
@@ -60,6 +62,7 @@ class Record:
     main: dict[str, Any]
     places: Places
     averaged: Places
+    named: Places
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def record(strategy: AsyncStrategy, parts: Mapping[str, Saved], *, first: bool) 
         main=_main(dumped, places) if first else {},
         places=places,
         averaged=averaged_places(averaged, module, dumped["state_dict"]),
+        named=own_places(strategy) if first else {},
     )
 
 
@@ -137,7 +141,8 @@ def main_file(mine: Record, total: Sum, save: Save, shared: Mapping[str, Any], s
     main["state_dict"] = _with_consensus(mine, total)
     if "callbacks" in main:
         main["callbacks"] = {**main["callbacks"], **save.callbacks}
-    return {**{key: main[key] for key in main if key in save.keys}, **({KEY: dict(shared)} if save.name else {})}
+    of_all = {KEY: {**shared, "consensus": _exact(mine, total)}} if save.name else {}
+    return {**{key: main[key] for key in main if key in save.keys}, **of_all}
 
 
 def data_of_all(mine: Record, said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -149,6 +154,11 @@ def data_of_all(mine: Record, said: Sequence[Mapping[str, Any]]) -> dict[str, An
 def said_of_data(mine: Record) -> dict[str, Any]:
     """What this rank says there."""
     return {"epoch": int(mine.data["epoch"]), "done": mine.data["done"].tolist()}
+
+
+def _exact(mine: Record, total: Sum) -> dict[str, Tensor]:
+    weights, _ = total.means(mine.weights.numel())
+    return exact(weights.to(mine.weights.dtype), mine.named)
 
 
 def _with_consensus(mine: Record, total: Sum) -> dict[str, Any]:

@@ -6,7 +6,7 @@ parts are what Lightning does not know.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -71,19 +71,31 @@ def own_keys(strategy: AsyncStrategy) -> tuple[str, ...]:
 
 
 def own_tensors(strategy: AsyncStrategy) -> dict[str, Any]:
-    """Of the module, what the main file has not to the bit: this rank's buffers, and its weights if it keeps them.
-
-    Lightning loads the main file before it converts the module to another precision. So where the weights are not
-    float32 the consensus is here too: as it is, not as the module shows it.
-    """
-    replica = strategy.replica
+    """Of the module, what the main file has not to the bit: this rank's buffers, and its weights if it keeps them."""
     state: dict[str, Any] = {"buffers": own_buffers(strategy.trainer.lightning_module)}
     if strategy.at_meeting == "keep":
-        state["weights"] = replica.own.cpu()
-    trained = [p for p in strategy.trainer.lightning_module.parameters() if p.requires_grad]
-    if any(tensor.dtype != torch.float32 for tensor in (replica.flat, *trained)):
-        state["consensus"] = replica.flat.cpu()
+        state["weights"] = strategy.replica.own.cpu()
     return state
+
+
+def places_of(strategy: AsyncStrategy) -> dict[str, tuple[int, Tensor]]:
+    """Where what is trained begins in the flat vector, by name, and what it is like."""
+    at = {id(p): offset for p, offset in strategy.replica.places}
+    named = strategy.trainer.lightning_module.named_parameters(remove_duplicate=False)
+    return {name: (at[id(p)], torch.empty_like(p, device="meta")) for name, p in named if id(p) in at}
+
+
+def exact(consensus: Tensor, places: Mapping[str, tuple[int, Tensor]]) -> dict[str, Tensor]:
+    """The consensus as it is, by name, where the main file does not show that: {} where all is float32.
+
+    A half-precision module shows its rounding; and Lightning loads the main file before it converts the module to
+    another precision. It goes by names for those who cut the vector otherwise, or train in another precision.
+    """
+    if all(dtype == torch.float32 for dtype in (consensus.dtype, *(like.dtype for _, like in places.values()))):
+        return {}
+    first = {at: name for name, (at, _) in reversed(list(places.items()))}  # tied weights have two names, and one place
+    parts = ((name, at, places[name][1]) for at, name in sorted(first.items()))
+    return {name: consensus[at : at + like.numel()].view(like.shape).to("cpu", copy=True) for name, at, like in parts}
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -105,11 +117,23 @@ def put_back_tensors(strategy: AsyncStrategy, state: dict[str, Any]) -> None:
                 f"this module's has {replica.numel}): freeze and thaw it as it was then, or begin a new run with the "
                 "weights alone (`load_from_checkpoint`)"
             )
-    if "consensus" in state:
+    if "consensus" in state:  # in files of older versions
         replica.stand_in(state["consensus"])
         replica.stay()
+    if "exact" in state:
+        _show(strategy, state["exact"])
     if "weights" in state and keeps_own(strategy, state):
         replica.keep_aside(state["weights"])
+
+
+def _show(strategy: AsyncStrategy, found: Mapping[str, Tensor]) -> None:
+    """Be this consensus, as far as it is of what is trained."""
+    vector = strategy.replica.weights()
+    for name, (at, like) in places_of(strategy).items():
+        if name in found and found[name].shape == like.shape:
+            vector[at : at + like.numel()] = found[name].flatten()
+    strategy.replica.stand_in(vector)
+    strategy.replica.stay()
 
 
 def keeps_own(strategy: AsyncStrategy, state: dict[str, Any]) -> bool:

@@ -13,7 +13,8 @@ then on a gradient that comes to an end where nobody uses it is refused, wheneve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ BESIDE = (
 )
 LATE_BEFORE = (
     "is trained before the call of the stages, and was not in the first batch of the run, which shows whose it is: it "
-    f"was frozen, or not used, and its gradient would be lost. Use it in each batch, or {THAW}"
+    f"was not used, or frozen outside of a layer, and its gradient would be lost. Use it in each batch, or {THAW}"
 )
 
 
@@ -46,6 +47,7 @@ class Parts:
         self.blocks = [blocks[i] for i in spans[index]]
         self._stage_of = _stages(module, blocks, spans)
         self._before: set[int] = set()
+        self._seen = False
         self._strays: list[tuple[str, nn.Parameter]] = []
         self._away: list[nn.Parameter] = []
         self._full: list[tuple[Optimizer, list[list[Tensor]]]] = []
@@ -78,7 +80,12 @@ class Parts:
         for parameter in self.module.parameters():
             if not self._is_here(parameter):
                 self._away.append(parameter)
-                parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+                parameter.data = away(parameter)
+
+    def here(self) -> list[bool]:
+        """Of all parameters, in the module's order, whether this rank has their numbers now."""
+        elsewhere = {id(p) for p in self._away}
+        return [id(p) not in elsewhere for p in self.module.parameters()]
 
     def take_home(self, state: dict[str, Tensor]) -> None:
         """Make the module whole again from the states of all stages."""
@@ -94,6 +101,26 @@ class Parts:
             self._drop(
                 optimizer, [p for group in optimizer.param_groups for p in group["params"] if not self._is_here(p)]
             )
+
+    @contextmanager
+    def whole_groups(self, optimizers: Iterable[Optimizer]) -> Iterator[None]:
+        """In here the optimizers have all parameters, and may be given more; then they keep what lives here."""
+        optimizers = list(optimizers)
+        if self._has_others():  # of somebody else: refused behind the next batch
+            yield
+            return
+        had = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
+        known = [{id(p) for group in self.numbering(one) for p in group} for one in optimizers]
+        for optimizer in optimizers:
+            for group, parameters in zip(optimizer.param_groups, self.numbering(optimizer), strict=True):
+                group["params"] = list(parameters)
+        yield
+        self._full = []
+        for optimizer, kept, old in zip(optimizers, had, known, strict=True):
+            every = [list(group["params"]) for group in optimizer.param_groups]
+            self._full.append((optimizer, every))
+            here = kept | {id(p) for group in every for p in group if id(p) not in old and self._is_ours(p)}
+            self._drop(optimizer, [p for group in every for p in group if id(p) not in here])
 
     def numbering(self, optimizer: Optimizer) -> list[list[Tensor]]:
         """All parameters of an optimizer as the user made it, group by group."""
@@ -135,10 +162,11 @@ class Parts:
 
         Args:
             x: Its input.
-            used: Buffers of the modules that were used before it.
+            used: Buffers, and frozen parameters, of the modules that were used before it.
             optimizers: They keep what lives here.
         """
         leaves = _leaves(x)
+        self._seen = True
         self._before = {id(leaf) for leaf in leaves} | {id(buffer) for buffer in used}
         outside = [p for p in self.module.parameters() if self.is_outside(p)]
         if self.index in (0, self.last):
@@ -154,15 +182,26 @@ class Parts:
             if parameter.grad is not None:
                 late = self.index == 0 and self.is_outside(parameter)
                 raise MisconfigurationException(f"`{name}` {LATE_BEFORE if late else BESIDE}")
-        if any(len(optimizer.param_groups) != len(groups) for optimizer, groups in self._full):
+        if self._has_others():
             raise MisconfigurationException(
                 "an optimizer was given another group of parameters during the fit, and here each stage has its part "
                 f"of those that `configure_optimizers` made: {THAW}"
             )
 
+    def _has_others(self) -> bool:
+        """Whether an optimizer has groups that nobody cut."""
+        return any(len(optimizer.param_groups) != len(groups) for optimizer, groups in self._full)
+
     def is_outside(self, parameter: Tensor) -> bool:
         """Whether it is outside of the blocks."""
         return self._stage_of.get(id(parameter), OUTSIDE) == OUTSIDE
+
+    def _is_ours(self, parameter: Tensor) -> bool:
+        """Whether this rank steps it, as far as that is known by now."""
+        if not self._is_here(parameter):
+            return False
+        known = self._seen and self.is_outside(parameter)
+        return not known or (id(parameter) in self._before) == (self.index == 0)
 
     def nbytes(self, stage: int) -> int:
         """The weights that a stage holds at first, wherever they are: both ends have what is outside of the blocks."""
@@ -184,6 +223,11 @@ class Parts:
                     group[key] = [group[key][at] for at in kept]
         for parameter in [p for p in optimizer.state if id(p) in gone]:
             del optimizer.state[parameter]
+
+
+def away(parameter: Tensor) -> Tensor:
+    """One number in the place of all, which are elsewhere."""
+    return parameter.data.new_zeros(()).expand(parameter.shape)
 
 
 def _stages(module: nn.Module, blocks: Sequence[nn.Module], spans: Sequence[range]) -> dict[int, int]:

@@ -24,6 +24,7 @@ from lightning_async.strategies import compat, whole
 from lightning_async.strategies.at_rest import Resting
 from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.garbage import Garbage
+from lightning_async.strategies.pipe_averages import PipeAverages
 from lightning_async.strategies.pipe_data import FromMidEpoch, stamp_of, under_way
 from lightning_async.strategies.pipe_recording import Held
 
@@ -45,6 +46,7 @@ class PipeBatches(Resting):
         super().__init__(**options)
         self.timelines = {}
         self._garbage = Garbage()
+        self.averages = PipeAverages(self)
 
     def listen(self) -> None:
         """Stop here if somebody stopped the run."""
@@ -68,6 +70,12 @@ class PipeBatches(Resting):
         if self.piped:
             self.epoch_began = self.turns.batches
             draws.reseed(self.turns.seed, self.turns.batches, draws.BETWEEN)
+            if self.averages.takes_statistics():
+                self.recording.cannot_be_replayed("an epoch takes BatchNorm's statistics, and trains nothing")
+                self.turns.drain()
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad()
+                self.turns.only_forward = True
 
     def skip_done(self, fetcher: Any) -> None:
         """Where a run goes on in mid-epoch: what it was trained on is fetched in vain, from the random numbers of then.
@@ -210,6 +218,7 @@ class PipeBatches(Resting):
         for part in self.together(whole.gather(self.office.rounds, self.answered_for(state))):
             state |= part
         self.turns.parts.take_home(state)
+        self.together(self.averages.take_home())
         self.at_home = True
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_async.strategies import compat, foreign, saved_loops, whole
 from lightning_async.strategies.pipeline_shown import PipelineShown
+from lightning_async.strategies.trainable import train_again, trained_now
 
 KEY = "delayed_pipeline"
 """Our key in a checkpoint: what a plain run has no need of."""
@@ -101,6 +102,7 @@ class PipeSaving(PipelineShown):
                 "gradients": self._added_up([stage["gradients"] for stage in stages]),
                 "norms": [stage["norms"] for stage in stages[: self.depth]],
                 "counted": list(self.counts.told()),
+                "trained": trained_now(self.trainer.lightning_module),
             }
         elif self.fitting:
             checkpoint[KEY] = {"counted": list(self.counts.told())}
@@ -174,6 +176,7 @@ class PipeSaving(PipelineShown):
         load = partial(super().load_checkpoint, checkpoint_path, weights_only=weights_only, **options)
         checkpoint = foreign.read(load, checkpoint_path, self.name)
         self.resumed = checkpoint.get(KEY, {}) if self.fitting else {}
+        self._train_again(checkpoint, checkpoint_path)
         fit = checkpoint.get("loops", {}).get("fit_loop")
         if self.fitting and fit:
             if saved_loops.is_between_epochs(fit):
@@ -182,6 +185,15 @@ class PipeSaving(PipelineShown):
             within = self.resumed.get("batches", 0) > self.resumed.get("epoch_began", 0)
             saved_loops.begin_loaders_anew(fit, whatever_they_say=self.piped and within)
         return checkpoint
+
+    def _train_again(self, checkpoint: dict[str, Any], path: Any) -> None:
+        """What was thawed when the run was saved is thawed, whatever `setup` froze again."""
+        module, saved = self.trainer.lightning_module, self.resumed.get("trained")  # older versions did not save it
+        if self.piped and saved and (other := train_again(module, saved, checkpoint["state_dict"])):
+            rank_zero_warn(
+                f"{self.name}: the run goes on with the parameters that were trained when {path} was saved: it trains "
+                f"{other}. To train what the module says now, begin a new run with its weights alone"
+            )
 
 
 def _mean(pipes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

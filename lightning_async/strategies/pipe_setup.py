@@ -37,6 +37,7 @@ from lightning_async.strategies.metrics import LedMetrics
 from lightning_async.strategies.one_thread import spare_the_threads
 from lightning_async.strategies.parts import Parts
 from lightning_async.strategies.pipe_batches import PipeBatches
+from lightning_async.strategies.pipe_finetuning import give_whole_groups
 from lightning_async.strategies.pipe_turns import Turns, stash_limit
 from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse_schedulers
 from lightning_async.strategies.refusals import refuse, refuse_optimizers, refuse_unmade
@@ -147,6 +148,8 @@ class PipeSetup(PipeBatches):
         self.office.check_alike(creed(self) | plan(self.trainer))
         handover = Handover(module, self.stages)
         seed = self.together(self._equalise(module))
+        if self.fitting:
+            self.together(self.averages.equalise())
         handover.take(leash)
         blocks = handover.blocks
         self.cuts = self._cuts(handover)
@@ -157,6 +160,8 @@ class PipeSetup(PipeBatches):
             self.turns.passes = self.resumed.get("passes", 0)
             self.epoch_began = self.resumed.get("epoch_began", 0)
             self.turns.parts.send_away()
+            self.averages.take(leash)
+            give_whole_groups(self, leash)
             compat.skip_backward(self.trainer, leash, not self.last)
             self._watch_loop(module, leash)
             if self.clip == "pipe":

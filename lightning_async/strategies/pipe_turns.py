@@ -44,6 +44,7 @@ class Turns:
         batches: How many were trained on, in all epochs.
         passes: How many were evaluated.
         arrivals: The gradients that came from the stage behind.
+        only_forward: Whether batches go through the stages without a way back: nothing is trained.
     """
 
     def __init__(self, strategy: PipeSetup, handover: Handover, parts: Parts, *, seed: int) -> None:
@@ -51,6 +52,7 @@ class Turns:
         self.batches = self.passes = 0
         self.arrivals = ArrivalLog()
         self.stamp = 0
+        self.only_forward = False
         self._strategy = strategy
         self._entered: Tensor | None = None
         self._noted: list[Tensor] = []
@@ -118,6 +120,9 @@ class Turns:
     def train(self, step: Step, context: Callable[[], AbstractContextManager[Any]]) -> Any:
         """One batch. `step` runs the user's code; `context` is that of its precision."""
         self.batches += 1
+        if self.only_forward:
+            output = self.evaluate(step, context)
+            return output if self.place.stage.last else torch.zeros((), device=self._strategy.root_device)
         place, batch, drive = self.place, self.batches, self._strategy.together
         ends = compat.ends_in_step(self._strategy.trainer)
         drive(place.begin(batch, ends=ends))
@@ -271,15 +276,18 @@ class Turns:
 
     @contextmanager
     def _noting_buffers(self) -> Iterator[None]:
-        """In the first batch, note the buffers of the modules outside the blocks that run before the call."""
+        """In the first batch, note the buffers of the modules outside the blocks that run before the call, and what of
+        them is frozen: it has no gradient that would show it, and may have one later."""
         if self._looked or not self._fitting:
             yield
             return
+        self._noted.clear()  # a validation before it has gone on behind the call
         inside = {id(part) for block in self.handover.blocks for part in block.modules()}
         outside = [part for part in self.parts.module.modules() if id(part) not in inside]
 
         def note(part: Any, _: Any) -> None:
             self._noted.extend(part.buffers(recurse=False))
+            self._noted.extend(p for p in part.parameters(recurse=False) if not p.requires_grad)
 
         hooks = [part.register_forward_pre_hook(note) for part in outside]
         try:

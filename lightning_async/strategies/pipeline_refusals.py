@@ -9,9 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
-from lightning_async.strategies import compat
 from lightning_async.strategies.knobs import check_count, check_part, check_word
-from lightning_async.strategies.parts import THAW
 
 
 def check_knobs(
@@ -57,18 +55,6 @@ def refuse_pipeline(trainer: Trainer, name: str, world: int, replicas: int) -> N
             f"strategy={name!r}: `precision={trainer.precision!r}` scales the loss on one stage and would have to skip "
             "a step on all of them; use 'bf16-mixed'"
         )
-    for callback in compat.callbacks(trainer):
-        kinds = {kind.__name__ for kind in type(callback).__mro__}
-        if found := kinds & {"WeightAveraging", "StochasticWeightAveraging"}:
-            raise MisconfigurationException(
-                f"strategy={name!r}: `{found.pop()}` copies the whole model, and here each rank has a part of it; "
-                "average checkpoints afterwards"
-            )
-        if world > 1 and "BaseFinetuning" in kinds:
-            raise MisconfigurationException(
-                f"strategy={name!r}: `{type(callback).__name__}` gives the optimizer new groups in mid-run, and here "
-                f"each stage has its part of those that it began with: freeze with `requires_grad_(False)`, and {THAW}"
-            )
 
 
 def refuse_schedulers(configs: list[LRSchedulerConfig], name: str) -> None:

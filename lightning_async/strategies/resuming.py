@@ -81,6 +81,8 @@ class Resuming:
             if shared.get("progress"):  # older versions did not save it
                 own["parts"].setdefault("progress", {**shared["progress"], "ended": False})
             self._warn(path, shared, list(reasons), *added)
+        if of_all := shared.get("consensus"):
+            own["exact"] = of_all
         strategy.feeding.load_state_dict(shared["data"])
         self._waiting, self._between_epochs = own, is_between_epochs(checkpoint["loops"]["fit_loop"])
         mine = {**checkpoint, **{key: own[key] for key in own_keys(strategy) if key in own}}

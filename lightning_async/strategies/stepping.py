@@ -98,9 +98,27 @@ class Stepping:
         replica = self._strategy.replica
         for optimizer in optimizers:
             if replica.narrow and optimizer.state:
+                groups = optimizer.param_groups
                 with replica.widened(_parameters(optimizer), gradients=False):
                     optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.param_groups = groups  # torch makes new ones, and somebody may hold these
         self._moments = {id(o): SecondMoment(o) for o in optimizers if SecondMoment.concerns(o)}
+
+    def widen_modes(self, leash: compat.Leash) -> None:
+        """Optimizers that show other weights for a while (schedule-free: `train()`, `eval()`) make them of their state,
+        which is as wide as their steps: there too half-precision weights are their parts."""
+        strategy = self._strategy
+        if not strategy.replica.narrow:
+            return
+        for optimizer, shown in zip(strategy.optimizers, compat.lightnings(strategy), strict=True):
+            for name in ("train", "eval"):
+                if callable(mode := getattr(optimizer, name, None)):
+                    for owner in (optimizer, shown):
+                        leash.wrap(owner, name, partial(self._in_mode, optimizer, mode))
+
+    def _in_mode(self, optimizer: Optimizer, mode: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        with self._strategy.replica.widened(_parameters(optimizer), gradients=False):
+            return mode(*arguments, **options)
 
     def moment(self, optimizer: Optimizer) -> SecondMoment | None:
         """What corrects the steps of this optimizer, if it is one of those that need it."""
@@ -197,6 +215,8 @@ class Stepping:
         strategy.office.recording.step_with(optimizer, strategy.optimizers)
         with ExitStack() as watched:
             watched.enter_context(self.skipped.watch(strategy.precision_plugin, optimizer))
+            if self._carried:
+                watched.enter_context(self._carried.until_stepped(optimizer))
             if strategy.replica.narrow:
                 watched.enter_context(_instead(optimizer, partial(self._widened, optimizer)))
             if strategy.algorithm.takes_gradients:

@@ -89,8 +89,13 @@ def renewed(module: nn.Module, replica: Replica, rounds: Rounds) -> Wait[Renewed
 def trained_set(module: nn.Module, replica: Replica) -> dict[str, list[str]]:
     """What the replica holds, and which layers take statistics, by name: for a checkpoint."""
     held = {id(p) for p, _ in replica.places}
+    return {**trained_now(module), "parameters": [name for name, p in module.named_parameters() if id(p) in held]}
+
+
+def trained_now(module: nn.Module) -> dict[str, list[str]]:
+    """The same of a module without a replica."""
     return {
-        "parameters": [name for name, p in module.named_parameters() if id(p) in held],
+        "parameters": [name for name, p in module.named_parameters() if p.requires_grad],
         "statistics": [name for name, layer in _norms(module) if layer.track_running_stats],
     }
 

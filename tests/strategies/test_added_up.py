@@ -6,6 +6,8 @@ The loss is linear in the weights and the samples are small whole numbers: gradi
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
+from math import isfinite
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async import SpeedFaults
-from lightning_async.strategies.added_up import mean_of_all
+from lightning_async.strategies.added_up import Carried, mean_of_all
 from lightning_async.transport.rounds import combined
 from tests.strategies.lit import trainer
 from tests.strategies.ranks import run
@@ -273,3 +275,57 @@ def test_what_overflowed_is_nobody_elses() -> None:
     finite = {"gradients": {"bias": torch.ones(3)}, "mass": 1}
     broken = {"gradients": {"bias": torch.tensor([1.0, float("inf"), 1.0])}, "mass": 1}
     assert torch.equal(_mean(0, 1, [finite, broken], [0], {})["bias"], torch.full((3,), 0.5))
+
+
+# -- a step that is not taken ------------------------------------------------------------------------------------------
+
+
+def test_what_waits_goes_on_waiting_where_its_step_is_not_taken() -> None:
+    weight, own = nn.Parameter(torch.zeros(3)), torch.full((3,), 4.0)
+    optimizer, plugin, carried = torch.optim.SGD([weight], 1.0), Precision(), Carried()
+    module = nn.ParameterDict({"w": weight})
+    carried.load_state_dict(module, {"w": torch.ones(3)})
+
+    def backward() -> None:
+        weight.grad = own
+
+    for fails in (True, False):
+        with pytest.raises(ZeroDivisionError) if fails else nullcontext(), carried.until_stepped(optimizer):
+            carried.behind(backward, optimizer, plugin)()
+            assert weight.grad.tolist() == [5.0] * 3  # type: ignore[union-attr]
+            if fails:  # a hook raises; or fp16's scaler does not ask for the step
+                1 / 0  # noqa: B018
+        assert weight.grad is own
+        assert carried.state_dict(module)["w"].tolist() == [1.0] * 3
+    with carried.until_stepped(optimizer):
+        optimizer.step(carried.behind(backward, optimizer, plugin))
+    assert weight.tolist() == [-5.0] * 3
+    assert not carried
+    with carried.until_stepped(optimizer):
+        optimizer.step(carried.behind(backward, optimizer, plugin))
+    assert weight.tolist() == [-9.0] * 3
+
+
+class OverflowsAtFirst(Straight):
+    """The scaler skips its first step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("inf") if len(self.steps) == 0 and self.skips else loss
+
+    skips = False
+
+
+def _skips(path: str) -> dict[str, Any]:
+    OverflowsAtFirst.skips = True
+    return _fit(1, OverflowsAtFirst, True, None, path)
+
+
+def test_a_step_that_the_scaler_skips_does_not_lose_them(tmp_path: Path) -> None:
+    """The samples of others that come with them have not overflowed."""
+    path = str(tmp_path / "x.ckpt")
+    saved = run(2, _fit, 2, OverflowsAtFirst, True, (path, (4, 5)), None)
+    ((end),) = run(1, _skips, path)
+    assert not all(map(isfinite, end["steps"][0][0]))
+    end["steps"] = end["steps"][1:]
+    assert steps_with(end, mean(saved))

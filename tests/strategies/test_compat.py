@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from threading import Event
@@ -14,7 +16,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer, WeightAveraging
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -117,6 +119,9 @@ def test_what_is_read_exists(t: L.Trainer) -> None:
     assert AsyncCheckpointIO()._error is None
     assert AsyncCheckpointIO()._checkpoint_io is None
     assert callable(AsyncCheckpointIO()._ensure_setup)
+    assert compat.lightnings(t.strategy) == []
+    optimizer = t.strategy.optimizers = [torch.optim.SGD(Lit().parameters(), 0.1)]
+    assert [one.optimizer for one in compat.lightnings(t.strategy)] == optimizer
 
 
 def test_the_batch_ahead_is_fetched_late(t: L.Trainer) -> None:
@@ -232,6 +237,47 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
     assert compat.averaged_until(average) == 0
     average.setup(t, Lit(), "fit")
     assert compat.average_of(average) is not None
+
+
+def test_a_callback_exchanges_its_average_and_the_weights_within_a_part_of_both(t: L.Trainer) -> None:
+    leash, average, lit = compat.Leash(t), WeightAveraging(), Lit()
+    inside: list[bool] = []
+    average.setup(t, lit, "fit")
+    model = compat.average_of(average)
+    assert model is not None
+
+    @contextmanager
+    def in_part() -> Iterator[None]:
+        inside.append(True)
+        whole, model.module = model.module, model.module.layer[0]
+        yield
+        model.module = whole
+
+    with torch.no_grad():
+        for p in model.module.parameters():
+            p.zero_()
+    compat.swap_parts(average, leash, in_part, lambda module: module.layer[0])  # type: ignore[arg-type, return-value]
+    first, last = lit.layer[0].weight.clone(), lit.layer[-1].weight.clone()
+    average.on_validation_epoch_start(t, lit)
+    assert not lit.layer[0].weight.any()
+    average.on_train_end(t, lit)
+    assert torch.equal(lit.layer[0].weight, first)
+    assert torch.equal(lit.layer[-1].weight, last)
+    assert inside == [True, True]
+    leash.restore()
+    average.on_train_end(t, lit)
+    assert not lit.layer[-1].weight.any()
+
+
+def test_where_stochastic_averages_are(t: L.Trainer) -> None:
+    swa, lit = StochasticWeightAveraging(0.1), Lit()
+    assert compat.average_of_epochs(swa) is None
+    swa.setup(t, lit, "fit")
+    assert isinstance(compat.average_of_epochs(swa), Lit)
+    compat.go_on_skipping_backward(t, True)
+    assert t.fit_loop._skip_backward is True
+    swa.on_train_epoch_end(t)
+    assert t.fit_loop.epoch_loop.automatic_optimization._skip_backward is False
 
 
 def test_what_a_pipeline_takes_of_the_loop(t: L.Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ class Small(L.LightningModule):
         self.frozen, self.unused = nn.Linear(8, 8).requires_grad_(False), nn.Linear(2, 2)
         self.make = make
         self.found: list[dict[str, str]] = []
-        self.used: list[tuple[int, dict[str, Tensor]]] = []
+        self.used: list[tuple[Any, dict[str, Tensor]]] = []
 
     def loss(self, batch: Any) -> Tensor:
         return (self.head(self.frozen(self.body(batch[1]))) - batch[2]).square().mean()
@@ -67,6 +68,67 @@ class Small(L.LightningModule):
     def dtypes(self) -> dict[str, str]:
         """Of all parameters, as they are just now."""
         return {name: str(p.dtype) for name, p in self.named_parameters()}
+
+
+class Free(torch.optim.Optimizer):
+    """SGD without a schedule: takes steps from `z`, shows the average of these, and trains at a point between both."""
+
+    def __init__(self, params: Any, lr: float = RATE, between: float = 0.9) -> None:
+        super().__init__(params, {"lr": lr, "between": between, "steps": 0, "trains": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        result = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            assert group["trains"]
+            group["steps"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    z = self.state[p].setdefault("z", p.clone())
+                    p.lerp_(z, 1 / group["steps"])
+                    p.sub_(p.grad, alpha=group["lr"] * (1 - group["between"]))
+                    z.sub_(p.grad, alpha=group["lr"])
+        return result
+
+    @torch.no_grad()
+    def _show(self, trains: bool) -> None:
+        for group in self.param_groups:
+            if group["trains"] is not trains:
+                group["trains"] = trains
+                weight = 1 - group["between"] if trains else 1 - 1 / group["between"]
+                for p in group["params"]:
+                    if "z" in self.state[p]:
+                        p.lerp_(self.state[p]["z"], weight)
+
+    def train(self) -> None:
+        self._show(True)
+
+    def eval(self) -> None:
+        self._show(False)
+
+
+class ShowsAverages(Small):
+    """By `self.optimizers()` for a validation, and by the Trainer's own for what is saved."""
+
+    def __init__(self, make: Callable[..., torch.optim.Optimizer]) -> None:
+        super().__init__(make)
+        self.shown: list[Tensor] = []
+
+    def on_validation_start(self) -> None:
+        self._to("eval", self.optimizers())
+
+    def on_validation_end(self) -> None:
+        self._to("train", self.optimizers())
+
+    def on_train_end(self) -> None:
+        self._to("eval", self.trainer.optimizers[0])
+
+    def _to(self, mode: str, optimizer: Any) -> None:
+        self.used.append((mode, {}))
+        getattr(optimizer, mode)()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.shown.append(self.body.weight.detach().clone())
 
 
 class TwoByHand(Small):
@@ -102,6 +164,9 @@ def _twin(module: Small, start: dict[str, Tensor]) -> tuple[dict[str, Tensor], l
     wide = {name: nn.Parameter(value.clone()) for name, value in start.items()}
     optimizers = [module.make([wide[name] for name in names]) for names in module.groups()]
     for which, gradients in module.used:
+        if which in ("train", "eval"):
+            getattr(optimizers[0], which)()
+            continue
         for name, p in wide.items():
             p.grad = gradients[name].float() if name in gradients else None
         optimizers[which].step()
@@ -113,7 +178,7 @@ def _steps(kind: type[Small], make: Callable[..., torch.optim.Optimizer], option
     module = kind(make)
     start = {name: p.detach().bfloat16().float() for name, p in module.named_parameters() if p.requires_grad}
     t = trainer(1, precision="bf16-true", max_epochs=1, **options)
-    t.fit(module, loader(8, n=80))
+    t.fit(module, loader(8, n=80), loader(40, n=40, shuffle=False) if hasattr(module, "shown") else None)
     strategy = t.strategy
     assert isinstance(strategy, AsyncStrategy)
     names = {id(p): name for name, p in module.named_parameters()}
@@ -131,7 +196,7 @@ def _steps(kind: type[Small], make: Callable[..., torch.optim.Optimizer], option
         "after": module.dtypes(),
         "steps": len(module.used),
         "gradients": {str(g.dtype) for _, gradients in module.used for g in gradients.values()},
-        "norm": max(float(torch.stack([g.float().norm() for g in gs.values()]).norm()) for _, gs in module.used),
+        "norm": max(float(torch.stack([g.float().norm() for g in gs.values()]).norm()) for _, gs in module.used if gs),
     }
 
 
@@ -162,6 +227,41 @@ def test_they_go_where_a_float32_twin_goes_that_has_the_same_gradients(
     if options.get("gradient_clip_val") == 0.5:
         assert 0.45 < end["norm"] <= 0.5 * (1 + 2**-6)
     assert set(end["after"].values()) == {BF16}
+
+
+def test_averages_that_an_optimizer_shows_are_made_of_float32() -> None:
+    """A schedule-free one's, for a validation and at the end, as its float32 twin's."""
+    (end,) = run(1, _steps, ShowsAverages, partial(Free, lr=1e-4), {"val_check_interval": 5, "num_sanity_val_steps": 0})
+    assert end["steps"] == 10 + 5
+    assert end["exact"] == end["twin"]
+    assert end["states"] == end["twins states"]
+    assert end["shown"]
+    assert {dtype for dtype, _ in _tensors(end["states"])} == {FP32}
+
+
+class HoldsGroups(Small):
+    """Has its own schedule, of a group that it took from its optimizer."""
+
+    def configure_optimizers(self) -> Any:
+        (optimizer,) = super().configure_optimizers()
+        self.group = optimizer.param_groups[0]
+        return optimizer
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.group["lr"] = RATE / (1 + batch_idx)
+        return super().training_step(batch, batch_idx)
+
+
+def _held() -> tuple[bool, float]:
+    module = HoldsGroups(MAKERS["adagrad"])
+    t = trainer(1, precision="bf16-true", max_epochs=1)
+    t.fit(module, loader(8, n=80))
+    (group,) = t.optimizers[0].param_groups
+    return group is module.group, group["lr"]
+
+
+def test_an_optimizer_whose_early_state_is_widened_keeps_its_groups() -> None:
+    assert run(1, _held) == [(True, RATE / 10)]
 
 
 def test_only_what_an_optimizer_steps_is_float32_in_its_midst() -> None:
@@ -210,6 +310,47 @@ def test_states_come_back_as_wide_as_they_were(at_meeting: str, tmp_path: Path) 
         states = _tensors([optimizer["state"] for optimizer in one["optimizers"]])
         assert {dtype for dtype, _ in states} == {FP32}
         assert any(torch.tensor(values).bfloat16().tolist() != values for _, values in states)
+
+
+class SavesExactly(Saves):
+    """And notes what all hold at the save, by name."""
+
+    def _save(self, trainer: Any, module: Any) -> None:
+        super()._save(trainer, module)
+        self.exact = by_name(trainer.strategy, trainer.strategy.replica.flat)
+
+
+def by_name(strategy: AsyncStrategy, vector: Tensor) -> dict[str, list[float]]:
+    names = {id(p): name for name, p in strategy.trainer.lightning_module.named_parameters()}
+    parts = zip(strategy.replica.places, strategy.replica.parts(vector), strict=True)
+    return {names[id(p)]: part.tolist() for (p, _), part in parts}
+
+
+def _other_world(n: int, path: str, resume: bool, precision: str) -> dict[str, list[float]]:
+    seed()
+    save = SavesExactly(path, "validation", epoch=0)
+    t = trainer(n, knobs={"at_meeting": "keep"}, precision=precision, callbacks=[save] * (not resume), max_epochs=2)
+    seen = look_when_put_back(t, lambda t: by_name(t.strategy, t.strategy.replica.own))  # type: ignore[arg-type, attr-defined]
+    warnings.filterwarnings("ignore", ".*does not go on to the bit")
+    t.fit(Tiny(), samples(), held_out(), ckpt_path=path if resume else None)
+    return seen[0] if resume else save.exact
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("before", "after", "precision", "then"),
+    [(3, 2, "bf16-true", "bf16-true"), (2, 3, "bf16-true", "32-true"), (2, 1, "64-true", "64-true")],
+)
+def test_another_world_goes_on_from_all_of_the_consensus(
+    before: int, after: int, precision: str, then: str, tmp_path: Path
+) -> None:
+    """Also with what lies below a place of the weights that the file shows."""
+    path = str(tmp_path / "x.ckpt")
+    saved = run(before, _other_world, before, path, False, precision)
+    found = run(after, _other_world, after, path, True, then)
+    assert found == [saved[0]] * after
+    rounded = torch.load(path, weights_only=True)["state_dict"]
+    assert any(values != rounded[name].float().flatten().tolist() for name, values in saved[0].items())
 
 
 def _moved() -> tuple[list[float], list[float]]:

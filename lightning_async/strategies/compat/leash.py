@@ -120,6 +120,11 @@ def skip_backward(trainer: Trainer, leash: Leash, skip: bool) -> None:
     leash.set(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward", skip)
 
 
+def go_on_skipping_backward(trainer: Trainer, skip: bool) -> None:
+    """What `skip_backward` said holds on, whoever has set it otherwise."""
+    trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward = skip
+
+
 def around_ends_of_batches(
     trainer: Trainer, leash: Leash, before: Callable[[], None], after: Callable[[], None]
 ) -> None:

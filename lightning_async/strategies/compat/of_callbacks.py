@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer, WeightAveraging
+from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
+
+from lightning_async.strategies.compat.leash import Leash
 
 
 def saves_every(callback: ModelCheckpoint) -> int:
@@ -57,6 +60,30 @@ def time_is_up(timer: Timer) -> bool:
 def average_of(callback: WeightAveraging) -> AveragedModel | None:
     """The averaged model of a WeightAveraging; there is none outside of `fit`."""
     return callback._average_model
+
+
+def average_of_epochs(callback: StochasticWeightAveraging) -> Module | None:
+    """The copy of the module in which StochasticWeightAveraging averages; there is none before `setup`."""
+    return callback._average_model
+
+
+def swap_parts(
+    callback: WeightAveraging,
+    leash: Leash,
+    in_part: Callable[[], AbstractContextManager[None]],
+    part: Callable[[Module], Module],
+) -> None:
+    """Let a WeightAveraging exchange its average and the weights within a part of both, for the time of a run."""
+
+    def within(exchange: Callable[[Module], None]) -> Callable[[Module], None]:
+        def exchange_part(module: Module) -> None:
+            with in_part():
+                exchange(part(module))
+
+        return exchange_part
+
+    leash.wrap(callback, "_swap_models", within(callback._swap_models))  # type: ignore[arg-type]
+    leash.wrap(callback, "_copy_average_to_current", within(callback._copy_average_to_current))  # type: ignore[arg-type]
 
 
 def averaged_until(callback: WeightAveraging) -> int:

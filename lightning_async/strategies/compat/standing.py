@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import Strategy
 
 
 def set_global_step(trainer: Trainer, steps: int) -> None:
@@ -93,3 +95,9 @@ def behind_epoch(trainer: Trainer) -> Iterator[None]:
     finally:
         for count in (epochs.current, epochs.total):
             count.completed += 1
+
+
+def lightnings(strategy: Strategy) -> list[LightningOptimizer]:
+    """The optimizers as the module gets them of `self.optimizers()`: objects of their own, that pass on what they are
+    asked."""
+    return strategy._lightning_optimizers

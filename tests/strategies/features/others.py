@@ -286,7 +286,7 @@ LINES = [
         "`EMAWeightAveraging`",
         "",
         works("average"),
-        delayed_pipeline=refused("average", "average checkpoints afterwards"),
+        delayed_pipeline=works("average", words="each stage averages its own, behind each batch"),
     ),
     _line(
         "manual optimisation", "", works("by hand"), delayed_pipeline=refused("by hand", "use automatic optimisation")

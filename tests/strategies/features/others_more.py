@@ -95,6 +95,17 @@ class Backbone(lit.Lit):
         return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], 0.01)
 
 
+class PipedBackbone(piped.Piped):
+    """What is thawed later is in both stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.ModuleList([self.net[0], self.net[2]])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], 0.01)
+
+
 class Adapted(lit.Lit):
     """A frozen layer with a small one beside it that is trained, tied to another."""
 
@@ -154,7 +165,9 @@ def fits(way: str, folder: Path) -> dict[str, Fitted]:
         "double": fit(look=_dtypes, precision="64-true"),
         "scaled": fit(kind=Overflows, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]),
         "swa": fit([StochasticWeightAveraging(0.005, swa_epoch_start=2)], max_epochs=3),
-        "thawed": fit([BackboneFinetuning(1)], kind=Backbone, look=_trained, max_epochs=2),
+        "thawed": fit(
+            [BackboneFinetuning(1)], kind=PipedBackbone if way == PIPE else Backbone, look=_trained, max_epochs=2
+        ),
         "anew": fit(knobs={"buffers": "reestimate"}),
         "adapted": fit(kind=PipedAdapted if way == PIPE else Adapted, look=_places),
         "sizes": fit(data=piped.loader(size) if way == PIPE else samples(size)),
@@ -298,13 +311,13 @@ LINES = [
         "`StochasticWeightAveraging`",
         "",
         works("swa", lambda one: one.epoch == 4, "the method begins anew from the average"),
-        pipe=refused("swa", "average checkpoints afterwards"),
+        pipe=works("swa", lambda one: one.epoch == 4, "each stage averages its own"),
     ),
     _line(
         "`BackboneFinetuning`",
         "",
         works("thawed", lambda one: {*one.looked} == {25, 97}),
-        pipe=refused("thawed", "gives the optimizer new groups in mid-run"),
+        pipe=works("thawed", lambda one: {*one.looked} == {134, 218}, "each stage keeps its part of the new group"),
     ),
     _line("`buffers` (of the strategy)", '`"reestimate"`', works("anew", _finite), pipe=_no_knob("anew", "buffers")),
     _line(
