@@ -31,6 +31,8 @@ from lightning_async.transport.replay import ReplayCarrier, replay
 from lightning_async.transport.stage import Program, Stage, Stop
 from lightning_async.transport.world import seen_as
 
+STEPS = ("on_train_batch_start", "training_step", "on_train_batch_end")
+"""Hooks that may ask for the rank."""
 Seated = tuple[Strategy, list[Callback]]
 """A strategy of a replay, and the callbacks that stand first among its Trainer's."""
 
@@ -52,6 +54,7 @@ def recompute(logs: dict[int, Log], arguments: argparse.Namespace, course: Cours
             raise Stop from None  # so it ended in the run
 
     replay(logs, dict.fromkeys(logs, program), stage=stage, wanted=wanted)
+    course.short = stage.short
 
 
 def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Namespace, course: Course) -> None:
@@ -60,7 +63,7 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
     torch.set_num_threads(header["threads"])
     torch.manual_seed(header["torch_seed"])
     if header["seed"] is not None:
-        seed_everything(header["seed"], verbose=False)
+        seed_everything(header["seed"], workers=header.get("seeds_workers", False), verbose=False)
     module = made(arguments.module, LightningModule, **arguments_of(arguments.init))
     module.configure_callbacks = list  # callbacks are left out
     if arguments.ckpt and not begin["resumed"]:
@@ -106,7 +109,9 @@ def _at_its_place(source: object, carrier: ReplayCarrier) -> None:
 
         return make_there
 
-    for name in ("prepare_data", "setup", "train_dataloader"):
+    for name in ("prepare_data", "setup", "train_dataloader", *STEPS):
+        if not hasattr(source, name):
+            continue
         setattr(source, name, seeing(getattr(source, name)))
 
 

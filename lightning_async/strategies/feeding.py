@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -167,6 +168,7 @@ class Feeding:
             begin=self._begin,
             tell=recording.fetched,
             length=self.told_length,
+            opens=partial(recording.opens, loader),
         )
 
     def watch(self, loader: Any, office: Office | None = None, epoch: Callable[[], int] = int) -> Stream:

@@ -11,6 +11,7 @@ what is evaluated between them change no weights: they are not in the log.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -83,16 +84,23 @@ class StageRecording(Recording):
             self.epoch(trainer.current_epoch, size, batches=length)
             self.dealt(dealt_in_turn(loader, cut=trainer.limit_train_batches != 1.0))
 
-        return remade(loader, _Noted(batches, began, self.fetched, done))
+        return remade(loader, _Noted(batches, began, self.fetched, done, opens=partial(self.opens, loader)))
 
 
 class _Noted:
     """A sampler of batches that says what it gives: the order of an epoch is drawn before that is said."""
 
     def __init__(
-        self, batches: Iterable[Any], began: Callable[[], None], fetched: Callable[[Any], None], done: int
+        self,
+        batches: Iterable[Any],
+        began: Callable[[], None],
+        fetched: Callable[[Any], None],
+        done: int,
+        *,
+        opens: Callable[[], None],
     ) -> None:
         self._batches, self._began, self._fetched, self._done = batches, began, fetched, done
+        self._opens = opens
 
     def __len__(self) -> int:
         return len(cast(Sized, self._batches))
@@ -101,6 +109,10 @@ class _Noted:
         return getattr(self.__dict__["_batches"], name)
 
     def __iter__(self) -> Iterator[Any]:
+        self._opens()
+        return self._noted()
+
+    def _noted(self) -> Iterator[Any]:
         done, self._done = self._done, 0
         for at, batch in enumerate(self._batches):
             if at == done:

@@ -26,6 +26,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_async.arrival import Arrival
 from lightning_async.data.dealt import Dealt
@@ -88,7 +89,7 @@ class Recording:
         self._about: dict[str, Any] = {}
         self._chance: dict[str, str] = {}
         self._loss: float | None = None
-        self._met, self._drawn = False, 0
+        self._met, self._drawn, self._opened = False, 0, False
         self.flags: Flags | None = None
 
     @property
@@ -136,9 +137,15 @@ class Recording:
 
     # -- what happens in a run, in this order -------------------------------------------------------------------------
 
+    def opens(self, loader: DataLoader[Any]) -> None:
+        """The first iterator of an epoch draws the seed of its workers next; what it is drawn from is noted."""
+        if self._scribe is not None and loader.num_workers and not self._opened:
+            self._opened = True
+            self._scribe.note("workers", chance.packed(loader.generator))
+
     def epoch(self, epoch: int, size: int, *, batches: int | None = None) -> None:
         """The first batch of an epoch is about to be fetched from `size` samples; of so many, if that is known."""
-        self._met = False
+        self._met = self._opened = False
         if self._scribe is not None:
             length = {} if batches is None else {"batches": batches}
             self._note("epoch", {"epoch": epoch, "data": size, **length, "chance": self._news_of_chance()})

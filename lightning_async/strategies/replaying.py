@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_async.arrival import Arrival
 from lightning_async.fresh import Fresh
@@ -81,6 +82,11 @@ class Replaying(Recording):
                 f"the run went on behind batch {was['batch']} of epoch {was['epoch']}, and this checkpoint is of batch "
                 f"{batch['ready']} of epoch {epoch['processed']}: give the one that it began with (--ckpt)"
             )
+
+    def opens(self, loader: DataLoader[Any]) -> None:
+        """The seed of the workers is drawn from what it was drawn from."""
+        if loader.generator is not None and (state := self._carrier.note("workers", None)) is not None:
+            loader.generator.set_state(chance.unpacked(state))
 
     def clock(self, trainer: Trainer) -> None:
         """The run's step and the end of an epoch go by all members: as the log has them."""
@@ -193,8 +199,10 @@ class Replaying(Recording):
                 self._differ(0, said + START)
 
     def _compare_loss(self, now: float | None, recorded: float | None) -> None:
-        if now is None or recorded is None:
+        if recorded is None:
             return
+        if now is None:
+            self._differ(self._log.step + 1, f"its loss was {recorded!r}, and the training step returns none now")
         self._course.losses += 1
         off = _off(now, recorded)
         self._course.off = max(self._course.off, off)

@@ -111,11 +111,14 @@ class Stage:
     Attributes:
         posts: The messages that were posted and not taken.
         ending: Whether all are to stop, whatever they do.
+        short: Who came no further, since they took a message that its sender, whose log just ends, did not come to:
+            member, and sender.
     """
 
     def __init__(self) -> None:
         self.posts: dict[Name, Message] = {}
         self.ending = False
+        self.short: dict[int, int] = {}
         self._actors: list[Actor] = []
         self._on: Actor | None = None
         self._moves = 0
@@ -169,7 +172,12 @@ class Stage:
             actor.parked = actor in beside or (wanted is not None and actor.member not in wanted)
         try:
             while not all(actor.ended or actor.parked for actor in actors):
-                self._on = self._choose([actor for actor in actors if not actor.ended])
+                waiting = [actor for actor in actors if not actor.ended]
+                if self._is_cut_short(
+                    waiting, {actor.member for actor in members if actor.ended and not actor.complete}
+                ):
+                    break
+                self._on = self._choose(waiting)
                 self._on.seen = self._moves  # what it moves itself it may look at again
                 self._on.go()
                 if self._on.error is not None:
@@ -197,6 +205,13 @@ class Stage:
         wants = [f"member {a.member} took {_say(a.missing)}, which no replay has posted" for a in waiting if a.missing]
         wants += [f"member {a.member} waits for {a.word}" for a in waiting if not a.missing]
         raise Divergence(f"the logs do not fit together: {'; '.join(wants)}")
+
+    def _is_cut_short(self, waiting: list[Actor], cut: set[int]) -> bool:
+        """Whether nobody can go on, for want of what somebody sent whose log was cut before that."""
+        if any(self._can_go(actor) for actor in waiting):
+            return False
+        self.short = {a.member: a.missing[0] for a in waiting if a.missing and a.missing[0] in cut}
+        return bool(self.short)
 
     def _can_go(self, actor: Actor) -> bool:
         if actor.missing is not None:

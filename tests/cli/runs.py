@@ -21,7 +21,7 @@ Said = Callable[..., tuple[int, str]]
 
 def fit(n: int, folder: str, module: str, knobs: dict[str, Any], options: dict[str, Any], data: Any = None) -> str:
     """What each rank does; the digest of its last weights."""
-    L.seed_everything(7, verbose=False)
+    L.seed_everything(7, workers=module.startswith("Worked"), verbose=False)
     faults = SpeedFaults(step_seconds=0.003, slow={n - 1: 3.0})
     t = trainer(n, knobs={"record": folder, **knobs}, **{"callbacks": [faults], **options})
     t.fit(getattr(recorded, module)(), None if data is None else getattr(recorded, data)())
