@@ -92,7 +92,7 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
     data = load(arguments.data) if arguments.data else None
     for source in filter(None, (module, whole)):
         _at_its_place(source, carrier)
-    with seen_as(carrier.me, carrier.world):
+    with seen_as(carrier.me, carrier.ranks):
         data = data() if callable(data) else data
     ckpt_path = arguments.ckpt if begin["resumed"] else None
     trainer.fit(module, train_dataloaders=data, datamodule=whole, ckpt_path=ckpt_path)
@@ -104,7 +104,7 @@ def _at_its_place(source: object, carrier: ReplayCarrier) -> None:
     def seeing(make: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(make)
         def make_there(*args: Any, **kwargs: Any) -> Any:
-            with seen_as(carrier.me, carrier.world):
+            with seen_as(carrier.me, carrier.ranks):
                 return make(*args, **kwargs)
 
         return make_there
@@ -118,7 +118,7 @@ def _at_its_place(source: object, carrier: ReplayCarrier) -> None:
 def _replica(carrier: ReplayCarrier, log: Log, hall: Hall, course: Course) -> Seated:
     replaying = Replaying(carrier, log, course, hall)
     kind = seated(KINDS[log.header["strategy"]])
-    strategy = kind(**log.header["knobs"], cluster_environment=Place(carrier.me, carrier.world))
+    strategy = kind(**log.header["knobs"], cluster_environment=Place(carrier.me, carrier.ranks))
     seat(strategy, replaying, carrier, hall, log.first("start"))
     return strategy, [RecordedMeetings(strategy, replaying, log), Averages(strategy)]
 

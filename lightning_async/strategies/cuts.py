@@ -27,13 +27,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
-from lightning_async.algorithms.cut import Part, unpacked
+from lightning_async.algorithms.cut import Part, from_before, unpacked
 from lightning_async.algorithms.cutting_mail import CuttingMail
 from lightning_async.strategies import compat
 from lightning_async.strategies.cut_consensus import Gathering, key, said_of
@@ -94,18 +93,13 @@ class Cuts:
         self._forget()
         found = [c for c in compat.callbacks(strategy.trainer) if isinstance(c, ModelCheckpoint) and self.saves(c)]
         self._callbacks = [] if compat.fast_dev_run(strategy.trainer) else found
-        if cut is not None and strategy.office.recording.on:
-            raise MisconfigurationException(
-                f"strategy={strategy.name!r}: a run that goes on from a cut gets mail that no log has, so it cannot be "
-                "recorded: leave `record` out until it has saved at a meeting"
-            )
         if self._callbacks:
             self.io = AsyncCheckpointIO(strategy.checkpoint_io)
         if self._callbacks or cut is not None:
             part: Part[None] = Part(0, 0, (), None) if cut is None else unpacked(cut)
-            carrier, mail = strategy.office.carrier, (part.letters, part.losses)
-            self._mail = CuttingMail(carrier, self._record, letters=mail[0], losses=mail[1])
-            strategy.office.mail = self._mail
+            carrier, restored = strategy.office.carrier, (from_before(part.letters), part.losses)
+            self._mail = CuttingMail(carrier, self._record, letters=restored[0], losses=restored[1])
+            strategy.office.mail = strategy.office.recording.through(self._mail, *restored)
 
     def between(self, callback: Callback, ask: Callable[[], object]) -> None:
         """Behind a batch with no meeting, in the place of a callback that may save."""

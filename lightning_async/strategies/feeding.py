@@ -73,7 +73,7 @@ class Feeding:
         self.share: Share | None = None
         self._kept: tuple[Share, int, bool, int] | None = None
         self._batch, self._drop_last, self._world, self._ranks = 1, False, 1, 1
-        self._speaks = True
+        self._speaks, self._siblings = True, 0
         self._usual: Fraction | None = None
         self._batches_of: dict[int, int] = {}
         self._lengths_of: dict[int, int] = {}
@@ -152,7 +152,7 @@ class Feeding:
                 "set `use_distributed_sampler=False` and give each rank its part of each"
             )
         self._drop_last, self._ranks = drops_last(loader), office.size
-        self._world, self._speaks = office.members, office.speaks
+        self._world, self._speaks, self._siblings = office.members, office.speaks, office.carrier.world - office.members
         if office.siblings is not None:
             office.drive(check_loaders_alike(loader, office.siblings))
         recording, size = office.recording, size_of(loader)
@@ -370,6 +370,7 @@ class Feeding:
             equal=self.balance == "equal",
             rest=left,
             grows=kept,
+            siblings=self._siblings,
         )
 
     @property

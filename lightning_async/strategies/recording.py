@@ -32,7 +32,7 @@ from lightning_async.arrival import Arrival
 from lightning_async.data.dealt import Dealt
 from lightning_async.strategies.facts import Recorded, about, digest, knobs_of_groups, start
 from lightning_async.transport import chance
-from lightning_async.transport.mail import Carrier, Wait
+from lightning_async.transport.mail import Carrier, Letter, Loss, Mail, Wait
 from lightning_async.transport.record import RecordingCarrier
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.traffic import plain
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
     from lightning_async.strategies.waiting import Flags
 
+Members = Sequence[Sequence[int]]
+"""The ranks of each member, the first of which speaks for it."""
 EVERY = 100  # steps between two digests of the weights
 
 
@@ -113,11 +115,12 @@ class Recording:
         said = yield from rounds.agree(str(mine).encode(), what="which recording this is")
         return max(int(word) for word in said.values())
 
-    def of(self, carrier: Carrier, *, fit: int | None, run: str = "") -> Carrier:
+    def of(self, carrier: Carrier, *, fit: int | None, run: str = "", members: Members = ()) -> Carrier:
         """The carrier that the algorithm gets: one that writes down its answers, or the carrier itself.
 
-        Only a fit is recorded, each into files of its own: nothing is overwritten. Each line is handed to the system at
-        once: the log of a killed rank is whole.
+        Only a fit is recorded, each into files of its own: nothing is overwritten. Where a member has several ranks,
+        each of them has a log, and what they tell each other is in none: it follows from what is in them. Each line is
+        handed to the system at once: the log of a killed rank is whole.
         """
         if self._folder is None or fit is None:
             return carrier
@@ -131,9 +134,18 @@ class Recording:
             ) from None
         seed = os.environ.get("PL_GLOBAL_SEED")
         known = {"run": run, **self._about}
+        if any(len(ranks) > 1 for ranks in members):
+            known["ranks_of_members"] = [list(ranks) for ranks in members]
         recorder = RecordingCarrier(carrier, self._file, seed=int(seed) if seed else None, about=known)
         self._scribe, self._chance, self._loss, self._drawn = recorder, {}, None, 0
         return recorder
+
+    def through(self, mail: Mail, letters: Sequence[Letter], losses: Sequence[Loss]) -> Mail:
+        """The algorithm's mail goes through another one, which has these of an earlier run; what the algorithm gets."""
+        if not isinstance(self._scribe, RecordingCarrier):
+            return mail
+        self._scribe.through(mail)
+        return self._scribe
 
     # -- what happens in a run, in this order -------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ class RecordedFeeding(Feeding):
         self._coming = iter(carrier.epochs())
         self._fetched: deque[list[Any]] = deque()
         self._positions: int | None = None
-        self.around = partial(seen_as, carrier.me, carrier.world)
+        self.around = partial(seen_as, carrier.me, carrier.ranks)
 
     @property
     def mass(self) -> int:
@@ -68,7 +68,8 @@ class RecordedFeeding(Feeding):
             )
         assert isinstance(loader, DataLoader)
         size, single, recording = size_of(loader), loader.batch_sampler is None, office.recording
-        self._batch, self._drop_last, self._world = samples_per_batch(loader), drops_last(loader), office.carrier.world
+        self._batch, self._drop_last = samples_per_batch(loader) * office.size, drops_last(loader)
+        self._world, self._ranks, self._speaks = office.members, office.size, office.speaks
         self._positions = positions_of(loader)
 
         def began() -> None:
@@ -119,7 +120,7 @@ class DrawnFeeding(Feeding):
     def __init__(self, carrier: ReplayCarrier, replaying: Replaying, mass: int) -> None:
         super().__init__("equal")
         self._replaying, self._recorded_mass = replaying, mass
-        self.around = partial(seen_as, carrier.me, carrier.world)
+        self.around = partial(seen_as, carrier.me, carrier.ranks)
 
     @property
     def mass(self) -> int:

@@ -279,6 +279,13 @@ def make_ready(worker: int) -> None:
     info.dataset.scale = 1.0 + worker + torch.rand(()).item()
 
 
+class Long(Still):
+    """The same rows again and again."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return super().__getitem__(index % SAMPLES)
+
+
 class Own(IterableDataset[Any]):
     """A rank's part of a stream, with noise; it knows where it stands."""
 
@@ -358,3 +365,12 @@ def shorter() -> DataLoader[Any]:
 
 def by_worker() -> DataLoader[Any]:
     return DataLoader(Stream(), batch_size=4, num_workers=1)
+
+
+def long() -> DataLoader[Any]:
+    return DataLoader(Long(samples=3 * SAMPLES), batch_size=4, shuffle=True)
+
+
+def by_fives() -> DataLoader[Any]:
+    """Batches that few members' ranks can share evenly, and a last one of less."""
+    return DataLoader(Data(samples=SAMPLES - 1), batch_size=5, shuffle=True)

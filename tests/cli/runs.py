@@ -35,10 +35,10 @@ def record(
     return run(n, fit, n, str(folder), module, knobs, options or {}, data)
 
 
-def copied(folder: Path, to: Path) -> dict[int, list[Any]]:
+def copied(folder: Path, to: Path, n: int = 2) -> dict[int, list[Any]]:
     """The lines of a run's logs, which are to be written to `to`."""
     to.mkdir()
-    return {r: [json.loads(line) for line in (folder / f"rank{r}.jsonl").read_text().splitlines()] for r in range(2)}
+    return {r: [json.loads(line) for line in (folder / f"rank{r}.jsonl").read_text().splitlines()] for r in range(n)}
 
 
 def write(to: Path, logs: dict[int, list[Any]]) -> None:

@@ -171,7 +171,7 @@ def test_a_log_that_was_copied_too_early(ordinary: Path, tmp_path: Path, said: S
     status, words = said(tmp_path / "run", "--until", "999")
     assert status == 0, words
     assert "member 1's log ends behind step 4: it was stopped or killed\n" in words
-    found = re.search(r"member 0 is recomputed to step (\d+) only: then it took mail that member 1 sent behind", words)
+    found = re.search(r"member 0 is recomputed to step (\d+) only: what it took then was sent behind the end", words)
     assert found is not None, words
     assert "until" not in words
     assert int(found[1]) < sum(line[1] == "at" for line in logs[0][1:])

@@ -475,7 +475,6 @@ def test_several_callbacks_and_mere_weights(tmp_path: Path, metric: bool) -> Non
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"plugins": [AsyncCheckpointIO()]}, "`AsyncCheckpointIO` would write in another one: leave it out"),
-    ({"record": "events"}, {}, "a replay knows of no cut: leave `record` out"),
     ({}, {"callbacks": [EMAWeightAveraging()]}, "`EMAWeightAveraging` puts other weights into a checkpoint"),
     ({}, {"callbacks": [BackboneFinetuning()]}, "`BackboneFinetuning` puts other weights"),
 ]
