@@ -151,7 +151,7 @@ def _check_start(rank: int, begin: Mapping[str, Any] | None, arguments: argparse
 def _check_stage(rank: int, log: Log) -> None:
     if (law := log.first("start")["shrink"]) is not None:
         raise WrongInput(f"the run shrank gradients by {law}, whose factors a pipeline's log does not hold")
-    if sum(map(len, log.epochs())) < log.batches():
+    if log.first("start").get("fed") != "stream" and sum(map(len, log.epochs())) < log.batches():
         raise WrongInput(
             f"stage {rank} trained on samples without numbers (a stream, or a loader that is no plain DataLoader): a "
             "pipeline's log cannot say which ones a step was taken on"

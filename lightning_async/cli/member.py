@@ -72,6 +72,9 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
         strategy, callbacks = (_stage if header["strategy"] == PIPELINE else _replica)(carrier, log, hall, course)
     except (TypeError, ValueError) as error:
         raise WrongInput(f"the run's {header['strategy']} cannot be made again from its knobs: {error}") from None
+    limits = {}
+    if header["strategy"] == PIPELINE and begin.get("fed") == "stream":
+        limits = {"limit_train_batches": header["limit"]}  # the stream is not drawn from behind it
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -83,6 +86,7 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
+        **limits,
         **header["trainer"],
     )
     if not begin["resumed"]:
