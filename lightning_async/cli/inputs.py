@@ -18,7 +18,7 @@ from lightning_async.transport.log import Log
 
 KINDS: dict[str, type[AsyncStrategy]] = {kind.name: kind for kind in STRATEGIES}
 PIPELINE = DelayedPipelineStrategy.name
-SAME = ("run", "world", "strategy", "knobs")
+SAME = ("run", "world", "strategy", "knobs", "ranks_of_members")
 
 
 def add_fit(parser: Any) -> None:
@@ -43,12 +43,12 @@ def read_logs(folder: Path, fit: int) -> dict[int, Log]:
     found = sorted(folder.glob(log_name(0, fit).replace("rank0", "rank*")))
     if not found:
         raise WrongInput(f"there is no log of fit {fit} in {folder}: no file is named like {log_name(0, fit)}")
-    world = _read(found[0]).world
+    world = _read(found[0]).ranks
     paths = {rank: folder / log_name(rank, fit) for rank in range(world)}
     missing = [rank for rank, path in paths.items() if not path.is_file()]
     if missing:
         raise WrongInput(
-            f"the log of member {missing[0]} of {world} is missing: copy the logs of all nodes into {folder} "
+            f"the log of rank {missing[0]} of {world} is missing: copy the logs of all nodes into {folder} "
             f"({paths[missing[0]].name} is not there)"
         )
     logs = {rank: _read(path) for rank, path in paths.items()}
@@ -151,7 +151,7 @@ def _check_start(rank: int, begin: Mapping[str, Any] | None, arguments: argparse
 def _check_stage(rank: int, log: Log) -> None:
     if (law := log.first("start")["shrink"]) is not None:
         raise WrongInput(f"the run shrank gradients by {law}, whose factors a pipeline's log does not hold")
-    if sum(map(len, log.epochs())) < log.batches():
+    if log.first("start").get("fed") != "stream" and sum(map(len, log.epochs())) < log.batches():
         raise WrongInput(
             f"stage {rank} trained on samples without numbers (a stream, or a loader that is no plain DataLoader): a "
             "pipeline's log cannot say which ones a step was taken on"

@@ -31,6 +31,8 @@ from lightning_async.transport.replay import ReplayCarrier, replay
 from lightning_async.transport.stage import Program, Stage, Stop
 from lightning_async.transport.world import seen_as
 
+STEPS = ("on_train_batch_start", "training_step", "on_train_batch_end")
+"""Hooks that may ask for the rank."""
 Seated = tuple[Strategy, list[Callback]]
 """A strategy of a replay, and the callbacks that stand first among its Trainer's."""
 
@@ -52,6 +54,7 @@ def recompute(logs: dict[int, Log], arguments: argparse.Namespace, course: Cours
             raise Stop from None  # so it ended in the run
 
     replay(logs, dict.fromkeys(logs, program), stage=stage, wanted=wanted)
+    course.short = stage.short
 
 
 def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Namespace, course: Course) -> None:
@@ -60,7 +63,7 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
     torch.set_num_threads(header["threads"])
     torch.manual_seed(header["torch_seed"])
     if header["seed"] is not None:
-        seed_everything(header["seed"], verbose=False)
+        seed_everything(header["seed"], workers=header.get("seeds_workers", False), verbose=False)
     module = made(arguments.module, LightningModule, **arguments_of(arguments.init))
     module.configure_callbacks = list  # callbacks are left out
     if arguments.ckpt and not begin["resumed"]:
@@ -69,6 +72,9 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
         strategy, callbacks = (_stage if header["strategy"] == PIPELINE else _replica)(carrier, log, hall, course)
     except (TypeError, ValueError) as error:
         raise WrongInput(f"the run's {header['strategy']} cannot be made again from its knobs: {error}") from None
+    limits = {}
+    if header["strategy"] == PIPELINE and begin.get("fed") == "stream":
+        limits = {"limit_train_batches": header["limit"]}  # the stream is not drawn from behind it
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -80,6 +86,7 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
+        **limits,
         **header["trainer"],
     )
     if not begin["resumed"]:
@@ -89,7 +96,7 @@ def _fit(carrier: ReplayCarrier, log: Log, hall: Hall, arguments: argparse.Names
     data = load(arguments.data) if arguments.data else None
     for source in filter(None, (module, whole)):
         _at_its_place(source, carrier)
-    with seen_as(carrier.me, carrier.world):
+    with seen_as(carrier.me, carrier.ranks):
         data = data() if callable(data) else data
     ckpt_path = arguments.ckpt if begin["resumed"] else None
     trainer.fit(module, train_dataloaders=data, datamodule=whole, ckpt_path=ckpt_path)
@@ -101,19 +108,21 @@ def _at_its_place(source: object, carrier: ReplayCarrier) -> None:
     def seeing(make: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(make)
         def make_there(*args: Any, **kwargs: Any) -> Any:
-            with seen_as(carrier.me, carrier.world):
+            with seen_as(carrier.me, carrier.ranks):
                 return make(*args, **kwargs)
 
         return make_there
 
-    for name in ("prepare_data", "setup", "train_dataloader"):
+    for name in ("prepare_data", "setup", "train_dataloader", *STEPS):
+        if not hasattr(source, name):
+            continue
         setattr(source, name, seeing(getattr(source, name)))
 
 
 def _replica(carrier: ReplayCarrier, log: Log, hall: Hall, course: Course) -> Seated:
     replaying = Replaying(carrier, log, course, hall)
     kind = seated(KINDS[log.header["strategy"]])
-    strategy = kind(**log.header["knobs"], cluster_environment=Place(carrier.me, carrier.world))
+    strategy = kind(**log.header["knobs"], cluster_environment=Place(carrier.me, carrier.ranks))
     seat(strategy, replaying, carrier, hall, log.first("start"))
     return strategy, [RecordedMeetings(strategy, replaying, log), Averages(strategy)]
 

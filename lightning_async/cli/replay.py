@@ -31,9 +31,8 @@ from lightning_async.transport.log import Divergence
 DESCRIPTION = "Recompute every member of a recorded run (record=PATH) from its events, and say where it first differs."
 EPILOG = """\
 The replay is the run to the bit, if the run was on CPUs of one kind with the same torch and the same number of threads
-(which the log names), if no worker process of its loader drew random numbers (num_workers=0 where the data set draws
-any), and if its module computes the same twice. Elsewhere, and for a run on GPUs, last bits may differ: then
---tolerance 1e-3 compares losses only, and only so far. Validation and the run's callbacks are left out."""
+(which the log names), and if its module computes the same twice. Elsewhere, and for a run on GPUs, last bits may
+differ: then --tolerance 1e-3 compares losses only, and only so far. Validation and the run's callbacks are left out."""
 
 
 def add_parser(commands: Any) -> None:

@@ -215,7 +215,7 @@ def of_record(logs: Mapping[int, Log], story: Story) -> Story:
     """What every rank wrote down; it replaces what the journal only sums up."""
     header = logs[0].header
     story.world, story.strategy, story.knobs = len(logs), header.get("strategy", ""), header.get("knobs", {})
-    story.logs, story.pieces, story.accounts, story.members = dict(logs), {}, [], len(logs)
+    story.logs, story.pieces, story.accounts, story.members = dict(logs), {}, [], logs[0].world
     story.delays = {}
     story.steps, story.samples, story.fates = Counter(), Counter(), Counter()
     story.spread = []
@@ -238,6 +238,7 @@ class _Reader:
 
     def read(self, log: Log) -> None:
         self._story.pieces[self._rank] = []
+        self._listens = any(self._rank in ranks[1:] for ranks in log.members)  # another rank speaks for it
         for line in log.lines():
             if line[1] == "note":
                 getattr(self, f"_{line[2]}", _pass)(line[3])
@@ -275,7 +276,8 @@ class _Reader:
     def _accounts(self, value: Mapping[str, Any]) -> None:
         while len(self._story.accounts) <= self._meeting:
             self._story.accounts.append({})
-        self._story.accounts[self._meeting][self._rank] = _pairs(value)
+        if not self._listens:
+            self._story.accounts[self._meeting][self._rank] = _pairs(value)
         self._meeting += 1
 
     def _spread(self, value: float) -> None:

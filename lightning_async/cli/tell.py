@@ -49,14 +49,18 @@ def summary(logs: Mapping[int, Log], course: Course, member: int | None) -> str:
     """The last line of a replay without a difference."""
     loosely = f"within {course.tolerance or 0:g} (losses differ by {course.off:.2g} at most)"
     same = "to the bit" if course.tolerance is None else loosely
-    reached = "" if course.until is None else f", until step {course.until}"
-    whose = "the run is" if member is None else f"member {member} is"
-    counted = f"{many(len(logs), 'member')}, {many(course.taken, 'step')}, "
+    until = course.until
+    reached = "" if until is None or all(log.step < until for log in logs.values()) else f", until step {until}"
+    whose = "the run is" if member is None else f"{logs[member].name} is"
+    counted = f"{many(len(logs), logs[0].kind)}, {many(course.taken, 'step')}, "
     counted += f"{many(course.folds, 'fold')}; compared: {many(course.losses, 'loss', 'losses')}, "
     lines = [
-        f"member {rank}'s log ends behind step {log.step}: it was stopped or killed"
-        for rank, log in logs.items()
-        if log.over and not log.finished
+        f"{log.name}'s log ends behind step {log.step}: it was stopped or killed" for log in logs.values() if log.cut
+    ]
+    lines += [
+        f"{logs[rank].name} is recomputed to step {logs[rank].step} only: what it took then was sent behind the end of "
+        "a log"
+        for rank in course.short
     ]
     if not course.losses + course.digests:
         whose = f"nothing to compare with was recorded (losses on a GPU are not); {whose}"

@@ -41,14 +41,17 @@ class Dealt:
         return asdict(self)
 
 
-def dealt(items: Items, *, members: int, batch: int, drop_last: bool, equal: bool, rest: int, grows: bool) -> Dealt:
-    """What members with batches of this size get of `items`, of which `rest` positions are not done yet."""
+def dealt(
+    items: Items, *, members: int, batch: int, drop_last: bool, equal: bool, rest: int, grows: bool, siblings: int = 0
+) -> Dealt:
+    """What members with batches of this size get of `items`, of which `rest` positions are not done yet; so many ranks
+    have a sibling that speaks for them: a member's last batch need not divide, and each may have one sample twice."""
     flat, longest = _flat(items)
     unlike = len(items) if isinstance(items, (torch.Tensor, range)) else len(set(map(repr, flat)))
     few = rest < members * (batch if drop_last else 1)  # then some come again, so that each has a batch
     again = members * batch if few else members - 1 if equal and not drop_last else 0
     missing = members * batch - 1 if drop_last else 0
-    return Dealt(len(flat), unlike, missing * longest, again * longest, grows)
+    return Dealt(len(flat), unlike, missing * longest, (again + siblings) * longest, grows)
 
 
 def dealt_in_turn(loader: DataLoader[Any], *, cut: bool) -> Dealt | None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeGuard
 
+from torch import Generator
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_async.data.order import Order, pick
@@ -48,6 +49,7 @@ class SharedBatches:
         tell: Is told what each batch consists of.
         length: What it says of its length, where one may be told.
         spare: How many batches the loader's workers can do without.
+        opens: Is called before an iterator draws the seed of its workers.
     """
 
     def __init__(
@@ -60,13 +62,14 @@ class SharedBatches:
         tell: Teller | None = None,
         length: Callable[[], int | None] = lambda: None,
         spare: int = 0,
+        opens: Callable[[], None] = lambda: None,
     ) -> None:
         self.sampler = order
         self._begin = begin
         self._pull = pull
         self._whole = whole
         self._tell = tell
-        self._length, self._spare = length, spare
+        self._length, self._spare, self._opens = length, spare, opens
 
     def __len__(self) -> int:
         return told(self._length())
@@ -79,6 +82,7 @@ class SharedBatches:
         self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
+        self._opens()
         return _Pausing(self._batches())
 
     def _batches(self) -> Iterator[Any]:
@@ -165,6 +169,7 @@ def shared_loader(
     begin: Beginner | None = None,
     tell: Teller | None = None,
     length: Callable[[], int | None] = lambda: None,
+    opens: Callable[[], None] = lambda: None,
 ) -> DataLoader[Any]:
     """A loader like `loader` whose batches come from `share`.
 
@@ -177,6 +182,7 @@ def shared_loader(
         begin: Opens the order's epoch at the share; None: all of it, as it comes.
         tell: Is told what each batch consists of, as it goes to the loader.
         length: What the loader says of its length: None where Lightning's loop would take it for the end.
+        opens: Is called before an iterator draws the seed of its workers.
     """
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise ValueError(
@@ -194,15 +200,10 @@ def shared_loader(
         share.rewind()
 
     spare = loader.num_workers * ((loader.prefetch_factor or 1) - 1)
-    batches = SharedBatches(order, begin or begin_all, pull, whole=whole, tell=tell, length=length, spare=spare)
+    batches = SharedBatches(
+        order, begin or begin_all, pull, whole=whole, tell=tell, length=length, spare=spare, opens=opens
+    )
     return remade(loader, batches)
-
-
-def recorded_loader(loader: DataLoader[Any], batches: Iterable[Any]) -> DataLoader[Any]:
-    """A loader like `loader` that fetches these batches, in this process."""
-    single: dict[str, Any] = {"batch_size": None, "sampler": batches}
-    options = single if loader.batch_sampler is None else {"batch_sampler": batches}
-    return DataLoader(loader.dataset, collate_fn=loader.collate_fn, generator=loader.generator, **options)
 
 
 def _parts(loader: DataLoader[Any]) -> tuple[Any, int, bool]:
@@ -215,13 +216,19 @@ def _parts(loader: DataLoader[Any]) -> tuple[Any, int, bool]:
     return batches, 1, True
 
 
-def remade(loader: DataLoader[Any], batches: Iterable[Any]) -> DataLoader[Any]:
-    """A loader like `loader` that fetches these batches."""
+def remade(
+    loader: DataLoader[Any],
+    batches: Iterable[Any],
+    *,
+    kind: type[DataLoader[Any]] = DataLoader,
+    generator: Generator | None = None,
+) -> DataLoader[Any]:
+    """A loader like `loader` that fetches these batches; of this `kind`, with a `generator` for its workers' seeds."""
     single: dict[str, Any] = {"batch_size": None, "sampler": batches}
     options: dict[str, Any] = single if loader.batch_sampler is None else {"batch_sampler": batches}
     if loader.pin_memory_device:
         options["pin_memory_device"] = loader.pin_memory_device
-    return DataLoader(
+    return kind(
         loader.dataset,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
@@ -229,7 +236,7 @@ def remade(loader: DataLoader[Any], batches: Iterable[Any]) -> DataLoader[Any]:
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
+        generator=generator or loader.generator,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
         in_order=True,  # what was trained on is booked in the order in which it was handed out

@@ -65,6 +65,7 @@ class Course:
         digests: How many digests were compared.
         losses: How many losses were compared.
         off: The largest relative difference of a loss.
+        short: Who could not be recomputed to the end of its log, since another one's ends before.
         met: By the number of a meeting, who met there after how many steps.
     """
 
@@ -79,6 +80,7 @@ class Course:
     digests: int = 0
     losses: int = 0
     off: float = 0.0
+    short: list[int] = field(default_factory=list)
     met: dict[int, dict[int, int]] = field(default_factory=dict)
 
     def meets(self, number: int, member: int, step: int, here: set[int]) -> None:

@@ -28,13 +28,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
-from lightning_async.algorithms.cut import Part, unpacked
+from lightning_async.algorithms.cut import Part, from_before, unpacked
 from lightning_async.algorithms.cutting_mail import CuttingMail
 from lightning_async.strategies import compat, cut_names
 from lightning_async.strategies.cut_consensus import Gathering, key, piece_of, said_of
@@ -114,11 +113,6 @@ class Cuts:
         strategy = self._strategy
         self._forget()
         self._callbacks = self._found()
-        if cut is not None and strategy.office.recording.on:
-            raise MisconfigurationException(
-                f"strategy={strategy.name!r}: a run that goes on from a cut gets mail that no log has, so it cannot be "
-                "recorded: leave `record` out until it has saved at a meeting"
-            )
         if self._callbacks:
             module = strategy.trainer.lightning_module
             places_of(module, strategy.replica, strategy.lightning_module_state_dict(), strategy.name)  # or it refuses
@@ -127,9 +121,9 @@ class Cuts:
             compat.let_write(self.io, Writer(strategy.checkpoints.late.patience))
         if self._callbacks or cut is not None:
             part: Part[None] = Part(0, 0, (), None) if cut is None else unpacked(cut)
-            carrier, mail = strategy.office.carrier, (part.letters, part.losses)
-            self._mail = CuttingMail(carrier, self._record, letters=mail[0], losses=mail[1])
-            strategy.office.mail = self._mail
+            carrier, restored = strategy.office.carrier, (from_before(part.letters), part.losses)
+            self._mail = CuttingMail(carrier, self._record, letters=restored[0], losses=restored[1])
+            strategy.office.mail = strategy.office.recording.through(self._mail, *restored)
 
     def between(self, callback: Callback, ask: Callable[[], object]) -> None:
         """Behind a batch with no meeting, in the place of a callback that may save."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from typing import Any, Protocol
 
 import lightning
@@ -54,6 +55,7 @@ def about(strategy: Recorded) -> dict[str, Any]:
     trainer, module = strategy.trainer, type(strategy.trainer.lightning_module)
     return {
         "torch_seed": torch.initial_seed(),
+        "seeds_workers": os.environ.get("PL_SEED_WORKERS") == "1",
         "lightning": lightning.__version__,
         "lightning_async": __version__,
         "strategy": strategy.name,

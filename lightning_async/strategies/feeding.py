@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -71,7 +72,7 @@ class Feeding(Sizes):
         self.share: Share | None = None
         self._kept: tuple[Share, int, bool, int] | None = None
         self._drop_last, self._world, self._ranks = False, 1, 1
-        self._speaks = True
+        self._speaks, self._siblings = True, 0
         self._total: int | None = None
         self._by_sample = False
         self._begun = True
@@ -119,7 +120,7 @@ class Feeding(Sizes):
                 "set `use_distributed_sampler=False` and give each rank its part of each"
             )
         self._drop_last, self._ranks = drops_last(loader), office.size
-        self._world, self._speaks = office.members, office.speaks
+        self._world, self._speaks, self._siblings = office.members, office.speaks, office.carrier.world - office.members
         if office.siblings is not None:
             office.drive(check_loaders_alike(loader, office.siblings))
         recording, size = office.recording, size_of(loader)
@@ -135,6 +136,7 @@ class Feeding(Sizes):
             begin=self._begin,
             tell=recording.fetched,
             length=self.told_length,
+            opens=partial(recording.opens, loader),
         )
 
     def watch(self, loader: Any, office: Office | None = None, epoch: Callable[[], int] = int) -> Stream:
@@ -325,6 +327,7 @@ class Feeding(Sizes):
             equal=self.balance == "equal",
             rest=left,
             grows=kept,
+            siblings=self._siblings,
         )
 
     @property

@@ -147,7 +147,7 @@ class Office:
         self._pages = Pages(seen, PAGES)
         self.recording.flags = self.flags
         fit = self.drive(self.recording.number(self.rounds)) if fitting and self.recording.on else None
-        recorded = self.recording.of(seen, fit=fit, run=f"{self._run}.{self._count}")
+        recorded = self.recording.of(seen, fit=fit, run=f"{self._run}.{self._count}", members=self.ranks_of_members)
         self.mail: Mail = recorded
         self.algorithms_rounds = Rounds(recorded, channel=1)
 

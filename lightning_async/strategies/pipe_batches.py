@@ -100,6 +100,8 @@ class PipeBatches(Resting):
             self.recording.cannot_be_replayed(
                 f"{law} shrinks gradients, by factors that a pipeline's log does not hold"
             )
+        if self.recording.fed == "both":
+            self.recording.cannot_be_replayed("it trains on a shared data set and on a stream together")
         self.recording.start(self)
         if self.piped:
             self.begun = True
@@ -193,7 +195,7 @@ class PipeBatches(Resting):
         """What a log says of this rank before its first batch. The data are counted where they end."""
         own = {"weights": digest(self.held.flat), "mass": 1, "shrink": self._law_of_shrinking()}
         seed = self.turns.seed if self.piped else 0
-        return {**own, "cuts": list(self.cuts), "seed": seed, "counts": self.last}
+        return {**own, "cuts": list(self.cuts), "seed": seed, "counts": self.last, "fed": self.recording.fed}
 
     def _law_of_shrinking(self) -> str | None:
         """The name of the law that a callback set; None: there is none, or a number of the user's."""

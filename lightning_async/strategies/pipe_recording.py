@@ -11,6 +11,8 @@ what is evaluated between them change no weights: they are not in the log.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,7 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_async.data.dealt import dealt_in_turn
+from lightning_async.data.heard import Ear, Heard, StatefulHeard
 from lightning_async.data.loader import is_shareable, remade
+from lightning_async.data.stream import is_stateful
 from lightning_async.pipeline.schedule import Pass
 from lightning_async.strategies.facts import digest
 from lightning_async.strategies.feeding import size_of
@@ -48,6 +52,11 @@ class Held:
 class StageRecording(Recording):
     """Where this stage's events go, if anywhere."""
 
+    fed = ""
+    """With what: see `Feeding.fed`."""
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What stands around the user's code: in a replay, the rank and the world of the run."""
+
     def passed(self, direction: Pass, batch: int, made: Tensor) -> None:
         """What a pass of a batch made is about to leave."""
         if self._scribe is not None:
@@ -59,6 +68,9 @@ class StageRecording(Recording):
         if self._scribe is not None:
             self._scribe.note("accumulate", trainer.accumulate_grad_batches, news=True)
 
+    def _took_numbers(self, loader: DataLoader[Any]) -> None:
+        """Its samples have numbers."""
+
     def met(self, replica: Weights) -> None:
         """The pipe is drained: all gradients are applied."""
         self.strayed()
@@ -66,16 +78,16 @@ class StageRecording(Recording):
             self._note("drained", digest(replica.flat))
 
     def noted(self, strategy: PipeBatches, loader: object, *, done: int = 0) -> object:
-        """The user's loader, of which each batch is written down, but for the first `done`; a stream as it is."""
-        if not self.on:
-            return loader
-        if type(loader) is not DataLoader or not is_shareable(loader):
-            self.cannot_be_replayed(
-                "a pipeline trains on samples without numbers here (a stream, or a loader that is no plain "
-                "DataLoader), and a log cannot say which ones a step was taken on"
-            )
+        """The user's loader, of which each batch is written down, but for the first `done`; a stream is heard."""
+        if not self.hears:
             return loader
         trainer, size = strategy.trainer, size_of(loader)
+        if type(loader) is not DataLoader or not is_shareable(loader):
+            self.fed = "both" if self.fed == "numbers" else "stream"
+            heard = StatefulHeard if is_stateful(loader) else Heard
+            return heard(loader, _Drawing(self, lambda: self.epoch(trainer.current_epoch, size), self.around))
+        self._took_numbers(loader)
+        self.fed = "both" if self.fed == "stream" else "numbers"
         batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         length = len(batches) if isinstance(batches, Sized) else None
 
@@ -83,16 +95,45 @@ class StageRecording(Recording):
             self.epoch(trainer.current_epoch, size, batches=length)
             self.dealt(dealt_in_turn(loader, cut=trainer.limit_train_batches != 1.0))
 
-        return remade(loader, _Noted(batches, began, self.fetched, done))
+        return remade(loader, _Noted(batches, began, self.fetched, done, opens=partial(self.opens, loader)))
+
+
+class _Drawing(Ear):
+    """That a stage drew is noted: what it drew follows from where it began, and from a batch's number (`draws`)."""
+
+    def __init__(
+        self,
+        recording: StageRecording,
+        began: Callable[[], None],
+        around: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self._recording, self._began, self._around = recording, began, around
+
+    def begins(self) -> AbstractContextManager[object]:
+        self._began()
+        return self._around()
+
+    def draws(self) -> AbstractContextManager[object]:
+        return self._around()
+
+    def drew(self) -> None:
+        self._recording.drew()
 
 
 class _Noted:
     """A sampler of batches that says what it gives: the order of an epoch is drawn before that is said."""
 
     def __init__(
-        self, batches: Iterable[Any], began: Callable[[], None], fetched: Callable[[Any], None], done: int
+        self,
+        batches: Iterable[Any],
+        began: Callable[[], None],
+        fetched: Callable[[Any], None],
+        done: int,
+        *,
+        opens: Callable[[], None],
     ) -> None:
         self._batches, self._began, self._fetched, self._done = batches, began, fetched, done
+        self._opens = opens
 
     def __len__(self) -> int:
         return len(cast(Sized, self._batches))
@@ -101,6 +142,10 @@ class _Noted:
         return getattr(self.__dict__["_batches"], name)
 
     def __iter__(self) -> Iterator[Any]:
+        self._opens()
+        return self._noted()
+
+    def _noted(self) -> Iterator[Any]:
         done, self._done = self._done, 0
         for at, batch in enumerate(self._batches):
             if at == done:

@@ -26,12 +26,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_async.arrival import Arrival
 from lightning_async.data.dealt import Dealt
 from lightning_async.strategies.facts import Recorded, about, digest, knobs_of_groups, start
 from lightning_async.transport import chance
-from lightning_async.transport.mail import Carrier, Wait
+from lightning_async.transport.mail import Carrier, Letter, Loss, Mail, Wait
 from lightning_async.transport.record import RecordingCarrier
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.traffic import plain
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
     from lightning_async.strategies.waiting import Flags
 
+Members = Sequence[Sequence[int]]
+"""The ranks of each member, the first of which speaks for it."""
 EVERY = 100  # steps between two digests of the weights
 
 
@@ -88,7 +91,7 @@ class Recording:
         self._about: dict[str, Any] = {}
         self._chance: dict[str, str] = {}
         self._loss: float | None = None
-        self._met, self._drawn = False, 0
+        self._met, self._drawn, self._opened = False, 0, False
         self.flags: Flags | None = None
 
     @property
@@ -112,11 +115,12 @@ class Recording:
         said = yield from rounds.agree(str(mine).encode(), what="which recording this is")
         return max(int(word) for word in said.values())
 
-    def of(self, carrier: Carrier, *, fit: int | None, run: str = "") -> Carrier:
+    def of(self, carrier: Carrier, *, fit: int | None, run: str = "", members: Members = ()) -> Carrier:
         """The carrier that the algorithm gets: one that writes down its answers, or the carrier itself.
 
-        Only a fit is recorded, each into files of its own: nothing is overwritten. Each line is handed to the system at
-        once: the log of a killed rank is whole.
+        Only a fit is recorded, each into files of its own: nothing is overwritten. Where a member has several ranks,
+        each of them has a log, and what they tell each other is in none: it follows from what is in them. Each line is
+        handed to the system at once: the log of a killed rank is whole.
         """
         if self._folder is None or fit is None:
             return carrier
@@ -130,15 +134,30 @@ class Recording:
             ) from None
         seed = os.environ.get("PL_GLOBAL_SEED")
         known = {"run": run, **self._about}
+        if any(len(ranks) > 1 for ranks in members):
+            known["ranks_of_members"] = [list(ranks) for ranks in members]
         recorder = RecordingCarrier(carrier, self._file, seed=int(seed) if seed else None, about=known)
         self._scribe, self._chance, self._loss, self._drawn = recorder, {}, None, 0
         return recorder
 
+    def through(self, mail: Mail, letters: Sequence[Letter], losses: Sequence[Loss]) -> Mail:
+        """The algorithm's mail goes through another one, which has these of an earlier run; what the algorithm gets."""
+        if not isinstance(self._scribe, RecordingCarrier):
+            return mail
+        self._scribe.through(mail)
+        return self._scribe
+
     # -- what happens in a run, in this order -------------------------------------------------------------------------
+
+    def opens(self, loader: DataLoader[Any]) -> None:
+        """The first iterator of an epoch draws the seed of its workers next; what it is drawn from is noted."""
+        if self._scribe is not None and loader.num_workers and not self._opened:
+            self._opened = True
+            self._scribe.note("workers", chance.packed(loader.generator))
 
     def epoch(self, epoch: int, size: int, *, batches: int | None = None) -> None:
         """The first batch of an epoch is about to be fetched from `size` samples; of so many, if that is known."""
-        self._met = False
+        self._met = self._opened = False
         if self._scribe is not None:
             length = {} if batches is None else {"batches": batches}
             self._note("epoch", {"epoch": epoch, "data": size, **length, "chance": self._news_of_chance()})

@@ -53,8 +53,6 @@ def _conflicts_of_cuts(strategy: AsyncStrategy) -> Iterator[str]:
             "a cut is written in a thread of its own, and `AsyncCheckpointIO` would write in another one: leave it "
             "out, or save at meetings"
         )
-    if strategy.office.recording.on:
-        yield "a replay knows of no cut: leave `record` out, or save at meetings"
     if strategy.members < strategy.world_size:
         yield "the ranks of one member would have to be cut as one, which is not done yet: leave `inner` out"
     for callback in compat.callbacks(strategy.trainer):
@@ -72,11 +70,6 @@ def refuse_inner(strategy: AsyncStrategy, members: Sequence[Sequence[int]]) -> N
             f"strategy={strategy.name!r}: the members have{sizes(members)}, so their batches are of unlike size, and "
             "with equal shares they would take unlike numbers of steps, where all go in step: leave `inner` out, take "
             "nodes of one size, or a mode in which nobody waits"
-        )
-    if strategy.office.recording.on:
-        raise MisconfigurationException(
-            f"strategy={strategy.name!r}: `record` writes what each rank hears from the others, and not yet what the "
-            "ranks of one member tell each other: leave `record` or `inner` out"
         )
     if not compat.wants_our_sampler(strategy.trainer):
         raise MisconfigurationException(

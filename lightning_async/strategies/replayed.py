@@ -169,6 +169,11 @@ def seated(kind: type[AsyncStrategy]) -> type[AsyncStrategy]:
         def setup_distributed(self) -> None:
             """No process group: the hall takes its place."""
 
+        def _ranks_of_members(self) -> tuple[tuple[int, ...], ...]:
+            """As in the run."""
+            found: tuple[tuple[int, ...], ...] = self.office.ranks_of_members
+            return found
+
         def load_checkpoint(self, *arguments: Any, **options: Any) -> dict[str, Any]:
             """Lightning holds a lock meanwhile, for which the others would wait: each member reads its part alone."""
             with self.office.alone():

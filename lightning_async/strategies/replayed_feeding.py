@@ -10,17 +10,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch.utils.data import DataLoader
 
 from lightning_async.data.counts import epoch_batches
+from lightning_async.data.heard import Ear, drawn
 from lightning_async.data.loader import (
     drops_last,
     is_shareable,
     positions_of,
-    recorded_loader,
+    remade,
     samples_per_batch,
     told,
 )
@@ -49,6 +52,7 @@ class RecordedFeeding(Feeding):
         self._coming = iter(carrier.epochs())
         self._fetched: deque[list[Any]] = deque()
         self._positions: int | None = None
+        self.around = partial(seen_as, carrier.me, carrier.ranks)
 
     @property
     def mass(self) -> int:
@@ -64,14 +68,19 @@ class RecordedFeeding(Feeding):
             )
         assert isinstance(loader, DataLoader)
         size, single, recording = size_of(loader), loader.batch_sampler is None, office.recording
-        self._batch, self._drop_last, self._world = samples_per_batch(loader), drops_last(loader), office.carrier.world
+        self._batch, self._drop_last = samples_per_batch(loader) * office.size, drops_last(loader)
+        self._world, self._ranks, self._speaks = office.members, office.size, office.speaks
         self._positions = positions_of(loader)
 
         def began() -> None:
             recording.epoch(epoch(), size)
 
         kind = _SizedBatches if self._lengths else _Batches
-        return recorded_loader(loader, kind(self, began, recording.fetched, single=single))
+        batches = kind(self, began, recording.fetched, single=single)
+        seeds = torch.Generator() if loader.num_workers else None
+        fed = cast(_There, remade(loader, batches, kind=_There, generator=seeds))
+        fed.around, batches.opens = self.around, partial(recording.opens, fed)
+        return fed
 
     def told_length(self) -> int | None:
         """As in the run."""
@@ -111,7 +120,7 @@ class DrawnFeeding(Feeding):
     def __init__(self, carrier: ReplayCarrier, replaying: Replaying, mass: int) -> None:
         super().__init__("equal")
         self._replaying, self._recorded_mass = replaying, mass
-        self.around = partial(seen_as, carrier.me, carrier.world)
+        self.around = partial(seen_as, carrier.me, carrier.ranks)
 
     @property
     def mass(self) -> int:
@@ -133,6 +142,27 @@ class DrawnFeeding(Feeding):
         self._replaying.batches = self.batches
 
 
+class _There(DataLoader[Any]):
+    """A loader whose data set and workers see the member's rank."""
+
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def __iter__(self) -> Any:
+        with self.around():
+            iterator = super().__iter__()
+        return drawn(iterator, _Around(self.around))
+
+
+class _Around(Ear):
+    """Hears nothing, but stands there."""
+
+    def __init__(self, around: Callable[[], AbstractContextManager[object]]) -> None:
+        self._around = around
+
+    def draws(self) -> AbstractContextManager[object]:
+        return self._around()
+
+
 class _Batches:
     """A batch sampler that says what it does. Its length is told as in the run: Lightning fetches ahead."""
 
@@ -140,6 +170,7 @@ class _Batches:
         self, feeding: RecordedFeeding, began: Callable[[], None], fetched: Callable[[Any], None], *, single: bool
     ) -> None:
         self._feeding, self._began, self._fetched, self._single = feeding, began, fetched, single
+        self.opens: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return told(self._feeding.told_length())
@@ -148,6 +179,10 @@ class _Batches:
         return True
 
     def __iter__(self) -> Iterator[Any]:
+        self.opens()
+        return self._batches()
+
+    def _batches(self) -> Iterator[Any]:
         self._began()
         for batch in self._feeding.next_epoch():
             self._fetched(batch)

@@ -36,7 +36,8 @@ class ReplayedOffice(Office):
         super().__init__(interface=None, silence=1.0, patience=1.0, limit=math.inf, record=None)
         self.recording = replaying
         self._replayed, self._hall = carrier, hall
-        self._seat = Seat(hall, carrier.me, carrier.world)
+        self._seat = Seat(hall, carrier.me, carrier.ranks)
+        self.ranks_of_members = carrier.ranks_of_members
 
     def open(
         self, environment: ClusterEnvironment | None, me: int, world: int, device: torch.device, *, fitting: bool
@@ -44,8 +45,8 @@ class ReplayedOffice(Office):
         """Sit down."""
         self._carrier = cast(ClusterCarrier, self._seat)  # all that is asked of it here is what every carrier can
         self.flags = Flags(self._seat)
-        self._pages = Pages(self._seat, PAGES)
         self.rounds = Rounds(self._seat)
+        self._pages = Pages(self._layered(self._carrier), PAGES)
         self.mail: Carrier = self._replayed
         self.algorithms_rounds = Rounds(self._replayed, channel=1)
 

@@ -7,12 +7,14 @@ change no weights.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn import Module
+from torch.utils.data import DataLoader
 
-from lightning_async.strategies.course import Course
+from lightning_async.strategies.course import Course, WrongInput
 from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
 from lightning_async.strategies.pipe_recording import PASSES, StageRecording
 from lightning_async.strategies.replayed_feeding import RecordedFeeding
@@ -23,10 +25,21 @@ from lightning_async.transport.hall import Hall
 from lightning_async.transport.log import Log
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.replay import ReplayCarrier
+from lightning_async.transport.world import seen_as
 
 
 class ReplayingStage(Replaying, StageRecording):
     """Compares what a stage passes on, too."""
+
+    def __init__(self, carrier: ReplayCarrier, log: Log, course: Course, hall: Hall) -> None:
+        super().__init__(carrier, log, course, hall)
+        self.around = partial(seen_as, carrier.me, carrier.ranks)
+
+    def _took_numbers(self, loader: DataLoader[Any]) -> None:
+        raise WrongInput(
+            f"the run trained on streams, and the data set here, a {type(loader.dataset).__name__}, is none: give the "
+            "run's own training data"
+        )
 
     def clock(self, trainer: Trainer) -> None:
         """The end of an epoch, and of an update, as the log has them."""
@@ -57,7 +70,7 @@ class RecordedRests(Rests):
         super().__init__(strategy)
         self._replaying = replaying
         self._epochs = log.number_of_epochs()
-        self._last = set(log.last_batches())
+        self._last, self._trained = set(log.last_batches()), log.batches()
         self._batches = 0
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -76,6 +89,11 @@ class RecordedRests(Rests):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Perhaps it was the last."""
+        if self._batches not in self._last and self._batches < self._trained:
+            raise WrongInput(
+                f"the training data of stage {self.strategy.index} end behind its batch {self._batches}, in the middle "
+                "of an epoch of the run: they are others, or do not begin where they began"
+            )
         self._epochs -= 1
         trainer.should_stop = self._epochs <= 0
 
@@ -88,6 +106,7 @@ class SeatedPipeline(DelayedPipelineStrategy):
 
     recorded: RecordedFeeding
     seed = 0
+    streams = False
 
     def setup_distributed(self) -> None:
         """No process group: the hall takes its place."""
@@ -96,8 +115,7 @@ class SeatedPipeline(DelayedPipelineStrategy):
         """Lightning holds a lock meanwhile, for which the others would wait: each member reads its part alone."""
         with self._replayed.alone():
             loaded = super().load_checkpoint(*arguments, **options)
-        assert isinstance(self._replayed.recording, Replaying)  # see `seat_stage`
-        self._replayed.recording.goes_on(loaded["loops"]["fit_loop"])
+        self._stage.goes_on(loaded["loops"]["fit_loop"])
         return loaded
 
     def _equalise(self, module: Module) -> Wait[int]:
@@ -106,15 +124,22 @@ class SeatedPipeline(DelayedPipelineStrategy):
         return self.seed
 
     def process_dataloader(self, dataloader: object) -> object:
-        """The recorded batches."""
+        """The recorded batches; of a stream, what is drawn from it anew."""
+        if self.streams:
+            return super().process_dataloader(dataloader)
         return self.recorded.share_out(dataloader, self.office, lambda: self.trainer.current_epoch)
 
     def skip_done(self, fetcher: Any) -> None:
-        """The log has only what was trained on."""
+        """The log has only what was trained on, a stream all that it had."""
+        if self.streams:
+            super().skip_done(fetcher)
 
     def batch_ended(self, outputs: Any) -> None:
         """One of the recorded batches is trained on."""
-        self.recorded.completed()
+        if self.streams:
+            self._stage.batches += 1
+        else:
+            self.recorded.completed()
         super().batch_ended(outputs)
 
     def rest(self, *, drain: bool = False) -> None:
@@ -133,6 +158,11 @@ class SeatedPipeline(DelayedPipelineStrategy):
         """Nobody wants the module."""
 
     @property
+    def _stage(self) -> Replaying:
+        assert isinstance(self._replayed.recording, Replaying)  # see `seat_stage`
+        return self._replayed.recording
+
+    @property
     def _replayed(self) -> ReplayedOffice:
         assert isinstance(self.office, ReplayedOffice)  # see `seat_stage`
         return self.office
@@ -149,4 +179,5 @@ def seat_stage(
     lengths = [note["batches"] for note in log.notes_of("epoch") if "batches" in note]
     strategy.recorded = RecordedFeeding(carrier, replaying, begin["mass"], lengths=lengths)
     replaying.strategy, strategy.seed = strategy, begin["seed"]
+    strategy.streams = begin.get("fed") == "stream"
     return strategy, [RecordedRests(strategy, replaying, log)]

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_async.arrival import Arrival
 from lightning_async.fresh import Fresh
@@ -28,6 +29,7 @@ from lightning_async.strategies.saved_loops import Loop
 from lightning_async.transport import chance
 from lightning_async.transport.hall import Hall
 from lightning_async.transport.log import Log
+from lightning_async.transport.mail import Letter, Loss, Mail
 from lightning_async.transport.replay import ReplayCarrier
 
 WEIGHTS = {
@@ -81,6 +83,16 @@ class Replaying(Recording):
                 f"the run went on behind batch {was['batch']} of epoch {was['epoch']}, and this checkpoint is of batch "
                 f"{batch['ready']} of epoch {epoch['processed']}: give the one that it began with (--ckpt)"
             )
+
+    def through(self, mail: Mail, letters: Sequence[Letter], losses: Sequence[Loss]) -> Mail:
+        """What was handed out, and when, is in the log; what no replay makes again is in the checkpoint."""
+        self._carrier.restore(letters, losses)
+        return self._carrier
+
+    def opens(self, loader: DataLoader[Any]) -> None:
+        """The seed of the workers is drawn from what it was drawn from."""
+        if loader.generator is not None and (state := self._carrier.note("workers", None)) is not None:
+            loader.generator.set_state(chance.unpacked(state))
 
     def clock(self, trainer: Trainer) -> None:
         """The run's step and the end of an epoch go by all members: as the log has them."""
@@ -193,8 +205,10 @@ class Replaying(Recording):
                 self._differ(0, said + START)
 
     def _compare_loss(self, now: float | None, recorded: float | None) -> None:
-        if now is None or recorded is None:
+        if recorded is None:
             return
+        if now is None:
+            self._differ(self._log.step + 1, f"its loss was {recorded!r}, and the training step returns none now")
         self._course.losses += 1
         off = _off(now, recorded)
         self._course.off = max(self._course.off, off)
@@ -205,7 +219,7 @@ class Replaying(Recording):
 
     def _differ(self, step: int, what: str) -> NoReturn:
         me, last = self._log.me, self._last_fold
-        said = [f"member {me}, step {step}: {what}" if step else f"member {me}, before its first step: {what}"]
+        said = [f"{self._log.name}, {f'step {step}' if step else 'before its first step'}: {what}"]
         mine = [one for one in self._course.steps if one.member == me]
         if step and mine:
             said.append(mine[-1].data)

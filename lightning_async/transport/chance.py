@@ -66,12 +66,22 @@ def read(text: dict[str, str]) -> Chance:
     raw = {name: zlib.decompress(base64.b64decode(packed)) for name, packed in text.items()}
     chance: Chance = {}
     if "torch" in raw:
-        chance["torch"] = torch.tensor(list(raw["torch"]), dtype=torch.uint8)
+        chance["torch"] = torch.frombuffer(bytearray(raw["torch"]), dtype=torch.uint8)
     for name in ("numpy", "python"):
         if name in raw:
             first, words, *rest = json.loads(raw[name])
             chance[name] = (first, torch.tensor(words), *rest)
     return chance
+
+
+def packed(generator: torch.Generator | None = None) -> str:
+    """One generator of torch's as text; the process's own without one."""
+    return _pack((generator or torch.default_generator).get_state().numpy().tobytes())
+
+
+def unpacked(text: str) -> torch.Tensor:
+    """The state that was written."""
+    return torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8)
 
 
 def _numbers(position: Any, has_gauss: Any, gauss: Any) -> tuple[int, int, float]:

@@ -87,7 +87,38 @@ class Log:
         self.finished = bool(self._events) and self._events[-1][1] == "finish"
         self.step = self.count = 0
         self._next = self._begun = 0
-        self._guesses = Guesses(self.world)
+        self._guesses = Guesses(self.speakers)
+
+    @property
+    def members(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each member, the first of which speaks for it."""
+        alone = [[rank] for rank in range(self.world)]
+        return tuple(tuple(ranks) for ranks in self.header.get("ranks_of_members", alone))
+
+    @property
+    def speakers(self) -> tuple[int, ...]:
+        """Who speaks for each member."""
+        return tuple(ranks[0] for ranks in self.members)
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the run began with, each with a log."""
+        return sum(map(len, self.members))
+
+    @property
+    def name(self) -> str:
+        """Whose log this is, for people."""
+        return f"{self.kind} {self.me}"
+
+    @property
+    def kind(self) -> str:
+        """What has a log, for people."""
+        return "rank" if self.ranks > self.world else "member"
+
+    @property
+    def cut(self) -> bool:
+        """Whether all of it was replayed, and it does not end with the program."""
+        return self.over and not self.finished
 
     @property
     def over(self) -> bool:
@@ -185,7 +216,7 @@ class Log:
 
     def diverge(self, expected: str, got: str) -> NoReturn:
         """Stop here."""
-        sentence = f"member {self.me} strays at event {self._next}: the log has {expected}, the replay {got}"
+        sentence = f"{self.name} strays at event {self._next}: the log has {expected}, the replay {got}"
         raise Divergence(sentence, member=self.me, step=self.step)
 
 

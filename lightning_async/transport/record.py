@@ -22,12 +22,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, SupportsIndex
 
 import torch
 
-from lightning_async.transport.mail import Carrier, Letter, Loss, Message, Service
+from lightning_async.transport.mail import FIRST_FREE_KIND, Carrier, Letter, Loss, Mail, Message, Service, founders
 
 SCHEMA = 4
 ACTS = frozenset({"meet", "finish", "folded", "at", "propose", "draw", "publish", "serve"})
@@ -51,8 +51,8 @@ class Sink(Protocol):
 class Guesses:
     """What a reader of the log expects where nothing is written: nothing new, or the same as the last time."""
 
-    def __init__(self, world: int) -> None:
-        everybody = list(range(world))
+    def __init__(self, members: Iterable[int]) -> None:
+        everybody = list(members)
         self._last: dict[tuple[Any, ...], Any] = {("members",): everybody, ("live",): everybody, ("notes",): {}}
 
     def of(self, question: tuple[Any, ...]) -> Any:
@@ -87,9 +87,10 @@ class RecordingCarrier:
         self, carrier: Carrier, sink: Sink, *, seed: int | None = 0, about: Mapping[str, Any] | None = None
     ) -> None:
         self._carrier = carrier
+        self._mail: Mail = carrier
         self._sink = sink
         self._count = 0
-        self._guesses = Guesses(carrier.world)
+        self._guesses = Guesses(founders(carrier))
         self._noted: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._services = self._served = 0
@@ -108,6 +109,19 @@ class RecordingCarrier:
     def world(self) -> int:
         """How many members the run began with."""
         return self._carrier.world
+
+    @property
+    def speakers(self) -> Sequence[int]:
+        """Who speaks for each of these."""
+        return founders(self._carrier)
+
+    def through(self, mail: Mail) -> None:
+        """From here on the mail of algorithms goes through this, which stands before the carrier: it is what they are
+        told that counts. Rounds keep to the carrier."""
+        self._mail = mail
+
+    def _of(self, kind: int) -> Mail:
+        return self._mail if kind >= FIRST_FREE_KIND else self._carrier
 
     # -- the program's own acts, written so that a replay that strays is caught where it strays -----------------------
 
@@ -156,7 +170,7 @@ class RecordingCarrier:
 
     def folded(self, letter: Letter) -> None:
         """Say that a taken letter has been used."""
-        self._carrier.folded(letter)
+        self._of(letter.message.kind).folded(letter)
         self._write("folded", letter.peer, letter.number)
 
     def at(self, step: int) -> None:
@@ -200,31 +214,31 @@ class RecordingCarrier:
             finally:
                 self._serving = -1
 
-        self._carrier.serve(kinds, recorded)
+        self._mail.serve(kinds, recorded)
 
     # -- the carrier's answers ----------------------------------------------------------------------------------------
 
     def post(self, peer: int, message: Message) -> bool:
         """Send `message` to `peer` if the slot is free."""
-        accepted = self._carrier.post(peer, message)
+        accepted = self._of(message.kind).post(peer, message)
         self._write("post", peer, message.kind, length(message), accepted)
         return accepted
 
     def free(self, peer: int, kind: int) -> bool:
         """Whether `post` would accept a message now."""
-        free = self._carrier.free(peer, kind)
+        free = self._of(kind).free(peer, kind)
         self._answer(("free", peer, kind), free)
         return free
 
     def take(self, kind: int) -> list[Letter]:
         """All letters of this kind that were not taken yet."""
-        letters = self._carrier.take(kind)
+        letters = self._of(kind).take(kind)
         self._answer(("take", kind), [[x.peer, x.number, x.message.echo, x.seconds] for x in letters])
         return letters
 
     def lost(self) -> list[Loss]:
         """The losses that became known since the last call."""
-        losses = self._carrier.lost()
+        losses = self._mail.lost()
         self._answer(("lost",), [[x.peer, x.message.kind, x.number, x.message.echo] for x in losses])
         return losses
 

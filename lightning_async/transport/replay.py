@@ -54,6 +54,7 @@ def replay(
     carriers = {rank: ReplayCarrier(log, stage) for rank, log in read.items()}
     lives = {rank: _life(log, carriers[rank], programs[rank]) for rank, log in read.items()}
     services = {rank: carriers[rank].service() for rank, log in read.items() if log.served}
+    stage.is_cut = lambda member: read[member].cut
     return {actor.member: actor.result for actor in stage.run(lives, wanted, services) if actor.complete}
 
 
@@ -88,6 +89,8 @@ class ReplayCarrier:
         self._posted: dict[tuple[int, int], int] = {}
         self._taken: dict[tuple[int, int], int] = {}
         self._newest: dict[tuple[int, int], Message] = {}  # by peer and kind: only that one can be lost
+        self._restored: dict[tuple[int, int], Letter] = {}  # by peer and number
+        self._restored_losses: list[Loss] = []
         self._services: list[Service] = []
         self._serving, self._served = -1, 0  # the thread of the service, and the number of its letter
 
@@ -100,6 +103,21 @@ class ReplayCarrier:
     def world(self) -> int:
         """How many members the run began with."""
         return self._log.world
+
+    @property
+    def speakers(self) -> tuple[int, ...]:
+        """Who speaks for each of these."""
+        return self._log.speakers
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the run began with: a member may have several."""
+        return self._log.ranks
+
+    @property
+    def ranks_of_members(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each member."""
+        return self._log.members
 
     @property
     def asked(self) -> int:
@@ -161,6 +179,11 @@ class ReplayCarrier:
         self._services.append(service)
         self._stage.moved()
 
+    def restore(self, letters: Iterable[Letter], losses: Iterable[Loss]) -> None:
+        """What an earlier run had under way to this member: its letters are numbered up to 0."""
+        self._restored = {(letter.peer, letter.number): letter for letter in letters}
+        self._restored_losses = list(losses)
+
     def service(self) -> Program:
         """What the member's service did: a program of its own, which goes on as far as others need its answers."""
         self._serving = threading.get_ident()
@@ -196,7 +219,7 @@ class ReplayCarrier:
 
     def post(self, peer: int, message: Message) -> bool:
         """Whether the message was accepted; if so, it is kept for the peer's replay."""
-        checks.check_message(self.me, self.world, peer, message, serves=bool(self._services))
+        checks.check_message(self.me, self.ranks, peer, message, serves=bool(self._services))
         accepted: bool = self._answer("post", peer, message.kind, length(message))
         if accepted:
             self._keep(peer, message)
@@ -224,6 +247,8 @@ class ReplayCarrier:
 
     def _letter(self, peer: int, kind: int, number: int, echo: int, seconds: float) -> Letter:
         """The next one of its kind on this link, when its sender has posted it."""
+        if number < 1:
+            return replace(self._of_before(peer, number), seconds=seconds)
         place = self._taken[peer, kind] = self._taken.get((peer, kind), 0) + 1
         name = (peer, self.me, kind, place)
         message = self._stage.wait_for(name)
@@ -232,9 +257,12 @@ class ReplayCarrier:
 
     def lost(self) -> list[Loss]:
         """The recorded losses, with this member's own posts."""
-        return [
+        told = self._answer("lost")
+        before = self._restored_losses[: len(told)]  # all of them come first
+        del self._restored_losses[: len(told)]
+        return before + [
             Loss(peer, number, replace(self._newest[peer, kind], echo=echo))
-            for peer, kind, number, echo in self._answer("lost")
+            for peer, kind, number, echo in told[len(before) :]
         ]
 
     def members(self) -> tuple[int, ...]:
@@ -267,6 +295,11 @@ class ReplayCarrier:
         """The recorded notes."""
         return {int(rank): bytes.fromhex(note) for rank, note in self._answer("notes").items()}
 
+    def _of_before(self, peer: int, number: int) -> Letter:
+        if (peer, number) not in self._restored:
+            self._log.diverge(f"letter {number} of member {peer}, of before the run", "a checkpoint without it")
+        return self._restored[peer, number]
+
     def _act(self, *words: Any) -> None:
         self._check_killed()
         self._log.act(*words)
@@ -276,5 +309,5 @@ class ReplayCarrier:
         return self._log.answer(*question)
 
     def _check_killed(self) -> None:
-        if self._stage.ending or (self._log.over and not self._log.finished):
+        if self._stage.ending or self._log.cut:
             raise Stop

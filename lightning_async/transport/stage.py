@@ -13,7 +13,7 @@ each actor's own while it is on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from typing import Any
 
 import torch
@@ -111,11 +111,15 @@ class Stage:
     Attributes:
         posts: The messages that were posted and not taken.
         ending: Whether all are to stop, whatever they do.
+        is_cut: Whether this member's log just ends, and its program is there.
+        short: Who came no further, for what they wait for is behind the end of somebody's log.
     """
 
     def __init__(self) -> None:
         self.posts: dict[Name, Message] = {}
         self.ending = False
+        self.is_cut: Callable[[int], bool] = lambda member: False
+        self.short: list[int] = []
         self._actors: list[Actor] = []
         self._on: Actor | None = None
         self._moves = 0
@@ -169,7 +173,13 @@ class Stage:
             actor.parked = actor in beside or (wanted is not None and actor.member not in wanted)
         try:
             while not all(actor.ended or actor.parked for actor in actors):
-                self._on = self._choose([actor for actor in actors if not actor.ended])
+                waiting = [actor for actor in actors if not actor.ended]
+                if not any(map(self._can_go, waiting)) and any(map(self.is_cut, programs)):
+                    if self._end_cut(waiting):
+                        continue
+                    self.short = sorted({actor.member for actor in waiting if actor in members})
+                    break
+                self._on = self._choose(waiting)
                 self._on.seen = self._moves  # what it moves itself it may look at again
                 self._on.go()
                 if self._on.error is not None:
@@ -197,6 +207,14 @@ class Stage:
         wants = [f"member {a.member} took {_say(a.missing)}, which no replay has posted" for a in waiting if a.missing]
         wants += [f"member {a.member} waits for {a.word}" for a in waiting if not a.missing]
         raise Divergence(f"the logs do not fit together: {'; '.join(wants)}")
+
+    def _end_cut(self, waiting: list[Actor]) -> bool:
+        """End who waits where its log ends: it was killed there, and the others went on without it."""
+        ending = [actor for actor in waiting if self.is_cut(actor.member)]
+        for actor in ending:
+            self._on = actor
+            actor.stop()
+        return bool(ending)
 
     def _can_go(self, actor: Actor) -> bool:
         if actor.missing is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import lightning as L
@@ -9,7 +10,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    WeightedRandomSampler,
+    get_worker_info,
+)
 
 SAMPLES = 120
 INPUTS = torch.randn(SAMPLES, 8, generator=torch.Generator().manual_seed(0))
@@ -139,6 +147,38 @@ class Streamed(Plateau):
         return DataLoader(Own(), batch_size=4)
 
 
+class Worked(Plateau):
+    """On data that workers make, and by the rank."""
+
+    def __init__(self, persistent: bool = False) -> None:
+        super().__init__()
+        self.persistent = persistent
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1 + dist.get_rank())
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        options = {"num_workers": 2, "persistent_workers": self.persistent, "worker_init_fn": make_ready}
+        return DataLoader(InWorkers(), batch_size=4, shuffle=True, **options)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Data(), batch_size=40)
+
+
+class WorkedPersistently(Worked):
+    """Whose workers stay."""
+
+    def __init__(self) -> None:
+        super().__init__(True)
+
+
+class WorkedOwn(Streamed):
+    """On a stream that workers draw from."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Own(), batch_size=4, num_workers=1)
+
+
 class Endless(Plateau):
     """On a stream without an end."""
 
@@ -184,6 +224,13 @@ class Manual(Net):
         return torch.optim.SGD(self.layer[0].parameters(), 0.003), torch.optim.Adam(self.layer[3].parameters(), 0.01)
 
 
+class Silent(Manual):
+    """Which gives no loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        super().training_step(batch, batch_idx)
+
+
 class Flipped(Net):
     """One weight is changed by a little behind step 4 of member 1."""
 
@@ -213,6 +260,30 @@ class Still(Data):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return INPUTS[index], TARGETS[index]
+
+
+class InWorkers(Data):
+    """Which is made ready in its workers, draws there, and goes by the rank."""
+
+    scale: float | None = None
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        assert self.scale is not None
+        inputs, target = super().__getitem__(index)
+        return inputs * self.scale + dist.get_rank(), target + random.random()
+
+
+def make_ready(worker: int) -> None:
+    info = get_worker_info()
+    assert info is not None
+    info.dataset.scale = 1.0 + worker + torch.rand(()).item()
+
+
+class Long(Still):
+    """The same rows again and again."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return super().__getitem__(index % SAMPLES)
 
 
 class Own(IterableDataset[Any]):
@@ -294,3 +365,12 @@ def shorter() -> DataLoader[Any]:
 
 def by_worker() -> DataLoader[Any]:
     return DataLoader(Stream(), batch_size=4, num_workers=1)
+
+
+def long() -> DataLoader[Any]:
+    return DataLoader(Long(samples=3 * SAMPLES), batch_size=4, shuffle=True)
+
+
+def by_fives() -> DataLoader[Any]:
+    """Batches that few members' ranks can share evenly, and a last one of less."""
+    return DataLoader(Data(samples=SAMPLES - 1), batch_size=5, shuffle=True)

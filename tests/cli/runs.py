@@ -21,7 +21,7 @@ Said = Callable[..., tuple[int, str]]
 
 def fit(n: int, folder: str, module: str, knobs: dict[str, Any], options: dict[str, Any], data: Any = None) -> str:
     """What each rank does; the digest of its last weights."""
-    L.seed_everything(7, verbose=False)
+    L.seed_everything(7, workers=module.startswith("Worked"), verbose=False)
     faults = SpeedFaults(step_seconds=0.003, slow={n - 1: 3.0})
     t = trainer(n, knobs={"record": folder, **knobs}, **{"callbacks": [faults], **options})
     t.fit(getattr(recorded, module)(), None if data is None else getattr(recorded, data)())
@@ -35,10 +35,10 @@ def record(
     return run(n, fit, n, str(folder), module, knobs, options or {}, data)
 
 
-def copied(folder: Path, to: Path) -> dict[int, list[Any]]:
+def copied(folder: Path, to: Path, n: int = 2) -> dict[int, list[Any]]:
     """The lines of a run's logs, which are to be written to `to`."""
     to.mkdir()
-    return {r: [json.loads(line) for line in (folder / f"rank{r}.jsonl").read_text().splitlines()] for r in range(2)}
+    return {r: [json.loads(line) for line in (folder / f"rank{r}.jsonl").read_text().splitlines()] for r in range(n)}
 
 
 def write(to: Path, logs: dict[int, list[Any]]) -> None:

@@ -74,11 +74,24 @@ class Fewer(Stages):
     samples = 40
 
 
-class Rows(IterableDataset[Any]):
-    """The same without numbers."""
+class Counted(IterableDataset[Any]):
+    """An endless stream: each iterator goes on where the one before ended."""
+
+    at = 0
 
     def __iter__(self) -> Any:
-        return zip(INPUTS[:32], TARGETS[:32], strict=True)
+        while True:
+            row = self.at % 60
+            self.at += 1
+            yield INPUTS[row] + 0.1 * torch.randn(INPUTS.shape[1]), TARGETS[row]
+
+
+class Rows(IterableDataset[Any]):
+    """The same without numbers, with noise."""
+
+    def __iter__(self) -> Any:
+        for inputs, target in zip(INPUTS[:60], TARGETS[:60], strict=True):
+            yield inputs + 0.1 * torch.randn(INPUTS.shape[1]), target
 
 
 class Streamed(Stages):
@@ -86,3 +99,10 @@ class Streamed(Stages):
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(Rows(), batch_size=8)
+
+
+class Endless(Stages):
+    """On a stream without an end."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Counted(), batch_size=8)

@@ -65,7 +65,7 @@ def _start(**changes: Any) -> Callable[[dict[int, list[Any]]], object]:
         (_start(fed="both"), "the run trained on a shared data set and on a stream together"),
         (lambda logs: logs[1][0].update(run="another"), "members 0 and 1 are not of one run: their `run` is"),
         (lambda logs: logs[1].__setitem__(0, dict(logs[0][0])), "the log given for member 1 was written by member 0"),
-        (lambda logs: logs.pop(1), "the log of member 1 of 2 is missing"),
+        (lambda logs: logs.pop(1), "the log of rank 1 of 2 is missing"),
         (lambda logs: logs.__setitem__(1, logs[1][:1]), "member 1 did not come to its first step"),
         (lambda logs: logs[1].__setitem__(0, []), "its first line is no header"),
     ],

@@ -160,6 +160,23 @@ def test_from_a_checkpoint(tmp_path: Path, said: Said) -> None:
     assert said(folder / "resumed", "--ckpt", str(checkpoint))[0] == 0
 
 
+def test_a_log_that_was_copied_too_early(ordinary: Path, tmp_path: Path, said: Said) -> None:
+    """Its end is missing, and others took mail that was sent then: no difference, and nothing that is as recorded."""
+    logs = copied(ordinary, tmp_path / "run")
+    fourth = [i for i, line in enumerate(logs[1]) if i and line[1] == "at"][3]
+    del logs[1][fourth + 1 :]
+    write(tmp_path / "run", logs)
+    with (tmp_path / "run" / "rank1.jsonl").open("a") as cut:
+        cut.write('[120,"not')  # in the midst of a line
+    status, words = said(tmp_path / "run", "--until", "999")
+    assert status == 0, words
+    assert "member 1's log ends behind step 4: it was stopped or killed\n" in words
+    found = re.search(r"member 0 is recomputed to step (\d+) only: what it took then was sent behind the end", words)
+    assert found is not None, words
+    assert "until" not in words
+    assert int(found[1]) < sum(line[1] == "at" for line in logs[0][1:])
+
+
 # -- the first difference ----------------------------------------------------------------------------------------------
 
 
@@ -219,6 +236,14 @@ def test_another_beginning_is_told_at_once(ordinary: Path, said: Said) -> None:
     assert status == 1
     assert "before its first step" in words
     assert "meeting" not in words
+
+
+@pytest.mark.few(0)
+def test_a_loss_that_is_none_any_more_is_named(tmp_path: Path, said: Said) -> None:
+    record(tmp_path / "run", module="Manual", options={"max_epochs": 1})
+    status, words = said(tmp_path / "run", module="Silent")
+    assert status == 1
+    assert re.search(r"member \d, step 1: its loss was \S+, and the training step returns none now", words), words
 
 
 def test_a_loss_may_be_off(ordinary: Path, tmp_path: Path, said: Said) -> None:

@@ -65,6 +65,8 @@ def said(capsys: pytest.CaptureFixture[str]) -> Said:
         (2, "Stages", {"limit_train_batches": 5, "callbacks": [GradientAccumulationScheduler({1: 2})]}),
         (2, "Stages", {"max_steps": 11, "knobs": {"split": "auto"}}),
         (1, "Stages", {}),
+        (3, "Streamed", {}),
+        (2, "Endless", {"limit_train_batches": 5, "accumulate_grad_batches": 2}),
     ],
 )
 def test_whatever_was_trained(n: int, module: str, options: dict[str, Any], tmp_path: Path, said: Said) -> None:
@@ -101,33 +103,37 @@ def test_other_data_and_other_weights_are_told(tmp_path: Path, said: Said) -> No
     assert "the data set of the run had 60 samples, this one has 40" in words
 
 
-@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:.* this run cannot be replayed")
-@pytest.mark.parametrize(
-    ("module", "callbacks", "sentence"),
-    [
-        ("Streamed", [], "trained on samples without numbers"),
-        ("Stages", [AdaptiveShrink("inverse")], "the run shrank gradients by AdaptiveShrink.factor, whose factors"),
-    ],
-)
-def test_what_no_log_of_a_pipeline_holds_is_refused(
-    module: str, callbacks: list[Any], sentence: str, tmp_path: Path, said: Said
-) -> None:
-    record(tmp_path / "run", 2, module, max_epochs=1, callbacks=callbacks)
-    status, words = said(tmp_path / "run", module=module)
+def test_what_no_log_of_a_pipeline_holds_is_refused(tmp_path: Path, said: Said) -> None:
+    record(tmp_path / "run", 2, max_epochs=1, callbacks=[AdaptiveShrink("inverse")])
+    status, words = said(tmp_path / "run")
     assert status == 2
-    assert sentence in words
+    assert "the run shrank gradients by AdaptiveShrink.factor, whose factors" in words
+
+
+@pytest.mark.few(1)
+def test_a_stream_that_ends_early_is_told(tmp_path: Path, said: Said) -> None:
+    record(tmp_path / "run", 2, "Endless", max_epochs=1, limit_train_batches=9)
+    status, words = said(tmp_path / "run", module="Streamed")
+    assert status in (1, 2), words
+    assert "the run is as recorded" not in words
+    status, words = said(tmp_path / "run")
+    assert status == 2
+    assert "the run trained on streams" in words
 
 
 @pytest.mark.few(0)
-def test_a_run_that_went_on_in_mid_epoch_is_replayed_from_its_checkpoint(tmp_path: Path, said: Said) -> None:
-    record(tmp_path / "first", max_epochs=1)
+@pytest.mark.parametrize("module", ["Stages", "Streamed"])
+def test_a_run_that_went_on_in_mid_epoch_is_replayed_from_its_checkpoint(
+    module: str, tmp_path: Path, said: Said
+) -> None:
+    record(tmp_path / "first", module=module, max_epochs=1)
     (saved,) = (tmp_path / "saved").glob("*.ckpt")
-    record(tmp_path / "run", path=saved)
-    status, words = said(tmp_path / "run", "--ckpt", str(saved))
+    record(tmp_path / "run", module=module, path=saved)
+    status, words = said(tmp_path / "run", "--ckpt", str(saved), module=module)
     assert status == 0, words
     assert "3 members, 27 steps" in words
-    status, words = said(tmp_path / "run")
+    status, words = said(tmp_path / "run", module=module)
     assert status == 2
     assert "give it by --ckpt" in words
 

@@ -258,7 +258,6 @@ def test_what_a_hook_makes_of_the_weights_is_refused_on_every_rank(module: Any, 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"plugins": [AsyncCheckpointIO()]}, "`AsyncCheckpointIO` would write in another one: leave it out"),
-    ({"record": "events"}, {}, "a replay knows of no cut: leave `record` out"),
     ({}, {"callbacks": [EMAWeightAveraging()]}, "`EMAWeightAveraging` puts other weights into a checkpoint"),
     ({}, {"callbacks": [BackboneFinetuning()]}, "`BackboneFinetuning` puts other weights"),
 ]

@@ -231,7 +231,7 @@ class Pairs(Lit):
         ("stream", None),
         ("own split", None),
         ("both", "it trains on a shared data set and on a stream together"),
-        ("pipeline", "a pipeline trains on samples without numbers here (a stream"),
+        ("pipeline", None),
         ("shrunk pipeline", "AdaptiveShrink.factor shrinks gradients, by factors that a pipeline's log does not hold"),
     ],
 )

@@ -256,7 +256,6 @@ def test_what_does_not_divide_is_filled_up_inside_and_nobody_hangs(samples: int,
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"knobs": {**TWO, "record": "events"}}, "leave `record` or `inner` out"),
         ({"knobs": TWO, "use_distributed_sampler": False}, "leave one of the two out"),
         ({"knobs": {"inner_size": 3}}, "`inner_size=3` does not divide the 2 ranks of this run"),
     ],

@@ -1,0 +1,34 @@
+"""Loaders with worker processes: what is drawn there comes again, and who makes data sees the member's rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.runs import Said, record
+
+
+@pytest.mark.few(1)
+@pytest.mark.filterwarnings("ignore:`Own` has a state, but its copies in the workers advance unseen")
+@pytest.mark.parametrize("module", ["WorkedPersistently", "Worked", "WorkedOwn"])
+def test_what_workers_draw_comes_again(module: str, tmp_path: Path, said: Said) -> None:
+    """With `seed_everything(workers=True)`, a `worker_init_fn`, and `torch.distributed.get_rank()` in the data set."""
+    record(tmp_path / "run", module=module, period=1)
+    status, words = said(tmp_path / "run", module=module)
+    assert status == 0, words
+    assert "as recorded, to the bit: 2 members" in words
+
+
+def test_other_draws_are_a_difference(tmp_path: Path, said: Said) -> None:
+    record(tmp_path / "run", module="Worked", options={"max_epochs": 1})
+    assert said(tmp_path / "run", module="Worked")[0] == 0
+    log = tmp_path / "run" / "rank1.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sum(line[1:3] == ["note", "workers"] for line in lines[1:]) == 1
+    kept = [lines[0], *(line for line in lines[1:] if line[1:3] != ["note", "workers"])]
+    log.write_text("\n".join(map(json.dumps, kept)) + "\n")
+    status, words = said(tmp_path / "run", module="Worked")
+    assert status == 1
+    assert "member 1, step 1: its loss was" in words
