@@ -160,7 +160,7 @@ def _goes_with(folder: str, path: str | None, case: str) -> dict[str, Any]:
 @pytest.mark.few(1)
 @pytest.mark.parametrize("case", GOES_WITH)
 def test_a_run_goes_on_from_a_cut_whatever_it_trains_with(case: str, tmp_path: Path) -> None:
-    """By the same ranks from what each had, by others from the consensus; in half precision as the file rounds it."""
+    """By the same ranks from what each had, by others from the consensus, in half precision from all of it."""
     n, mode, options, _ = GOES_WITH[case]
     rounding = 2**-8 if options.get("precision") == "bf16-true" else 1e-5
     run(n, _goes_with, str(tmp_path), None, case)
@@ -179,6 +179,10 @@ def test_a_run_goes_on_from_a_cut_whatever_it_trains_with(case: str, tmp_path: P
     other = run(3 - min(n, 2), _goes_with, str(tmp_path / "other"), str(cut), case)
     lit = Draws()
     lit.load_state_dict(main["state_dict"])
+    of_all = main["lightning_async"]["consensus"]
+    assert bool(of_all) == (case == "bf16-true")
+    for name, parameter in lit.named_parameters():
+        parameter.data = of_all.get(name, parameter.data)
     for one in other:
         assert one["restored"]["own"] == Replica(lit.parameters()).flat.tolist()
     for told in (back, other):
