@@ -22,7 +22,7 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_async.strategies.scaling import scale_of
+from lightning_async.strategies.scaling import scale_of, steps_of
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import combined
 
@@ -69,18 +69,16 @@ class Carried:
     def until_stepped(self, optimizer: Optimizer) -> Iterator[None]:
         """In here the optimizer is to step. If it does not (an exception comes first, or fp16's scaler skips it), what
         was added waits for the next step, and the gradients are this rank's own again."""
-        stepped: list[bool] = []
-        hook = optimizer.register_step_post_hook(lambda *_: stepped.append(True))
-        try:
-            yield
-        finally:
-            hook.remove()
-            for parameter, own in self._own.items():
-                if stepped:
-                    del self._gradients[parameter]
-                else:
-                    parameter.grad = own
-            self._own = {}
+        with steps_of(optimizer) as stepped:
+            try:
+                yield
+            finally:
+                for parameter, own in self._own.items():
+                    if stepped:
+                        del self._gradients[parameter]
+                    else:
+                        parameter.grad = own
+                self._own = {}
 
     def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
         """What still waits, by name."""

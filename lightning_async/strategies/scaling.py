@@ -25,13 +25,20 @@ class SkippedSteps:
         if getattr(plugin, "scaler", None) is None:
             yield
             return
-        stepped: list[bool] = []
-        hook = optimizer.register_step_post_hook(lambda *_: stepped.append(True))
-        try:
+        with steps_of(optimizer) as stepped:
             yield
-        finally:
-            hook.remove()
         self.count += not stepped
+
+
+@contextmanager
+def steps_of(optimizer: Optimizer) -> Iterator[list[bool]]:
+    """A list that has one entry more for each step the optimizer takes inside of this block."""
+    stepped: list[bool] = []
+    hook = optimizer.register_step_post_hook(lambda *_: stepped.append(True))
+    try:
+        yield stepped
+    finally:
+        hook.remove()
 
 
 def scale_of(plugin: Precision) -> float:
