@@ -65,7 +65,7 @@ class Diary(L.Callback):
         self.folder.mkdir(exist_ok=True)
         self.entries: list[tuple[int, int | None, int]] = []
         self.seen: list[int] = []
-        self.named: list[tuple[str, bool]] = []  # the newest checkpoint, as this rank calls it, and whether it is there
+        self.named: list[tuple[int, str, bool]] = []  # how many met; the newest checkpoint's name; whether it is there
         self.saved_at: list[int] = []
         self.rate = 0.0  # at the first batch
         self.stops: Callable[[L.Trainer, int], None] = lambda trainer, batches: None
@@ -77,11 +77,11 @@ class Diary(L.Callback):
         strategy = trainer.strategy
         assert isinstance(strategy, AsyncStrategy)
         assert strategy.clock.progress is not None
-        number, there = open_cut(strategy), len(list(self.folder.glob("*.ckpt")))
-        self.entries.append((strategy.clock.progress.meetings, number, there))
+        met, number, there = strategy.clock.progress.meetings, open_cut(strategy), len(list(self.folder.glob("*.ckpt")))
+        self.entries.append((met, number, there))
         self.seen += batch[0].tolist()
         named = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-        self.named += [(named, Path(named).exists())] if named else []
+        self.named += [(met, named, Path(named).exists())] if named else []
         self.saved_at.append(strategy.cuts.saved_at)
         (self.folder / f"diary{rank()}.json").write_text(json.dumps([len(self.entries), number]))
         self.stops(trainer, len(self.entries))

@@ -166,9 +166,11 @@ def test_nobody_calls_a_checkpoint_by_a_name_of_a_file_that_does_not_come(tmp_pa
     with Forked(N, _killed_before_main, str(tmp_path), store=True) as forked:
         results = forked.results()
     assert [one.kind for one in results] == ["gone", None, None], results
-    named = results[2].value["named"]  # it is never the first, which is told of a file before it is there
-    assert all(there for _, there in named)
-    assert len({name for name, _ in named}) > 1, "those that the living saved are known, too"
+    entries, named = (results[2].value[key] for key in ("entries", "named"))  # it is never the first, which knows early
+    between = [(name, there) for met, name, there in named if met == entries[0][0]]  # all take the first's at a meeting
+    assert all(there for _, there in between)
+    assert len({name for name, _ in between}) > 1, "those that the living saved are known, too"
+    assert Path(named[-1][1]).exists(), "and what a meeting names comes"
     for one in results[1:]:
         steps, last = one.value["saved_at"], Path(one.value["best"])
         assert any(b < a for a, b in pairwise(steps)), "what did not come is not saved"
