@@ -50,8 +50,8 @@ class Saving(Collectives):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """The consensus, and beside it what each rank has of its own. Between meetings there is none: say so."""
-        if self.cuts.asking:
-            self.cuts.save(checkpoint, filepath, storage_options)
+        if self.cuts.first.asking:
+            self.cuts.first.save(checkpoint, filepath, storage_options)
             return
         if self.meeting and self.checkpoints.holds_all(checkpoint):
             self.checkpoints.before_save()
@@ -91,8 +91,8 @@ class Saving(Collectives):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """The main file, then the files of all ranks."""
-        if self.cuts.asking:
-            self.cuts.remove_behind(partial(self.remove_checkpoint, filepath))
+        if self.cuts.first.asking:
+            self.cuts.first.remove_behind(partial(self.remove_checkpoint, filepath))
             return
         path, remove = self.checkpoints.agreed(filepath), super().remove_checkpoint
         self.checkpoints.behind(lambda: remove(path))
