@@ -24,7 +24,7 @@ from lightning_async.progress.report import Wish
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.heritage import heirlooms
-from lightning_async.strategies.knobs import StartMethod, check_word
+from lightning_async.strategies.knobs import Saves, StartMethod, check_saves, check_word
 from lightning_async.strategies.members import Inner
 from lightning_async.strategies.quality import Quality
 
@@ -61,6 +61,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
             "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
             end of a run, on the last 8 batches of each rank), or "local" (each rank keeps its own).
+        saves: "meeting" (all meet for a checkpoint by steps); cuts, which `gossip_ring` has, are refused in a sentence.
         meet_every: Samples of all ranks between two meetings, also in mid-epoch; None: meetings where something is due.
         grace: Seconds that a run which gets a SIGTERM may take to meet once more before it stops.
         interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
@@ -104,6 +105,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         wire: Wire = "fp32",
         balance: Balance | None = None,
         buffers: Buffers = "average",
+        saves: Saves = "meeting",
         meet_every: int | None = None,
         grace: float = 10.0,
         interface: str | None = None,
@@ -125,6 +127,7 @@ class AsyncGlobalStrategy(AsyncStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         check_word("mode", mode, get_args(Mode))
+        check_saves(saves, "global weights are served here, which change between two steps of a rank, too")
         _check_balance(mode, local_steps, balance)
         self.mode, self.accuracy_weight = mode, accuracy_weight
         self.quality = Quality(accuracy_weight, self._what_is_logged)

@@ -6,12 +6,16 @@
 
 Where a cut is resumed by its own ranks, each goes on from its own weights, and what was under way to it is the first
 mail that it gets: so nothing counts twice, and nothing is lost. Any others go on from the consensus, which has it all.
+Float buffers travel with the weights, and as precisely: of a float64 one beside float32 weights the main file has a
+mean in float32. (A rank's own file has its own buffers as they are, and a meeting averages them as they are.)
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +35,8 @@ from lightning_async.strategies.resuming import KEY, VERSION
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Record:
@@ -38,7 +44,7 @@ class Record:
 
     Attributes:
         weights: Its own, as one flat vector.
-        buffers: The float buffers that are averaged, end to end.
+        buffers: The float buffers that are averaged, end to end, in the precision of the weights.
         algorithm: The method's state, with what it has asked and not heard of.
         counts: What it has trained on.
         scheduled: To which step of the run its schedules have come.
@@ -47,7 +53,7 @@ class Record:
         own: What else its own file holds.
         main: What Lightning saves of the first rank, without what is trained; empty on the others.
         places: Where in the vector what is trained lies, by its names in the state dict; empty on the others.
-        averaged: The same of the buffers that are averaged.
+        averaged: The same of the buffers that are averaged; empty on the others.
         named: Where the weights lie by the module's own names; empty on the others.
     """
 
@@ -116,8 +122,8 @@ def record(strategy: AsyncStrategy, parts: Mapping[str, Saved], *, first: bool) 
         data=_copied(feeding.state_dict()),
         own=_copied({"steps": strategy.steps, **own}),
         main=_main(dumped, places) if first else {},
-        places=places,
-        averaged=averaged_places(averaged, module, dumped["state_dict"]),
+        places=places if first else {},  # on the others, too, it was looked whether there are such
+        averaged=averaged_places(averaged, module, dumped["state_dict"]) if first else {},
         named=own_places(strategy) if first else {},
     )
 
@@ -143,6 +149,30 @@ def main_file(mine: Record, total: Sum, save: Save, shared: Mapping[str, Any], s
         main["callbacks"] = {**main["callbacks"], **save.callbacks}
     of_all = {KEY: {**shared, "consensus": _exact(mine, total)}} if save.name else {}
     return {**{key: main[key] for key in main if key in save.keys}, **of_all}
+
+
+def write_down(begin: Callable[..., object], members: tuple[int, ...], *saves: Save) -> None:
+    """Which files are to come. In the writer's thread."""
+    for save in saves:
+        if save.name:
+            with _said(save.path):
+                begin(save.path, save.name, members, save.options)
+
+
+def write(io: Any, make: Callable[[], dict[str, Any]], path: str, options: Any = None) -> None:
+    """One of them. In the writer's thread."""
+    with _said(path):
+        io.save_checkpoint(make(), path, storage_options=options)
+
+
+@contextmanager
+def _said(path: str) -> Iterator[None]:
+    """What goes wrong may be the last that this run does: so it is told here, too."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s is not written, and the checkpoint before stays: %s: %s", path, type(error).__name__, error)
+        raise
 
 
 def data_of_all(mine: Record, said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,8 @@
     others    .......................... | write their own files ................... hear it: theirs are called so, too
 
 At a meeting all callbacks are asked alike, so all take the names of the first that lives, also of files that are still
-on their way. Where those do not come, because it died or could not write, the names from before come back.
+on their way. Where those do not come, because it died or could not write, the names from before come back; so they do
+where a run ends before the files are begun that rank 0's callbacks were asked for.
 """
 
 from __future__ import annotations
@@ -49,21 +50,27 @@ class Names:
         self._callbacks, self._carrier = callbacks, carrier
         self._told: Told | None = None
         self._before: list[dict[str, Any]] = []
+        self._asked: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # by callback: before and behind that
 
     def now(self) -> list[dict[str, Any]]:
         """What they are."""
         return [names_of(callback) for callback in self._callbacks]
 
-    def told(self, told: Told, *, before: list[dict[str, Any]] | None = None) -> None:
-        """The files of a cut are on their way, so those of the one before are whole.
+    def asked(self, callback: ModelCheckpoint, before: dict[str, Any]) -> None:
+        """A callback of the first rank has named its files of a cut that nobody was told of yet.
 
         Args:
-            told: What was said.
-            before: What this rank's names were, if they are not as before any more.
+            callback: Which.
+            before: What its names were.
         """
+        self._asked[self._callbacks.index(callback)] = before, names_of(callback)
+
+    def told(self, told: Told) -> None:
+        """The files of a cut are on their way, so those of the one before are whole."""
         if self._told is not None:
             self._end(self._told, whole=True)
-        self._told, self._before = told, self.now() if before is None else before
+        before = {i: old for i, (old, _) in self._asked.items()}
+        self._told, self._before, self._asked = told, [before.get(i, now) for i, now in enumerate(self.now())], {}
 
     def look(self) -> bool | None:
         """What became of those on their way, each once; None: nothing is known. Of the dead the board decides it."""
@@ -99,22 +106,29 @@ class Names:
             self._end(told, whole=said["whole"])
 
     def forget(self) -> None:
-        """The fit is over: what is not known to be whole by now is not there."""
+        """The fit is over: what is not known to be whole by now is not there, and what was not told was not begun."""
+        for i, (before, behind) in self._asked.items():
+            _rename(self._callbacks[i], behind, before)
+        self._asked = {}
         self.look()
         if self._told is not None:
             self._end(self._told, whole=False)
         self._told = None
 
     def _end(self, told: Told, *, whole: bool) -> None:
-        """What a callback has saved itself since stays as it is."""
         if told.whole is not None:
             return
         told.whole = whole
         self._carrier.forget(key(told.number))
         old, new = (self._before, told.names) if whole else (told.names, self._before)
         for callback, one, other in zip(self._callbacks, old, new, strict=False):
-            if names_of(callback) == one:
-                take_names(callback, other)
+            _rename(callback, one, other)
+
+
+def _rename(callback: ModelCheckpoint, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """What a callback has saved itself since stays as it is."""
+    if names_of(callback) == old:
+        take_names(callback, new)
 
 
 def key(number: int) -> str:

@@ -2,8 +2,10 @@
 
     state["net.weight"]        is a parameter, or a part of one (by its memory)         that part of the consensus
     state["model.qkv"]         a hook renamed it, or took rows of it                    the same
-    state["net.weight"]        a copy: `.cpu()`, `.half()`; equal, under its own name   the consensus in its dtype
-    state["average.weight"]    other numbers, in the place of what is trained           refused
+    state["net.weight"]        a copy: `.cpu()`, `.half()`; equal in its own dtype,     the consensus in its dtype
+                               under its own name
+    state["average.weight"]    other numbers, in the place of what is trained, or of    refused
+                               a part of it; a container of numbers in its place
 
 At a meeting the module is the consensus, and hooks read it there. A cut's is known only when all have trained on.
 """
@@ -13,10 +15,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_async.replica import Replica
@@ -36,21 +40,21 @@ def places_of(module: nn.Module, replica: Replica, state: Mapping[str, Any], nam
     """
     at = {id(p): offset for p, offset in replica.places}
     named = dict(module.named_parameters(remove_duplicate=False))
-    found, seen = _by_memory([(p, offset) for p, offset in replica.places], state)
+    found = _by_memory([(p, offset) for p, offset in replica.places], state)
     others = [*(p for p in named.values() if id(p) not in at), *module.buffers()]
-    known = {*_by_memory([(tensor, 0) for tensor in others], state)[0], *(n for n, _ in module.named_buffers())}
+    known = {*_by_memory([(tensor, 0) for tensor in others], state), *(n for n, _ in module.named_buffers())}
     strange = []
     for entry, value in state.items():
-        if entry in found or entry in known or not isinstance(value, Tensor) or not value.is_floating_point():
+        if entry in found or entry in known or not _has_numbers(value):
             continue
         p = named.get(entry)
-        if p is None:
+        if p is None or not isinstance(value, Tensor):
             strange.append(entry)
         elif id(p) in at:
-            if value.shape != p.shape or not torch.equal(value.detach().to(p), p.detach()):
+            if value.shape != p.shape or not _is_copy(value.detach(), p.detach()):
                 raise _other(entry, name)
-            found[entry], seen = (at[id(p)], _like(value)), seen | {at[id(p)]}
-    if strange and seen < set(at.values()):  # else these are beside the weights
+            found[entry] = at[id(p)], _like(value)
+    if strange and not _are_whole(replica, found):  # else these are beside the weights
         raise _other(strange[0], name)
     return found
 
@@ -63,7 +67,7 @@ def averaged_places(buffers: Mapping[str, Tensor], module: nn.Module, state: Map
         if isinstance(state.get(name), Tensor) and state[name].shape == like.shape:
             found[name] = at, _like(state[name])
         at += like.numel()
-    return found | _by_memory(pairs, state)[0]
+    return found | _by_memory(pairs, state)
 
 
 def shown(vector: Tensor, places: Places) -> dict[str, Tensor]:
@@ -80,12 +84,43 @@ def shown(vector: Tensor, places: Places) -> dict[str, Tensor]:
     return found
 
 
-def _by_memory(tensors: Iterable[tuple[Tensor, int]], state: Mapping[str, Any]) -> tuple[Places, set[int]]:
-    """The entries that lie in the memory of these tensors; and the places of those in which one lies."""
+def _has_numbers(value: object) -> bool:
+    """Whether these are numbers that a weight may have become, or a container of some."""
+    found: list[bool] = []
+    apply_to_collection(value, Tensor, lambda tensor: found.append(tensor.is_floating_point()), allow_frozen=True)
+    return any(found)
+
+
+def _is_copy(value: Tensor, p: Tensor) -> bool:
+    """Whether it is the parameter in another dtype, or elsewhere: what that rounds off tells of nothing else."""
+    mine = p.to(value)
+    same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
+    return torch.equal(value, mine) or same(value.double(), mine.double())
+
+
+def _are_whole(replica: Replica, found: Places) -> bool:
+    """Whether each element of what is trained stands somewhere."""
+    starts = [offset for _, offset in replica.places]
+    entries: list[list[tuple[int, Tensor]]] = [[] for _ in starts]
+    for at, like in found.values():
+        i = bisect_right(starts, at) - 1
+        entries[i].append((at - starts[i], like))
+    for (p, _), mine in zip(replica.places, entries, strict=True):
+        if any(like.is_contiguous() and like.numel() == p.numel() for _, like in mine):
+            continue
+        stands, elements = torch.zeros(p.numel(), dtype=torch.bool), torch.arange(p.numel())
+        for at, like in mine:
+            stands[elements.as_strided(like.shape, like.stride(), at).reshape(-1)] = True
+        if not stands.all():
+            return False
+    return True
+
+
+def _by_memory(tensors: Iterable[tuple[Tensor, int]], state: Mapping[str, Any]) -> Places:
+    """The entries that lie in the memory of these tensors."""
     starts = sorted((t.data_ptr(), t.dtype, t.numel(), at) for t, at in tensors if t.numel() and t.is_contiguous())
     addresses = [start for start, *_ in starts]
     found: Places = {}
-    seen = set()
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or not value.numel():
             continue
@@ -96,8 +131,7 @@ def _by_memory(tensors: Iterable[tuple[Tensor, int]], state: Mapping[str, Any]) 
         last = first + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
         if value.dtype == dtype and last < numel:
             found[name] = at + first, _like(value, strides=True)
-            seen.add(at)
-    return found, seen
+    return found
 
 
 def _like(value: Tensor, *, strides: bool = False) -> Tensor:

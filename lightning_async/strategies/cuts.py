@@ -12,15 +12,13 @@ No rank waits for another one in any of this. A cut is given up, in a sentence o
 part is here, or does not take part for as long as a meeting may last; also where rank 0 dies. A meeting ends what is
 open, and saves itself what is due. Whatever is given up, the checkpoint before stays as it is.
 
-"Rank 0" is the first that lives. What cuts are: `algorithms/cut.py`, `algorithms/cutting_mail.py`.
+"Rank 0" is the first that lives; what it does for all: `cut_first.py`. What cuts are: `algorithms/cut.py`,
+`algorithms/cutting_mail.py`.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -35,9 +33,10 @@ from torch import Tensor
 
 from lightning_async.algorithms.cut import Part, from_before, unpacked
 from lightning_async.algorithms.cutting_mail import CuttingMail
-from lightning_async.strategies import compat, cut_names
-from lightning_async.strategies.cut_consensus import Gathering, key, piece_of, said_of
-from lightning_async.strategies.cut_files import Record, Save, data_of_all, main_file, own_file, record
+from lightning_async.strategies import compat
+from lightning_async.strategies.cut_consensus import key, piece_of, said_of
+from lightning_async.strategies.cut_files import Record, own_file, record, write
+from lightning_async.strategies.cut_first import First
 from lightning_async.strategies.cut_names import Names, Told
 from lightning_async.strategies.cut_places import places_of
 from lightning_async.strategies.rank_files import rank_file
@@ -49,9 +48,6 @@ if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
-AGAIN = 1.0
-"""Seconds behind a death after which the next cut may begin: by then all have heard of it."""
 
 
 class Cuts:
@@ -59,7 +55,7 @@ class Cuts:
 
     Attributes:
         io: What writes, in a thread of its own; None where no cut is ever saved.
-        asking: Whether a callback is being asked where to a cut is to be saved.
+        first: What this rank does for all, where it is the first.
         saved_at: The run's step at which the last cut was due that was saved; at meetings all know the same.
     """
 
@@ -73,9 +69,9 @@ class Cuts:
         if self._names is not None:
             self._names.forget()
         self._names = None
-        self.asking = self._meets = False
-        self.saved_at = self._tried_at = 0
-        self._not_before = 0.0
+        self.first = First(self._strategy)
+        self._meets = False
+        self.saved_at = 0
         self._callbacks: list[ModelCheckpoint] = []
         self._mail: CuttingMail[Record | None] | None = None
         self._part: Part[Any] | None = None  # complete, and nobody has said yet where to
@@ -84,13 +80,6 @@ class Cuts:
         self._adding: list[tuple[Letter, Future[None]]] = []
         self._last: dict[str, Any] = {}  # what was said of the last cut that was saved
         self._saved_before = 0  # `saved_at` before that one
-        self._gathering: Gathering | None = None
-        self._where: tuple[dict[str, Any], int] = {}, 0  # how far the run was then, and at which of its steps
-        self._due: list[Callback] = []
-        self._before: list[dict[str, Any]] = []  # the callbacks' names before they were asked
-        self._saves: list[Save] = []
-        self._removals: list[Callable[[], object]] = []
-        self._ordered: Future[None] | None = None
 
     def saves(self, callback: ModelCheckpoint) -> bool:
         """Whether this callback's saves by steps are cuts: one that goes by a metric, or makes a link at once, needs a
@@ -117,6 +106,7 @@ class Cuts:
             module = strategy.trainer.lightning_module
             places_of(module, strategy.replica, strategy.lightning_module_state_dict(), strategy.name)  # or it refuses
             self._names = Names(self._callbacks, strategy.office.carrier)
+            self.first = First(strategy, self._callbacks, self._names)
             self.io = AsyncCheckpointIO(strategy.checkpoint_io)
             compat.let_write(self.io, Writer(strategy.checkpoints.late.patience))
         if self._callbacks or cut is not None:
@@ -131,10 +121,10 @@ class Cuts:
             return
         if callback is self._callbacks[0]:
             self._look(self._mail)
-        if callback in self._due:
-            self._ask(callback, ask)
-        if self._due and callback is self._callbacks[-1]:
-            self._order()
+        if callback in self.first.due:
+            self.first.ask(callback, ask)
+        if self.first.due and callback is self._callbacks[-1]:
+            self.first.order()
 
     def attend(self) -> None:
         """This rank's epoch is over, and it waits for the others, between two steps: it takes part as ever."""
@@ -145,27 +135,16 @@ class Cuts:
         for callback in self._callbacks:  # as the loop does behind a batch; they ask `between`
             callback.on_train_batch_end(trainer, trainer.lightning_module, None, {}, 0)
 
-    def save(self, checkpoint: Mapping[str, Any], filepath: Any, options: Any) -> None:
-        """A callback says where to."""
-        keys = {c.state_key for c in self._callbacks}
-        named = {name: state for name, state in checkpoint.get("callbacks", {}).items() if name in keys}
-        name = secrets.token_hex(4) if "optimizer_states" in checkpoint else ""
-        self._saves.append(Save(os.fspath(filepath), name, tuple(checkpoint), dict(named), options))
-
-    def remove_behind(self, remove: Callable[[], object]) -> None:
-        """And what that replaces."""
-        self._removals.append(remove)
-
     def meet(self) -> Wait[None]:
         """All have come to a meeting: what is open ends; what rank 0 had decided to save by now is saved."""
         if self._mail is None:
             return
-        while self._ordered is not None and not self._ordered.done():
+        while (ordered := self.first.ordered) is not None and not ordered.done():
             yield "the index of a checkpoint to be written"
-        if self._ordered is not None:
+        if ordered is not None:
             self._tell()
-        self._gathering = self._sum = None
-        self._due = []
+        self.first.drop()
+        self._sum = None
         self._meets = True
         rounds = self._strategy.office.rounds
         yield from self._mail.finish(rounds)
@@ -212,18 +191,18 @@ class Cuts:
             self.saved_at = self._saved_before
             self._last = {**self._last, "at": self.saved_at}
         if strategy.is_global_zero:
-            self._begin_if_due(mail)
+            self.first.begin_if_due(mail, self.saved_at)
+        self._hear()
         mail.between_steps()
-        while (part := mail.taken()) is not None:
+        while self._part is None and (part := mail.taken()) is not None:  # of one at a time it is heard what becomes
             self._ended(part)
         self._take_sums()
         self._send()
-        self._hear()
-        if self._ordered is not None:
-            if self._ordered.done():
+        if self.first.ordered is not None:
+            if self.first.ordered.done():
                 self._tell()
-        elif self._gathering is not None:
-            self._gather(self._gathering)
+        elif self.first.gathering is not None and not self.first.gather(self.saved_at):
+            self._part = self._sum = None
 
     def _record(self) -> Record | None:
         strategy = self._strategy
@@ -232,7 +211,7 @@ class Cuts:
     def _ended(self, part: Part[Any]) -> None:
         """This rank's part is complete, or cannot be any more."""
         self._part = self._sum = None
-        mine, open_ = part.members[0] == part.member, self._gathering
+        mine, open_ = part.members[0] == part.member, self.first.gathering
         if not part.deaths and not (mine and (open_ is None or open_.number != part.number)):  # else it was given up
             self._part, self._sum, self._sent = part, self._later(partial(self._brings, part)), 0
         self._strategy.office.carrier.propose(key(part.number, part.member), said_of(part))
@@ -248,8 +227,8 @@ class Cuts:
             return
         (body, mass), first = self._sum.result(), self._part.members[0]
         if first == self._part.member:
-            assert self._gathering is not None  # or the part would not be held
-            self._later(partial(self._gathering.add, first, body, mass))
+            assert self.first.gathering is not None  # or the part would not be held
+            self._later(partial(self.first.gathering.add, first, body, mass))
             self._sum = None
             return
         numel, itemsize, post = body.numel(), body.element_size(), self._strategy.office.carrier.post
@@ -262,7 +241,7 @@ class Cuts:
 
     def _take_sums(self) -> None:
         """Add up what came; what belongs to no cut of this rank goes."""
-        carrier, gathering = self._strategy.office.carrier, self._gathering
+        carrier, gathering = self._strategy.office.carrier, self.first.gathering
         for letter in carrier.take(SUM):
             message = letter.message
             if gathering is None or message.reference != gathering.number or message.body is None:
@@ -293,129 +272,24 @@ class Cuts:
         io, late = self._strategy.checkpoint_io, self._strategy.checkpoints.late
         for path, name in told.get("saves", ()):
             file, make = rank_file(path, name, part.member), partial(own_file, part, name)
-            self._later(partial(_write, io, partial(make, told["progress"], told["steps"]), file))
+            self._later(partial(write, io, partial(make, told["progress"], told["steps"]), file))
             late.tell(name)
         late.queued()
         if "number" in told:
             self._saved(told, Told(told["number"], part.members[0], told["names"]))
 
-    def _saved(self, last: Mapping[str, Any], told: Told, before: list[dict[str, Any]] | None = None) -> None:
+    def _tell(self) -> None:
+        """This rank is the first, and what it has ordered is written down."""
+        assert self._part is not None  # since then
+        self.first.tell(self._part, self._saved)
+        self._part = None
+
+    def _saved(self, last: Mapping[str, Any], told: Told) -> None:
         """A cut is on its way into files."""
         assert self._names is not None  # who saves cuts has callbacks
-        self._names.told(told, before=before)
+        self._names.told(told)
         self._saved_before = self.saved_at
         self._last, self.saved_at = dict(last), last["at"]
 
     def _later(self, job: Callable[[], T]) -> Future[T]:
         return compat.in_its_thread(self.io, job)
-
-    # -- the first rank -----------------------------------------------------------------------------------------------
-
-    def _begin_if_due(self, mail: CuttingMail[Record | None]) -> None:
-        """One cut at a time, and none before the files of the last one are written: each is in memory."""
-        strategy, progress = self._strategy, self._strategy.clock.progress
-        if progress is None or self._gathering is not None or self._ordered is not None:
-            return
-        steps, late = progress.steps(), strategy.checkpoints.late
-        last = max(strategy.clock.met_at, self.saved_at, self._tried_at)
-        due = any(steps // (every := compat.saves_every(c)) > last // every for c in self._callbacks)
-        if due and late.idle and strategy.office.carrier.now() >= self._not_before:
-            number = mail.newest + 1
-            self._gathering = Gathering(number, steps, strategy.office.carrier)
-            mail.begin_cut(number)
-
-    def _gather(self, gathering: Gathering) -> None:
-        """Is all here? Then the callbacks are asked that it is for."""
-        office = self._strategy.office
-        gathering.hear()
-        if why := gathering.why_not(office.limit):
-            if gathering.by_death:
-                self._not_before = office.carrier.now() + AGAIN
-            else:
-                self._tried_at = gathering.steps
-            self._gathering = self._part = self._sum = None
-            office.carrier.propose(key(gathering.number), b"{}")
-            log.warning("a checkpoint is given up, and the one before it stays: cut %d: %s", gathering.number, why)
-        elif gathering.whole:
-            assert self._names is not None  # or none would be due
-            self._before = self._names.now()
-            self._where = self._strategy.clock.state_at(gathering.counts)  # a meeting may come before it is told
-            last, steps = max(self._strategy.clock.met_at, self.saved_at, self._tried_at), gathering.steps
-            every = {callback: compat.saves_every(callback) for callback in self._callbacks}
-            self._due = [callback for callback, each in every.items() if steps // each > last // each]
-
-    def _ask(self, callback: Callback, ask: Callable[[], object]) -> None:
-        """Where to: the callback sees the step of the cut, and finds that it is its own."""
-        assert isinstance(callback, ModelCheckpoint)
-        trainer, (_, steps) = self._strategy.trainer, self._where
-        now = trainer.global_step
-        compat.set_global_step(trainer, steps)
-        self.asking = True
-        try:
-            with compat.saves_at_once(callback):
-                ask()
-        finally:
-            self.asking = False
-            compat.set_global_step(trainer, now)
-
-    def _order(self) -> None:
-        """All are asked. What is under way is written down before any of its files is there."""
-        self._due = []
-        strategy, gathering = self._strategy, self._gathering
-        assert gathering is not None  # as for `_ask`
-        begin = partial(strategy.checkpoints.files.begin, strategy.checkpoint_io)
-        self._ordered = self._later(partial(_write_down, begin, gathering.members, *self._saves))
-
-    def _tell(self) -> None:
-        """Say it to all, and have the first rank's own files written."""
-        strategy, gathering, part = self._strategy, self._gathering, self._part
-        assert gathering is not None  # since `_order`, and so are these
-        assert part is not None
-        assert self._ordered is not None
-        self._ordered.result()  # or the error that it ended with
-        late, files, io = strategy.checkpoints.late, strategy.checkpoints.files, strategy.checkpoint_io
-        progress, steps = self._where
-        assert self._names is not None
-        number, names, carrier = gathering.number, self._names.now(), strategy.office.carrier
-        named = [(save.path, save.name) for save in self._saves if save.name]
-        last = {"number": number, "at": gathering.steps, "saves": named, "names": names}
-        self._saved(last | {"progress": progress, "steps": steps}, Told(number, part.member, names), self._before)
-        carrier.propose(key(number), json.dumps(self._last).encode())
-        for old in (key(number - 1), cut_names.key(number - 2)):  # all have heard these
-            carrier.forget(old, gone=True)
-        data, scheduled = data_of_all(part.state, gathering.data), {"scheduled": part.state.scheduled}
-        for save in self._saves:
-            who = gathering.members  # any of them may have added up gradients: their files say
-            shared = strategy.checkpoints.shared(save.name, who, data, {**progress, **scheduled}, who)
-            main = partial(main_file, part.state, gathering.total, save, shared, steps)
-            write = partial(self._later, partial(_write, io, main, save.path, save.options))
-            if not save.name:
-                write()
-                continue
-            own = partial(own_file, part, save.name, progress, steps)
-            self._later(partial(_write, io, own, rank_file(save.path, save.name, part.member), save.options))
-            late.tell(save.name)
-            late.write_main(save.name, gathering.members, write)
-            late.behind(partial(files.finish, io, save.path, save.name))
-        late.say(cut_names.key(number))
-        for remove in self._removals:
-            late.behind(remove)
-        late.queued()
-        self._gathering = self._part = self._ordered = None
-        self._saves, self._removals = [], []
-
-
-def _write_down(begin: Callable[..., object], members: tuple[int, ...], *saves: Save) -> None:
-    """In the writer's thread."""
-    for save in saves:
-        if save.name:
-            begin(save.path, save.name, members, save.options)
-
-
-def _write(io: Any, make: Callable[[], dict[str, Any]], path: str, options: Any = None) -> None:
-    """In the writer's thread. It may be the last that this run does: so it is told here, too."""
-    try:
-        io.save_checkpoint(make(), path, storage_options=options)
-    except Exception as error:
-        log.warning("%s is not written, and the checkpoint before stays: %s: %s", path, type(error).__name__, error)
-        raise

@@ -23,7 +23,7 @@ from lightning_async.progress.report import Wish
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.heritage import heirlooms
-from lightning_async.strategies.knobs import StartMethod
+from lightning_async.strategies.knobs import Saves, StartMethod, check_saves
 from lightning_async.strategies.members import Inner
 
 
@@ -56,6 +56,7 @@ class CyclicDelayStrategy(AsyncStrategy):
             "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
             end of a run, on the last 8 batches of each rank), or "local" (each rank keeps its own).
+        saves: "meeting" (all meet for a checkpoint by steps); cuts, which `gossip_ring` has, are refused in a sentence.
         meet_every: Samples of all ranks between two meetings, also in mid-epoch; None: meetings where something is due.
         grace: Seconds that a run which gets a SIGTERM may take to meet once more before it stops.
         interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
@@ -96,6 +97,7 @@ class CyclicDelayStrategy(AsyncStrategy):
         mirror_every: int | None = None,
         balance: Balance = "claim",
         buffers: Buffers = "average",
+        saves: Saves = "meeting",
         meet_every: int | None = None,
         grace: float = 10.0,
         interface: str | None = None,
@@ -116,6 +118,7 @@ class CyclicDelayStrategy(AsyncStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        check_saves(saves, "global weights are served here, which change between two steps of a rank, too")
         super().__init__(
             CyclicDelay(
                 token=token,

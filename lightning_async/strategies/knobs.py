@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -20,6 +20,16 @@ def check_word(knob: str, value: object, words: Sequence[str]) -> None:
     """Raise for what is none of these words."""
     if not isinstance(value, str) or value not in words:
         raise ValueError(f"`{knob}` must be one of {', '.join(map(repr, words))}, got {value!r}")
+
+
+def check_saves(saves: object, why_no_cut: str) -> None:
+    """Raise for what is no way to save by steps; for a cut too, where the method has none, for this reason."""
+    check_word("saves", saves, get_args(Saves))
+    if saves == "cut":
+        raise ValueError(
+            f"`saves='cut'` is for strategy='gossip_ring': {why_no_cut}. Leave it out, and all meet for a checkpoint "
+            "by steps; or take strategy='gossip_ring'"
+        )
 
 
 def check_seconds(knob: str, value: object, *, also_0: bool = False) -> None:

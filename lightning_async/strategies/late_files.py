@@ -34,7 +34,8 @@ LOOK = 0.05
 TELL = 30.0
 """Seconds of waiting for another rank's file behind which the log says so."""
 LEAVE_FAILED = 2.0
-"""Seconds that a run which failed waits for what is still to be written, and then for the writer to end."""
+"""Seconds that a run which failed, or did not come to its end within its grace, waits for what is still to be written,
+and then for the writer to end."""
 MOST = 4
 """Saves that may wait in memory: the files of two callbacks at two meetings."""
 FULL = (

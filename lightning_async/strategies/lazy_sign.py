@@ -28,7 +28,7 @@ from lightning_async.progress.report import Wish
 from lightning_async.strategies.base import AsyncStrategy
 from lightning_async.strategies.buffers import Buffers
 from lightning_async.strategies.heritage import heirlooms
-from lightning_async.strategies.knobs import StartMethod
+from lightning_async.strategies.knobs import Saves, StartMethod, check_saves
 from lightning_async.strategies.resuming import KEY
 
 
@@ -66,6 +66,7 @@ class LazySignStrategy(AsyncStrategy):
         threads: Threads that pack and unpack, on a CPU.
         buffers: "average" (BatchNorm's statistics become the mean at meetings), "reestimate" (and are taken anew at the
             end of a run, on the last 8 batches of each rank), or "local" (each rank keeps its own).
+        saves: "meeting" (all meet for a checkpoint by steps); cuts, which `gossip_ring` has, are refused in a sentence.
         meet_every: Samples of all ranks between two meetings, also in mid-epoch; None: meetings where something is due.
         grace: Seconds that a run which gets a SIGTERM may take to meet once more before it stops.
         interface: Network interface for the links; None: what GLOO_SOCKET_IFNAME says, or the host name's.
@@ -110,6 +111,7 @@ class LazySignStrategy(AsyncStrategy):
         warm_up: int = 0,
         threads: int = 1,
         buffers: Buffers = "average",
+        saves: Saves = "meeting",
         meet_every: int | None = None,
         grace: float = 10.0,
         interface: str | None = None,
@@ -127,6 +129,7 @@ class LazySignStrategy(AsyncStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        check_saves(saves, "a round is of all ranks here, and a meeting behind it makes nobody wait long")
         if isinstance(exact, str):
             raise ValueError(f"`exact` must be a list of names, got {exact!r}: write [{exact!r}]")
         if not isinstance(exact, (list, tuple)) or not all(isinstance(name, str) for name in exact):

@@ -93,10 +93,11 @@ class Office:
 
     @property
     def fails(self) -> bool:
-        """Whether the run ends by an accident, as far as this rank knows; also when it has left."""
+        """Whether the run ends by an accident, as far as this rank knows; also when it has left. One that was told to
+        end, and did not come to its end within its grace, is over too."""
         if (carrier := self._carrier) is not None:
             aborted = carrier.decided("abort") is not None
-            self._fails = bool(aborted or self.flags.failed or carrier.failed)
+            self._fails = bool(aborted or self.flags.failed or self.flags.overdue or carrier.failed)
         return self._fails
 
     @property

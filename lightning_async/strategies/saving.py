@@ -50,8 +50,8 @@ class Saving(Collectives):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """The consensus, and beside it what each rank has of its own. Between meetings there is none: say so."""
-        if self.cuts.asking:
-            self.cuts.save(checkpoint, filepath, storage_options)
+        if self.cuts.first.asking:
+            self.cuts.first.save(checkpoint, filepath, storage_options)
             return
         if self.meeting and self.checkpoints.holds_all(checkpoint):
             self.checkpoints.before_save()
@@ -91,8 +91,8 @@ class Saving(Collectives):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """The main file, then the files of all ranks."""
-        if self.cuts.asking:
-            self.cuts.remove_behind(partial(self.remove_checkpoint, filepath))
+        if self.cuts.first.asking:
+            self.cuts.first.remove_behind(partial(self.remove_checkpoint, filepath))
             return
         path, remove = self.checkpoints.agreed(filepath), super().remove_checkpoint
         self.checkpoints.behind(lambda: remove(path))
@@ -102,11 +102,24 @@ class Saving(Collectives):
 
 def guard_exits(trainer: Trainer, leash: compat.Leash, strategy: Collectives) -> None:
     """What a ModelCheckpoint saves on an exception is one rank's, unless all stop together: its name says so, no link
-    leads to it, and no older one goes for it. And whatever a callback does then, this rank leaves the run."""
+    leads to it, and no older one goes for it. And whatever a callback, a datamodule or a logger does then, this rank
+    leaves the run."""
     for callback in compat.callbacks(trainer):
         if isinstance(callback, ModelCheckpoint) and strategy.world_size > 1:
             leash.wrap(callback, "on_exception", partial(_put_aside, callback, strategy, callback.on_exception))
         leash.wrap(callback, "on_exception", partial(_leave_all_the_same, strategy, callback.on_exception))
+    if (data := getattr(trainer, "datamodule", None)) is not None:
+        leash.wrap(data, "on_exception", partial(_leave_all_the_same, strategy, data.on_exception))
+    for logger in trainer.loggers:
+        leash.wrap(logger, "finalize", partial(_finalize, strategy, logger.finalize))
+
+
+def _finalize(strategy: Collectives, finalize: Callable[[str], None], status: str) -> None:
+    """Where a run ends well, Lightning's own way out follows."""
+    if status == "success":
+        finalize(status)
+    else:
+        _leave_all_the_same(strategy, finalize, status)
 
 
 def _put_aside(callback: ModelCheckpoint, strategy: Collectives, save: Callable[..., None], *exception: Any) -> None:
@@ -121,7 +134,7 @@ def _put_aside(callback: ModelCheckpoint, strategy: Collectives, save: Callable[
 
 
 def _leave_all_the_same(strategy: Collectives, hook: Callable[..., None], *exception: Any) -> None:
-    """Lightning leaves its teardown out where a callback raises on the way out: the others would count on this rank.
+    """Lightning leaves its teardown out where somebody raises on the way out: the others would count on this rank.
 
     The end of the run may come into a save, where the grace is over. That is no exception of its own: what is under way
     is told, and what else is saved is this rank's.

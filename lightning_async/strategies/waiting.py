@@ -41,6 +41,7 @@ class Flags:
         siblings: The other ranks of this rank's member, which ends with each of them.
         orphaned: Whether it ended so.
         unheard: Whether this rank ended by itself, told to end where the board does not answer.
+        overdue: Whether it did not come to its end within the grace: a SIGKILL may follow at any time.
     """
 
     carrier: Carrier
@@ -53,6 +54,7 @@ class Flags:
     siblings: tuple[int, ...] = ()
     orphaned: bool = False
     unheard: bool = False
+    overdue: bool = False
     _stopping: float | None = None
     _told: float | None = None  # when this rank's own SIGTERM was seen
     _mourned: set[int] = field(default_factory=set)  # whose deaths were told
@@ -84,10 +86,13 @@ class Flags:
         self._check_siblings()
         if self.carrier.decided("stop") is not None:
             self._stopping = self._stopping or time.monotonic()
-            if not self.patient() or time.monotonic() - self._stopping >= self.grace:
+            if not self.patient():
+                raise SIGTERMException()
+            if time.monotonic() - self._stopping >= self.grace:
+                self.overdue = True
                 raise SIGTERMException()
         elif self._told is not None and time.monotonic() - self._told >= self.grace + UNHEARD:
-            self.unheard = True
+            self.unheard = self.overdue = True
             raise SIGTERMException()  # the board does not answer, and this process is to end
 
     def _check_siblings(self) -> None:

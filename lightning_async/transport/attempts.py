@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, not exported by name
 
-from lightning_async.transport.gloo import reached
+from lightning_async.transport.gloo import CONNECTED, reached
 
 ROOT = "lightning_async/attempt"
 LOOK = 0.02  # seconds between two looks
@@ -36,6 +36,7 @@ def join(
     """Make the default group of this attempt, where torchrun's own store is used and nobody has made one."""
     if dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or world == 1:
         return
+    timeout = min(timeout, CONNECTED)  # torch counts milliseconds, of which `timedelta.max` has too many
     backend = backend or dist.Backend.default_device_backend_map.get(device.type, "gloo")
     store = reached(
         lambda: TCPStore(address, port, is_master=False, timeout=timeout),

@@ -73,7 +73,7 @@ def reached(connect: Callable[[], T], where: str, *, seconds: float) -> T:
     made: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
     threading.Thread(target=lambda: made.put(_tried(connect)), name="reaching", daemon=True).start()
     try:
-        return made.get(timeout=seconds)()
+        return made.get(timeout=min(seconds, threading.TIMEOUT_MAX))()  # `seconds` may be endless
     except queue.Empty:
         raise TimeoutError(
             f"the store at {where} takes connections and has not answered for {seconds:.0f} s: the process that hosts "

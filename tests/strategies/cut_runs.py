@@ -89,7 +89,7 @@ class Diary(L.Callback):
 
 def open_cut(strategy: AsyncStrategy) -> int | None:
     """The number of the cut that this rank has begun and not ended."""
-    gathering = strategy.cuts._gathering
+    gathering = strategy.cuts.first.gathering
     return None if gathering is None else gathering.number
 
 

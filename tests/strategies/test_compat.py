@@ -107,6 +107,26 @@ def test_a_late_writer_writes_in_the_thread_that_it_is_given_until_its_teardown(
     assert compat.being_written(io) == compat.being_written(object()) == ""
 
 
+def test_it_does_so_too_where_something_was_saved_before_and_behind_that() -> None:
+    """Between two fits the user saves: Lightning makes a thread of its own for it."""
+    there, written = Event(), list[str]()
+
+    class Slow(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+            there.wait(30.0)
+            written.append(path)
+
+    io = AsyncCheckpointIO(Slow())
+    io.save_checkpoint({}, "between")
+    compat.let_write(io, mine := Writer(lambda: 30.0))
+    assert io._executor is mine
+    io.save_checkpoint({}, "second fit")
+    assert not written
+    there.set()
+    io.teardown()
+    assert written == ["between", "second fit"]
+
+
 def _notes(written: Event, path: str) -> None:
     written.wait(30.0)
 

@@ -31,13 +31,18 @@ class Ranks:
         pairs = zip(self.callbacks, self.cluster.carriers, strict=True)
         self.names = [Names(callbacks, carrier) for callbacks, carrier in pairs]
 
-    def tell(self, number: int, name: str) -> None:
-        """Rank 0 has asked its callbacks, and tells the others."""
-        before = self.names[0].now()
+    def ask(self, name: str) -> None:
+        """Rank 0 asks its callbacks."""
         for callback in self.callbacks[0]:
+            before = names_of(callback)
             take_names(callback, named(name))
-        for rank, names in enumerate(self.names):
-            names.told(Told(number, 0, [named(name)] * 2), before=before if rank == 0 else None)
+            self.names[0].asked(callback, before)
+
+    def tell(self, number: int, name: str) -> None:
+        """And tells the others."""
+        self.ask(name)
+        for names in self.names:
+            names.told(Told(number, 0, [named(name)] * 2))
 
     def says(self, number: int, word: bytes) -> None:
         """Rank 0's writer is done."""
@@ -111,6 +116,23 @@ def test_at_a_meeting_that_counts_which_the_first_one_knows(whole: bool | None, 
     ranks.names[2].meet({"number": 1, "whole": True})
     assert ranks.have()[2] == ["new"] * 2, "who is the first now has not heard of the second: it is none"
     assert not ranks.names[2].open
+
+
+def test_a_run_that_ends_before_its_files_are_begun_has_the_names_of_before() -> None:
+    """Also those of the cut before, that is whole, or is not; but for a callback that has saved there itself."""
+    ranks = Ranks()
+    ranks.tell(1, "new")
+    ranks.says(1, WRITTEN)
+    assert ranks.look() == [True, True, True]
+    ranks.ask("newer")
+    take_names(ranks.callbacks[0][1], named("on its way out"))
+    ranks.names[0].forget()
+    assert ranks.have() == [["new", "on its way out"], ["new"] * 2, ["new"] * 2]
+    ranks = Ranks()
+    ranks.tell(1, "new")
+    ranks.ask("newer")
+    ranks.names[0].forget()
+    assert ranks.have()[0] == ["old"] * 2
 
 
 def test_behind_the_run_what_nobody_said_is_whole_is_not_there() -> None:

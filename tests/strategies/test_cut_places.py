@@ -97,6 +97,33 @@ def test_the_consensus_stands_wherever_the_weights_stood(hook: Callable[[State],
             assert (file[name].dtype, file[name].tolist()) == (value.dtype, value.tolist()), name
 
 
+def unknown(state: State) -> None:
+    """Beside all that is trained: a container of numbers."""
+    state["more"] = {"of": [torch.ones(3)]}
+    taken_apart(state)
+
+
+@pytest.mark.parametrize("hook", [copied, halved, unknown])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_copy_is_one_whatever_it_rounds_off_and_of_what_is_no_number(
+    hook: Callable[[State], None], broken: bool
+) -> None:
+    """Of weights as they come: what a half holds of them is not what they are."""
+    net = Net()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape))
+        if broken:
+            net.first.weight[0, 0], net.first.bias[1] = torch.nan, torch.inf
+    replica, state = Replica(net.parameters()), dict(net.state_dict())
+    hook(state)
+    places = places_of(net, replica, state, "gossip_ring")
+    for name, value in shown(replica.weights().double(), places).items():
+        assert value.dtype == state[name].dtype
+        torch.testing.assert_close(value, state[name], rtol=0.0, atol=0.0, equal_nan=True)
+    assert len(places) >= 6
+
+
 def test_what_is_one_in_memory_is_one_in_the_file() -> None:
     net = Net()
     replica = Replica(net.parameters())
@@ -120,8 +147,26 @@ def renamed_copies(state: State) -> None:
     copied(state)
 
 
+def partly_copied(state: State) -> None:
+    """A row of the matrix, and a copy of the others."""
+    weight = state.pop("first.weight")
+    state["row"], state["others"] = weight[:1], weight[1:].clone()
+
+
+def nested(state: State) -> None:
+    """In a container of its own, of which its `on_load_checkpoint` knows."""
+    state["net"] = {name: state.pop(name) for name in list(state)}
+
+
 @pytest.mark.parametrize(
-    ("hook", "entry"), [(averages, "first.weight"), (fused, "both"), (renamed_copies, "model.first.weight")]
+    ("hook", "entry"),
+    [
+        (averages, "first.weight"),
+        (fused, "both"),
+        (renamed_copies, "model.first.weight"),
+        (partly_copied, "others"),
+        (nested, "net"),
+    ],
 )
 def test_what_a_hook_makes_of_the_weights_is_refused(hook: Callable[[State], None], entry: str) -> None:
     net = Net()

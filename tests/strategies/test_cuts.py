@@ -16,7 +16,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from lightning_async.algorithms.cut import unpacked
 from lightning_async.replica import Replica
-from lightning_async.strategies import cuts, late_files
+from lightning_async.strategies import cut_first, late_files
 from lightning_async.strategies.base import AsyncStrategy
 from tests.strategies.cut_runs import (
     IGNORED,
@@ -211,7 +211,7 @@ def _dies(folder: str, dead: int) -> dict[str, Any]:
             assert strategy.cuts._mail is not None
             strategy.cuts._mail._state = lambda: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,return-value]
 
-    cuts.AGAIN = 0.2
+    cut_first.AGAIN = 0.2
     return fit(folder, stops=die, step=0.01, n=2400, knobs={"silence": 0.3, "patience": 5.0})
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, Callback, EMAWeightA
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
-from lightning_async import GossipRingStrategy, SpeedFaults
+from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
 from lightning_async.replica import Replica
 from lightning_async.strategies import cut_consensus
 from tests.strategies.cut_runs import (
@@ -284,6 +284,15 @@ def test_what_saves_may_be() -> None:
         GossipRingStrategy(saves="cuts")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"`saves='cut'` is for ranks that run free.*take mode='pairwise'"):
         GossipRingStrategy(mode="sync", saves="cut")
+
+
+@pytest.mark.parametrize("kind", [AsyncGlobalStrategy, CyclicDelayStrategy, LazySignStrategy])
+def test_methods_that_cannot_be_cut_say_so(kind: Any) -> None:
+    assert kind(saves="meeting").saves == "meeting"
+    with pytest.raises(ValueError, match=r"`saves='cut'` is for strategy='gossip_ring': .*Leave it out, and all meet"):
+        kind(saves="cut")
+    with pytest.raises(ValueError, match="`saves` must be one of 'meeting', 'cut', got 'cuts'"):
+        kind(saves="cuts")
 
 
 def test_a_cut_that_nothing_asks_for_is_said() -> None:

@@ -84,6 +84,7 @@ SHARED: dict[str, set[str]] = {
     "at_meeting": WORDS,
     "balance": {"Incremental"} | OPTIONAL,
     "buffers": WORDS,
+    "saves": WORDS,
     "meet_every": COUNT | OPTIONAL,
     "grace": AT_LEAST_0 | {"inf"},
     "interface": TEXT | OPTIONAL,
@@ -163,7 +164,6 @@ OWN: dict[str, dict[str, set[str]]] = {
         "period": COUNT | OPTIONAL,
         "topology": WORDS,
         "mixing": {"0.5"} | OPTIONAL,
-        "saves": WORDS,
     },
     "Incremental": {"parts": COUNT, "partition": WORDS, "nominal": {"[1]", "[1.5]", "tuple"}, "memory": PART},
     "LazySignStrategy": {

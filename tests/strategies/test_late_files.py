@@ -194,6 +194,8 @@ def test_who_waits_for_its_own_disk_is_told_for_which_file(
     rank, there = Rank(limit=0.2), Event()
     compat.let_write(rank.io, Writer(rank.late.patience))
     compat.in_its_thread(rank.io, partial(_written_when, there, "own"))
+    while not compat.being_written(rank.io):  # its thread may take a while to begin
+        time.sleep(0.001)
     waiting = rank.late.finish()
     while not caplog.messages:
         next(waiting)

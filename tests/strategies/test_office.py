@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -66,6 +67,14 @@ def test_a_store_that_does_not_answer_is_a_sentence(monkeypatch: pytest.MonkeyPa
         ):
             _open(office, where[1])
     assert not office.is_open
+
+
+@pytest.mark.parametrize("limit", [math.inf, timedelta.max.total_seconds()])
+def test_who_may_wait_for_ever_opens_at_once(limit: float) -> None:
+    """No lock of Python's waits so long: what bounds a wait there is bounded itself."""
+    with closing(Store()) as store, closing(Office(**{**KNOBS, "limit": limit})) as office:
+        _open(office, store.port)
+        assert office.is_open
 
 
 def test_a_store_that_is_not_there_is_torchs_error(monkeypatch: pytest.MonkeyPatch) -> None:

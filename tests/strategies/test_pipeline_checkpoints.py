@@ -332,7 +332,7 @@ def test_a_kill_in_a_save_leaves_the_checkpoint_of_before(dead: int, kind: Any, 
     with Forked(2, _killed, str(tmp_path), dead, kind, False, store=True) as forked:
         forked.processes[dead].join(30)  # the other is killed with it
         assert forked.processes[dead].exitcode == -signal.SIGKILL
-    assert (tmp_path / "x.ckpt.part").exists() is (kind is DiesWriting)
+    assert any(tmp_path.glob("x.ckpt.*.part")) is (kind is DiesWriting)
     assert torch.load(tmp_path / "x.ckpt", weights_only=True)["epoch"] == 0
     on = run(2, _killed, str(tmp_path), -1, kind, True)
     assert on == run(2, _killed, str(tmp_path), -1, kind, False)

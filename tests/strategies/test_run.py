@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_async import GossipRingStrategy, SpeedFaults
 from lightning_async.transport.cluster import ClusterCarrier
+from tests.strategies import piped
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
@@ -137,6 +140,27 @@ def test_who_comes_late_to_a_later_stage_is_waited_for(monkeypatch: pytest.Monke
     t.validate(Lit(), loader(40, shuffle=False), verbose=False)
     t.validate(Lit(), loader(40, shuffle=False), verbose=False)
     assert late == [None, math.inf, math.inf]
+
+
+def _for_ever(folder: str, piped_too: bool) -> int:
+    """No bound but those that nobody can set."""
+    knobs = {**dict.fromkeys(("grace", "silence", "patience"), math.inf), "timeout": timedelta.max}
+    if piped_too:
+        t = piped.trainer(2, knobs={"waiting_timeout": math.inf, **knobs}, max_epochs=1)
+        t.fit(piped.Piped(), piped.loader(n=16), piped.loader(n=8))
+    else:
+        more = {"enable_checkpointing": True, "plugins": [AsyncCheckpointIO()], "callbacks": [ModelCheckpoint(folder)]}
+        t = trainer(2, knobs={"meeting_timeout": math.inf, **knobs}, max_epochs=1, **more)
+        t.fit(Lit(), loader(n=40), loader(8, n=8, shuffle=False))
+    return t.global_step
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("piped_too", [False, True])
+def test_what_bounds_waits_may_be_endless(piped_too: bool, tmp_path: Path) -> None:
+    with Forked(2, _for_ever, str(tmp_path), piped_too, store=True) as forked:
+        first, second = forked.values()
+    assert first == second > 0
 
 
 def _stops_early() -> int:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from lightning_async import SpeedFaults
-from lightning_async.strategies import office
+from lightning_async.strategies import late_files, office
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import Forked, Result
 from tests.strategies.resumable import files_of, rank
@@ -286,23 +287,55 @@ class _Dawdles(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
+def _raise(*_: Any) -> None:
+    raise OSError("on purpose")
+
+
 class _Fails(Callback):
     """Its last word is an error of its own."""
 
-    def on_exception(self, *_: Any) -> None:
-        raise OSError("on purpose")
+    on_exception = _raise
 
 
-def _left(folder: Path, *, fails: bool) -> tuple[str, bool, list[str]]:
+class _FailsToClose(DummyLogger):
+    """So is this one's."""
+
+    finalize = _raise
+
+
+class _Data(LightningDataModule):
+    """And this one's."""
+
+    on_exception = _raise
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    def val_dataloader(self) -> Any:
+        return loader(40, shuffle=False)
+
+
+FAILS: dict[str, dict[str, Any]] = {
+    "callback": {"callbacks": [_Fails()]},
+    "datamodule": {},
+    "logger": {"logger": _FailsToClose()},
+}
+
+
+def _left(folder: Path, *, fails: str, saves: str = "meeting") -> tuple[str, bool, list[str]]:
     """How the fit ended; whether the office is still open, and which threads of the carrier are left."""
     office.FAREWELL_FAILED = 0.5
-    saves = ModelCheckpoint(folder / "saved", save_on_exception=True, every_n_epochs=100)
-    callbacks: list[Callback] = [_Training(folder / "there"), *([_Fails()] if fails else [saves])]
-    plugins = [] if fails else [_Dawdles(folder)]
-    knobs = {"grace": 1.0}
-    t = trainer(2, knobs=knobs, enable_checkpointing=not fails, callbacks=callbacks, plugins=plugins, max_epochs=1000)
+    late_files.LEAVE_FAILED = 0.5
+    saver = ModelCheckpoint(folder / "saved", save_on_exception=True, every_n_train_steps=10**6)
+    options = dict(FAILS[fails]) if fails else {"callbacks": [saver], "plugins": [_Dawdles(folder)]}
+    options["callbacks"] = [_Training(folder / "there"), *options.get("callbacks", [])]
+    knobs = {"grace": 1.0, "saves": saves}
+    t = trainer(2, knobs=knobs, enable_checkpointing=not fails, max_epochs=1000, **options)
     try:
-        t.fit(Lit(), loader(), loader(40, shuffle=False))
+        if fails == "datamodule":
+            t.fit(Lit(), datamodule=_Data())
+        else:
+            t.fit(Lit(), loader(), loader(40, shuffle=False))
         ended = ""
     except BaseException as error:
         ended = type(error).__name__
@@ -310,9 +343,11 @@ def _left(folder: Path, *, fails: bool) -> tuple[str, bool, list[str]]:
     return ended, t.strategy.office.is_open, left  # type: ignore[attr-defined]
 
 
-def test_who_is_told_to_end_leaves_though_the_grace_ends_within_a_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("saves", ["meeting", "cut"])
+def test_who_is_told_to_end_leaves_though_the_grace_ends_within_a_save(saves: str, tmp_path: Path) -> None:
+    """Where files are written in a thread of their own, too: nobody waits for the disk as long as for a meeting."""
     (tmp_path / "there").mkdir()
-    with Forked(2, partial(_left, fails=False), tmp_path) as forked:
+    with Forked(2, partial(_left, fails="", saves=saves), tmp_path) as forked:
         until_training(tmp_path / "there", 2)
         forked.signal(0, signal.SIGTERM)
         end = time.monotonic() + SECONDS
@@ -320,16 +355,20 @@ def test_who_is_told_to_end_leaves_though_the_grace_ends_within_a_save(tmp_path:
             assert time.monotonic() < end, "nothing was saved"
             time.sleep(0.01)
         first = forked.result(0, SECONDS)
-        (tmp_path / "go").touch()
+        if saves == "meeting":  # else its own thread hangs, and not the rank
+            (tmp_path / "go").touch()
         second = forked.result(1, SECONDS)
+        (tmp_path / "go").touch()
     for result in (first, second):
         assert result.value == ("SIGTERMException", False, []), result
     assert not list((tmp_path / "saved").glob("*.ckpt"))
 
 
-def test_a_rank_leaves_though_a_callback_fails_on_the_way_out(tmp_path: Path) -> None:
+@pytest.mark.few(2)
+@pytest.mark.parametrize("fails", FAILS)
+def test_a_rank_leaves_though_somebody_fails_on_the_way_out(fails: str, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with Forked(2, partial(_left, fails=True), tmp_path) as forked:
+    with Forked(2, partial(_left, fails=fails), tmp_path) as forked:
         until_training(tmp_path / "there", 2)
         forked.signal(0, signal.SIGTERM)
         results = forked.results(SECONDS)

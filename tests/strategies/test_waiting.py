@@ -74,6 +74,20 @@ def test_a_rank_that_is_told_to_end_ends_where_the_board_does_not_answer(monkeyp
         flags.raise_if_set()
 
 
+def test_who_does_not_come_to_its_end_within_the_grace_is_overdue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nobody waits for its disk; who has met in time, or has nobody to meet, has time for it."""
+    clock = [100.0]
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: clock[0])
+    for patient, seconds, overdue in ((False, 9.0, False), (True, 9.0, True)):
+        flags = Flags(carrier(stop=b"1"), grace=5.0, patient=lambda patient=patient: patient)
+        if patient:
+            flags.raise_if_set()
+        clock[0] += seconds
+        with pytest.raises(SIGTERMException):
+            flags.raise_if_set()
+        assert flags.overdue == overdue
+
+
 def test_a_death_is_told_once_by_the_first_that_lives(caplog: pytest.LogCaptureFixture) -> None:
     living = {"decided": lambda key: None, "members": lambda: (1, 2), "deaths": {0: "silent for 31.0 s"}}
     for me in (1, 2):

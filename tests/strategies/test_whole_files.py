@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 
+from lightning_async.strategies import whole_files
 from lightning_async.strategies.whole_files import WholeFiles
 from tests.strategies.lit import Lit, loader, trainer
 
@@ -73,16 +79,60 @@ def test_what_replaces_another_is_on_the_disk_before_that_goes(tmp_path: Path, m
     monkeypatch.setattr(os, "fsync", settles)
     monkeypatch.setattr(os, "replace", renames)
     WholeFiles().save_checkpoint(NEW, tmp_path / "last.ckpt")
-    assert done == [f"{tmp_path}/last.ckpt.part", "renamed", str(tmp_path)]
+    assert re.sub(r"[0-9a-f]{8}", "5f0c77a1", done.pop(0)) == f"{tmp_path}/last.ckpt.5f0c77a1.part"
+    assert done == ["renamed", str(tmp_path)]
 
 
 def test_what_a_killed_write_left_is_removed_too(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    WholeFiles().save_checkpoint(NEW, path)
-    (tmp_path / "last.ckpt.part").write_bytes(b"half")
+    others = {"last.ckpt.rank0.5f0c77a1.part", "newlast.ckpt.5f0c77a1.part", "last.ckpt.of mine.part"}
+    for gone in (WholeFiles().remove_checkpoint, partial(WholeFiles().save_checkpoint, NEW)):
+        WholeFiles().save_checkpoint(NEW, path)
+        for name in ("last.ckpt.part", "last.ckpt.5f0c77a1.part", *others):
+            (tmp_path / name).write_bytes(b"half")
+        gone(path)
+        assert {file.name for file in tmp_path.iterdir()} - {"last.ckpt"} == others
     WholeFiles().remove_checkpoint(path)
     WholeFiles().remove_checkpoint(path)
-    assert not list(tmp_path.iterdir())
+    WholeFiles().remove_checkpoint(tmp_path / "nowhere" / "last.ckpt")
+    assert {file.name for file in tmp_path.iterdir()} == others
+
+
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("at", ["open", "fsync"])
+def test_a_write_that_was_given_up_and_goes_on_replaces_nothing(
+    at: str, removed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its disk hung, and the next run has written to the same place since, or removed what was there."""
+    hangs, there = Event(), Event()
+
+    def hung(call: Any) -> Any:
+        def hang(*arguments: Any) -> Any:
+            done = call(*arguments)
+            if threading.current_thread() is not threading.main_thread():
+                hangs.set()
+                assert there.wait(30.0)
+            return done
+
+        return hang
+
+    if at == "open":
+        monkeypatch.setattr(whole_files, "open", hung(open), raising=False)
+    else:
+        monkeypatch.setattr(os, "fsync", hung(os.fsync))
+    path = tmp_path / "last.ckpt"
+    with ThreadPoolExecutor(1) as pool:
+        old = pool.submit(WholeFiles().save_checkpoint, OLD, path)
+        assert hangs.wait(30.0)
+        if removed:
+            WholeFiles().remove_checkpoint(path)
+        else:
+            WholeFiles().save_checkpoint(NEW, path)
+        there.set()
+        old.result(30.0)
+    assert removed or _loaded(path) == NEW["weights"].tolist()
+    assert [file.name for file in tmp_path.iterdir()] == ([] if removed else ["last.ckpt"])
+    assert caplog.messages == [f"a write to {path} comes to its end too late: what was done there since stays"]
 
 
 class Theirs(TorchCheckpointIO):

@@ -55,10 +55,17 @@ def in_its_thread(io: object, job: Callable[[], T]) -> Future[T]:
 
 
 def let_write(io: object, writer: Writer) -> None:
-    """A late writer has this one's thread until its `teardown`, and not one that Python waits for without bound."""
+    """A late writer has this one's thread until its `teardown`, and not one that Python waits for without bound.
+
+    One of the latter's kind is there where something was saved since the last run: what it has still to write, it does
+    first.
+    """
     later = _later(io)
-    if later is not None and later._executor is None:
-        later._executor = writer  # type: ignore[assignment]  # `submit` and `shutdown` are all it asks for
+    if later is None or isinstance(before := later._executor, Writer):
+        return
+    if before is not None:
+        writer.submit(before.shutdown)
+    later._executor = writer  # type: ignore[assignment]  # `submit` and `shutdown` are all it asks for
 
 
 def being_written(io: object) -> str:

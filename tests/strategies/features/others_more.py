@@ -155,6 +155,7 @@ def fits(way: str, folder: Path) -> dict[str, Fitted]:
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     size = 4 if os.environ["RANK"] == "0" else 8
     return {
+        "cut": fit(knobs={"saves": "cut"}),
         "min_steps": fit([Stops()], min_steps=LEAST_PIPED if way == PIPE else LEAST, max_epochs=9),
         "limit": fit(limit_train_batches=6),
         "part": fit(limit_train_batches=0.5),
@@ -286,6 +287,12 @@ LINES = [
         "24",
         works("meet", lambda one: one.met > 1, "they meet, and average, in mid-epoch"),
         pipe=_no_knob("meet", "meet_every"),
+    ),
+    _line(
+        "`saves` (of the strategy)",
+        '`"cut"`',
+        refused("cut", "Leave it out, and all meet for a checkpoint by steps"),
+        pipe=_no_knob("cut", "saves"),
     ),
     _line(
         "`gradient_clip_val`",
