@@ -201,6 +201,38 @@ def _in_a_folder(folder: str) -> Any:
     return _train(folder, 2, **_in_step())["end"]
 
 
+class Saves(Callback):
+    """Saves in the midst of a validation, where the average is in the place of the weights, or at its end."""
+
+    def __init__(self, file: Path, midst: bool) -> None:
+        self.file, self.midst = file, midst
+
+    def on_validation_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.midst and batch_idx == 1:
+            trainer.save_checkpoint(self.file)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self.midst:
+            trainer.save_checkpoint(self.file)
+
+
+def _saved(file: Path, midst: bool) -> Any:
+    lit, trace, average = Quiet(), Trace(), EMAWeightAveraging(decay=DECAY)
+    options: dict[str, Any] = {"val_check_interval": 3, "max_epochs": 1, "num_sanity_val_steps": 0}
+    trainer(2, callbacks=[Saves(file, midst), average, trace], **options).fit(lit, loader(), loader(20))
+    return weights(lit), trace.steps, trace.validated
+
+
+def test_a_save_in_the_midst_of_a_validation_steps_the_weights_and_not_the_average(tmp_path: Path) -> None:
+    """Gradients that are on their way are applied before it. The file is that of a save at the validation's end."""
+    midst, end = (run(2, _saved, tmp_path / f"{midst}.ckpt", midst) for midst in (True, False))
+    assert midst == end
+    files = [torch.load(tmp_path / f"{midst}.ckpt", weights_only=True) for midst in (True, False)]
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        one, other = (file[key] for file in files)
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
 def _twice() -> Any:
     lit, average = Quiet(), EMAWeightAveraging(decay=DECAY)
     t = trainer(2, callbacks=[average], num_sanity_val_steps=0)

@@ -36,6 +36,7 @@ from lightning_async.strategies.compat.of_callbacks import (
     saves_at_once,
     saves_every,
     set_last_save,
+    swap,
     swap_parts,
     time_is_up,
 )
@@ -125,6 +126,7 @@ __all__ = [
     "share_by_sampler",
     "skip_backward",
     "skip_batch",
+    "swap",
     "swap_parts",
     "synchronises_batchnorm",
     "take_off",

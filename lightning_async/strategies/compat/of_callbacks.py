@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer, WeightAveraging
 from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
@@ -72,8 +73,10 @@ def swap_parts(
     leash: Leash,
     in_part: Callable[[], AbstractContextManager[None]],
     part: Callable[[Module], Module],
+    swapped: Callable[[], None],
 ) -> None:
-    """Let a WeightAveraging exchange its average and the weights within a part of both, for the time of a run."""
+    """Let a WeightAveraging exchange its average and the weights within a part of both, for the time of a run, and call
+    `swapped` whenever they have changed places."""
 
     def within(exchange: Callable[[Module], None]) -> Callable[[Module], None]:
         def exchange_part(module: Module) -> None:
@@ -82,8 +85,18 @@ def swap_parts(
 
         return exchange_part
 
-    leash.wrap(callback, "_swap_models", within(callback._swap_models))  # type: ignore[arg-type]
+    def exchange_and_say(module: Module) -> None:
+        exchange(module)
+        swapped()
+
+    exchange = within(callback._swap_models)  # type: ignore[arg-type]
+    leash.wrap(callback, "_swap_models", exchange_and_say)
     leash.wrap(callback, "_copy_average_to_current", within(callback._copy_average_to_current))  # type: ignore[arg-type]
+
+
+def swap(callback: WeightAveraging, module: LightningModule) -> None:
+    """Let its average and the weights change places, as around a validation."""
+    callback._swap_models(module)
 
 
 def averaged_until(callback: WeightAveraging) -> int:
