@@ -235,9 +235,9 @@ def _by_parameter(optimizer: Optimizer) -> list[dict[str, list[Any]]]:
     return [{key: list(group[key]) for key in BY_PARAMETER if key in group} for group in optimizer.param_groups]
 
 
-def away(parameter: Tensor) -> Tensor:
-    """One number in the place of all, which are elsewhere."""
-    return parameter.data.new_zeros(()).expand(parameter.shape)
+def away(parameter: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """One number in the place of all, which are elsewhere; on another device, if one is named."""
+    return parameter.data.new_zeros((), device=device).expand(parameter.shape)
 
 
 def _stages(module: nn.Module, blocks: Sequence[nn.Module], spans: Sequence[range]) -> dict[int, int]:

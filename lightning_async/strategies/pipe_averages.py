@@ -52,10 +52,12 @@ class PipeAverages:
 
     def take(self, leash: compat.Leash) -> None:
         """Free what lives elsewhere, and give the callbacks the own part for the time of a run."""
+        root = self._strategy.root_device
+        devices = {id(_copy_of(swa)): compat.averages_on(swa) or root for swa in self._stochastic()}
         for copy in self._copies():
             for mine, parameter in zip(self._here(), copy.parameters(), strict=True):
-                if not mine:
-                    parameter.data = away(parameter)
+                if not mine:  # where the copy goes later it is by now: on its way there one number would become many
+                    parameter.data = away(parameter, devices.get(id(copy)))
         self._swapped = []
         averages, trainer = self._weight_averages(), self._strategy.trainer
         if averages:

@@ -277,6 +277,7 @@ def test_a_callback_exchanges_its_average_and_the_weights_within_a_part_of_both(
 def test_where_stochastic_averages_are(t: L.Trainer) -> None:
     swa, lit = StochasticWeightAveraging(0.1), Lit()
     assert compat.average_of_epochs(swa) is None
+    assert [compat.averages_on(StochasticWeightAveraging(0.1, device=d)) for d in (None, "meta")] == [None, "meta"]
     swa.setup(t, lit, "fit")
     assert isinstance(compat.average_of_epochs(swa), Lit)
     compat.go_on_skipping_backward(t, True)

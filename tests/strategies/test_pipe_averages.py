@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,8 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor, nn
 
 from lightning_async.strategies import compat
+from lightning_async.strategies.parts import Parts
+from lightning_async.strategies.pipe_averages import PipeAverages
 from tests.strategies.piped import WIDTH, Piped, loader, trainer, weights
 from tests.strategies.ranks import run
 
@@ -350,3 +353,21 @@ def test_a_run_with_swa_goes_on_to_the_bit(epoch: int, tmp_path: Path) -> None:
         assert other["end"] == one["end"]
         assert other["epochs"] == one["epochs"][epoch + 1 :]
         assert other["losses"] == one["losses"][8 * (epoch + 1) :]
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_what_lives_elsewhere_takes_no_room_where_the_average_is_moved_to(device: str | None) -> None:
+    lit, swa = Piped(), StochasticWeightAveraging(0.02, device=device)
+    t = L.Trainer(callbacks=[swa], logger=False, enable_checkpointing=False, accelerator="cpu")
+    swa.setup(t, lit, "fit")
+    parts = Parts(lit, list(lit.net), [range(2), range(2, 4)], 1)
+    parts.send_away()
+    strategy = SimpleNamespace(trainer=t, turns=SimpleNamespace(parts=parts), root_device=torch.device("meta"))
+    leash = compat.Leash(t)
+    PipeAverages(strategy).take(leash)  # type: ignore[arg-type]
+    copy = compat.average_of_epochs(swa)
+    assert copy is not None
+    here, held = parts.here(), [p.untyped_storage().nbytes() for p in copy.to("meta").parameters()]
+    assert sum(here) not in (0, len(here))
+    assert [size // 4 for size in held] == [p.numel() if h else 1 for h, p in zip(here, copy.parameters(), strict=True)]
+    leash.restore()

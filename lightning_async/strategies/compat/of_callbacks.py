@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer, WeightAveraging
 from torch.nn import Module
@@ -66,6 +67,11 @@ def average_of(callback: WeightAveraging) -> AveragedModel | None:
 def average_of_epochs(callback: StochasticWeightAveraging) -> Module | None:
     """The copy of the module in which StochasticWeightAveraging averages; there is none before `setup`."""
     return callback._average_model
+
+
+def averages_on(callback: StochasticWeightAveraging) -> torch.device | str | None:
+    """The device to which it moves that copy as it begins; None: where the module is."""
+    return callback._device
 
 
 def swap_parts(
