@@ -40,10 +40,12 @@ class Stepping:
     Attributes:
         taken: How many.
         skipped: Those of them that moved nothing.
+        only_forward: Whether batches have no way back, and end in no step: nothing is trained.
     """
 
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.taken = 0
+        self.only_forward = False
         self.skipped = SkippedSteps()
         self._strategy = strategy
         self._moments: dict[int, SecondMoment] = {}
@@ -55,7 +57,8 @@ class Stepping:
     def begin(self) -> None:
         """A fit begins."""
         self.taken = self.skipped.count = 0
-        self._adds_up, self._carried = False, Carried()
+        self._adds_up = self.only_forward = False
+        self._carried = Carried()
 
     @property
     def adds_up(self) -> bool:
@@ -232,7 +235,7 @@ class Stepping:
         """A batch is over; it was a step if an optimizer stepped in it."""
         strategy = self._strategy
         strategy.office.recording.batch()
-        self._adds_up = not self._stepped
+        self._adds_up = not (self._stepped or self.only_forward)
         if not self._stepped:
             return
         self._stepped = False
