@@ -9,6 +9,7 @@ Whether somebody wishes to stop goes along: so the last stages of all replicas k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -37,12 +38,14 @@ class Replicas:
         return len(self._ranks) < 2
 
     def average(self, parameters: Sequence[Tensor], *, wish: bool = False) -> Wait[None]:
-        """Make the gradients the mean over all replicas; one that a replica does not have counts as zeros there."""
+        """Make the gradients the mean over all replicas, in the widest of their precisions, float32 at least; one that a
+        replica does not have counts as zeros there."""
         if self.alone:
             return
         self._count += 1
-        there = torch.tensor([*(float(p.grad is not None) for p in parameters), float(wish)])
-        parts = yield from self._swap(torch.cat([*map(_flat, parameters), there]))
+        dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+        there = torch.tensor([*(float(p.grad is not None) for p in parameters), float(wish)], dtype=dtype)
+        parts = yield from self._swap(torch.cat([*(_flat(p, dtype) for p in parameters), there]))
         total = torch.stack([parts[rank] for rank in self._ranks]).sum(0)
         sizes = [p.numel() for p in parameters]
         means = torch.split(total / len(self._ranks), [*sizes, len(there)])
@@ -70,6 +73,6 @@ class Replicas:
         return parts
 
 
-def _flat(parameter: Tensor) -> Tensor:
+def _flat(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     found = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-    return found.detach().reshape(-1).float().cpu()
+    return found.detach().reshape(-1).to("cpu", dtype)

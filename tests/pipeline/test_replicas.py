@@ -42,6 +42,22 @@ def test_the_mean_on_all(n: int) -> None:
         assert float(parameters[0][1].grad[0]) == pytest.approx(1 / n)  # type: ignore[index]
 
 
+def test_the_mean_is_as_exact_as_the_widest_of_the_weights() -> None:
+    cluster = VirtualCluster(2)
+    parameters = [
+        [nn.Parameter(torch.zeros(4, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16, torch.float32)]
+        for _ in range(2)
+    ]
+    for rank, mine in enumerate(parameters):
+        mine[0].grad = torch.full((4,), (rank + 1) / 3, dtype=torch.float64)
+        mine[2].grad = torch.ones(4)
+    cluster.run({r: _average(Replicas(cluster.carriers[r], range(2)), parameters[r], 1) for r in range(2)})
+    for wide, narrow, single in parameters:
+        assert wide.grad.tolist() == [(1 / 3 + 2 / 3) / 2] * 4  # type: ignore[union-attr]
+        assert (wide.grad.dtype, narrow.grad) == (torch.float64, None)  # type: ignore[union-attr]
+        assert (single.grad.dtype, single.grad.tolist()) == (torch.float32, [1.0] * 4)  # type: ignore[union-attr]
+
+
 def test_a_dead_replica_is_named() -> None:
     cluster = VirtualCluster(2, silence=0.5, patience=1.0)
     cluster.kill(1, at=0.1)
