@@ -22,7 +22,7 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_async.strategies.scaling import scale_of, steps_of
+from lightning_async.strategies.scaling import has_stepped, scale_of, steps_of
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import combined
 
@@ -70,10 +70,11 @@ class Carried:
     def until_stepped(self, optimizer: Optimizer) -> Iterator[None]:
         """In here the optimizer is to step. If it does not (an exception comes first, or fp16's scaler skips it), what
         was added waits for the next step, and the gradients are this rank's own again."""
-        with steps_of(optimizer) as stepped:
+        with steps_of(optimizer) as steps:
             try:
                 yield
             finally:
+                stepped = has_stepped(steps)
                 for parameter, own in self._own.items():
                     if stepped:
                         del self._gradients[parameter]
