@@ -55,6 +55,7 @@ class PipeSaving(PipelineShown):
         turns = self.turns
         self.together(turns.place.rest(turns.batches + turns.passes))  # first: who saves alone must hear of it
         turns.drain()
+        turns.even_buffers()
         state = super().lightning_module_state_dict()
         for part in self.together(whole.collect(self.office.rounds, self.answered_for(state), 0)):
             state |= part

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lightning_async.strategies.pipe_setup import PipeSetup
 
 Step = Callable[[], Any]
+EVENED = "evened"
+"""In a log: the buffers were averaged here."""
 
 
 class Turns:
@@ -91,6 +93,7 @@ class Turns:
             watch=strategy.recording.passed,
         )
         self.replicas = Replicas(strategy.office.mail, strategy.ranks_of_stage())
+        self._even = self.batches
         self._begun = True
         self._modules = list(self.parts.module.modules())
         if fitting and strategy.compensate == "nesterov":
@@ -177,6 +180,17 @@ class Turns:
             self._strategy.together(self.place.drain())
         self._settle(self.batches)
         recording.met(held)
+
+    def even_buffers(self) -> None:
+        """All are after the same batch: what replicas have gathered, each of its own batches, becomes the mean."""
+        if not self.replicas.alone and self._even != self.batches and self.parts.all_buffers():
+            self._even = self.batches
+            self._strategy.recording.mark(EVENED)
+            self.average_buffers()
+
+    def average_buffers(self) -> None:
+        """Now, whether or not something was trained on since."""
+        self._strategy.together(self.replicas.average_buffers(self.parts.all_buffers()))
 
     def go_on(self) -> None:
         """All have stopped after the same batch, for a moment: nothing is left of the wish."""
