@@ -219,6 +219,10 @@ class Parts:
         """The weights that a stage holds at first, wherever they are: both ends have what is outside of the blocks."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters() if self._is_at(stage, p))
 
+    def stepped_at(self, stage: int, optimizer: Optimizer) -> list[Tensor]:
+        """What an optimizer steps on a stage, as far as that is known at first."""
+        return [p for group in self.numbering(optimizer) for p in group if p.requires_grad and self._is_at(stage, p)]
+
     def _is_here(self, parameter: Tensor) -> bool:
         return self._is_at(self.index, parameter)
 

@@ -233,7 +233,8 @@ class Turns:
         with compensate.scaled(optimizer, factor) if factor != 1.0 else nullcontext():
             yield
             if how == "nesterov":
-                compensate.spike(optimizer, self._late)
+                with self._strategy.rounding.around_step(optimizer):
+                    compensate.spike(optimizer, self._late)
 
     @contextmanager
     def _ahead(self) -> Iterator[None]:
