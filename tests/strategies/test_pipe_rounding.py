@@ -19,6 +19,8 @@ from tests.strategies.ranks import run
 from tests.strategies.test_half_steps import MAKERS, RATE
 
 Numbers = dict[str, list[float]]
+CENTRED = ("embed.bias", "net.1.0.bias")
+"""BatchNorm comes right behind them: their gradients are nothing but rounding."""
 
 
 class Tiny(Piped):
@@ -31,6 +33,7 @@ class Tiny(Piped):
         self.began: Numbers = {}
         self.ended: Numbers = {}
         self.states: dict[str, Any] = {}
+        self.shown: Numbers = {}
 
     def configure_optimizers(self) -> Any:
         return self.make(self.parameters())
@@ -43,14 +46,18 @@ class Tiny(Piped):
         self.began = self._exact()
 
     def on_train_end(self) -> None:
-        self.ended = self._exact()
+        self.ended = self.trainer.strategy.answered_for(self._exact())  # type: ignore[attr-defined]
         names = {id(p): name for name, p in self.named_parameters()}
         (optimizer,) = self.trainer.optimizers
         self.states = _plain({names[id(p)]: state for p, state in optimizer.state.items()})
         self.shown = {name: p.flatten().tolist() for name, p in self.named_parameters()}
 
     def _exact(self) -> Numbers:
-        return {name: part.flatten().tolist() for name, part in self.trainer.strategy.rounding.exact().items()}  # type: ignore[attr-defined]
+        """What the stage trains, as its optimizer steps it."""
+        strategy: Any = self.trainer.strategy
+        own = {id(p) for p in strategy.turns.parts.own()}
+        found = strategy.rounding.exact() or {name: p for name, p in self.named_parameters() if id(p) in own}
+        return {name: part.flatten().tolist() for name, part in found.items()}
 
 
 def _plain(states: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +119,7 @@ def test_they_go_where_a_float32_twin_goes_that_has_the_same_gradients(
         assert rank["ended"] == rank["twin"]
         assert rank["states"] == rank["twins states"]
         for name, part in rank["ended"].items():
-            assert part != rank["start"][name]
+            assert part != rank["start"][name] or name in CENTRED
             assert part == pytest.approx(rank["start"][name], abs=1e-3), "far below a place"
             assert rank["shown"][name] == rank["rounded"][name]
 
@@ -146,7 +153,7 @@ def _goes_on(n: int, folder: str, resume: str | None, precision: str) -> Any:
         warnings.filterwarnings("ignore", sentence)
     lit, saver = Tiny("adam"), ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=4)
     options: dict[str, Any] = {"enable_checkpointing": True, "limit_val_batches": 0, "max_epochs": 1}
-    trainer(n, callbacks=[saver], precision=precision, **options).fit(lit, loader(), ckpt_path=resume)
+    trainer(n, callbacks=[saver], precision=precision, **options).fit(lit, loader(), loader(20), ckpt_path=resume)
     return lit.began, lit.ended, lit.states, lit.losses
 
 
@@ -174,9 +181,9 @@ def test_another_number_of_stages_goes_on_from_all_of_it(before: str, after: str
     exact = _exact_of(file)
     rounded = torch.load(file, weights_only=True)["state_dict"]
     assert any(rounded[name].float().flatten().tolist() != part for name, part in exact.items())
-    for began, ended, _, _ in run(3, _goes_on, 3, str(tmp_path / "b"), str(file), after):
+    for began, *_ in run(3, _goes_on, 3, str(tmp_path / "b"), str(file), after):
+        assert began
         assert began.items() <= exact.items()
-        assert bool(began) is (after == "bf16-true") is bool(ended)
 
 
 def _exact_of(file: Path) -> Numbers:
