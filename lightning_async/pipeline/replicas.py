@@ -40,8 +40,8 @@ class Replicas:
         return len(self._ranks) < 2
 
     def average(self, parameters: Sequence[Tensor], *, wish: bool = False) -> Wait[None]:
-        """Make the gradients the mean over all replicas, in the widest of their precisions, float32 at least; one that a
-        replica does not have counts as zeros there."""
+        """Make the gradients the mean over all replicas, in the widest of their precisions and at least float32; one
+        that a replica does not have counts as zeros there."""
         if self.alone:
             return
         dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)

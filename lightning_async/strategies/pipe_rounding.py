@@ -71,7 +71,8 @@ class PipeRounding:
 
     def around_mode(self, optimizer: Optimizer) -> AbstractContextManager[None]:
         """In here that is of which the optimizer remembers something; nobody has a gradient."""
-        return self._widened(optimizer, (p for p in parameters_of(optimizer) if optimizer.state.get(p)), gradients=False)
+        known = (p for p in parameters_of(optimizer) if optimizer.state.get(p))
+        return self._widened(optimizer, known, gradients=False)
 
     def remember(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """The optimizer has loaded this state, and rounded it to the precision of weights: it is as it was saved."""

@@ -1,8 +1,8 @@
 """A step that the gradient scaler of fp16 skips is counted and harms nobody: nothing moved, and the exchange goes on.
 
 The rank's steps are counted by batches, so no ledger falls behind, and Adam's correction sees that no step was taken.
-Each rank has a scale of its own. An optimizer that unscales in its own step (`fused=True`) is asked for each, and is told
-on its device which to skip: that is read when somebody wants the number, so that no step waits for the device.
+Each rank has a scale of its own. An optimizer that unscales in its own step (`fused=True`) is asked for each, and is
+told on its device which to skip: that is read when somebody wants the number, so that no step waits for the device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Steps = Sequence[Tensor | None]
-"""The calls of an optimizer's step, each with what it was told of gradients that are not finite: not 0, it did nothing."""
+"""Calls of an optimizer's step, each with what it was told of gradients that are not finite; not 0: it did nothing."""
 
 
 class SkippedSteps:

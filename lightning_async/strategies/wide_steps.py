@@ -1,5 +1,7 @@
-"""Half-precision weights are float32 where an optimizer steps them, and there only: a closure that is called in the midst
-of that, with its forward and backward pass, hooks and clipping, finds them as they are."""
+"""Half-precision weights are float32 where an optimizer steps them, and there only.
+
+A closure that is called in the midst of that, with its two passes, hooks and clipping, finds them as they are.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,8 @@ def instead(optimizer: Optimizer, other: Callable[[Step], Step]) -> Iterator[Non
 def widen_modes(
     optimizer: Optimizer, shown: object, leash: compat.Leash, widen: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    """Optimizers that show other weights for a while (schedule-free: `train()`, `eval()`) make them of their state, which
-    is as wide as their steps: these are inside of `widen()`, too. `shown`: as Lightning shows the optimizer."""
+    """Optimizers that show other weights for a while (schedule-free: `train()`, `eval()`) make them of their state,
+    which is as wide as their steps: these are inside of `widen()`, too. `shown`: as Lightning shows the optimizer."""
     for name in ("train", "eval"):
         if callable(mode := getattr(optimizer, name, None)):
             for owner in (optimizer, shown):

@@ -210,7 +210,9 @@ class Saves(Callback):
     def __init__(self, file: Path, midst: bool) -> None:
         self.file, self.midst = file, midst
 
-    def on_validation_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
         if self.midst and batch_idx == 1:
             trainer.save_checkpoint(self.file)
 
