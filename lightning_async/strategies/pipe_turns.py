@@ -189,8 +189,9 @@ class Turns:
             self.average_buffers()
 
     def average_buffers(self) -> None:
-        """Now, whether or not something was trained on since."""
-        self._strategy.together(self.replicas.average_buffers(self.parts.all_buffers()))
+        """Now, whether or not something was trained on since; also where a validation begins, as in `drain`."""
+        with torch.inference_mode(False):
+            self._strategy.together(self.replicas.average_buffers(self.parts.all_buffers()))
 
     def go_on(self) -> None:
         """All have stopped after the same batch, for a moment: nothing is left of the wish."""
