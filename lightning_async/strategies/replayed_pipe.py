@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from lightning_async.strategies.course import Course, WrongInput
 from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
 from lightning_async.strategies.pipe_recording import PASSES, StageRecording
+from lightning_async.strategies.pipe_turns import EVENED
 from lightning_async.strategies.replayed_feeding import RecordedFeeding
 from lightning_async.strategies.replayed_office import Place, ReplayedOffice
-from lightning_async.strategies.pipe_turns import EVENED
 from lightning_async.strategies.replaying import Replaying
 from lightning_async.strategies.rests import Rests
 from lightning_async.transport.hall import Hall

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import Tensor, nn
 
-from lightning_async.strategies import compat
+from lightning_async.strategies import compat, parts, pipe_averages
 from lightning_async.strategies.parts import Parts
 from lightning_async.strategies.pipe_averages import PipeAverages
 from tests.strategies.piped import WIDTH, Piped, loader, trainer, weights
@@ -357,19 +357,44 @@ def test_a_run_with_swa_goes_on_to_the_bit(epoch: int, tmp_path: Path) -> None:
         assert other["losses"] == one["losses"][8 * (epoch + 1) :]
 
 
-@pytest.mark.parametrize("device", [None, "meta"])
-def test_what_lives_elsewhere_takes_no_room_where_the_average_is_moved_to(device: str | None) -> None:
+def _taken(device: str | None, root: str) -> tuple[nn.Module, list[bool], compat.Leash]:
+    """The copy in which SWA averages, on the last of two stages, and which of its weights live there."""
     lit, swa = Piped(), StochasticWeightAveraging(0.02, device=device)
     t = L.Trainer(callbacks=[swa], logger=False, enable_checkpointing=False, accelerator="cpu")
     swa.setup(t, lit, "fit")
-    parts = Parts(lit, list(lit.net), [range(2), range(2, 4)], 1)
-    parts.send_away()
-    strategy = SimpleNamespace(trainer=t, turns=SimpleNamespace(parts=parts), root_device=torch.device("meta"))
+    mine = Parts(lit, list(lit.net), [range(2), range(2, 4)], 1)
+    mine.send_away()
+    strategy = SimpleNamespace(trainer=t, turns=SimpleNamespace(parts=mine), root_device=torch.device(root))
     leash = compat.Leash(t)
     PipeAverages(strategy).take(leash)  # type: ignore[arg-type]
     copy = compat.average_of_epochs(swa)
     assert copy is not None
-    here, held = parts.here(), [p.untyped_storage().nbytes() for p in copy.to("meta").parameters()]
-    assert sum(here) not in (0, len(here))
-    assert [size // 4 for size in held] == [p.numel() if h else 1 for h, p in zip(here, copy.parameters(), strict=True)]
+    return copy, mine.here(), leash
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_what_lives_elsewhere_stands_where_the_average_will_be_moved_to(
+    device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On its way there one number in the place of all would become as many."""
+    asked: list[str] = []
+
+    def away(parameter: Tensor, device: torch.device | str | None = None) -> Tensor:
+        asked.append(str(device))
+        return parts.away(parameter)
+
+    monkeypatch.setattr(pipe_averages, "away", away)
+    copy, here, leash = _taken(device, "meta")
+    assert asked == [device or "meta"] * here.count(False)
+    held = [p.untyped_storage().nbytes() // 4 for p in copy.parameters()]
+    assert held == [p.numel() if mine else 1 for mine, p in zip(here, copy.parameters(), strict=True)]
+    leash.restore()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", [None, "cuda"])
+def test_what_lives_elsewhere_takes_no_room_on_a_gpu(device: str | None) -> None:
+    copy, here, leash = _taken(device, "cuda")
+    held = [p.untyped_storage().nbytes() // 4 for p in copy.to("cuda").parameters()]
+    assert held == [p.numel() if mine else 1 for mine, p in zip(here, copy.parameters(), strict=True)]
     leash.restore()
