@@ -49,11 +49,11 @@ def test_the_mean_is_as_exact_as_the_widest_of_the_weights() -> None:
         for _ in range(2)
     ]
     for rank, mine in enumerate(parameters):
-        mine[0].grad = torch.full((4,), (rank + 1) / 3, dtype=torch.float64)
+        mine[0].grad = torch.full((4,), (2 * rank + 1) / 7, dtype=torch.float64)
         mine[2].grad = torch.ones(4)
     cluster.run({r: _average(Replicas(cluster.carriers[r], range(2)), parameters[r], 1) for r in range(2)})
     for wide, narrow, single in parameters:
-        assert wide.grad.tolist() == [(1 / 3 + 2 / 3) / 2] * 4  # type: ignore[union-attr]
+        assert wide.grad.tolist() == [(1 / 7 + 3 / 7) / 2] * 4  # type: ignore[union-attr]
         assert (wide.grad.dtype, narrow.grad) == (torch.float64, None)  # type: ignore[union-attr]
         assert (single.grad.dtype, single.grad.tolist()) == (torch.float32, [1.0] * 4)  # type: ignore[union-attr]
 

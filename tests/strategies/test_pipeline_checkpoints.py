@@ -201,27 +201,31 @@ def test_a_save_at_the_end_of_a_validation_drains_the_pipe_as_in_training(tmp_pa
     assert found[0] == found[1]
 
 
-class SavesInInference(Callback):
-    """As Lightning calls its hooks where its process group is NCCL's."""
+class SavesInMode(Callback):
+    """In inference mode, as Lightning calls its hooks where its process group is NCCL's, or without."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, inference: bool) -> None:
+        self.file, self.inference = file, inference
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(self.inference):
             trainer.save_checkpoint(self.file)
 
 
-def _inferred(file: Path) -> list[float]:
-    lit, knobs = Piped(), {"semantics": "recompute"}
+def _inferred(file: Path, inference: bool, semantics: str) -> list[float]:
+    lit, callbacks = Piped(), [SavesInMode(file, inference)]
     options = {"val_check_interval": 1, "limit_train_batches": 3, "limit_val_batches": 1, "max_epochs": 1}
-    trainer(2, knobs=knobs, callbacks=[SavesInInference(file)], **options).fit(lit, loader(), loader(20))
+    trainer(2, knobs={"semantics": semantics}, callbacks=callbacks, **options).fit(lit, loader(), loader(20))
     return weights(lit)
 
 
-def test_what_an_optimizer_remembers_of_a_drain_in_inference_mode_it_can_go_on_with(tmp_path: Path) -> None:
-    one, other = run(2, _inferred, tmp_path / "x.ckpt")
-    assert one == other
+@pytest.mark.few(1)
+@pytest.mark.parametrize("semantics", ["recompute", "stash"])
+def test_a_drain_in_inference_mode_is_one_of_training(semantics: str, tmp_path: Path) -> None:
+    """Nothing would be computed again with gradients there, and an optimizer could not go on with what it remembers."""
+    assert run(2, _inferred, tmp_path / "x.ckpt", True, semantics) == run(
+        2, _inferred, tmp_path / "y.ckpt", False, semantics
+    )
 
 
 def test_a_run_goes_on_in_mid_epoch(tmp_path: Path) -> None:
