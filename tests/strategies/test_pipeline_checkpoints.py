@@ -219,7 +219,7 @@ def _inferred(file: Path, inference: bool, semantics: str) -> list[float]:
     return weights(lit)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("semantics", ["recompute", "stash"])
 def test_a_drain_in_inference_mode_is_one_of_training(semantics: str, tmp_path: Path) -> None:
     """Nothing would be computed again with gradients there, and an optimizer could not go on with what it remembers."""
