@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_async.pipeline import compensate
-from lightning_async.strategies.pipe_rounding import PipeRounding
+from lightning_async.strategies.pipe_rounding import PipeRounding, wider_steps
 from lightning_async.strategies.pipe_saving import KEY
 from tests.strategies.piped import Piped, loader, trainer
 from tests.strategies.ranks import run
@@ -143,6 +143,17 @@ def test_spikes_of_momentum_are_float32_too() -> None:
     assert weight.tolist() == [1.0] * 4
     rounding.end()
     assert not rounding.exact()
+
+
+@pytest.mark.parametrize(("maker", "remembered"), [("adam", 2), ("sgd", 1)])
+def test_what_it_costs_is_told(maker: str, remembered: int) -> None:
+    """A float32 number for each, and two bytes more for what is remembered of each."""
+    narrow, wide = (
+        nn.Parameter(torch.zeros(n, dtype=dtype)) for n, dtype in ((10, torch.bfloat16), (5, torch.float32))
+    )
+    optimizer = MAKERS[maker]([narrow, wide])
+    assert wider_steps(optimizer, [narrow, wide]) == 10 * (4 + 2 * remembered)
+    assert wider_steps(optimizer, [wide]) == 0
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
