@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_async.pipeline import compensate
+from lightning_async.strategies import compat
 from lightning_async.strategies.pipe_rounding import PipeRounding, wider_steps
 from lightning_async.strategies.pipe_saving import KEY
+from lightning_async.strategies.wide_steps import widen_modes
 from tests.strategies.piped import Piped, loader, trainer
 from tests.strategies.ranks import run
-from tests.strategies.test_half_steps import MAKERS, RATE
+from tests.strategies.test_half_steps import MAKERS, RATE, Free
 
 Numbers = dict[str, list[float]]
 
@@ -143,6 +147,30 @@ def test_spikes_of_momentum_are_float32_too() -> None:
     assert weight.tolist() == [1.0] * 4
     rounding.end()
     assert not rounding.exact()
+
+
+def test_averages_that_an_optimizer_shows_are_made_of_float32() -> None:
+    """A schedule-free one's, which goes by what it remembers."""
+    weight, twin = (nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
+    rounding, leash = PipeRounding(), compat.Leash(L.Trainer(accelerator="cpu", logger=False))
+    rounding.begin([("w", weight)], {})
+    optimizer, other = Free([weight], 1e-4), Free([twin], 1e-4)
+    shown = SimpleNamespace(train=optimizer.train, eval=optimizer.eval)
+    widen_modes(optimizer, shown, leash, lambda: rounding.around_mode(optimizer))
+    for step in range(3):
+        gradient = torch.tensor([1.0, -2.0, 0.5, 3.0]) * (step + 1)
+        weight.grad, twin.grad = gradient.bfloat16(), gradient
+        with rounding.stepping(optimizer):
+            optimizer.step()
+        other.step()
+        weight.grad = twin.grad = None
+        shown.eval()
+        other.eval()
+        assert torch.equal(rounding.exact()["w"], twin)
+        optimizer.train()
+        other.train()
+    assert torch.equal(rounding.exact()["w"], twin)
+    leash.restore()
 
 
 @pytest.mark.parametrize(("maker", "remembered"), [("adam", 2), ("sgd", 1)])
