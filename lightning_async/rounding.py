@@ -33,6 +33,11 @@ class Rounded:
     def __bool__(self) -> bool:
         return bool(self._pairs)
 
+    @torch.no_grad()
+    def take(self, parameter: nn.Parameter, part: Tensor) -> None:
+        """One more, with its part as it is: what the parameter shows beside its rounding was done by others."""
+        self._pairs.append((parameter, part))
+
     def carry_over(self) -> None:
         """Add to each part what others did to its parameter since it was shown last."""
         if self._pairs:

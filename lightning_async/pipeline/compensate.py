@@ -50,7 +50,8 @@ def predicted(optimizer: Optimizer, late: float) -> Iterator[None]:
                 direction = _direction(group, optimizer.state.get(parameter, {}))
                 if direction is not None and late > 0:
                     before.append((parameter, parameter.data))
-                    parameter.data = parameter.data - late * float(group["lr"]) * direction
+                    ahead = parameter.data - late * float(group["lr"]) * direction
+                    parameter.data = ahead.to(parameter.dtype)  # what an optimizer remembers may be wider
     try:
         yield
     finally:

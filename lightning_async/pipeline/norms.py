@@ -11,6 +11,7 @@ stage's word is an update old when it leaves, and older by a batch for each hop.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class Norms:
     def clip(self, parameters: Iterable[Tensor], limit: float) -> float:
         """Scale the gradients as a norm of the whole of at most `limit` demands; the norm before that."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32).cpu() for g in gradients]
+        widest = reduce(torch.promote_types, (g.dtype for g in gradients), torch.float32)
+        norms = [torch.linalg.vector_norm(g, dtype=widest).cpu() for g in gradients]
         self.own = float(torch.stack(norms).square().sum()) if norms else 0.0
         whole = (self.own + self.before + self.behind) ** 0.5
         if (factor := limit / (whole + TINY)) < 1.0:

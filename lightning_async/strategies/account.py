@@ -128,15 +128,16 @@ def model_of(parameters: Iterable[nn.Parameter], **more: int | frozenset[int]) -
 def wider_state(optimizer: Optimizer, dtype: torch.dtype) -> int:
     """Bytes by which what an optimizer remembers is longer in this precision than in that of its parameters; 0 for one
     that cannot be asked what it remembers."""
-    return _kept(optimizer) * sum(p.numel() * max(0, dtype.itemsize - p.dtype.itemsize) for p in _trained(optimizer))
+    return kept(optimizer) * sum(p.numel() * max(0, dtype.itemsize - p.dtype.itemsize) for p in _trained(optimizer))
 
 
 def state_of(optimizer: Optimizer, dtype: torch.dtype) -> int:
     """Bytes of what an optimizer remembers in this precision, or its parameters' if that is wider; 0 as above."""
-    return _kept(optimizer) * sum(p.numel() * max(dtype.itemsize, p.dtype.itemsize) for p in _trained(optimizer))
+    return kept(optimizer) * sum(p.numel() * max(dtype.itemsize, p.dtype.itemsize) for p in _trained(optimizer))
 
 
-def _kept(optimizer: Optimizer) -> int:
+def kept(optimizer: Optimizer) -> int:
+    """How many numbers an optimizer remembers of each of its parameters'; 0 as above."""
     try:
         return len(remembered(optimizer))
     except Exception:  # it is the user's, and may need whatever it likes
@@ -346,6 +347,7 @@ def staged(
     held: int,
     semantics: Semantics,
     edges: Sequence[int],
+    wider: int = 0,
     piece: int = PIECE,
 ) -> Account:
     """One stage of a pipeline, without the activations inside of it: those are the user's, for each batch held.
@@ -357,11 +359,12 @@ def staged(
         held: Batches that the stage holds at most; each goes back to the weights that it went forward with.
         semantics: "stash" alone keeps old weights.
         edges: Bytes of one batch as it goes from stage to stage, at each end of this one that has a neighbour.
+        wider: Bytes of what its half-precision weights hold the rounding of, and by which its optimizers remember more.
         piece: The longest piece in which a body travels.
     """
     old = max(0, held - 1) * weights if semantics == "stash" else 0
     host = rounds(state, ranks) + linked(ranks - 1, ranks - 1, piece) + 2 * DEPTH * sum(edges)
-    return Account(old, host, sum(edges), "a batch")
+    return Account(old + wider, host, sum(edges), "a batch")
 
 
 def _every(steps: int) -> str:

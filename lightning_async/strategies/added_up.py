@@ -22,7 +22,7 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_async.strategies.scaling import scale_of, steps_of
+from lightning_async.strategies.scaling import has_stepped, scale_of, steps_of
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import combined
 
@@ -37,7 +37,8 @@ class Carried:
     """What other ranks had added up, until the step comes. Gradients as they are without fp16's scale, in float32.
 
     It waits here, and not in `.grad`: the batches of a window are counted as on the rank that wrote the main file, so
-    one may begin here, and clear all gradients, where it was under way there.
+    one may begin here, and clear all gradients, where it was under way there. In the step this rank's own gradients
+    wait in host memory: on the device there are the sums alone.
     """
 
     def __init__(self) -> None:
@@ -62,22 +63,23 @@ class Carried:
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             if (carried := self._gradients.get(parameter)) is not None:
                 gradient = (carried * scale).to(parameter)
-                self._own[parameter] = parameter.grad
+                self._own[parameter] = None if parameter.grad is None else parameter.grad.to("cpu", copy=True)
                 parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
 
     @contextmanager
     def until_stepped(self, optimizer: Optimizer) -> Iterator[None]:
         """In here the optimizer is to step. If it does not (an exception comes first, or fp16's scaler skips it), what
         was added waits for the next step, and the gradients are this rank's own again."""
-        with steps_of(optimizer) as stepped:
+        with steps_of(optimizer) as steps:
             try:
                 yield
             finally:
+                stepped = has_stepped(steps)
                 for parameter, own in self._own.items():
                     if stepped:
                         del self._gradients[parameter]
                     else:
-                        parameter.grad = own
+                        parameter.grad = None if own is None else own.to(parameter.device)
                 self._own = {}
 
     def state_dict(self, module: nn.Module) -> dict[str, Tensor]:

@@ -54,6 +54,8 @@ class Resting(PipeSaving):
         self.together(turns.place.rest(turns.batches + turns.passes))
         if drain:  # behind the word that all are here: a drain alone would wait for who trains on
             turns.drain()
+        if self.fitting:
+            turns.even_buffers()
         self.together(self.tell())
         mine = {key: float(value) for key, value in trainer.callback_metrics.items()}
         known = self.together(words.broadcast(self.office.rounds, mine, 0))

@@ -11,8 +11,9 @@ averages in the place of weights: callbacks swap them in during validation only,
 run's, and a slow rank's batch takes several of them at once: where one of these was to be averaged, its end is, once.
 `StochasticWeightAveraging` averages as an epoch starts, when all hold the consensus, so its averages are equal already.
 Its last epoch trains nothing and takes BatchNorm's statistics anew. It needs the weights that the callback wrote, no
-gradients that are left over, and a number of batches, which data that are shared out by speed do not have. Whatever the
-method had of the weights before (what a server holds, what is held back) ends there: it begins anew from the average.
+gradients that are left over, no step (Lightning asks for one behind its last batch), and a number of batches, which
+data that are shared out by speed do not have. Whatever the method had of the weights before (what a server holds, what
+is held back) ends there: it begins anew from the average.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ class Averages(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Make room for an epoch that trains nothing."""
+        self.strategy.stepping.only_forward = False
         for callback in compat.callbacks(trainer):
             if isinstance(callback, StochasticWeightAveraging) and trainer.current_epoch == callback.swa_end + 1:
                 self.strategy.replica.stay()
                 self.strategy.consensus.rewritten = True
+                self.strategy.stepping.only_forward = module.automatic_optimization
                 self._give_length(trainer)
                 for optimizer in trainer.optimizers:
                     optimizer.zero_grad()

@@ -306,6 +306,8 @@ class AsyncStrategy(Shown):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Let the algorithm see the gradients between backward and Lightning's hooks, clipping and update."""
+        if self.stepping.only_forward:
+            return closure()
         with self.stepping.around(optimizer):
             return super().optimizer_step(optimizer, self.stepping.with_exchange(optimizer, closure), model, **kwargs)
 

@@ -27,6 +27,8 @@ from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 
 OUTSIDE = -1
+BY_PARAMETER = ("params", "param_names")
+"""What an optimizer's group has one of for each parameter; names, if the user gave them."""
 THAW = "thaw in a second `fit`, whose `configure_optimizers` finds thawed what is trained from then on"
 BESIDE = (
     "is used before the call of the stages, or inside another stage, and reaches the loss also on another way: such a "
@@ -50,7 +52,7 @@ class Parts:
         self._seen = False
         self._strays: list[tuple[str, nn.Parameter]] = []
         self._away: list[nn.Parameter] = []
-        self._full: list[tuple[Optimizer, list[list[Tensor]]]] = []
+        self._full: list[tuple[Optimizer, list[dict[str, list[Any]]]]] = []
 
     def own(self) -> list[nn.Parameter]:
         """The parameters that this rank's optimizer may change."""
@@ -59,6 +61,10 @@ class Parts:
     def buffers(self) -> list[Tensor]:
         """What the forward pass of the own blocks may change."""
         return [buffer for block in self.blocks for buffer in block.buffers()]
+
+    def all_buffers(self) -> list[Tensor]:
+        """What any forward pass here may change: at both ends also what is outside of the blocks."""
+        return [buffer for buffer in self.module.buffers() if self._is_here(buffer)]
 
     def names(self) -> set[str]:
         """The entries of the module's state that this rank answers for."""
@@ -97,7 +103,7 @@ class Parts:
     def keep_own(self, optimizers: Iterable[Optimizer]) -> None:
         """Let the optimizers see what lives here only; their numbering of all parameters is remembered."""
         for optimizer in optimizers:
-            self._full.append((optimizer, [list(group["params"]) for group in optimizer.param_groups]))
+            self._full.append((optimizer, _by_parameter(optimizer)))
             self._drop(
                 optimizer, [p for group in optimizer.param_groups for p in group["params"] if not self._is_here(p)]
             )
@@ -112,18 +118,21 @@ class Parts:
         had = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
         known = [{id(p) for group in self.numbering(one) for p in group} for one in optimizers]
         for optimizer in optimizers:
-            for group, parameters in zip(optimizer.param_groups, self.numbering(optimizer), strict=True):
-                group["params"] = list(parameters)
+            for group, whole_group in zip(optimizer.param_groups, self._whole(optimizer), strict=True):
+                group |= {key: list(values) for key, values in whole_group.items()}
         yield
         self._full = []
         for optimizer, kept, old in zip(optimizers, had, known, strict=True):
-            every = [list(group["params"]) for group in optimizer.param_groups]
-            self._full.append((optimizer, every))
+            self._full.append((optimizer, _by_parameter(optimizer)))
+            every = self.numbering(optimizer)
             here = kept | {id(p) for group in every for p in group if id(p) not in old and self._is_ours(p)}
             self._drop(optimizer, [p for group in every for p in group if id(p) not in here])
 
     def numbering(self, optimizer: Optimizer) -> list[list[Tensor]]:
         """All parameters of an optimizer as the user made it, group by group."""
+        return [group["params"] for group in self._whole(optimizer)]
+
+    def _whole(self, optimizer: Optimizer) -> list[dict[str, list[Any]]]:
         return next(groups for one, groups in self._full if one is optimizer)
 
     def optimizer_state(self, optimizer: Optimizer, rounds: Rounds) -> Wait[dict[str, Any]]:
@@ -135,9 +144,10 @@ class Parts:
         for part in (yield from whole.collect(rounds, mine, 0)):
             entries |= dict(part)
         groups, at = state["param_groups"], 0
-        for group, parameters in zip(groups, self.numbering(optimizer), strict=True):
-            group["params"] = list(range(at, at + len(parameters)))
-            at += len(parameters)
+        for group, whole_group in zip(groups, self._whole(optimizer), strict=True):
+            n = len(whole_group["params"])
+            group |= {**whole_group, "params": list(range(at, at + n))}
+            at += n
         return {"state": dict(sorted(entries.items())), "param_groups": groups}
 
     def own_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,7 +161,9 @@ class Parts:
             number = {id(p): at for p, at in zip(parameters, saved["params"], strict=True)}
             olds = [number[id(p)] for p in group["params"]]
             entries |= {new + i: state["state"][old] for i, old in enumerate(olds) if old in state["state"]}
-            groups.append({**saved, "params": list(range(new, new + len(olds)))})
+            others = {key: value for key, value in saved.items() if key not in BY_PARAMETER}
+            names = {"param_names": group["param_names"]} if "param_names" in group else {}
+            groups.append({**others, **names, "params": list(range(new, new + len(olds)))})
             new += len(olds)
         return {"state": entries, "param_groups": groups}
 
@@ -207,6 +219,10 @@ class Parts:
         """The weights that a stage holds at first, wherever they are: both ends have what is outside of the blocks."""
         return sum(p.numel() * p.element_size() for p in self.module.parameters() if self._is_at(stage, p))
 
+    def stepped_at(self, stage: int, optimizer: Optimizer) -> list[Tensor]:
+        """What an optimizer steps on a stage, as far as that is known at first."""
+        return [p for group in self.numbering(optimizer) for p in group if p.requires_grad and self._is_at(stage, p)]
+
     def _is_here(self, parameter: Tensor) -> bool:
         return self._is_at(self.index, parameter)
 
@@ -218,16 +234,18 @@ class Parts:
         gone = {id(p) for p in parameters}
         for group in optimizer.param_groups:
             kept = [at for at, p in enumerate(group["params"]) if id(p) not in gone]
-            for key in ("params", "param_names"):
-                if key in group:
-                    group[key] = [group[key][at] for at in kept]
+            group |= {key: [group[key][at] for at in kept] for key in BY_PARAMETER if key in group}
         for parameter in [p for p in optimizer.state if id(p) in gone]:
             del optimizer.state[parameter]
 
 
-def away(parameter: Tensor) -> Tensor:
-    """One number in the place of all, which are elsewhere."""
-    return parameter.data.new_zeros(()).expand(parameter.shape)
+def _by_parameter(optimizer: Optimizer) -> list[dict[str, list[Any]]]:
+    return [{key: list(group[key]) for key in BY_PARAMETER if key in group} for group in optimizer.param_groups]
+
+
+def away(parameter: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """One number in the place of all, which are elsewhere; on another device, if one is named."""
+    return parameter.data.new_zeros((), device=device).expand(parameter.shape)
 
 
 def _stages(module: nn.Module, blocks: Sequence[nn.Module], spans: Sequence[range]) -> dict[int, int]:

@@ -3,7 +3,8 @@
     setup            the callback copies the whole module; all copies become rank 0's; what lives elsewhere is sent away
     behind a batch   each stage averages its weights as they are then
     validation       each stage swaps its own, and swaps them back: what is on its way meets the weights of before
-    save             rank 0 collects the averages like the weights: the file is an ordinary one
+    save             rank 0 collects the averages like the weights: the file is an ordinary one. In the midst of a
+                     validation they are swapped back for it: what is on its way is applied before
     end              the averages are the weights, and all take both home
 
 The callbacks work on a whole module. Here they are given the part of it that lives on this rank.
@@ -14,7 +15,7 @@ it the pipe is drained, and the batches go forward through all stages, with no w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ class PipeAverages:
 
     def __init__(self, strategy: PipeBatches) -> None:
         self._strategy = strategy
+        self._swapped: list[WeightAveraging] = []
 
     def equalise(self) -> Wait[None]:
         """Rank 0's, everywhere: they were copied from weights of which each rank had its own."""
@@ -50,12 +52,19 @@ class PipeAverages:
 
     def take(self, leash: compat.Leash) -> None:
         """Free what lives elsewhere, and give the callbacks the own part for the time of a run."""
+        root = self._strategy.root_device
+        devices = {id(_copy_of(swa)): compat.averages_on(swa) or root for swa in self._stochastic()}
         for copy in self._copies():
             for mine, parameter in zip(self._here(), copy.parameters(), strict=True):
-                if not mine:
-                    parameter.data = away(parameter)
-        for callback, average in self._weight_averages():
-            compat.swap_parts(callback, leash, partial(self._in_part, average), self._own)
+                if not mine:  # where the copy goes later it is by now: on its way there one number would become many
+                    parameter.data = away(parameter, devices.get(id(copy)))
+        self._swapped = []
+        averages, trainer = self._weight_averages(), self._strategy.trainer
+        if averages:
+            leash.wrap(trainer, "save_checkpoint", partial(self._save_weights, trainer.save_checkpoint))
+        for callback, average in averages:
+            has_swapped = partial(self._has_swapped, callback)
+            compat.swap_parts(callback, leash, partial(self._in_part, average), self._own, has_swapped)
             self._update_part(leash, average)
             self._save_whole(leash, callback, average)
         for swa in self._stochastic():
@@ -67,6 +76,23 @@ class PipeAverages:
                 original(self._own(model))
 
         original = leash.wrap(average, "update_parameters", update)
+
+    def _has_swapped(self, callback: WeightAveraging) -> None:
+        if callback in self._swapped:
+            self._swapped.remove(callback)
+        else:
+            self._swapped.append(callback)
+
+    def _save_weights(self, save: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        """Who saves in the midst of a validation finds averages in the place of weights: a step would go to them."""
+        module, swapped = self._strategy.trainer.lightning_module, self._swapped[::-1]
+        for callback in swapped:
+            compat.swap(callback, module)
+        try:
+            save(*arguments, **options)
+        finally:
+            for callback in swapped[::-1]:
+                compat.swap(callback, module)
 
     def _save_whole(self, leash: compat.Leash, callback: WeightAveraging, average: AveragedModel) -> None:
         def on_save_checkpoint(trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:

@@ -162,7 +162,9 @@ class PipeBatches(Resting):
             self.turns.average()
             return result
 
-        taken = super().optimizer_step(optimizer, closure_then_average if self.piped else closure, model, **kwargs)
+        closure_here = closure_then_average if self.piped else closure
+        with self.rounding.stepping(optimizer):
+            taken = super().optimizer_step(optimizer, closure_here, model, **kwargs)
         batch = self.turns.batches if self.piped else self.batches_alone
         self.updates += batch != self._stepped  # with several optimizers too, a batch is one step
         self._stepped = batch
@@ -171,7 +173,7 @@ class PipeBatches(Resting):
     def step_now(self, optimizer: Optimizer) -> None:
         """The step of a stage before the last: its gradients are there. Hooks and clipping as ever."""
         self._note_knobs()
-        with self.turns.around_step(optimizer):
+        with self.turns.around_step(optimizer), self.rounding.stepping(optimizer):
             super().optimizer_step(optimizer, lambda: None)
 
     def batch_ended(self, outputs: Any) -> None:

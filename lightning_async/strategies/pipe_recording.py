@@ -5,7 +5,7 @@
     last      loss of 17        B 17 --> 5b6e..
 
 Between meetings of the log the pipe is full; at each it is drained (for a checkpoint, a stop, at the end). Rests and
-what is evaluated between them change no weights: they are not in the log.
+what is evaluated between them change no weights: they are not in the log, but for replicas that average buffers there.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.strategies import compat, foreign, saved_loops, whole
+from lightning_async.strategies.pipe_rounding import PipeRounding
 from lightning_async.strategies.pipeline_shown import PipelineShown
 from lightning_async.strategies.trainable import train_again, trained_now
 
@@ -37,6 +38,7 @@ class PipeSaving(PipelineShown):
         found: The cuts, where they were measured.
         halted: Whether all are behind a batch and its hooks, for what somebody wished.
         at_home: Whether the fit is over, and each rank has the whole module.
+        rounding: What half-precision weights of the own stage hold the rounding of.
     """
 
     resumed: Mapping[str, Any]
@@ -47,6 +49,7 @@ class PipeSaving(PipelineShown):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.resumed = {}
+        self.rounding = PipeRounding()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole module's state, on rank 0. Called by all; the pipe is drained, so that a run can go on from it."""
@@ -55,6 +58,7 @@ class PipeSaving(PipelineShown):
         turns = self.turns
         self.together(turns.place.rest(turns.batches + turns.passes))  # first: who saves alone must hear of it
         turns.drain()
+        turns.even_buffers()
         state = super().lightning_module_state_dict()
         for part in self.together(whole.collect(self.office.rounds, self.answered_for(state), 0)):
             state |= part
@@ -78,6 +82,8 @@ class PipeSaving(PipelineShown):
             pairs = zip(self.optimizers, states, strict=True)
             states = [self.turns.parts.own_state(optimizer, state) for optimizer, state in pairs]
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+        for optimizer, state in zip(self.optimizers, states, strict=False):
+            self.rounding.remember(optimizer, state)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Rank 0 writes an ordinary checkpoint; after an exception there is nothing whole to write, and behind the fit
@@ -101,6 +107,7 @@ class PipeSaving(PipelineShown):
                 "kept": self.together(self.keeping()),
                 "gradients": self._added_up([stage["gradients"] for stage in stages]),
                 "norms": [stage["norms"] for stage in stages[: self.depth]],
+                "exact": {name: part for stage in stages for name, part in stage["exact"].items()},
                 "counted": list(self.counts.told()),
                 "trained": trained_now(self.trainer.lightning_module),
             }
@@ -131,14 +138,15 @@ class PipeSaving(PipelineShown):
         return last
 
     def _between_steps(self) -> dict[str, Any]:
-        """What this stage knows of steps: the gradients added up to the next, and the norms of the last. What is
-        outside of the blocks is at both ends, and before the first batch nobody knows where it belongs: so that is said
-        too."""
+        """What this stage knows of steps: the gradients added up to the next, the norms of the last, and what weights
+        hold the rounding of. What is outside of the blocks is at both ends, and before the first batch nobody knows
+        where it belongs: so that is said too."""
         place, mine = self.turns.place, dict[str, dict[str, Tensor]]({"before": {}, "rest": {}})
         for (name, parameter), gradient in zip(self._named(), place.stage.added_up(), strict=True):
             if gradient is not None and not compat.ends_in_step(self.trainer):
                 mine[self._lies_before(parameter)][name] = gradient
-        return {"gradients": mine, "norms": vars(place.norms)}
+        exact = self.answered_for(self.rounding.exact())
+        return {"gradients": mine, "norms": vars(place.norms), "exact": exact}
 
     def _added_up(self, stages: Sequence[Parts]) -> list[Parts]:
         """What each pipeline has added up by now to a step still to come, by name."""

@@ -9,6 +9,7 @@ teardown            farewell, no threads, Lightning as it was
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -38,12 +39,14 @@ from lightning_async.strategies.one_thread import spare_the_threads
 from lightning_async.strategies.parts import Parts
 from lightning_async.strategies.pipe_batches import PipeBatches
 from lightning_async.strategies.pipe_finetuning import give_whole_groups
+from lightning_async.strategies.pipe_rounding import wider_steps
 from lightning_async.strategies.pipe_turns import Turns, stash_limit
 from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse_schedulers
 from lightning_async.strategies.refusals import refuse, refuse_optimizers, refuse_unmade
 from lightning_async.strategies.rests import Rests
 from lightning_async.strategies.saving import guard_exits
 from lightning_async.strategies.whole_files import WholeFiles
+from lightning_async.strategies.wide_steps import widen_modes
 from lightning_async.strategies.writer import Writer
 from lightning_async.transport.mail import Wait
 
@@ -133,9 +136,21 @@ class PipeSetup(PipeBatches):
             return
         if self.fitting:
             self.turns.parts.keep_own(self.optimizers)
+            self._begin_rounding()
         self.turns.begin(fitting=self.fitting)
         if self.fitting and self.is_global_zero:
             rank_zero_info(self._first_line())
+
+    def _begin_rounding(self) -> None:
+        """Half-precision weights are stepped in float32."""
+        assert self._leash is not None  # since `setup_environment`
+        own = {id(p) for p in self.turns.parts.own()}
+        named = [(name, p) for name, p in self.trainer.lightning_module.named_parameters() if id(p) in own]
+        self.rounding.begin(named, self.resumed.get("exact", {}))
+        self.resumed = {key: value for key, value in self.resumed.items() if key != "exact"}  # it is of the whole
+        if self.rounding.narrow:
+            for optimizer, shown in zip(self.optimizers, compat.lightnings(self), strict=True):
+                widen_modes(optimizer, shown, self._leash, partial(self.rounding.around_mode, optimizer))
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]  # no DDP wrapper
         """Make all ranks equal to rank 0, and keep the weights of the own stage."""
@@ -252,6 +267,7 @@ class PipeSetup(PipeBatches):
                 replaced.restore()
         if self._turns is not None:
             self._turns.end()
+        self.rounding.end()
         self.resumed = {}
         self.telling.forget()
         super().teardown()
@@ -280,6 +296,7 @@ class PipeSetup(PipeBatches):
                 held=held,
                 semantics=self.semantics,
                 edges=[edge] * (2 if 0 < stage < self.depth - 1 else 1),
+                wider=sum(wider_steps(o, self.turns.parts.stepped_at(stage, o)) for o in self.optimizers),
                 piece=self.office.piece,
             )
             for stage, held in enumerate(limits)

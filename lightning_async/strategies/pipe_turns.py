@@ -10,14 +10,14 @@ Before each of these, and after them, the generators of random numbers are set (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_async.algorithms.algorithm import no_shrink
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lightning_async.strategies.pipe_setup import PipeSetup
 
 Step = Callable[[], Any]
+EVENED = "evened"
+"""In a log: the buffers were averaged here."""
 
 
 class Turns:
@@ -58,6 +60,8 @@ class Turns:
         self._noted: list[Tensor] = []
         self._started = 0.0
         self._looked = self._begun = False
+        self._modules: list[nn.Module] = []
+        self._modes: list[bool] = []
 
     def begin(self, *, fitting: bool) -> None:
         """Take this rank's place in the pipe."""
@@ -89,7 +93,9 @@ class Turns:
             watch=strategy.recording.passed,
         )
         self.replicas = Replicas(strategy.office.mail, strategy.ranks_of_stage())
+        self._even = self.batches
         self._begun = True
+        self._modules = list(self.parts.module.modules())
         if fitting and strategy.compensate == "nesterov":
             for optimizer in strategy.optimizers:
                 compensate.check_nesterov(optimizer)
@@ -120,6 +126,7 @@ class Turns:
     def train(self, step: Step, context: Callable[[], AbstractContextManager[Any]]) -> Any:
         """One batch. `step` runs the user's code; `context` is that of its precision."""
         self.batches += 1
+        self._modes = [part.training for part in self._modules]
         if self.only_forward:
             output = self.evaluate(step, context)
             return output if self.place.stage.last else torch.zeros((), device=self._strategy.root_device)
@@ -165,12 +172,26 @@ class Turns:
         self.parts.refuse_strays()
 
     def drain(self) -> None:
-        """Apply what is on its way."""
+        """Apply what is on its way, as in training: who saves at the end of a validation finds modules that validate,
+        and Lightning's loop without gradients."""
         recording, held = self._strategy.recording, self._strategy.held
         recording.meeting(held)
-        self._strategy.together(self.place.drain())
+        with torch.inference_mode(False), _in_modes(self._modules, self._modes):
+            self._strategy.together(self.place.drain())
         self._settle(self.batches)
         recording.met(held)
+
+    def even_buffers(self) -> None:
+        """All are after the same batch: what replicas have gathered, each of its own batches, becomes the mean."""
+        if not self.replicas.alone and self._even != self.batches and self.parts.all_buffers():
+            self._even = self.batches
+            self._strategy.recording.mark(EVENED)
+            self.average_buffers()
+
+    def average_buffers(self) -> None:
+        """Now, whether or not something was trained on since; also where a validation begins, as in `drain`."""
+        with torch.inference_mode(False):
+            self._strategy.together(self.replicas.average_buffers(self.parts.all_buffers()))
 
     def go_on(self) -> None:
         """All have stopped after the same batch, for a moment: nothing is left of the wish."""
@@ -213,7 +234,8 @@ class Turns:
         with compensate.scaled(optimizer, factor) if factor != 1.0 else nullcontext():
             yield
             if how == "nesterov":
-                compensate.spike(optimizer, self._late)
+                with self._strategy.rounding.around_step(optimizer):
+                    compensate.spike(optimizer, self._late)
 
     @contextmanager
     def _ahead(self) -> Iterator[None]:
@@ -308,3 +330,16 @@ class Turns:
 def stash_limit(index: int, depth: int, order: schedule.Order) -> int:
     """How many batches a stage holds at most."""
     return schedule.delay(index, depth) + int(order == "forward_first" and index < depth - 1)
+
+
+@contextmanager
+def _in_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> Iterator[None]:
+    """In here they are in these modes; those of which none is known stay as they are."""
+    now = [part.training for part in modules]
+    for part, mode in zip(modules, modes, strict=False):
+        part.training = mode
+    try:
+        yield
+    finally:
+        for part, mode in zip(modules, now, strict=True):
+            part.training = mode

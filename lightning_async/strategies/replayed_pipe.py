@@ -1,8 +1,8 @@
 """A stage of a recorded run, once more: the run's own strategy in a Trainer of its own, on its log.
 
 The seed draws what it drew, batches are the recorded ones, and every tensor that a stage got is made again by its
-neighbour's replay. The pipe is drained where it was drained. Rests, and what was evaluated there, are left out: they
-change no weights.
+neighbour's replay. The pipe is drained where it was drained, and replicas average their buffers where they did. Rests
+else, and what was evaluated there, are left out: they change no weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_async.strategies.course import Course, WrongInput
 from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
 from lightning_async.strategies.pipe_recording import PASSES, StageRecording
+from lightning_async.strategies.pipe_turns import EVENED
 from lightning_async.strategies.replayed_feeding import RecordedFeeding
 from lightning_async.strategies.replayed_office import Place, ReplayedOffice
 from lightning_async.strategies.replaying import Replaying
@@ -84,8 +85,11 @@ class RecordedRests(Rests):
         self._batches += 1
         self.strategy.batch_ended(outputs)
         trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = self._batches in self._last
-        while self._replaying.meets():
-            self.strategy.turns.drain()
+        while (evened := self._replaying.mark(EVENED)) or self._replaying.meets():
+            if evened:
+                self.strategy.turns.average_buffers()
+            else:
+                self.strategy.turns.drain()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Perhaps it was the last."""

@@ -10,7 +10,7 @@ batch ended -> after_step          what came is folded, what is asked is answere
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,12 @@ from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.strategies import compat
 from lightning_async.strategies.added_up import Carried, mass_of
 from lightning_async.strategies.scaling import SkippedSteps, scale_of
+from lightning_async.strategies.wide_steps import Step, instead, parameters_of, widen_modes, widened
 from lightning_async.transport.gathering import When
 from lightning_async.transport.mail import Wait
 
 if TYPE_CHECKING:
     from lightning_async.strategies.base import AsyncStrategy
-
-Step = Callable[..., Any]
-"""An optimizer's `step`: it may be given a closure."""
 
 
 class Stepping:
@@ -40,10 +38,12 @@ class Stepping:
     Attributes:
         taken: How many.
         skipped: Those of them that moved nothing.
+        only_forward: Whether batches have no way back, and end in no step: nothing is trained.
     """
 
     def __init__(self, strategy: AsyncStrategy) -> None:
         self.taken = 0
+        self.only_forward = False
         self.skipped = SkippedSteps()
         self._strategy = strategy
         self._moments: dict[int, SecondMoment] = {}
@@ -55,7 +55,8 @@ class Stepping:
     def begin(self) -> None:
         """A fit begins."""
         self.taken = self.skipped.count = 0
-        self._adds_up, self._carried = False, Carried()
+        self._adds_up = self.only_forward = False
+        self._carried = Carried()
 
     @property
     def adds_up(self) -> bool:
@@ -99,26 +100,20 @@ class Stepping:
         for optimizer in optimizers:
             if replica.narrow and optimizer.state:
                 groups = optimizer.param_groups
-                with replica.widened(_parameters(optimizer), gradients=False):
+                with replica.widened(parameters_of(optimizer), gradients=False):
                     optimizer.load_state_dict(optimizer.state_dict())
                 optimizer.param_groups = groups  # torch makes new ones, and somebody may hold these
         self._moments = {id(o): SecondMoment(o) for o in optimizers if SecondMoment.concerns(o)}
 
     def widen_modes(self, leash: compat.Leash) -> None:
-        """Optimizers that show other weights for a while (schedule-free: `train()`, `eval()`) make them of their state,
-        which is as wide as their steps: there too half-precision weights are their parts."""
+        """Where optimizers show other weights for a while, half-precision ones are their parts, too."""
         strategy = self._strategy
-        if not strategy.replica.narrow:
-            return
-        for optimizer, shown in zip(strategy.optimizers, compat.lightnings(strategy), strict=True):
-            for name in ("train", "eval"):
-                if callable(mode := getattr(optimizer, name, None)):
-                    for owner in (optimizer, shown):
-                        leash.wrap(owner, name, partial(self._in_mode, optimizer, mode))
+        if strategy.replica.narrow:
+            for optimizer, shown in zip(strategy.optimizers, compat.lightnings(strategy), strict=True):
+                widen_modes(optimizer, shown, leash, partial(self._whole, optimizer))
 
-    def _in_mode(self, optimizer: Optimizer, mode: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        with self._strategy.replica.widened(_parameters(optimizer), gradients=False):
-            return mode(*arguments, **options)
+    def _whole(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        return self._strategy.replica.widened(parameters_of(optimizer), gradients=False)
 
     def moment(self, optimizer: Optimizer) -> SecondMoment | None:
         """What corrects the steps of this optimizer, if it is one of those that need it."""
@@ -186,26 +181,9 @@ class Stepping:
         return exchange_then_step
 
     def _widened(self, optimizer: Optimizer, step: Step) -> Step:
-        """Half-precision weights are their float32 parts where an optimizer steps them; a closure, which is called in
-        the midst of that, finds them as they are."""
+        """Half-precision weights are their parts of the flat vector where an optimizer steps them."""
         replica = self._strategy.replica
-
-        def step_wide(closure: Callable[[], Any] | None = None, **options: Any) -> Any:
-            with ExitStack() as wide:
-
-                def widen() -> None:
-                    wide.enter_context(replica.widened(p for p in _parameters(optimizer) if p.grad is not None))
-
-                def narrow_closure() -> Any:
-                    wide.close()
-                    result = closure() if closure is not None else None
-                    widen()
-                    return result
-
-                widen()
-                return step(**options) if closure is None else step(narrow_closure, **options)
-
-        return step_wide
+        return widened(step, lambda: replica.widened(p for p in parameters_of(optimizer) if p.grad is not None))
 
     @contextmanager
     def around(self, optimizer: Optimizer) -> Iterator[None]:
@@ -218,21 +196,21 @@ class Stepping:
             if self._carried:
                 watched.enter_context(self._carried.until_stepped(optimizer))
             if strategy.replica.narrow:
-                watched.enter_context(_instead(optimizer, partial(self._widened, optimizer)))
+                watched.enter_context(instead(optimizer, partial(self._widened, optimizer)))
             if strategy.algorithm.takes_gradients:
-                watched.enter_context(_instead(optimizer, self._taken_away))
+                watched.enter_context(instead(optimizer, self._taken_away))
             yield
         if (moment := self.moment(optimizer)) is not None:
             n = strategy.voice.averaged_over(len(strategy.office.mail.members()))
             if n > 1:
-                with strategy.replica.widened(_parameters(optimizer), gradients=False):
+                with strategy.replica.widened(parameters_of(optimizer), gradients=False):
                     moment.stretch(n)
 
     def batch_ended(self) -> None:
         """A batch is over; it was a step if an optimizer stepped in it."""
         strategy = self._strategy
         strategy.office.recording.batch()
-        self._adds_up = not self._stepped
+        self._adds_up = not (self._stepped or self.only_forward)
         if not self._stepped:
             return
         self._stepped = False
@@ -249,21 +227,3 @@ class Stepping:
     def _exchange(self, waiting: Wait[list[Arrival]], leaves: When) -> None:
         """An algorithm in lock-step waits here: for whoever comes, and with an ear for who cannot."""
         self.arrived(self._strategy.office.drive(waiting, heed=self._strategy.clock.heed, leaves=leaves))
-
-
-def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    return (p for group in optimizer.param_groups for p in group["params"])
-
-
-@contextmanager
-def _instead(optimizer: Optimizer, other: Callable[[Step], Step]) -> Iterator[None]:
-    """Another step in the place of the optimizer's, which it is made of."""
-    step, own = optimizer.step, "step" in vars(optimizer)
-    optimizer.step = other(step)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own:
-            optimizer.step = step  # type: ignore[method-assign]
-        else:
-            del optimizer.step

@@ -69,6 +69,14 @@ def test_gradients_of_another_size_keep_their_direction() -> None:
     assert norms.clip([], 1.0) == pytest.approx(600**0.5)
 
 
+def test_gradients_in_double_precision_are_clipped_in_it() -> None:
+    wide, narrow = (torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16))
+    wide.grad, narrow.grad = torch.full((2,), 1 / 3, dtype=torch.float64), torch.full((2,), 2.0, dtype=torch.bfloat16)
+    norm = Norms().clip([wide, narrow], 1.0)
+    assert norm == pytest.approx((2 / 9 + 8) ** 0.5, rel=1e-15)
+    assert wide.grad.tolist() == pytest.approx([1 / 3 / (norm + 1e-6)] * 2, rel=1e-15)
+
+
 @pytest.mark.parametrize("told", [0.0, 1.5, 1e30, 1e300, float("inf"), float("nan"), -float("nan")])
 def test_what_is_told_beside_a_stamp_leaves_it_as_it_is(told: float) -> None:
     """The most that float32 can hold stands for more."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_async.pipeline.edge import LostStageError
 from lightning_async.pipeline.replicas import Replicas
@@ -40,6 +40,51 @@ def test_the_mean_on_all(n: int) -> None:
     if n > 1:
         assert all(torch.equal(p[1].grad, parameters[0][1].grad) for p in parameters)  # type: ignore[arg-type]
         assert float(parameters[0][1].grad[0]) == pytest.approx(1 / n)  # type: ignore[index]
+
+
+def test_the_mean_is_as_exact_as_the_widest_of_the_weights() -> None:
+    cluster = VirtualCluster(2)
+    parameters = [
+        [nn.Parameter(torch.zeros(4, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16, torch.float32)]
+        for _ in range(2)
+    ]
+    for rank, mine in enumerate(parameters):
+        mine[0].grad = torch.full((4,), (2 * rank + 1) / 7, dtype=torch.float64)
+        mine[2].grad = torch.ones(4)
+    cluster.run({r: _average(Replicas(cluster.carriers[r], range(2)), parameters[r], 1) for r in range(2)})
+    for wide, narrow, single in parameters:
+        assert wide.grad.tolist() == [(1 / 7 + 3 / 7) / 2] * 4  # type: ignore[union-attr]
+        assert (wide.grad.dtype, narrow.grad) == (torch.float64, None)  # type: ignore[union-attr]
+        assert (single.grad.dtype, single.grad.tolist()) == (torch.float32, [1.0] * 4)  # type: ignore[union-attr]
+
+
+def _buffers(rank: int) -> list[Tensor]:
+    counted, mean = torch.tensor([rank, 7, -rank]), torch.full((2, 2), rank / 3)
+    return [counted, mean, torch.tensor(rank == 1), torch.full((3,), 0.1, dtype=torch.bfloat16), torch.zeros(0)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_buffers_become_the_mean_and_counts_the_largest(n: int) -> None:
+    """Between two averages of gradients, and where a graph holds the old ones."""
+    cluster = VirtualCluster(n)
+    buffers, parameters = ([kind(rank) for rank in range(n)] for kind in (_buffers, _parameters))
+    before = [found[1].detach() for found in buffers]
+
+    def life(rank: int) -> Any:
+        replicas = Replicas(cluster.carriers[rank], range(n))
+        for _ in range(2):
+            yield from replicas.average(parameters[rank])
+            yield 0.01 * rank
+            yield from replicas.average_buffers(buffers[rank])
+
+    cluster.run({rank: life(rank) for rank in range(n)})
+    for counted, mean, flag, narrow, _ in buffers:
+        assert counted.tolist() == [n - 1, 7, 0]
+        assert torch.equal(mean, torch.full((2, 2), sum(range(n)) / 3 / n))
+        assert bool(flag) is (n > 1)
+        assert torch.equal(narrow, torch.full((3,), 0.1, dtype=torch.bfloat16))
+    assert all(torch.equal(old, torch.full((2, 2), rank / 3)) for rank, old in enumerate(before))
+    assert parameters[0][0].grad is not None
 
 
 def test_a_dead_replica_is_named() -> None:

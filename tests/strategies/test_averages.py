@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -78,7 +79,7 @@ def fit(*callbacks: Callback, slow: float = 3.0, lit: Lit | None = None, **optio
     faults = [SpeedFaults(step_seconds=0.002, slow={1: slow})] if slow > 1 else []
     validation = options.pop("validation", True)
     options = {"max_epochs": 3, "num_sanity_val_steps": 0, **options}
-    t = trainer(2, callbacks=[*faults, *callbacks, trace], **options)
+    t = trainer(options.pop("n", 2), callbacks=[*faults, *callbacks, trace], **options)
     t.fit(lit, loader(8), loader(40, shuffle=False) if validation else None)
     return t, lit, trace
 
@@ -337,6 +338,23 @@ def _averaged(**options: Any) -> Any:
         "length": t.fit_loop.max_batches,
         "epoch": t.current_epoch,
     }
+
+
+def _scaled() -> Any:
+    swa = StochasticWeightAveraging(swa_lrs=0.005, swa_epoch_start=1)
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=64.0))
+    t, lit, trace = fit(swa, n=1, slow=1, max_epochs=2, validation=False, plugins=[plugin])
+    assert isinstance(t.strategy, AsyncStrategy)
+    return flat(lit), trace.epochs, t.strategy.steps, len(trace.steps)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:Detected call of `lr_scheduler.step")
+def test_the_epoch_that_takes_statistics_steps_nothing_under_fp16s_scaler_too() -> None:
+    """Lightning asks for a step behind its last batch, and the scaler has seen no gradients."""
+    ((end, epochs, steps, batches),) = run(1, _scaled)
+    assert steps == 2 * batches // 3
+    mean = torch.tensor(epochs[:2]).mean(0)
+    torch.testing.assert_close(torch.tensor(end), mean, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.few(1)

@@ -262,6 +262,7 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
 def test_a_callback_exchanges_its_average_and_the_weights_within_a_part_of_both(t: L.Trainer) -> None:
     leash, average, lit = compat.Leash(t), WeightAveraging(), Lit()
     inside: list[bool] = []
+    said: list[str] = []
     average.setup(t, lit, "fit")
     model = compat.average_of(average)
     assert model is not None
@@ -276,14 +277,18 @@ def test_a_callback_exchanges_its_average_and_the_weights_within_a_part_of_both(
     with torch.no_grad():
         for p in model.module.parameters():
             p.zero_()
-    compat.swap_parts(average, leash, in_part, lambda module: module.layer[0])  # type: ignore[arg-type, return-value]
+    compat.swap_parts(average, leash, in_part, lambda module: module.layer[0], lambda: said.append("swapped"))  # type: ignore[arg-type, return-value]
     first, last = lit.layer[0].weight.clone(), lit.layer[-1].weight.clone()
     average.on_validation_epoch_start(t, lit)
+    assert not lit.layer[0].weight.any()
+    for _ in range(2):
+        compat.swap(average, lit)
     assert not lit.layer[0].weight.any()
     average.on_train_end(t, lit)
     assert torch.equal(lit.layer[0].weight, first)
     assert torch.equal(lit.layer[-1].weight, last)
-    assert inside == [True, True]
+    assert inside == [True] * 4
+    assert said == ["swapped"] * 3
     leash.restore()
     average.on_train_end(t, lit)
     assert not lit.layer[-1].weight.any()
@@ -292,6 +297,7 @@ def test_a_callback_exchanges_its_average_and_the_weights_within_a_part_of_both(
 def test_where_stochastic_averages_are(t: L.Trainer) -> None:
     swa, lit = StochasticWeightAveraging(0.1), Lit()
     assert compat.average_of_epochs(swa) is None
+    assert [compat.averages_on(StochasticWeightAveraging(0.1, device=d)) for d in (None, "meta")] == [None, "meta"]
     swa.setup(t, lit, "fit")
     assert isinstance(compat.average_of_epochs(swa), Lit)
     compat.go_on_skipping_backward(t, True)

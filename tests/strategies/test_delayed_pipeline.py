@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -196,6 +197,42 @@ def test_replicas_stay_equal_and_are_one_pipeline_on_the_joined_batches() -> Non
     both = (torch.tensor(ends[0]["losses"]) + torch.tensor(ends[2]["losses"])) / 2
     torch.testing.assert_close(both, torch.tensor(one["losses"]), **close)
     torch.testing.assert_close(torch.tensor(ends[0]["weights"]), torch.tensor(one["weights"]), **close)
+
+
+class Gathered(Callback):
+    """What BatchNorm has gathered on a stage, behind each batch and in each validation."""
+
+    def __init__(self) -> None:
+        self.trained: list[list[float]] = []
+        self.validated: list[list[float]] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.trained.append(_held(trainer))
+
+    def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.validated.append(_held(trainer))
+
+
+def _held(trainer: Any) -> list[float]:
+    return [float(x) for buffer in trainer.strategy.turns.parts.all_buffers() for x in buffer.flatten()]
+
+
+def _gathered() -> Any:
+    lit, seen = Piped(), Gathered()
+    t = trainer(4, knobs={"replicas": 2}, callbacks=[seen], num_sanity_val_steps=0)
+    t.fit(lit, loader(), loader(20))
+    return seen.trained, seen.validated, weights(lit)
+
+
+def test_where_replicas_rest_what_batchnorm_has_gathered_becomes_the_mean() -> None:
+    """Of each stage over the replicas, and with that they train on."""
+    ranks = run(4, _gathered)
+    assert all(end == ranks[0][2] for _, _, end in ranks)
+    for one, other in (ranks[::2], ranks[1::2]):
+        for last, batch in ((3, 0), (7, 3)):
+            both = torch.tensor([one[0][last], other[0][last]], dtype=torch.float64)
+            assert not torch.equal(*both)
+            assert one[1][batch] == other[1][batch] == both.mean(0).float().tolist()
 
 
 class StopsItself(Piped):

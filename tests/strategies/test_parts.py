@@ -76,6 +76,31 @@ def test_an_optimizer_keeps_what_lives_here_and_takes_its_part_of_a_whole_state(
     assert seen == len(list(whole.parameters())) + 6  # what is outside lies on both ends until the first batch
 
 
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_an_optimizer_that_knows_names_has_those_of_its_parameters_whoever_adds_more(index: int) -> None:
+    part = _parts(index)
+    tuned = set(part.module.net[0][0].parameters()) | set(part.module.net[2].parameters())  # type: ignore[index]
+    named = list(part.module.named_parameters())
+    known, new = ([(name, p) for name, p in named if (p in tuned) is late] for late in (False, True))
+    optimizer = torch.optim.SGD(known, 0.1, momentum=0.9)  # type: ignore[arg-type]
+    part.keep_own([optimizer])
+    with part.whole_groups([optimizer]):
+        assert optimizer.param_groups[0]["param_names"] == [name for name, _ in known]
+        optimizer.add_param_group({"params": new})
+    names = {id(p): name for name, p in named}
+    params, found = _params_and_names(optimizer)
+    assert found == [names[id(p)] for p in params]
+    assert {id(p) for p in params} == {id(p) for p in part.own()}
+    state = torch.optim.SGD([{"params": known}, {"params": new}], 0.1).state_dict()  # type: ignore[list-item]
+    optimizer.load_state_dict(part.own_state(optimizer, state))
+    assert _params_and_names(optimizer)[1] == found
+
+
+def _params_and_names(optimizer: torch.optim.Optimizer) -> tuple[list[Any], list[str]]:
+    params, names = ([x for group in optimizer.param_groups for x in group[key]] for key in ("params", "param_names"))
+    return params, names
+
+
 def test_the_first_batch_says_what_lies_before_the_call() -> None:
     first, last = _parts(0), _parts(2)
     for part, stays in ((first, "embed"), (last, "head")):

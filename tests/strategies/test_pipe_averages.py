@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,9 @@ from lightning.pytorch.callbacks import (
 )
 from torch import Tensor, nn
 
-from lightning_async.strategies import compat
+from lightning_async.strategies import compat, parts, pipe_averages
+from lightning_async.strategies.parts import Parts
+from lightning_async.strategies.pipe_averages import PipeAverages
 from tests.strategies.piped import WIDTH, Piped, loader, trainer, weights
 from tests.strategies.ranks import run
 
@@ -201,6 +204,40 @@ def _in_a_folder(folder: str) -> Any:
     return _train(folder, 2, **_in_step())["end"]
 
 
+class Saves(Callback):
+    """Saves in the midst of a validation, where the average is in the place of the weights, or at its end."""
+
+    def __init__(self, file: Path, midst: bool) -> None:
+        self.file, self.midst = file, midst
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if self.midst and batch_idx == 1:
+            trainer.save_checkpoint(self.file)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self.midst:
+            trainer.save_checkpoint(self.file)
+
+
+def _saved(file: Path, midst: bool) -> Any:
+    lit, trace, average = Quiet(), Trace(), EMAWeightAveraging(decay=DECAY)
+    options: dict[str, Any] = {"val_check_interval": 3, "max_epochs": 1, "num_sanity_val_steps": 0}
+    trainer(2, callbacks=[Saves(file, midst), average, trace], **options).fit(lit, loader(), loader(20))
+    return weights(lit), trace.steps, trace.validated
+
+
+def test_a_save_in_the_midst_of_a_validation_steps_the_weights_and_not_the_average(tmp_path: Path) -> None:
+    """Gradients that are on their way are applied before it. The file is that of a save at the validation's end."""
+    midst, end = (run(2, _saved, tmp_path / f"{midst}.ckpt", midst) for midst in (True, False))
+    assert midst == end
+    files = [torch.load(tmp_path / f"{midst}.ckpt", weights_only=True) for midst in (True, False)]
+    for key in ("state_dict", "current_model_state", "averaging_state"):
+        one, other = (file[key] for file in files)
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
 def _twice() -> Any:
     lit, average = Quiet(), EMAWeightAveraging(decay=DECAY)
     t = trainer(2, callbacks=[average], num_sanity_val_steps=0)
@@ -318,3 +355,46 @@ def test_a_run_with_swa_goes_on_to_the_bit(epoch: int, tmp_path: Path) -> None:
         assert other["end"] == one["end"]
         assert other["epochs"] == one["epochs"][epoch + 1 :]
         assert other["losses"] == one["losses"][8 * (epoch + 1) :]
+
+
+def _taken(device: str | None, root: str) -> tuple[nn.Module, list[bool], compat.Leash]:
+    """The copy in which SWA averages, on the last of two stages, and which of its weights live there."""
+    lit, swa = Piped(), StochasticWeightAveraging(0.02, device=device)
+    t = L.Trainer(callbacks=[swa], logger=False, enable_checkpointing=False, accelerator="cpu")
+    swa.setup(t, lit, "fit")
+    mine = Parts(lit, list(lit.net), [range(2), range(2, 4)], 1)
+    mine.send_away()
+    strategy = SimpleNamespace(trainer=t, turns=SimpleNamespace(parts=mine), root_device=torch.device(root))
+    leash = compat.Leash(t)
+    PipeAverages(strategy).take(leash)  # type: ignore[arg-type]
+    copy = compat.average_of_epochs(swa)
+    assert copy is not None
+    return copy, mine.here(), leash
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_what_lives_elsewhere_stands_where_the_average_will_be_moved_to(
+    device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On its way there one number in the place of all would become as many."""
+    asked: list[str] = []
+
+    def away(parameter: Tensor, device: torch.device | str | None = None) -> Tensor:
+        asked.append(str(device))
+        return parts.away(parameter)
+
+    monkeypatch.setattr(pipe_averages, "away", away)
+    copy, here, leash = _taken(device, "meta")
+    assert asked == [device or "meta"] * here.count(False)
+    held = [p.untyped_storage().nbytes() // 4 for p in copy.parameters()]
+    assert held == [p.numel() if mine else 1 for mine, p in zip(here, copy.parameters(), strict=True)]
+    leash.restore()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", [None, "cuda"])
+def test_what_lives_elsewhere_takes_no_room_on_a_gpu(device: str | None) -> None:
+    copy, here, leash = _taken(device, "cuda")
+    held = [p.untyped_storage().nbytes() // 4 for p in copy.to("cuda").parameters()]
+    assert held == [p.numel() if mine else 1 for mine, p in zip(here, copy.parameters(), strict=True)]
+    leash.restore()

@@ -16,7 +16,7 @@ from tests.strategies.piped import Piped, loader, trainer, weights
 from tests.strategies.ranks import run
 
 THAWS = 1  # in this epoch
-AT = {"blocks": ("net.0.", "net.2."), "before": ("embed.",), "behind": ("head.",)}
+AT = {"blocks": ("net.0.", "net.2."), "before": ("embed.",), "behind": ("head.",), "named": ("net.0.", "net.2.")}
 
 
 class Tuned(Piped):
@@ -30,7 +30,9 @@ class Tuned(Piped):
             "blocks": [self.net[0], self.net[2]],
             "before": [self.embed, self.norm],
             "behind": [self.head],
+            "named": [self.net[0], self.net[2]],
         }
+        self.named = where == "named"
         self.backbone = nn.ModuleList(parts[where])
         self.own: list[dict[str, list[float]]] = []
 
@@ -38,7 +40,8 @@ class Tuned(Piped):
         return self.norm(self.embed(x))  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.05, momentum=0.9)
+        found: list[Any] = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        return torch.optim.SGD(found if self.named else [p for _, p in found], 0.05, momentum=0.9)
 
     def on_train_batch_end(self, *args: Any) -> None:
         mine = ("net.2", "net.3", "head") if self.trainer.is_global_zero else ("embed", "norm", "net.0", "net.1")
@@ -46,10 +49,22 @@ class Tuned(Piped):
         self.own.append(found)
 
 
+class NamedFinetuning(BackboneFinetuning):
+    """Gives an optimizer that knows its parameters' names those of the backbone too."""
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == THAWS:
+            self.make_trainable(pl_module.backbone)
+            names = {id(p): name for name, p in pl_module.named_parameters()}
+            named = [(names[id(p)], p) for p in pl_module.backbone.parameters()]
+            optimizer.add_param_group({"params": named, "lr": 0.01})
+
+
 def _tune(where: str, devices: int = 2, folder: str | None = None, resume: str | None = None, **options: Any) -> Any:
     for sentence in ("The dirpath has changed", ".*callbacks used to create", ".*the run goes on with the parameters"):
         warnings.filterwarnings("ignore", sentence)
-    lit, tuning = Tuned(where), BackboneFinetuning(THAWS, lambda epoch: 1.5, verbose=False)
+    kind = NamedFinetuning if where == "named" else BackboneFinetuning
+    lit, tuning = Tuned(where), kind(THAWS, lambda epoch: 1.5, verbose=False)
     saved = [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)] if folder else []
     options = {"max_epochs": 3, "enable_checkpointing": bool(folder), **options}
     t = trainer(devices, callbacks=[tuning, *saved], **options)
@@ -71,14 +86,19 @@ def test_it_is_that_of_a_single_process_where_no_gradient_is_late(where: str, tm
     for one in piped:
         assert [rate for rate, _ in one["groups"]] == [rate for rate, _ in plain["groups"]]
     files = [torch.load(tmp_path / name / "epoch=1.ckpt", weights_only=True) for name in ("piped", "plain")]
-    groups = [[group["params"] for group in file["optimizer_states"][0]["param_groups"]] for file in files]
+    groups = [
+        [(group["params"], group.get("param_names")) for group in file["optimizer_states"][0]["param_groups"]]
+        for file in files
+    ]
     assert groups[0] == groups[1]
+    assert all((names is not None) is (where == "named") for _, names in groups[0])
     assert len(groups[0]) == 2
     states = [file["optimizer_states"][0]["state"] for file in files]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][k]["momentum_buffer"], states[1][k]["momentum_buffer"]) for k in states[0])
-    tuned = [file["callbacks"]["BackboneFinetuning"] for file in files]
+    tuned = [[state for name, state in file["callbacks"].items() if "Finetuning" in name] for file in files]
     assert tuned[0] == tuned[1]
+    assert tuned[0]
 
 
 def _those_that_it_has_not(optimizer: Any, params: Any) -> list[Any]:

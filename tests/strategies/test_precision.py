@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_async import GossipRingStrategy, SpeedFaults
+from lightning_async.strategies.scaling import SkippedSteps, has_stepped, steps_of
 from tests.strategies.lit import Lit, loader, trainer, weights
 from tests.strategies.ranks import run
 
@@ -139,6 +140,26 @@ def test_steps_that_the_scaler_skips_are_counted_and_harm_nobody(mode: str) -> N
         assert not also_moved[5]
     assert steps == len(moved)
     assert also_steps == len(also_moved)  # a skipped step is a step in every count
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_that_skips_steps_by_itself_is_counted_too(fused: bool) -> None:
+    """`fused=True` unscales in its own step: it is always asked for one."""
+    weight, scaler, skipped = nn.Parameter(torch.ones(3)), torch.amp.GradScaler("cpu", init_scale=64.0), SkippedSteps()
+    optimizer, moved = torch.optim.AdamW([weight], 0.1, fused=fused), []
+    for factor in (1.0, float("inf"), 1.0, float("nan"), float("inf")):
+        before = weight.tolist()
+        optimizer.zero_grad()
+        scaler.scale(weight.sum() * factor).backward()
+        with skipped.watch(MixedPrecision("16-mixed", "cpu", scaler), optimizer), steps_of(optimizer) as steps:
+            scaler.step(optimizer)
+        scaler.update()
+        moved.append(weight.tolist() != before)
+        assert has_stepped(steps) is moved[-1]
+    assert moved == [True, False, True, False, False]
+    assert skipped.count == 3
+    skipped.count = 0
+    assert skipped.count == 0
 
 
 # -- accumulation and clipping -----------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer, WeightAveraging
 from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
@@ -67,13 +69,20 @@ def average_of_epochs(callback: StochasticWeightAveraging) -> Module | None:
     return callback._average_model
 
 
+def averages_on(callback: StochasticWeightAveraging) -> torch.device | str | None:
+    """The device to which it moves that copy as it begins; None: where the module is."""
+    return callback._device
+
+
 def swap_parts(
     callback: WeightAveraging,
     leash: Leash,
     in_part: Callable[[], AbstractContextManager[None]],
     part: Callable[[Module], Module],
+    swapped: Callable[[], None],
 ) -> None:
-    """Let a WeightAveraging exchange its average and the weights within a part of both, for the time of a run."""
+    """Let a WeightAveraging exchange its average and the weights within a part of both, for the time of a run, and call
+    `swapped` whenever they have changed places."""
 
     def within(exchange: Callable[[Module], None]) -> Callable[[Module], None]:
         def exchange_part(module: Module) -> None:
@@ -82,8 +91,18 @@ def swap_parts(
 
         return exchange_part
 
-    leash.wrap(callback, "_swap_models", within(callback._swap_models))  # type: ignore[arg-type]
+    def exchange_and_say(module: Module) -> None:
+        exchange(module)
+        swapped()
+
+    exchange = within(callback._swap_models)  # type: ignore[arg-type]
+    leash.wrap(callback, "_swap_models", exchange_and_say)
     leash.wrap(callback, "_copy_average_to_current", within(callback._copy_average_to_current))  # type: ignore[arg-type]
+
+
+def swap(callback: WeightAveraging, module: LightningModule) -> None:
+    """Let its average and the weights change places, as around a validation."""
+    callback._swap_models(module)
 
 
 def averaged_until(callback: WeightAveraging) -> int:
