@@ -1,8 +1,8 @@
 """Rank 0 alone writes checkpoints, so its names for them are the ones that exist.
 
 A name with `{step}` differs by rank where ranks take different numbers of steps, and one with a metric where that is
-logged without `sync_dist`: without this, `ckpt_path="best"` would look for files that nobody wrote. A callback looks for
-a name that is free, all ranks together: where one goes on with a name of before and another does not, they would part.
+logged without `sync_dist`: without this, `ckpt_path="best"` would look for files that nobody wrote. A callback seeks a
+name that is free, all ranks together: where one goes on with a name of before and another does not, they would part.
 """
 
 from __future__ import annotations
