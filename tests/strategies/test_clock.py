@@ -410,22 +410,22 @@ def test_a_stream_whose_epoch_is_limited() -> None:
 def test_a_rank_that_runs_dry_leaves_the_others_running_and_meets_them() -> None:
     """Its average is made equal with theirs at each meeting, though it has not changed since the last one."""
     options = {"max_epochs": 1, "val_check_interval": 15, "check_val_every_n_epoch": None}
-    found = both(streamed, [4 * 100, 4 * 8], {**options, "callbacks": [EMAWeightAveraging()]})
-    assert found[0]["batches"] == 100
+    found = both(streamed, [4 * 60, 4 * 8], {**options, "callbacks": [EMAWeightAveraging()]})
+    assert found[0]["batches"] == 60
     assert found[1]["batches"] == 8
-    assert found[0]["validated"] == [15, 30, 45]
+    assert found[0]["validated"] == [15, 30]
 
 
 def dry_and_saved(folder: Path) -> dict[str, Any]:
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=12, save_top_k=-1)
     options = {"max_epochs": 1, "callbacks": [saver], "enable_checkpointing": True}
-    return streamed([4 * 100, 4 * 8], options)
+    return streamed([4 * 60, 4 * 8], options)
 
 
 def test_a_rank_that_runs_dry_saves_with_the_others(tmp_path: Path) -> None:
     found = both(dry_and_saved, tmp_path)
-    assert found[0]["saved"] == [12, 24, 36, 48]
-    assert len(list(tmp_path.glob("*.ckpt"))) == 4
+    assert found[0]["saved"] == [12, 24]
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
 
 
 def streamed_and_saved(folder: Path, path: Path | None, lengths: list[int]) -> dict[str, Any]:
