@@ -64,6 +64,7 @@ from lightning_async.strategies.refusals import (
     refuse_run,
     refuse_unmade,
 )
+from lightning_async.strategies.saved import name_alike
 from lightning_async.strategies.saving import guard_exits
 from lightning_async.strategies.shown import Shown
 from lightning_async.strategies.stepping import Stepping
@@ -189,6 +190,7 @@ class AsyncStrategy(Shown):
             self.clock.take(trainer)
             self.clock.hold(trainer, self._leash, lambda: self.meeting)
             guard_exits(trainer, self._leash, self)
+            name_alike(trainer, self._leash, self)
             miss_no_step(trainer, self._leash)
 
     def setup(self, trainer: Trainer) -> None:

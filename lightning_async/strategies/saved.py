@@ -1,22 +1,27 @@
 """Rank 0 alone writes checkpoints, so its names for them are the ones that exist.
 
-A name with `{step}` differs by rank where ranks take different numbers of steps: without this, `ckpt_path="best"` would
-look for files that nobody wrote.
+A name with `{step}` differs by rank where ranks take different numbers of steps, and one with a metric where that is
+logged without `sync_dist`: without this, `ckpt_path="best"` would look for files that nobody wrote. A callback seeks a
+name that is free, all ranks together: where one goes on with a name of before and another does not, they would part.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_async.strategies.compat import callbacks, last_save, set_last_save
+from lightning_async.strategies.compat import Leash, callbacks, last_save, set_last_save
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
+
+if TYPE_CHECKING:
+    from lightning_async.strategies.collectives import Collectives
 
 PATHS = ("best_model_path", "last_model_path", "kth_best_model_path")
 
@@ -41,3 +46,19 @@ def agree_on_saved(trainer: Trainer, rounds: Rounds) -> Wait[None]:
         if isinstance(callback, ModelCheckpoint):
             said = yield from rounds.agree(json.dumps(names_of(callback)).encode(), what="what was saved")
             take_names(callback, json.loads(said[min(said)]))
+
+
+def name_alike(trainer: Trainer, leash: Leash, strategy: Collectives) -> None:
+    """At meetings files are called as by the first living rank, from the moment on when a callback makes up a name."""
+    for callback in callbacks(trainer):
+        if isinstance(callback, ModelCheckpoint):
+            make = partial(_name_of_all, strategy, callback.format_checkpoint_name)
+            leash.wrap(callback, "format_checkpoint_name", make)
+
+
+def _name_of_all(strategy: Collectives, make: Callable[..., str], *arguments: Any, **more: Any) -> str:
+    mine = make(*arguments, **more)
+    if not strategy.meeting:
+        return mine
+    said = strategy.together(strategy.office.rounds.agree(mine.encode(), what="what to call a checkpoint"))
+    return said[min(said)].decode()

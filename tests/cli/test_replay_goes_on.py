@@ -81,7 +81,7 @@ FOLDS_NOTHING = (LazySignStrategy, "sync", "none")
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize(("kind", "knobs", "precision"), METHODS)
-@pytest.mark.parametrize("module", ["Epochs", "Midway"])
+@pytest.mark.parametrize("module", ["Midway", "Epochs"])
 def test_what_comes_behind_a_checkpoint_is_what_came_behind_it_to_the_bit(
     module: str, kind: Any, knobs: dict[str, Any], precision: str, tmp_path: Path, said: Said
 ) -> None:

@@ -167,12 +167,28 @@ def test_what_was_always_frozen_does_not_travel(monkeypatch: pytest.MonkeyPatch)
 # -- WeightAveraging ---------------------------------------------------------------------------------------------------
 
 
+class Own(Callback):
+    """This rank's average as it stood behind its last batch before each validation, for which all become equal."""
+
+    def __init__(self, ema: WeightAveraging) -> None:
+        self.ema, self.last = ema, list[float]()
+        self.averages: list[list[float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        average = compat.average_of(self.ema)
+        assert average is not None
+        self.last = flat(average)
+
+    def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.averages.append(self.last)
+
+
 def _ema(mode: str, at_meeting: str, folder: str) -> dict[str, Any]:
     saved = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
     ema = EMAWeightAveraging(decay=DECAY, update_every_n_steps=2)
-    knobs = {"mode": mode, "at_meeting": at_meeting}
-    t, lit, trace = fit(ema, saved, knobs=knobs, enable_checkpointing=True, slow=1 if mode == "sync" else 3)
-    return {"trace": trace, "end": weights(lit), "val": float(t.callback_metrics["val"])}
+    own, knobs = Own(ema), {"mode": mode, "at_meeting": at_meeting}
+    t, lit, trace = fit(ema, own, saved, knobs=knobs, enable_checkpointing=True, slow=1 if mode == "sync" else 3)
+    return {"trace": trace, "own": own.averages, "end": weights(lit), "val": float(t.callback_metrics["val"])}
 
 
 @pytest.mark.few(1)
@@ -188,6 +204,9 @@ def test_ema_is_validated_saved_and_left_equal_on_all_ranks(mode: str, at_meetin
         shown = one.validated[epoch * batches]
         assert shown == other.validated[epoch * batches]
         assert shown != one.consensus[epoch]
+        both = torch.tensor([first["own"][epoch], second["own"][epoch]])
+        torch.testing.assert_close(torch.tensor(shown), both.mean(0), rtol=1e-6, atol=1e-7)
+        assert mode == "sync" or float((both[0] - both[1]).abs().max()) > 1e-4, "each rank averaged its own weights"
         for trace in (one, other):
             assert trace.consensus[epoch] == one.consensus[epoch]
         saved = torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)

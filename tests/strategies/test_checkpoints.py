@@ -220,6 +220,52 @@ def test_what_rotates_out_leaves_no_files(options: dict[str, Any], tmp_path: Pat
         assert_nothing_over(tmp_path / "saved")
 
 
+class Calls(Lit):
+    """Each rank logs a number of its own, after which its files are called."""
+
+    def __init__(self, own: Callable[[int, int], float]) -> None:
+        super().__init__()
+        self.own = own
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("own", self.own(self.global_rank, self.current_epoch))
+
+
+OWN: dict[str, Callable[[int, int], float]] = {
+    "the first calls two the same": lambda rank, epoch: 10.0 + epoch if rank else epoch // 2,
+    "the other calls all the same": lambda rank, epoch: 10.0 if rank else epoch,
+    "never the same": lambda rank, epoch: 10.0 * rank + epoch,
+}
+
+
+def _calls(folder: str, law: str, more: dict[str, Any]) -> tuple[str, int, list[float]]:
+    warnings.filterwarnings("ignore", ".*sync_dist=True")
+    saved = ModelCheckpoint(f"{folder}/saved", filename="{own:.1f}", save_top_k=1, **more)
+    slow = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
+    t = trainer(2, enable_checkpointing=True, callbacks=[saved, slow], max_epochs=3)
+    t.fit(Calls(OWN[law]), samples(), held_out())
+    t.fit_loop.max_epochs, best = 4, saved.best_model_path
+    again, seen = Calls(OWN[law]), look_when_put_back(t)
+    t.fit(again, samples(), held_out(), ckpt_path="best")
+    return os.path.basename(best), seen[0]["global_step"], weights(again)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("law", OWN)
+@pytest.mark.parametrize("more", [{}, {"save_last": True}, {"monitor": "val"}], ids=str)
+def test_files_that_each_rank_calls_otherwise_are_called_as_the_first_rank_does(
+    law: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """Names made of what is logged without `sync_dist`; the slow rank finds the best file by its name all the same."""
+    first, second = run(2, _calls, str(tmp_path), law, more)
+    assert first == second
+    best, steps, _ = first
+    names = [f"own={OWN[law](0, epoch):.1f}.ckpt" for epoch in range(3)]
+    assert best in names if "monitor" in more else best == names[2]
+    assert steps > 0
+    assert_nothing_over(tmp_path / "saved")
+
+
 def test_files_may_be_written_later(tmp_path: Path) -> None:
     options = {"save_top_k": 1, "filename": "same", "enable_version_counter": False}
     first, _ = run(2, _rotates, str(tmp_path), "async", options)

@@ -130,14 +130,14 @@ def test_a_part_of_an_epoch() -> None:
     assert sorted(found[0]["seen"] + found[1]["seen"]) == sorted([*range(240), *range(240)])
 
 
-def _watched_by(kind: str, folder: Path, every: Any, mine: type[AsyncStrategy]) -> dict[str, Any]:
+def _watched_by(kind: str, folder: Path, every: Any, mine: type[AsyncStrategy], epochs: int = 2) -> dict[str, Any]:
     """Lightning's callbacks choose by `val_check_interval` between the ends of validations and those of epochs."""
     callbacks = {
         "saves": ModelCheckpoint(folder, filename="{step}", monitor="val", save_top_k=-1),
         "stops": EarlyStopping("val", patience=1, min_delta=1e9),
     }
     saves = {"enable_checkpointing": kind == "saves"}
-    return fit(callbacks=[callbacks[kind]], max_epochs=2, val_check_interval=every, strategy=mine(), **saves)
+    return fit(callbacks=[callbacks[kind]], max_epochs=epochs, val_check_interval=every, strategy=mine(), **saves)
 
 
 @pytest.mark.few(1)
@@ -160,9 +160,8 @@ def test_callbacks_stop_behind_a_validation_in_mid_epoch(
     assert both(_watched_by, "stops", tmp_path, every, mine)[0]["global_step"] == step
 
 
-@pytest.mark.few(0)
 def test_callbacks_act_behind_validations_by_time(tmp_path: Path) -> None:
-    found = both(_watched_by, "saves", tmp_path, timedelta(seconds=0.2), GossipRingStrategy)
+    found = both(_watched_by, "saves", tmp_path, timedelta(seconds=0.1), GossipRingStrategy, 1)
     assert found[0]["validated"] == found[0]["saved"]
     assert 0 < found[0]["saved"][0] < 30
 
@@ -237,19 +236,23 @@ class Scheduled(Lit):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": makers[self.name](), "interval": "step"}}
 
 
+SHORT = loader(n=120)
+"""15 steps an epoch."""
+
+
 def scheduled(name: str, options: dict[str, Any]) -> dict[str, Any]:
     module = Scheduled(name)
     found = fit(module, **options)
     return {**found, "total": module.total}
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["onecycle", "cosine"])
-@pytest.mark.parametrize("options", [{"max_steps": 40, "max_epochs": -1}, {"max_epochs": 2}])
+@pytest.mark.parametrize("options", [{"max_steps": 40, "max_epochs": -1}, {"max_epochs": 2, "data": SHORT}])
 def test_schedules_by_step_end_where_they_should(name: str, options: dict[str, Any]) -> None:
-    found = both(scheduled, name, {**options, "val_check_interval": 6})
+    found = both(scheduled, name, {**options, "val_check_interval": 5})
     assert len(set(found[0]["rates_met"])) >= 5, "which are the same on both ranks"
-    assert found[0]["total"] == found[0]["global_step"] == (40 if "max_steps" in options else 60)
+    assert found[0]["total"] == found[0]["global_step"] == (40 if "max_steps" in options else 30)
     end = 0.01 / 25 / 1e4 if name == "onecycle" else 0.0
     for one in found:
         assert one["rates"][-1] <= max(end * 1.001, 1e-3), "the last batch is at the end of the schedule"
@@ -325,16 +328,16 @@ class StopsEarly(Lit):
 
 
 def at_least(mine: type[AsyncStrategy]) -> dict[str, Any]:
-    return fit(StopsEarly(), max_epochs=-1, min_steps=70, strategy=mine())  # 30 steps an epoch
+    return fit(StopsEarly(), loader(n=80), max_epochs=-1, min_steps=23, strategy=mine())  # 10 steps an epoch
 
 
-@pytest.mark.few(0)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mine", [GossipRingStrategy, LazySignStrategy])
 def test_an_early_stop_comes_at_the_last_of_min_steps(mine: type[AsyncStrategy]) -> None:
     found = both(at_least, mine)
-    assert found[0]["global_step"] == 70
-    assert found[0]["batches"] + found[1]["batches"] == 2 * 70
-    assert found[0]["validated"] == [30, 60, 70], "as under ddp, which validates where it stops"
+    assert found[0]["global_step"] == 23
+    assert found[0]["batches"] + found[1]["batches"] == 2 * 23
+    assert found[0]["validated"] == [10, 20, 23], "as under ddp, which validates where it stops"
 
 
 class Skipping(Lit):
@@ -367,6 +370,8 @@ def test_rank_0_logs_each_multiple_once_be_it_slow_or_fast(tmp_path: Path, slow:
     assert set(at) <= set(range(9, 100, 10))
     assert at == sorted(set(at)), "none twice"
     assert at[-1] == 99
+    if slow == 1:  # a batch of the fast one is less than a step of the run
+        assert len(at) >= 8
     assert len(at) >= 5, "but for what a busy machine jumps over, and the first moment, when nobody knows the others"
 
 
@@ -405,22 +410,22 @@ def test_a_stream_whose_epoch_is_limited() -> None:
 def test_a_rank_that_runs_dry_leaves_the_others_running_and_meets_them() -> None:
     """Its average is made equal with theirs at each meeting, though it has not changed since the last one."""
     options = {"max_epochs": 1, "val_check_interval": 15, "check_val_every_n_epoch": None}
-    found = both(streamed, [4 * 100, 4 * 8], {**options, "callbacks": [EMAWeightAveraging()]})
-    assert found[0]["batches"] == 100
+    found = both(streamed, [4 * 60, 4 * 8], {**options, "callbacks": [EMAWeightAveraging()]})
+    assert found[0]["batches"] == 60
     assert found[1]["batches"] == 8
-    assert found[0]["validated"] == [15, 30, 45]
+    assert found[0]["validated"] == [15, 30]
 
 
 def dry_and_saved(folder: Path) -> dict[str, Any]:
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=12, save_top_k=-1)
     options = {"max_epochs": 1, "callbacks": [saver], "enable_checkpointing": True}
-    return streamed([4 * 100, 4 * 8], options)
+    return streamed([4 * 60, 4 * 8], options)
 
 
 def test_a_rank_that_runs_dry_saves_with_the_others(tmp_path: Path) -> None:
     found = both(dry_and_saved, tmp_path)
-    assert found[0]["saved"] == [12, 24, 36, 48]
-    assert len(list(tmp_path.glob("*.ckpt"))) == 4
+    assert found[0]["saved"] == [12, 24]
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
 
 
 def streamed_and_saved(folder: Path, path: Path | None, lengths: list[int]) -> dict[str, Any]:
@@ -502,11 +507,10 @@ def test_a_run_that_is_told_to_end_meets_and_saves_the_consensus(tmp_path: Path,
 
 
 def saved_by_time(folder: Path) -> dict[str, Any]:
-    saver = ModelCheckpoint(folder, filename="{step}", train_time_interval=timedelta(seconds=0.3), save_top_k=-1)
-    return fit(max_epochs=-1, max_steps=100, seconds=0.01, callbacks=[saver], enable_checkpointing=True)
+    saver = ModelCheckpoint(folder, filename="{step}", train_time_interval=timedelta(seconds=0.05), save_top_k=-1)
+    return fit(max_epochs=-1, max_steps=24, seconds=0.01, callbacks=[saver], enable_checkpointing=True)
 
 
-@pytest.mark.few(0)
 def test_checkpoints_by_the_clock_of_the_first_rank(tmp_path: Path) -> None:
     found = both(saved_by_time, tmp_path)
     assert len(found[0]["saved"]) >= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,45 @@ from tests.strategies import piped
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
 
-STEPS, EVERY = 60, 10
+STEPS, EVERY, MEETS = 60, 10, 15
 
 
 class Keys(L.Callback):
-    """Which entries this rank had by the end of each batch, and how much it had done."""
+    """Which entries this rank had by the end of each batch; when its batches began, and when it came to each meeting.
+
+    It stands before the faults, whose pauses are parts of the batches.
+    """
 
     def __init__(self) -> None:
         self.keys: set[str] = set()
-        self.batches = 0
+        self.began: list[float] = []
+        self.came: list[float] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        meet = strategy.meet
+
+        def come() -> Any:
+            self.came.append(time.monotonic())
+            return meet()
+
+        strategy.meet = come
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.began.append(time.monotonic())
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.batches += 1
         self.keys |= {key for key in trainer.logged_metrics if key.startswith("progress/")}
 
 
 def logged(folder: Path, slow: int, options: dict[str, Any]) -> dict[str, Any]:
     keys = Keys()
-    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=15, save_top_k=-1)
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=MEETS, save_top_k=-1)
     faults = SpeedFaults(step_seconds=0.02, slow={slow: 8.0})  # so slow that on a busy machine too it is the slow one
     logger = CSVLogger(folder, name="", version="")
     one = trainer(
         2,
-        callbacks=[faults, saver, keys],
+        callbacks=[keys, faults, saver],
         logger=logger,
         log_every_n_steps=EVERY,
         enable_checkpointing=True,
@@ -46,7 +63,13 @@ def logged(folder: Path, slow: int, options: dict[str, Any]) -> dict[str, Any]:
         **options,
     )
     one.fit(Lit(), loader(), loader(40, shuffle=False))
-    return {"keys": sorted(keys.keys), "batches": keys.batches, "wait": one.strategy.last_meeting["seconds"]}  # type: ignore[attr-defined]
+    return {"keys": sorted(keys.keys), "began": keys.began, "came": keys.came}
+
+
+def waits(quick: dict[str, Any], slow: dict[str, Any]) -> list[int]:
+    """At each meeting, how many batches the slow rank began when the quick one had come."""
+    meetings = zip(quick["came"], slow["came"], strict=True)
+    return [sum(mine < began < theirs for began in slow["began"]) for mine, theirs in meetings]
 
 
 def entries(folder: Path) -> list[dict[str, float]]:
@@ -65,7 +88,7 @@ def test_what_is_logged_was_done_and_a_slow_rank_0_slows_nobody(slow: int, tmp_p
     for name in ("samples", "updates"):
         counts = [row[f"progress/{name}"] for row in rows]
         assert counts == sorted(counts)
-    met = {int(row["step"]) + 1: row for row in rows if (int(row["step"]) + 1) % 15 == 0}
+    met = {int(row["step"]) + 1: row for row in rows if (int(row["step"]) + 1) % MEETS == 0}
     assert met.keys() >= {15, 30, 45, 60}, "an entry at each meeting"
     for steps, row in met.items():
         assert (row["progress/updates"], row["progress/samples"]) == (2 * steps, 8 * steps)
@@ -73,9 +96,11 @@ def test_what_is_logged_was_done_and_a_slow_rank_0_slows_nobody(slow: int, tmp_p
     assert len({int(row["step"]) for row in rows} & set(range(EVERY - 1, STEPS, EVERY))) >= 3, "and between meetings"
     saved = sorted(int(path.stem.removeprefix("step=")) for path in tmp_path.glob("*.ckpt"))
     assert saved == [15, 30, 45, 60]
-    fast, slowed = found[1 - slow]["batches"], found[slow]["batches"]
+    fast, slowed = (len(found[rank]["began"]) for rank in (1 - slow, slow))
     assert fast + slowed == 2 * STEPS
     assert fast > 2 * slowed, f"nobody goes at the pace of the slow one: {fast}, {slowed}"
+    _, *behind = waits(found[1 - slow], found[slow])  # the way to the first is shared out before speeds are known
+    assert max(behind) <= 2, "nor waits for more than the slow one ends or was late by"
 
 
 def accumulated(folder: Path) -> dict[str, Any]:

@@ -11,20 +11,21 @@ import os
 import signal
 import tarfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
 from lightning_async import SpeedFaults
 from tests.strategies.lit import INPUTS, TARGETS, Lit, loader, trainer
 from tests.strategies.ranks import Forked, run
-from tests.strategies.resumable import files_of
+from tests.strategies.resumable import assert_nothing_over, files_of
 from tests.strategies.stores import DiesInTheStore, FullStore, bucket
 from tests.strategies.test_checkpoints import _dies, _fills, _resumes
 
@@ -169,7 +170,7 @@ def limited(make: Any, folder: Path, workers: int, path: str | None) -> list[int
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("package", ["litdata", "torchdata"])
+@pytest.mark.parametrize("package", ["torchdata", "litdata"])
 def test_a_limited_epoch_of_a_package_loses_nothing(package: str, workers: int, tmp_path: Path) -> None:
     """The next epoch goes on behind the limit, and so does a run that is resumed there."""
     for needed in {"litdata": ["litdata"], "torchdata": ["webdataset", "torchdata.stateful_dataloader"]}[package]:
@@ -207,15 +208,25 @@ def warned(make: Any, folder: Path) -> list[str]:
 # -- a remote store ----------------------------------------------------------------------------------------------------
 
 
-def remote(root: Path, steps: int, path: str | None, later: bool) -> dict[str, Any]:
+class Between(Callback):
+    """Whether a checkpoint of this fit was recorded between two meetings."""
+
+    def __init__(self) -> None:
+        self.recorded = False
+
+    def on_save_checkpoint(self, trainer: Any, *_: Any) -> None:
+        self.recorded = self.recorded or not trainer.strategy.meeting
+
+
+def remote(root: Path, steps: int, path: str | None, later: bool, saves: str = "meeting") -> dict[str, Any]:
     bucket(root)
-    lit = Lit()
-    saver = ModelCheckpoint(
-        "bucket://saved", filename="{step}", every_n_train_steps=5, monitor="step", mode="max", save_last=True
-    )
+    lit, between = Lit(), Between()
+    best = {"monitor": "step", "mode": "max"} if saves == "meeting" else {}
+    saver = ModelCheckpoint("bucket://saved", filename="{step}", every_n_train_steps=5, save_last=True, **best)
     t = trainer(
         2,
-        callbacks=[SpeedFaults(step_seconds=0.004, slow={1: 4.0}), saver],
+        knobs={"saves": saves},
+        callbacks=[SpeedFaults(step_seconds=0.004 if saves == "meeting" else 0.01, slow={1: 4.0}), between, saver],
         enable_checkpointing=True,
         max_steps=steps,
         max_epochs=-1,
@@ -223,7 +234,8 @@ def remote(root: Path, steps: int, path: str | None, later: bool) -> dict[str, A
         plugins=[AsyncCheckpointIO()] if later else [],
     )
     t.fit(lit, loader(), loader(24, shuffle=False), ckpt_path=path)
-    return {"steps": t.global_step, "end": [p.tolist() for p in lit.parameters()], "best": saver.best_model_path}
+    end = [p.tolist() for p in lit.parameters()]
+    return {"steps": t.global_step, "end": end, "best": saver.best_model_path, "cut": between.recorded}
 
 
 @pytest.mark.few(1)
@@ -241,6 +253,25 @@ def test_checkpoints_in_a_remote_store_hold_every_rank(path: str, later: bool, t
             save = torch.load(tmp_path / "saved" / name, weights_only=True)["lightning_async"]["save"]
             found = sorted(os.listdir(tmp_path / "saved" / f"{name}.ranks"))
             assert found == [f"{save}.rank0.ckpt", f"{save}.rank1.ckpt", "index.ckpt"]
+
+
+@pytest.mark.few(0)
+@pytest.mark.parametrize("path", ["bucket://saved/last.ckpt", "last"])
+def test_so_do_those_of_cuts(path: str, tmp_path: Path) -> None:
+    """They are written in a thread of their own, and what they replace goes."""
+    pytest.importorskip("fsspec", reason="fsspec is not installed")
+    for steps, at in ((32, None), (64, path)):
+        first, second = run(2, remote, tmp_path, steps, at, False, "cut")
+        assert first == second
+        assert (first["steps"], first["cut"]) == (steps, True)
+        store, _, name = first["best"].rpartition("/")
+        assert store == "bucket://saved"
+        assert steps - 10 < int(name.removeprefix("step=").removesuffix(".ckpt")) <= steps
+        assert {file.name for file in (tmp_path / "saved").glob("*.ckpt")} == {name, "last.ckpt"}
+        for folder in (tmp_path / "saved").glob("*.ranks"):
+            with suppress(OSError):  # an object store has no empty folders
+                folder.rmdir()
+        assert_nothing_over(tmp_path / "saved")
 
 
 def in_the_bucket(root: Path, do: Any, *arguments: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.strategies.ranks import run
 MODES = ["pairwise", "push_sum", "sync", "none"]
 TRUE = [("bf16-true", mode, "keep") for mode in MODES]
 TRUE += [("bf16-true", "pairwise", "adopt"), ("16-true", "push_sum", "adopt")]
+WIDE = [("bf16-mixed", "float32", "bfloat16"), ("64-true", "float64", "float64")]
 
 
 def fit(
@@ -60,6 +62,21 @@ def test_half_precision_weights(precision: str, mode: str, at_meeting: str, tmp_
     saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
     assert saved["layer.0.weight"].dtype == dtype
     assert saved["layer.0.weight"].flatten().tolist() == first[:64]  # the consensus
+
+
+def _wide(precision: str) -> Any:
+    lit, computed = Lit(), set[str]()
+    lit.layer[0].register_forward_hook(lambda layer, given, out: computed.add(str(out.dtype)))
+    strategy = fit(lit, precision=precision, max_epochs=1)
+    return weights(lit), str(strategy.replica.flat.dtype), {str(p.dtype) for p in lit.parameters()}, computed
+
+
+@pytest.mark.parametrize(("precision", "held", "computed"), WIDE)
+def test_weights_of_full_and_double_width(precision: str, held: str, computed: str) -> None:
+    first, second = run(2, _wide, precision)
+    assert first[0] == second[0]
+    assert all(map(math.isfinite, first[0]))
+    assert first[1:] == second[1:] == (f"torch.{held}", {f"torch.{held}"}, {f"torch.{computed}"})
 
 
 class WideHead(Lit):
@@ -132,7 +149,7 @@ def _scaled(mode: str) -> Any:
 def test_steps_that_the_scaler_skips_are_counted_and_harm_nobody(mode: str) -> None:
     (first, none, steps, moved), (second, skipped, also_steps, also_moved) = run(2, _scaled, mode)
     assert first == second
-    assert all(value == value for value in first)
+    assert all(map(math.isfinite, first))
     assert (none, skipped) == (0, 2)
     assert all(moved.values())
     if mode == "none":

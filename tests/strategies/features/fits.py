@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from lightning_async import SpeedFaults
 from tests.strategies.lit import Lit, loader, trainer, weights
@@ -16,6 +18,25 @@ from tests.strategies.lit import Lit, loader, trainer, weights
 SAMPLES, BATCH = 96, 4
 STEPS = SAMPLES // BATCH // 2
 """Steps of the run in an epoch."""
+
+
+def flat(module: L.LightningModule) -> list[float]:
+    """The weights, without buffers."""
+    return [float(x) for p in module.parameters() for x in p.detach().flatten()]
+
+
+class Left(L.Callback):
+    """What training leaves, for those who stand behind it to put something else in its place."""
+
+    def __init__(self) -> None:
+        self.began: list[float] = []
+        self.trained: list[float] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.began = flat(module)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.trained = flat(module)
 
 
 class Watch(L.Callback):
@@ -27,6 +48,7 @@ class Watch(L.Callback):
         self.validated: list[int] = []
         self.saved: list[int] = []
         self.epochs: list[int] = []
+        self.starts: list[list[float]] = []
         self.seen_by_epoch: list[int] = []
         self.looked: list[Any] = []
         self.sanity = self.evaluated = 0
@@ -52,6 +74,9 @@ class Watch(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not trainer.sanity_checking:
             self.validated.append(trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.starts.append(flat(module))
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.epochs.append(trainer.global_step)
@@ -93,7 +118,7 @@ def fit(
 
 def maker(callbacks: Sequence[L.Callback] = (), **options: Any) -> L.Trainer:
     """A Trainer of two ranks, one of them slow."""
-    faults = SpeedFaults(step_seconds=0.001, slow={1: 3.0})
+    faults = SpeedFaults(step_seconds=options.pop("pace", 0.001), slow={1: 3.0})
     return trainer(options.pop("devices", 2), callbacks=[faults, *callbacks], **options)
 
 
@@ -109,6 +134,7 @@ def told(one: L.Trainer, module: Any, watch: Watch) -> Fitted:
         epoch=one.current_epoch,
         seen=list(getattr(module, "seen", ())),
         weights=weights(module),
+        left=flat(module),
         metrics=numbers,
     )
 
@@ -134,8 +160,25 @@ def whole(a: Fitted, b: Fitted, epochs: int, n: int = SAMPLES) -> bool:
 
 
 def free(a: Fitted, b: Fitted) -> bool:
-    """The fast rank did not go at the pace of the slow one."""
+    """The fast rank did not go at the pace of the slow one. Of fits whose `pace` is slow beside what a batch costs."""
     return bool(a.batches > 1.3 * b.batches)
+
+
+PACE = 0.012  # seconds
+
+
+def another(one: Fitted) -> bool:
+    """What training left on this rank (see `Left`), of all or of a stage, is not what there is behind the fit."""
+    parts = zip(one.began, one.trained, one.left, strict=True)
+    moved = [now != trained for began, trained, now in parts if began != trained]
+    return sum(moved) > len(moved) / 2
+
+
+def mean_of(one: Fitted, first: int, last: int) -> bool:
+    """What there is behind the fit is the mean of what was there as these epochs began, of all or of a stage."""
+    starts = list(zip(*one.starts[first : last + 1], strict=True))
+    means = [(sum(found) / len(found), now) for found, now in zip(starts, one.left, strict=True) if len({*found}) > 1]
+    return len(means) > 0 and all(math.isclose(*pair, rel_tol=1e-4, abs_tol=1e-5) for pair in means)
 
 
 def heard(function: Callable[[], Any]) -> str:
@@ -147,6 +190,13 @@ def heard(function: Callable[[], Any]) -> str:
         except BaseException as refusal:
             return str(refusal)
     return ""
+
+
+def stored(file: Path) -> list[float]:
+    """What `weights` says of a checkpoint, in plain Lightning."""
+    lit = Lit()
+    lit.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+    return weights(lit)
 
 
 def rank() -> int:

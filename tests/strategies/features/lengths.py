@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from tests.strategies.features.fits import STEPS, Fitted, alike, fit, whole
+from tests.strategies.features.fits import PACE, STEPS, Fitted, alike, fit, free, whole
 from tests.strategies.features.table import Scene, differs, works
 from tests.strategies.lit import Lit
 
@@ -16,7 +16,7 @@ OF_THE_RUN = "counts steps of the run: one of every rank"
 
 def lasts(folder: Path) -> dict[str, Any]:
     return {
-        "epochs": fit(max_epochs=2),
+        "epochs": fit(max_epochs=2, pace=PACE),
         "none": fit(max_epochs=0),
         "steps": fit(max_steps=10, max_epochs=-1),
         "no steps": fit(max_steps=0, max_epochs=-1),
@@ -32,8 +32,12 @@ LASTS = Scene(
             "max_epochs",
             "2",
             lambda a, b: (
-                alike(a["epochs"], b["epochs"]) and whole(a["epochs"], b["epochs"], 2) and a["epochs"].epoch == 2
+                alike(a["epochs"], b["epochs"])
+                and whole(a["epochs"], b["epochs"], 2)
+                and a["epochs"].epoch == 2
+                and free(a["epochs"], b["epochs"])
             ),
+            "the fast rank waits for nobody in them, and trains on more",
         ),
         works("max_epochs", "0", lambda a, b: a["none"].seen == b["none"].seen == [] and a["none"].epoch == 0),
         works("max_epochs", "-1", lambda a, b: alike(a["steps"], b["steps"])),

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, WeightedRandomSampler
 
-from tests.strategies.features.fits import SAMPLES, alike, fit, heard, rank, samples, whole
+from tests.strategies.features.fits import PACE, SAMPLES, alike, fit, free, heard, rank, samples, whole
 from tests.strategies.features.table import Scene, differs, refused, works
 from tests.strategies.lit import INPUTS, TARGETS, Lit
 
@@ -21,7 +21,7 @@ def loaders(folder: Path) -> dict[str, Any]:
     weighted = WeightedRandomSampler([0.0] * 48 + [1.0] * 48, SAMPLES, generator=torch.Generator().manual_seed(1))
     batches = BatchSampler(SequentialSampler(range(SAMPLES)), 6, drop_last=False)
     return {
-        "plain": fit(),
+        "plain": fit(pace=PACE),
         "sampler": fit(data=samples(shuffle=False, sampler=weighted), max_epochs=1),
         "batches": fit(data=DataLoader(samples().dataset, batch_sampler=batches), max_epochs=1),
         "unequal": fit(data=samples(4 if rank() == 0 else 12), max_epochs=1),
@@ -73,7 +73,9 @@ LOADERS = Scene(
             "use_distributed_sampler",
             "True",
             SHARED + ' and knows no `DistributedSampler`; `balance="equal"` shares out equally',
-            lambda a, b: whole(a["plain"], b["plain"], 2) and alike(a["plain"], b["plain"]),
+            lambda a, b: (
+                whole(a["plain"], b["plain"], 2) and alike(a["plain"], b["plain"]) and free(a["plain"], b["plain"])
+            ),
         ),
         works(
             "use_distributed_sampler",

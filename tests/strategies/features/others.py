@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.profilers import PyTorchProfiler
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, LazySignStrategy
 from tests.strategies import lit, piped
-from tests.strategies.features.fits import Fitted, Watch, alike, held_out, maker, samples, told
+from tests.strategies.features.fits import Fitted, Left, Watch, alike, another, held_out, maker, samples, told
 from tests.strategies.features.table import Verdict
 
 NAMES = GLOBAL, CYCLIC, LAZY, PIPE = ("async_global", "cyclic_delay", "lazy_sign", "delayed_pipeline")
@@ -83,6 +84,17 @@ class Told(L.Callback):
             self.do(trainer)
 
 
+class Notes(TorchCheckpointIO):
+    """Whether anything is written by the thread that trains."""
+
+    def __init__(self) -> None:
+        self.at_once = False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.at_once = self.at_once or threading.current_thread() is threading.main_thread()
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
 def fits(name: str, folder: Path) -> dict[str, Fitted]:
     """The same fits, under one strategy."""
 
@@ -92,7 +104,12 @@ def fits(name: str, folder: Path) -> dict[str, Fitted]:
     def saver(part: str, **when: Any) -> ModelCheckpoint:
         return ModelCheckpoint(folder / part, filename="{step}", save_top_k=-1, **when)
 
-    by_hand = _module(name)
+    def left(callbacks: Sequence[L.Callback], **options: Any) -> Fitted:
+        first = Left()
+        found = fit([first, *callbacks], **options)
+        return Fitted(found, began=first.began, trained=first.trained)
+
+    notes, by_hand = Notes(), _module(name)
     by_hand.automatic_optimization = False
     ended = Told(lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
     across = {"val_check_interval": EVERY, "check_val_every_n_epoch": None, "max_epochs": -1, "max_steps": MOST}
@@ -101,9 +118,9 @@ def fits(name: str, folder: Path) -> dict[str, Fitted]:
         "time": fit(
             [saver("time", train_time_interval=timedelta(seconds=0.1))], max_time={"seconds": 0.4}, max_epochs=-1
         ),
-        "later": fit([saver("later")], plugins=[AsyncCheckpointIO()], max_epochs=1),
+        "later": left([saver("later")], plugins=[AsyncCheckpointIO(notes)], max_epochs=1),
         "accumulated": fit(max_epochs=1, accumulate_grad_batches=2, precision="bf16-true"),
-        "average": fit([EMAWeightAveraging()], max_epochs=1),
+        "average": left([EMAWeightAveraging()], max_epochs=1),
         "profiled": fit(max_epochs=2, profiler=PyTorchProfiler(folder / "profiled", "trace")),
         "plateau": fit(module=_scheduled(name, _plateau), max_epochs=3),
         "by hand": fit(module=by_hand, max_epochs=1),
@@ -114,6 +131,7 @@ def fits(name: str, folder: Path) -> dict[str, Fitted]:
             fit([ended, saver("end", save_on_exception=True, every_n_epochs=99)], max_epochs=99), reached=ended.epoch
         ),
     }
+    found["later"] |= {"stored": _stored(folder / "later", _module(name)), "at_once": notes.at_once}
     return {
         key: Fitted(value, files=sorted(f.name for f in (folder / key).glob("*.ckpt"))) for key, value in found.items()
     }
@@ -128,6 +146,13 @@ def _fit(name: str, callbacks: Sequence[L.Callback], module: Any, data: Any, opt
         one, loaders = maker(strategy=STRATEGIES[name](), **options), (samples(), held_out())
     one.fit(module, loaders[0] if data is None else data, loaders[1])
     return Fitted(told(one, module, watch), total=getattr(module, "total", 0))
+
+
+def _stored(folder: Path, module: Any) -> list[list[float]]:
+    """The weights in each checkpoint there, in the order of the module's parameters."""
+    states = [torch.load(file, weights_only=True)["state_dict"] for file in folder.glob("*.ckpt")]
+    names = [name for name, _ in module.named_parameters()]
+    return [torch.cat([state[name].flatten() for name in names]).tolist() for state in states]
 
 
 def tried(fit: Callable[[], Fitted]) -> Fitted:
@@ -173,7 +198,7 @@ def _plateau(optimizer: Any, total: int) -> dict[str, Any]:
 # -- what must hold ----------------------------------------------------------------------------------------------------
 
 
-def _all(key: str, holds: Callable[[Any], bool] = lambda one: True) -> Callable[[Any, Any], bool]:
+def of_both(key: str, holds: Callable[[Any], bool] = lambda one: True) -> Callable[[Any, Any], bool]:
     """Both ranks end alike, and each as it should."""
     return lambda a, b: (
         not a[key].said and not b[key].said and alike(a[key], b[key]) and holds(a[key]) and holds(b[key])
@@ -182,12 +207,12 @@ def _all(key: str, holds: Callable[[Any], bool] = lambda one: True) -> Callable[
 
 def works(key: str, holds: Callable[[Any], bool] = lambda one: True, words: str = "") -> Cell:
     """As with `ddp`."""
-    return Cell(Verdict.WORKS, words, _all(key, holds))
+    return Cell(Verdict.WORKS, words, of_both(key, holds))
 
 
 def differs(key: str, words: str, holds: Callable[[Any], bool] = lambda one: True) -> Cell:
     """Otherwise than with `ddp`."""
-    return Cell(Verdict.DIFFERS, words, _all(key, holds))
+    return Cell(Verdict.DIFFERS, words, of_both(key, holds))
 
 
 def refused(key: str, sentence: str) -> Cell:
@@ -216,6 +241,16 @@ def _cycled(one: Any) -> bool:
         optimizer.step()
         twin.step()
     return bool(one.total == MOST and round(one.rates[-1], 9) == round(optimizer.param_groups[0]["lr"], 9))
+
+
+def _later(one: Any) -> bool:
+    """One file, which holds what the fit left, and by no thread that trains."""
+    return one.stored == [one.left] and not one.at_once
+
+
+def _averages(a: Any, b: Any) -> bool:
+    """What both end with is not what training left; without an average it is."""
+    return of_both("average", another)(a, b) and of_both("later", lambda one: not another(one))(a, b)
 
 
 def _ended(a: Any, b: Any) -> bool:
@@ -273,7 +308,7 @@ LINES = [
         "`ModelCheckpoint(save_on_exception=True)`",
         Cell(Verdict.WORKS, "all save, and stop", _ended),
     ),
-    _line("`AsyncCheckpointIO`", "", works("later", lambda one: len(one.files) == 1)),
+    _line("`AsyncCheckpointIO`", "", works("later", _later)),
     _line(
         "`accumulate_grad_batches`, `precision`",
         '2, `"bf16-true"`',
@@ -285,8 +320,8 @@ LINES = [
     _line(
         "`EMAWeightAveraging`",
         "",
-        works("average"),
-        delayed_pipeline=works("average", words="each stage averages its own, behind each batch"),
+        Cell(Verdict.WORKS, "", _averages),
+        delayed_pipeline=Cell(Verdict.WORKS, "each stage averages its own, behind each batch", _averages),
     ),
     _line(
         "manual optimisation", "", works("by hand"), delayed_pipeline=refused("by hand", "use automatic optimisation")

@@ -24,6 +24,7 @@ from tests.strategies.features.fits import (
     alike,
     fit,
     heard,
+    stored,
 )
 from tests.strategies.features.table import Scene, Verdict, differs, shown, works
 from tests.strategies.lit import Lit
@@ -36,8 +37,19 @@ class Own(Lit):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
-        falls = (-1) ** self.global_rank * self.current_epoch
-        self.log("own", float(falls))
+        rises = -((-1) ** self.global_rank) * self.current_epoch
+        self.log("own", float(rises))
+
+
+class Keeps(Checkpoint):
+    """Saves by itself. Lightning lets those that save stand behind all others."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.last = file, False
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.last = trainer.callbacks[-1] is self  # type: ignore[attr-defined]
+        trainer.save_checkpoint(self.file)
 
 
 def saving(folder: Path) -> dict[str, Any]:
@@ -47,7 +59,12 @@ def saving(folder: Path) -> dict[str, Any]:
         files = sorted(p.name for p in (folder / name).glob("*.ckpt"))
         return Fitted(found, files=files, best=Path(saver.best_model_path).name)
 
+    def keeps() -> Fitted:
+        saver = Keeps(folder / "own.ckpt")
+        return Fitted(fit(callbacks=[saver], enable_checkpointing=True), kept=stored(saver.file), last=saver.last)
+
     return {
+        "own": keeps(),
         "monitor": saves("monitor", monitor="val", save_top_k=1, save_last=True),
         "unsynced": saves("unsynced", monitor="own", save_top_k=1),
         "steps": saves("steps", every_n_train_steps=5, save_top_k=-1),
@@ -104,9 +121,23 @@ SAVING = Scene(
             lambda a, b: "last.ckpt" in a["link"].files and a["link"].saved == b["link"].saved,
         ),
         works(
+            "ModelCheckpoint",
+            "`monitor=` what is logged without `sync_dist`",
+            lambda a, b: (
+                a["unsynced"].files == b["unsynced"].files == [a["unsynced"].best]
+                and a["unsynced"].best == b["unsynced"].best == f"epoch=0-step={STEPS}.ckpt"
+            ),
+            "each rank has its own value; saved where it is better on all, and called as the first rank calls it",
+        ),
+        works(
             "Checkpoint",
             "as a base class",
-            lambda a, b: issubclass(ModelCheckpoint, Checkpoint) and alike(a["monitor"], b["monitor"]),
+            lambda a, b: (
+                alike(a["own"], b["own"])
+                and a["own"].kept == b["own"].kept == a["own"].weights
+                and a["own"].last
+                and b["own"].last
+            ),
         ),
     ],
     warnings=[

@@ -20,9 +20,12 @@ from lightning.pytorch.callbacks import (
 from tests.strategies.features.fits import (
     STEPS,
     Fitted,
+    Left,
     alike,
+    another,
     fit,
     heard,
+    mean_of,
     rank,
 )
 from tests.strategies.features.table import Scene, Verdict, refused, shown, works
@@ -61,9 +64,14 @@ def _thawed(trainer: L.Trainer, module: L.LightningModule) -> bool:
 
 
 def averaging(folder: Path) -> dict[str, Any]:
+    def averaged(callback: L.Callback) -> Fitted:
+        left = Left()
+        return Fitted(fit(callbacks=[left, callback]), began=left.began, trained=left.trained)
+
     return {
-        "ema": fit(callbacks=[EMAWeightAveraging(decay=0.9)]),
-        "mean": fit(callbacks=[WeightAveraging()]),
+        "ema": averaged(EMAWeightAveraging(decay=0.9)),
+        "mean": averaged(WeightAveraging()),
+        "none": averaged(L.Callback()),
         "swa": fit(callbacks=[StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)], max_epochs=3),
         "backbone": fit(Backbone(), callbacks=[BackboneFinetuning(1, verbose=False)], look=_thawed),
         "thaws": fit(Backbone(), callbacks=[Thaws()], look=_thawed),
@@ -83,14 +91,21 @@ AVERAGING = Scene(
     [
         *[
             works(
-                kind, "", lambda a, b, k=key: alike(a[k], b[k]) and a[k].metrics["val"] == b[k].metrics["val"], AVERAGED
+                kind,
+                "",
+                lambda a, b, k=key: (
+                    alike(a[k], b[k])
+                    and a[k].metrics["val"] == b[k].metrics["val"]
+                    and [another(one[of]) for one in (a, b) for of in (k, "none")] == [True, False] * 2
+                ),
+                AVERAGED,
             )
             for kind, key in (("EMAWeightAveraging", "ema"), ("WeightAveraging", "mean"))
         ],
         works(
             "StochasticWeightAveraging",
             "",
-            lambda a, b: alike(a["swa"], b["swa"]),
+            lambda a, b: alike(a["swa"], b["swa"]) and mean_of(a["swa"], 0, 2),
             "it averages what all hold after a meeting",
         ),
         *[
