@@ -106,8 +106,11 @@ def check(logs: Mapping[int, Log], arguments: argparse.Namespace) -> None:
         raise WrongInput(f"the run's strategy {header.get('strategy')!r} is not among {', '.join([*KINDS, PIPELINE])}")
     if header["device"] != "cpu" and header["trainer"]["precision"].startswith(("16", "transformer")):
         raise WrongInput(f"the run's precision was {header['trainer']['precision']}, which a CPU does not have")
+    for why in filter(None, (log.first("unreplayable") for log in logs.values())):
+        raise WrongInput(f"this run cannot be replayed, since {why}; its logs are for `report` and `audit`")
+    kind = logs[0].kind
     if arguments.member is not None and arguments.member not in logs:
-        raise WrongInput(f"there is no member {arguments.member}: the run had members 0 to {len(logs) - 1}")
+        raise WrongInput(f"there is no {kind} {arguments.member}: the run had {kind}s 0 to {len(logs) - 1}")
     if arguments.until is not None and arguments.until < 1:
         raise WrongInput(f"--until must be a step, from 1, got {arguments.until}")
     if arguments.ckpt is not None and not arguments.ckpt.is_file():
@@ -116,7 +119,7 @@ def check(logs: Mapping[int, Log], arguments: argparse.Namespace) -> None:
     for name in filter(None, (arguments.module, arguments.data, arguments.datamodule)):
         load(name)
     for rank, log in logs.items():
-        _check_start(rank, log.first("start"), arguments)
+        _check_start(log, arguments)
         if header["strategy"] == PIPELINE:
             _check_stage(rank, log)
 
@@ -130,27 +133,23 @@ def _read(path: Path) -> Log:
 
 def _check_same(rank: int, log: Log, first: Log) -> None:
     if log.me != rank:
-        raise WrongInput(f"the log given for member {rank} was written by member {log.me}")
+        raise WrongInput(f"the log given for {log.kind} {rank} was written by {log.name}")
     for name in SAME:
         if log.header.get(name) != first.header.get(name):
             raise WrongInput(
-                f"the logs of members 0 and {rank} are not of one run: their `{name}` is {first.header.get(name)!r} "
-                f"and {log.header.get(name)!r}"
+                f"the logs of {log.kind}s 0 and {rank} are not of one run: their `{name}` is "
+                f"{first.header.get(name)!r} and {log.header.get(name)!r}"
             )
 
 
-def _check_start(rank: int, begin: Mapping[str, Any] | None, arguments: argparse.Namespace) -> None:
-    if begin is None:
-        raise WrongInput(f"member {rank} did not come to its first step: there is nothing to replay")
-    if begin.get("fed") == "both":
-        raise WrongInput("the run trained on a shared data set and on a stream together, and that cannot be replayed")
+def _check_start(log: Log, arguments: argparse.Namespace) -> None:
+    if (begin := log.first("start")) is None:
+        raise WrongInput(f"{log.name} did not come to its first step: there is nothing to replay")
     if begin["resumed"] and arguments.ckpt is None:
         raise WrongInput("the run went on from a checkpoint (`fit(ckpt_path=...)`): give it by --ckpt")
 
 
 def _check_stage(rank: int, log: Log) -> None:
-    if (law := log.first("start")["shrink"]) is not None:
-        raise WrongInput(f"the run shrank gradients by {law}, whose factors a pipeline's log does not hold")
     if log.first("start").get("fed") != "stream" and sum(map(len, log.epochs())) < log.batches():
         raise WrongInput(
             f"stage {rank} trained on samples without numbers (a stream, or a loader that is no plain DataLoader): a "

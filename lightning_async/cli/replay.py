@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"lightning-async: {wrong}", file=sys.stderr)
         return 2
     except (Difference, Divergence) as difference:
-        status, last = 1, first_difference(difference, logs[0].header)
+        status, last = 1, first_difference(difference, logs)
     except Exception as error:  # of the user's module: with its traceback, and another exit status than a difference
         traceback.print_exc()
         print(f"lightning-async: the replay failed: {type(error).__name__}: {error}", file=sys.stderr)

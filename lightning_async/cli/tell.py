@@ -52,6 +52,7 @@ def summary(logs: Mapping[int, Log], course: Course, member: int | None) -> str:
     until = course.until
     reached = "" if until is None or all(log.step < until for log in logs.values()) else f", until step {until}"
     whose = "the run is" if member is None else f"{logs[member].name} is"
+    whose = f"as far as it was recomputed, {whose}" if course.short else whose
     counted = f"{many(len(logs), logs[0].kind)}, {many(course.taken, 'step')}, "
     counted += f"{many(course.folds, 'fold')}; compared: {many(course.losses, 'loss', 'losses')}, "
     lines = [
@@ -68,12 +69,12 @@ def summary(logs: Mapping[int, Log], course: Course, member: int | None) -> str:
     return "\n".join(lines)
 
 
-def first_difference(difference: Difference | Divergence, header: Mapping[str, Any]) -> str:
+def first_difference(difference: Difference | Divergence, logs: Mapping[int, Log]) -> str:
     """The last line of a replay that ends early."""
     said = str(difference)
     if isinstance(difference, Divergence) and difference.member is not None:
-        said = f"member {difference.member}, behind step {difference.step}: {said}"
-    others = sorted(set(header["callbacks"]) - HARMLESS)
+        said = f"{logs[difference.member].name}, behind step {difference.step}: {said}"
+    others = sorted(set(logs[0].header["callbacks"]) - HARMLESS)
     left_out = f"\ncallbacks of the run that the replay leaves out: {', '.join(others)}" if others else ""
     return f"first difference: {said}{left_out}"
 

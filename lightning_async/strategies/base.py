@@ -35,7 +35,7 @@ from lightning_async.data.balance import meant_by
 from lightning_async.data.share import Balance
 from lightning_async.progress.report import Wish
 from lightning_async.replica import Replica
-from lightning_async.strategies import compat, words
+from lightning_async.strategies import compat, unreplayable, words
 from lightning_async.strategies.account import Account, account, model_of, state_of, wider_state
 from lightning_async.strategies.averages import Averages, miss_no_step
 from lightning_async.strategies.batchnorm import Statistics
@@ -295,8 +295,8 @@ class AsyncStrategy(Shown):
         self.cuts.begin(self.checkpoints.cut)
         self.voice.begin(self.replica, self.office.mail, self.feeding.mass, self.office.algorithms_rounds)
         self.checkpoints.put_back()
-        if self.feeding.fed == "both":
-            self.office.recording.cannot_be_replayed("it trains on a shared data set and on a stream together")
+        for why in unreplayable.reasons(self.trainer, self.feeding.fed):
+            self.office.recording.cannot_be_replayed(why)
         self.office.recording.start(self)
         self.clock.begin(self.trainer)
         self.clock.set_out(self.trainer, self.consensus.come)

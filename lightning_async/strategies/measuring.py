@@ -49,6 +49,12 @@ def measured(strategy: PipeSetup, handover: Handover) -> list[float]:
     return []
 
 
+def first_batch(strategy: PipeSetup) -> None:
+    """Fetch it and nothing else, as all ranks but the first do."""
+    with _as_it_was(strategy.trainer.lightning_module):
+        compat.first_batch(strategy.trainer)
+
+
 @contextmanager
 def _as_it_was(module: nn.Module) -> Iterator[None]:
     """Training mode in here; afterwards modes, buffers and generators are as before."""

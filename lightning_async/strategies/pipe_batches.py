@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_async.algorithms.algorithm import no_shrink
 from lightning_async.data.counts import samples_in
 from lightning_async.pipeline import draws
-from lightning_async.strategies import compat, whole
+from lightning_async.strategies import compat, unreplayable, whole
 from lightning_async.strategies.at_rest import Resting
 from lightning_async.strategies.facts import digest, name_of
 from lightning_async.strategies.garbage import Garbage
@@ -71,7 +71,6 @@ class PipeBatches(Resting):
             self.epoch_began = self.turns.batches
             draws.reseed(self.turns.seed, self.turns.batches, draws.BETWEEN)
             if self.averages.takes_statistics():
-                self.recording.cannot_be_replayed("an epoch takes BatchNorm's statistics, and trains nothing")
                 self.turns.drain()
                 for optimizer in self.optimizers:
                     optimizer.zero_grad()
@@ -100,8 +99,8 @@ class PipeBatches(Resting):
             self.recording.cannot_be_replayed(
                 f"{law} shrinks gradients, by factors that a pipeline's log does not hold"
             )
-        if self.recording.fed == "both":
-            self.recording.cannot_be_replayed("it trains on a shared data set and on a stream together")
+        for why in unreplayable.reasons(self.trainer, self.recording.fed):
+            self.recording.cannot_be_replayed(why)
         self.recording.start(self)
         if self.piped:
             self.begun = True
@@ -114,8 +113,10 @@ class PipeBatches(Resting):
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Note what the batch is, while it is here; its samples are counted once, on the last stage."""
-        if self.last and self.trainer.training:
-            self._here = samples_in(batch) or 0
+        if self.trainer.training:
+            self.recording.taking()
+            if self.last:
+                self._here = samples_in(batch) or 0
         if self._turns is not None and self.index in (0, self.depth - 1):
             self.turns.stamp = stamp_of(batch)
         return super().batch_to_device(batch, device, dataloader_idx)

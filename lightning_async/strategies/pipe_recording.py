@@ -29,6 +29,7 @@ from lightning_async.strategies.facts import digest
 from lightning_async.strategies.feeding import size_of
 from lightning_async.strategies.pipe_data import stamp_of
 from lightning_async.strategies.recording import Recording, Weights
+from lightning_async.transport.record import plain
 
 if TYPE_CHECKING:
     from lightning_async.strategies.pipe_batches import PipeBatches
@@ -53,9 +54,11 @@ class StageRecording(Recording):
     """Where this stage's events go, if anywhere."""
 
     fed = ""
-    """With what: see `Feeding.fed`."""
+    """With what: see `Feeding.fed`; or of "several" loaders the numbers of samples."""
     around: Callable[[], AbstractContextManager[object]] = nullcontext
     """What stands around the user's code: in a replay, the rank and the world of the run."""
+    _numbered = 0
+    """Loaders with numbered samples, of those that Lightning draws from together."""
 
     def passed(self, direction: Pass, batch: int, made: Tensor) -> None:
         """What a pass of a batch made is about to leave."""
@@ -68,6 +71,25 @@ class StageRecording(Recording):
         if self._scribe is not None:
             self._scribe.note("accumulate", trainer.accumulate_grad_batches, news=True)
 
+    def skipped(self, batch: Any) -> None:
+        """These samples are fetched in vain, where a run goes on in mid-epoch: workers draw for them too."""
+        if self._scribe is not None:
+            self._scribe.note("skipped", plain(batch if isinstance(batch, (list, tuple)) else [batch]))
+
+    def taking(self) -> None:
+        """A batch is trained on next. Workers may have fetched it before the last validation."""
+        self._catch_up("taking")
+
+    def epoch(self, epoch: int, size: int, *, batches: int | None = None) -> None:
+        """The loaders that are noted from here on come in the place of those before."""
+        super().epoch(epoch, size, batches=batches)
+        self._numbered = 0
+
+    def close(self) -> None:
+        """A later fit may train on other data."""
+        super().close()
+        self.fed, self._numbered = "", 0
+
     def _took_numbers(self, loader: DataLoader[Any]) -> None:
         """Its samples have numbers."""
 
@@ -78,16 +100,18 @@ class StageRecording(Recording):
             self._note("drained", digest(replica.flat))
 
     def noted(self, strategy: PipeBatches, loader: object, *, done: int = 0) -> object:
-        """The user's loader, of which each batch is written down, but for the first `done`; a stream is heard."""
+        """The user's loader, of which each batch is written down; the first `done` are not trained on. A stream is
+        heard."""
         if not self.hears:
             return loader
         trainer, size = strategy.trainer, size_of(loader)
         if type(loader) is not DataLoader or not is_shareable(loader):
-            self.fed = "both" if self.fed == "numbers" else "stream"
+            self.fed = "stream" if self.fed in ("", "stream") else "both"
             heard = StatefulHeard if is_stateful(loader) else Heard
             return heard(loader, _Drawing(self, lambda: self.epoch(trainer.current_epoch, size), self.around))
         self._took_numbers(loader)
-        self.fed = "both" if self.fed == "stream" else "numbers"
+        self._numbered += 1
+        self.fed = "both" if self.fed in ("stream", "both") else "several" if self._numbered > 1 else "numbers"
         batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         length = len(batches) if isinstance(batches, Sized) else None
 
@@ -95,11 +119,13 @@ class StageRecording(Recording):
             self.epoch(trainer.current_epoch, size, batches=length)
             self.dealt(dealt_in_turn(loader, cut=trainer.limit_train_batches != 1.0))
 
-        return remade(loader, _Noted(batches, began, self.fetched, done, opens=partial(self.opens, loader)))
+        noted = _Noted(batches, began, self.fetched, done, skipped=self.skipped, opens=partial(self.opens, loader))
+        return remade(loader, noted)
 
 
 class _Drawing(Ear):
-    """That a stage drew is noted: what it drew follows from where it began, and from a batch's number (`draws`)."""
+    """That a stage drew is noted: what it drew follows from where it began, and from a batch's number (`draws`); of one
+    stage alone from the random generators."""
 
     def __init__(
         self,
@@ -111,9 +137,11 @@ class _Drawing(Ear):
 
     def begins(self) -> AbstractContextManager[object]:
         self._began()
+        self._recording.strayed()
         return self._around()
 
     def draws(self) -> AbstractContextManager[object]:
+        self._recording.fetching()
         return self._around()
 
     def drew(self) -> None:
@@ -130,10 +158,11 @@ class _Noted:
         fetched: Callable[[Any], None],
         done: int,
         *,
+        skipped: Callable[[Any], None],
         opens: Callable[[], None],
     ) -> None:
         self._batches, self._began, self._fetched, self._done = batches, began, fetched, done
-        self._opens = opens
+        self._skipped, self._opens = skipped, opens
 
     def __len__(self) -> int:
         return len(cast(Sized, self._batches))
@@ -150,6 +179,5 @@ class _Noted:
         for at, batch in enumerate(self._batches):
             if at == done:
                 self._began()
-            if at >= done:
-                self._fetched(batch)
+            (self._fetched if at >= done else self._skipped)(batch)
             yield batch

@@ -138,6 +138,7 @@ class Recording:
             known["ranks_of_members"] = [list(ranks) for ranks in members]
         recorder = RecordingCarrier(carrier, self._file, seed=int(seed) if seed else None, about=known)
         self._scribe, self._chance, self._loss, self._drawn = recorder, {}, None, 0
+        self._met = self._opened = False
         return recorder
 
     def through(self, mail: Mail, letters: Sequence[Letter], losses: Sequence[Loss]) -> Mail:
@@ -173,9 +174,7 @@ class Recording:
 
     def fetching(self) -> None:
         """A batch is fetched next: what a validation drew comes before what the data set draws."""
-        if self._met and self._scribe is not None:
-            self._note("fetching", {"chance": self._news_of_chance()})
-        self._met = False
+        self._catch_up("fetching")
 
     def fetched(self, batch: Any) -> None:
         """These samples are fetched; they may be trained on later, or, at a sudden end, never."""
@@ -190,8 +189,9 @@ class Recording:
             self._scribe.note("drawn", self._drawn)
 
     def cannot_be_replayed(self, why: str) -> None:
-        """Say at once what these logs will be for."""
-        if self.on:
+        """Say at once what these logs will be for, here and in them: `replay` refuses with these words."""
+        if self._file is not None and self._scribe is not None:
+            self._scribe.note("unreplayable", why)
             rank_zero_warn(
                 f"the logs in {self._folder} will be for `lightning-async report` and `audit` only: this run cannot be "
                 f"replayed, since {why}"
@@ -294,6 +294,12 @@ class Recording:
         self._file = self._scribe = None
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _catch_up(self, name: str) -> None:
+        """Write down where the random generators are, if something else may have drawn since the last time."""
+        if self._met and self._scribe is not None:
+            self._note(name, {"chance": self._news_of_chance()})
+        self._met = False
 
     def _time(self, what: str) -> None:
         """When it was, and how long this rank's thread had been busy with exchange, and with waiting, by then."""

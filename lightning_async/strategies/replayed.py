@@ -112,7 +112,7 @@ class RecordedMeetings(Meetings):
         self._replaying = replaying
         self._epochs = log.number_of_epochs()
         self._last, self._trained = set(log.last_batches()), log.batches()
-        self._batches = 0
+        self._name, self._batches = log.name, 0
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Learning rates come from the log; a scheduler may go by a metric that nobody computes here."""
@@ -134,7 +134,7 @@ class RecordedMeetings(Meetings):
         """Who ended early came to the meetings of the others. Perhaps it was the last epoch."""
         if self._batches not in self._last and self._batches < self._trained:
             raise WrongInput(
-                f"the training data of member {trainer.global_rank} end behind its batch {self._batches}, in the "
+                f"the training data of {self._name} end behind its batch {self._batches}, in the "
                 "middle of an epoch of the run: they are others, or do not begin where they began"
             )
         self.strategy.feeding.under_way = False

@@ -9,7 +9,7 @@ the run, from where it stood then, by who sees the member's rank.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -42,12 +42,22 @@ class RecordedFeeding(Feeding):
         carrier: Knows them.
         replaying: Is told what was trained on.
         mass: What a step of this member weighed.
-        lengths: Of each epoch, how many batches its loader had: with a length Lightning fetches none ahead.
+        lengths: By epoch, how many batches its loader had: with a length Lightning fetches none ahead.
+        skipped: The batches that were fetched in vain first.
     """
 
-    def __init__(self, carrier: ReplayCarrier, replaying: Replaying, mass: int, *, lengths: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        carrier: ReplayCarrier,
+        replaying: Replaying,
+        mass: int,
+        *,
+        lengths: Mapping[int, int] | None = None,
+        skipped: Iterable[list[Any]] = (),
+    ) -> None:
         super().__init__("equal")
-        self._lengths, self._opened = lengths, 0
+        self._lengths, self._skipped = lengths or {}, iter(skipped)
+        self._epoch: Callable[[], int] = int
         self._replaying, self._recorded_mass = replaying, mass
         self._coming = iter(carrier.epochs())
         self._fetched: deque[list[Any]] = deque()
@@ -70,7 +80,7 @@ class RecordedFeeding(Feeding):
         size, single, recording = size_of(loader), loader.batch_sampler is None, office.recording
         self._batch, self._drop_last = samples_per_batch(loader) * office.size, drops_last(loader)
         self._world, self._ranks, self._speaks = office.members, office.size, office.speaks
-        self._positions = positions_of(loader)
+        self._positions, self._epoch = positions_of(loader), epoch
 
         def began() -> None:
             recording.epoch(epoch(), size)
@@ -79,23 +89,27 @@ class RecordedFeeding(Feeding):
         batches = kind(self, began, recording.fetched, single=single)
         seeds = torch.Generator() if loader.num_workers else None
         fed = cast(_There, remade(loader, batches, kind=_There, generator=seeds))
-        fed.around, batches.opens = self.around, partial(recording.opens, fed)
+        fed.around, fed.opens = self.around, recording.opens
         return fed
 
     def told_length(self) -> int | None:
         """As in the run."""
         if self._positions is None or not self.under_way:
             return None
-        return epoch_batches(self._positions, members=self._world, batch=self._batch, drop_last=self._drop_last)
+        return epoch_batches(self._positions, members=self._world, batch=self._mean, drop_last=self._drop_last)
 
-    def length(self) -> int:
+    def loader_length(self) -> int:
         """How many batches the loader has in this epoch."""
-        return self._lengths[min(max(0, self._opened - 1), len(self._lengths) - 1)]
+        epoch = self._epoch()
+        return self._lengths[epoch if epoch in self._lengths else max(self._lengths)]
+
+    def skipped(self) -> Iterator[list[Any]]:
+        """The batches that are not trained on, once."""
+        return self._skipped
 
     def next_epoch(self) -> Iterator[list[Any]]:
         """The batches of the next epoch; what was fetched before is not trained on any more."""
         self._fetched.clear()
-        self._opened += 1
         for batch in next(self._coming, []):
             self._fetched.append(batch)
             yield batch
@@ -146,8 +160,10 @@ class _There(DataLoader[Any]):
     """A loader whose data set and workers see the member's rank."""
 
     around: Callable[[], AbstractContextManager[object]] = nullcontext
+    opens: Callable[[DataLoader[Any]], None] = staticmethod(lambda loader: None)
 
     def __iter__(self) -> Any:
+        self.opens(self)
         with self.around():
             iterator = super().__iter__()
         return drawn(iterator, _Around(self.around))
@@ -170,7 +186,6 @@ class _Batches:
         self, feeding: RecordedFeeding, began: Callable[[], None], fetched: Callable[[Any], None], *, single: bool
     ) -> None:
         self._feeding, self._began, self._fetched, self._single = feeding, began, fetched, single
-        self.opens: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return told(self._feeding.told_length())
@@ -179,18 +194,19 @@ class _Batches:
         return True
 
     def __iter__(self) -> Iterator[Any]:
-        self.opens()
-        return self._batches()
-
-    def _batches(self) -> Iterator[Any]:
+        for batch in self._feeding.skipped():
+            yield self._given(batch)
         self._began()
         for batch in self._feeding.next_epoch():
             self._fetched(batch)
-            yield batch[0] if self._single else batch
+            yield self._given(batch)
+
+    def _given(self, batch: list[Any]) -> Any:
+        return batch[0] if self._single else batch
 
 
 class _SizedBatches(_Batches):
     """The same with a length."""
 
     def __len__(self) -> int:
-        return self._feeding.length()
+        return self._feeding.loader_length()

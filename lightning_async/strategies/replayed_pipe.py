@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from lightning_async.strategies.course import Course, WrongInput
 from lightning_async.strategies.delayed_pipeline import DelayedPipelineStrategy
+from lightning_async.strategies.handover import Handover
+from lightning_async.strategies.measuring import first_batch
 from lightning_async.strategies.pipe_recording import PASSES, StageRecording
 from lightning_async.strategies.pipe_turns import EVENED
 from lightning_async.strategies.replayed_feeding import RecordedFeeding
@@ -48,10 +50,10 @@ class ReplayingStage(Replaying, StageRecording):
         if (batches := self._carrier.note("accumulate", None)) is not None:
             trainer.accumulate_grad_batches = batches
 
-    def fetched(self, batch: Any) -> None:
+    def _catch_up(self, name: str) -> None:
         """Whether something else drew random numbers before it is in the log."""
         self.strayed()
-        super().fetched(batch)
+        super()._catch_up(name)
 
     def _compare(self, name: str, now: Any, recorded: Any) -> None:
         if name not in PASSES:
@@ -110,7 +112,7 @@ class SeatedPipeline(DelayedPipelineStrategy):
 
     recorded: RecordedFeeding
     seed = 0
-    streams = False
+    streams = measures = False
 
     def setup_distributed(self) -> None:
         """No process group: the hall takes its place."""
@@ -127,16 +129,18 @@ class SeatedPipeline(DelayedPipelineStrategy):
         yield from super()._equalise(module)
         return self.seed
 
+    def _cuts(self, handover: Handover) -> tuple[int, ...]:
+        """As in the run; where the blocks were measured, a stream has given its first batch for that."""
+        if self.measures and not self._saved_cuts(len(handover.blocks)):
+            with self.recording.around():
+                first_batch(self)
+        return super()._cuts(handover)
+
     def process_dataloader(self, dataloader: object) -> object:
         """The recorded batches; of a stream, what is drawn from it anew."""
         if self.streams:
             return super().process_dataloader(dataloader)
         return self.recorded.share_out(dataloader, self.office, lambda: self.trainer.current_epoch)
-
-    def skip_done(self, fetcher: Any) -> None:
-        """The log has only what was trained on, a stream all that it had."""
-        if self.streams:
-            super().skip_done(fetcher)
 
     def batch_ended(self, outputs: Any) -> None:
         """One of the recorded batches is trained on."""
@@ -180,8 +184,10 @@ def seat_stage(
     cuts = {"split": begin["cuts"]} if begin["cuts"] else {}
     strategy = SeatedPipeline(**log.header["knobs"] | cuts, cluster_environment=place)
     strategy.office = ReplayedOffice(carrier, replaying, hall)
-    lengths = [note["batches"] for note in log.notes_of("epoch") if "batches" in note]
-    strategy.recorded = RecordedFeeding(carrier, replaying, begin["mass"], lengths=lengths)
+    lengths = {note["epoch"]: note["batches"] for note in log.notes_of("epoch") if "batches" in note}
+    skipped = log.notes_of("skipped")
+    strategy.recorded = RecordedFeeding(carrier, replaying, begin["mass"], lengths=lengths, skipped=skipped)
     replaying.strategy, strategy.seed = strategy, begin["seed"]
     strategy.streams = begin.get("fed") == "stream"
+    strategy.measures = strategy.streams and log.header["knobs"]["split"] == "auto"
     return strategy, [RecordedRests(strategy, replaying, log)]

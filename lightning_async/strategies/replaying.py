@@ -60,7 +60,6 @@ class Replaying(Recording):
         super().__init__(None)
         self._scribe = self._carrier = carrier
         self._log, self._course, self._hall = log, course, hall
-        self._states: dict[str, str] = {}
         self._sure = 0
         self._clock = (0, False)
         self._last_fold: Arrival | None = None
@@ -91,8 +90,10 @@ class Replaying(Recording):
 
     def opens(self, loader: DataLoader[Any]) -> None:
         """The seed of the workers is drawn from what it was drawn from."""
-        if loader.generator is not None and (state := self._carrier.note("workers", None)) is not None:
-            loader.generator.set_state(chance.unpacked(state))
+        if loader.generator is not None and not self._opened:
+            self._opened = True
+            if (state := self._carrier.note("workers", None)) is not None:
+                loader.generator.set_state(chance.unpacked(state))
 
     def clock(self, trainer: Trainer) -> None:
         """The run's step and the end of an epoch go by all members: as the log has them."""
@@ -170,7 +171,7 @@ class Replaying(Recording):
     def _compare(self, name: str, now: Any, recorded: Any) -> None:
         if recorded is None:
             return
-        if name in ("epoch", "fetching", "off"):
+        if name in ("epoch", "fetching", "taking", "off"):
             self._go_on_from(name, now, recorded)
         elif name == "start":
             self._compare_start(now, recorded)
@@ -188,8 +189,7 @@ class Replaying(Recording):
             )
         if name == "off" and self.strategy is not None:
             self.strategy.trainer.accumulate_grad_batches = recorded["accumulate"]
-        self._states |= recorded["chance"]
-        chance.put_back(chance.read(self._states))
+        chance.put_back(chance.read(recorded["chance"]))
 
     def _compare_start(self, now: dict[str, Any], recorded: dict[str, Any]) -> None:
         if now["numbers"] != recorded["numbers"]:
@@ -227,7 +227,8 @@ class Replaying(Recording):
             said.append(f"its weights were last seen as recorded after step {self._sure}")
         if last is not None:
             said.append(
-                f"last fold in step {last.folded}, from member {last.other} (its step {last.base}, delay {last.delay})"
+                f"last fold in step {last.folded}, from {self._log.kind} {last.other} (its step {last.base}, delay "
+                f"{last.delay})"
             )
         raise Difference(me, step, "; ".join(said))
 

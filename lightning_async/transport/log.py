@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -83,7 +84,7 @@ class Log:
             if line[1] != NOTE:
                 self._events.append(line)
                 self._epochs.append(begun)
-        self._notes = {(line[0], line[2]): line[3] for line in self._lines if line[1] == NOTE}
+        self._notes = _by_place(line for line in self._lines if line[1] == NOTE)
         self.finished = bool(self._events) and self._events[-1][1] == "finish"
         self.step = self.count = 0
         self._next = self._begun = 0
@@ -173,9 +174,10 @@ class Log:
         return name == "meet" and epoch <= self._begun
 
     def note(self, name: str) -> Any:
-        """What was noted here under this name; None: nothing."""
+        """What was noted here under this name, each note once and in their order; None: nothing, or nothing more."""
         self._begun += name == "epoch"
-        return self._notes.get((self.count, name))
+        noted = self._notes.get((self.count, name))
+        return noted.popleft() if noted else None
 
     def end(self) -> None:
         """The program ended: nothing more may be written."""
@@ -218,6 +220,22 @@ class Log:
         """Stop here."""
         sentence = f"{self.name} strays at event {self._next}: the log has {expected}, the replay {got}"
         raise Divergence(sentence, member=self.me, step=self.step)
+
+
+def _by_place(notes: Iterable[list[Any]]) -> dict[tuple[int, str], deque[Any]]:
+    """The notes by the question before them and their name, in their order.
+
+    Of the random generators a note has the states of those that had moved since the one before. Here each gets the
+    states of all: a replay may pass a note over, as it need not fetch when the run fetched.
+    """
+    found: dict[tuple[int, str], deque[Any]] = {}
+    states: dict[str, str] = {}
+    for count, _, name, noted in notes:
+        if isinstance(noted, dict) and "chance" in noted:
+            states = states | noted["chance"]
+            noted["chance"] = states
+        found.setdefault((count, name), deque()).append(noted)
+    return found
 
 
 def _parse(lines: Iterable[str]) -> list[Any]:

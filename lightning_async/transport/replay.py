@@ -55,6 +55,7 @@ def replay(
     lives = {rank: _life(log, carriers[rank], programs[rank]) for rank, log in read.items()}
     services = {rank: carriers[rank].service() for rank, log in read.items() if log.served}
     stage.is_cut = lambda member: read[member].cut
+    stage.kind = next((log.kind for log in read.values()), stage.kind)
     return {actor.member: actor.result for actor in stage.run(lives, wanted, services) if actor.complete}
 
 
@@ -70,11 +71,11 @@ def _life(log: Log, carrier: ReplayCarrier, program: Callable[[ReplayCarrier], P
 
 def _check_log(rank: int, log: Log) -> None:
     if log.me != rank:
-        raise ValueError(f"the log given for member {rank} was written by member {log.me}")
+        raise ValueError(f"the log given for {log.kind} {rank} was written by {log.name}")
     threads = torch.get_num_threads()
     if log.header["threads"] != threads:
         warnings.warn(
-            f"member {rank} was recorded with {log.header['threads']} torch threads and is replayed with {threads}: "
+            f"{log.name} was recorded with {log.header['threads']} torch threads and is replayed with {threads}: "
             "sums may differ in their last bits",
             stacklevel=3,
         )
@@ -191,7 +192,7 @@ class ReplayCarrier:
             self._served = number
             yield 0.0
             while len(self._services) < served.service:
-                self._stage.rest(f"member {self.me} to serve")
+                self._stage.rest(f"{self._log.name} to serve")
             letter = self._letter(served.peer, served.kind, served.number, served.echo, served.seconds)
             for peer, message in self._services[served.service - 1](letter):
                 self._keep(peer, message)
@@ -297,7 +298,8 @@ class ReplayCarrier:
 
     def _of_before(self, peer: int, number: int) -> Letter:
         if (peer, number) not in self._restored:
-            self._log.diverge(f"letter {number} of member {peer}, of before the run", "a checkpoint without it")
+            letter = f"letter {number} of {self._log.kind} {peer}, of before the run"
+            self._log.diverge(letter, "a checkpoint without it")
         return self._restored[peer, number]
 
     def _act(self, *words: Any) -> None:

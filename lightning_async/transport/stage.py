@@ -112,6 +112,7 @@ class Stage:
         posts: The messages that were posted and not taken.
         ending: Whether all are to stop, whatever they do.
         is_cut: Whether this member's log just ends, and its program is there.
+        kind: What people call a member here.
         short: Who came no further, for what they wait for is behind the end of somebody's log.
     """
 
@@ -119,6 +120,7 @@ class Stage:
         self.posts: dict[Name, Message] = {}
         self.ending = False
         self.is_cut: Callable[[int], bool] = lambda member: False
+        self.kind = "member"
         self.short: list[int] = []
         self._actors: list[Actor] = []
         self._on: Actor | None = None
@@ -128,7 +130,7 @@ class Stage:
         """The message of this name; the program that asks is paused until it is posted."""
         if name not in self.posts:
             if self._on is None:
-                raise Divergence(f"{_say(name)} to member {name[1]} was not posted")
+                raise Divergence(f"{self._say(name)} to {self.kind} {name[1]} was not posted")
             self._on.missing = name
             self._on.pause()
         return self.posts[name]
@@ -174,11 +176,12 @@ class Stage:
         try:
             while not all(actor.ended or actor.parked for actor in actors):
                 waiting = [actor for actor in actors if not actor.ended]
-                if not any(map(self._can_go, waiting)) and any(map(self.is_cut, programs)):
+                if not any(map(self._can_go, waiting)):
                     if self._end_cut(waiting):
                         continue
-                    self.short = sorted({actor.member for actor in waiting if actor in members})
-                    break
+                    if self._wait_in_vain(waiting, {member for member in programs if self.is_cut(member)}):
+                        self.short = sorted({actor.member for actor in waiting if actor in members})
+                        break
                 self._on = self._choose(waiting)
                 self._on.seen = self._moves  # what it moves itself it may look at again
                 self._on.go()
@@ -204,8 +207,9 @@ class Stage:
         ready = [actor for actor in waiting if self._can_go(actor)]
         if ready:
             return min(ready, key=lambda actor: actor.parked)
-        wants = [f"member {a.member} took {_say(a.missing)}, which no replay has posted" for a in waiting if a.missing]
-        wants += [f"member {a.member} waits for {a.word}" for a in waiting if not a.missing]
+        names = {actor: f"{self.kind} {actor.member}" for actor in waiting}
+        wants = [f"{names[a]} took {self._say(a.missing)}, which no replay has posted" for a in waiting if a.missing]
+        wants += [f"{names[a]} waits for {a.word}" for a in waiting if not a.missing]
         raise Divergence(f"the logs do not fit together: {'; '.join(wants)}")
 
     def _end_cut(self, waiting: list[Actor]) -> bool:
@@ -216,11 +220,16 @@ class Stage:
             actor.stop()
         return bool(ending)
 
+    def _wait_in_vain(self, waiting: list[Actor], gone: set[int]) -> bool:
+        """Whether all of these wait for who is gone, or for one that waits for those; a word may be anybody's."""
+        while more := {a.member for a in waiting if gone and (a.missing is None or a.missing[0] in gone)} - gone:
+            gone |= more
+        return all(actor.member in gone for actor in waiting)
+
     def _can_go(self, actor: Actor) -> bool:
         if actor.missing is not None:
             return actor.missing in self.posts
         return not actor.word or actor.seen < self._moves
 
-
-def _say(name: Name) -> str:
-    return f"message {name[3]} of kind {name[2]} of member {name[0]}"
+    def _say(self, name: Name) -> str:
+        return f"message {name[3]} of kind {name[2]} of {self.kind} {name[0]}"

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import CombinedLoader
@@ -66,11 +67,19 @@ class Counting(Net):
         return super().training_step(batch, batch_idx) / batches
 
 
-class Unlike(Net):
+class Unlike(Counting):
     """Batches of another size on each rank."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(Data(), batch_size=2 + 4 * self.global_rank, shuffle=True)
+
+
+class Mixing(Net):
+    """Its training step draws by numpy, and nobody else does."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        part = float(np.random.beta(0.4, 0.4))
+        return super().training_step([part * one + (1 - part) * one.flip(0) for one in batch], batch_idx)
 
 
 class Plateau(Net):

@@ -74,6 +74,31 @@ class Fewer(Stages):
     samples = 40
 
 
+class Worked(Stages):
+    """Whose data workers draw."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Noisy(self.samples), batch_size=8, shuffle=True, num_workers=2)
+
+
+class Growing(Stages):
+    """With more data in each epoch."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Noisy(40 + 20 * self.trainer.current_epoch), batch_size=8, shuffle=True)
+
+
+class Two(Stages):
+    """On two loaders, of which the second begins again within an epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        (inputs, targets), (others, _) = batch
+        return super().training_step((inputs + 0.1 * others[: len(inputs)].mean(0), targets), batch_idx)
+
+    def train_dataloader(self) -> Any:
+        return [DataLoader(Noisy(samples), batch_size=8, shuffle=True) for samples in (56, 40)]
+
+
 class Counted(IterableDataset[Any]):
     """An endless stream: each iterator goes on where the one before ended."""
 
@@ -106,3 +131,11 @@ class Endless(Stages):
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(Counted(), batch_size=8)
+
+
+def rows() -> DataLoader[Any]:
+    return DataLoader(Rows(), batch_size=8)
+
+
+def counted() -> DataLoader[Any]:
+    return DataLoader(Counted(), batch_size=8)

@@ -62,7 +62,10 @@ def _start(**changes: Any) -> Callable[[dict[int, list[Any]]], object]:
             _header(knobs={"mode": "chess"}),
             "the run's gossip_ring cannot be made again from its knobs: `mode` must be one",
         ),
-        (_start(fed="both"), "the run trained on a shared data set and on a stream together"),
+        (
+            lambda logs: logs[1].insert(1, [0, "note", "unreplayable", "nobody saw it"]),
+            "this run cannot be replayed, since nobody saw it; its logs are for `report` and `audit`",
+        ),
         (lambda logs: logs[1][0].update(run="another"), "members 0 and 1 are not of one run: their `run` is"),
         (lambda logs: logs[1].__setitem__(0, dict(logs[0][0])), "the log given for member 1 was written by member 0"),
         (lambda logs: logs.pop(1), "the log of rank 1 of 2 is missing"),

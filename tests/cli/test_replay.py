@@ -50,6 +50,8 @@ def test_a_real_run_equals_its_replay_to_the_bit(tmp_path: Path, said: Said) -> 
         (2, "Plateau", {"buffers": "reestimate"}, {"precision": "bf16-true"}),
         (1, "Net", {"mode": "none"}, {}),
         (2, "Counting", {}, {}),
+        (2, "Unlike", {}, {}),
+        (2, "Mixing", {}, {"reload_dataloaders_every_n_epochs": 1}),
         (2, "Foreseen", {}, {}),
         (2, "Stepwise", {"meet_every": 37}, {}),
         (3, "Stepwise", {}, {"max_epochs": -1, "max_steps": 17, "val_check_interval": 4}),
@@ -160,6 +162,23 @@ def test_from_a_checkpoint(tmp_path: Path, said: Said) -> None:
     assert said(folder / "resumed", "--ckpt", str(checkpoint))[0] == 0
 
 
+def _twice(folder: str, checkpoint: str, module: str) -> None:
+    torch.manual_seed(7)  # with a seed of Lightning's the second fit would begin with that again
+    t, net = trainer(2, knobs={"record": folder}, max_epochs=1), getattr(recorded, module)()
+    t.fit(net)
+    t.save_checkpoint(checkpoint)
+    t.fit_loop.max_epochs = 2
+    t.fit(net)
+
+
+@pytest.mark.few(0)
+@pytest.mark.parametrize("module", ["Mixing", "WorkedPersistently"])
+def test_a_second_fit_in_which_lightning_makes_two_iterators_at_once(module: str, tmp_path: Path, said: Said) -> None:
+    run(2, _twice, str(tmp_path / "run"), str(tmp_path / "one.ckpt"), module)
+    status, words = said(tmp_path / "run", "--fit", "2", "--ckpt", str(tmp_path / "one.ckpt"), module=module)
+    assert status == 0, words
+
+
 def test_a_log_that_was_copied_too_early(ordinary: Path, tmp_path: Path, said: Said) -> None:
     """Its end is missing, and others took mail that was sent then: no difference, and nothing that is as recorded."""
     logs = copied(ordinary, tmp_path / "run")
@@ -174,6 +193,7 @@ def test_a_log_that_was_copied_too_early(ordinary: Path, tmp_path: Path, said: S
     found = re.search(r"member 0 is recomputed to step (\d+) only: what it took then was sent behind the end", words)
     assert found is not None, words
     assert "until" not in words
+    assert "as far as it was recomputed, the run is as recorded, to the bit: 2 members" in words
     assert int(found[1]) < sum(line[1] == "at" for line in logs[0][1:])
 
 

@@ -30,8 +30,9 @@ def _fit(n: int, folder: Path, module: str, knobs: dict[str, Any], options: dict
     saver = ModelCheckpoint(folder.parent / "saved", filename="{step}", every_n_train_steps=7, save_top_k=-1)
     callbacks = [faults, saver, *options.pop("callbacks", [])]
     strategy = DelayedPipelineStrategy(stages="net", record=str(folder), **knobs)
+    data = getattr(stages, options.pop("data"))() if "data" in options else None
     t = trainer(n, strategy=strategy, callbacks=callbacks, enable_checkpointing=True, **options)
-    t.fit(getattr(stages, module)(), ckpt_path=path)
+    t.fit(getattr(stages, module)(), data, ckpt_path=path)
 
 
 def record(folder: Path, n: int = 3, module: str = "Stages", path: Path | None = None, **options: Any) -> None:
@@ -65,6 +66,9 @@ def said(capsys: pytest.CaptureFixture[str]) -> Said:
         (2, "Stages", {"limit_train_batches": 5, "callbacks": [GradientAccumulationScheduler({1: 2})]}),
         (2, "Stages", {"max_steps": 11, "knobs": {"split": "auto"}}),
         (1, "Stages", {}),
+        (1, "Streamed", {}),
+        (1, "Worked", {}),
+        (2, "Worked", {}),
         (3, "Streamed", {}),
         (2, "Endless", {"limit_train_batches": 5, "accumulate_grad_batches": 2}),
     ],
@@ -108,7 +112,54 @@ def test_what_no_log_of_a_pipeline_holds_is_refused(tmp_path: Path, said: Said) 
     record(tmp_path / "run", 2, max_epochs=1, callbacks=[AdaptiveShrink("inverse")])
     status, words = said(tmp_path / "run")
     assert status == 2
-    assert "the run shrank gradients by AdaptiveShrink.factor, whose factors" in words
+    assert "this run cannot be replayed, since AdaptiveShrink.factor shrinks gradients, by factors that" in words
+
+
+@pytest.mark.few(0)
+@pytest.mark.filterwarnings("ignore:.* this run cannot be replayed, since it trains on several loaders")
+def test_two_loaders_with_numbers_are_refused(tmp_path: Path, said: Said) -> None:
+    record(tmp_path / "run", 2, "Two", reload_dataloaders_every_n_epochs=1)
+    status, words = said(tmp_path / "run", module="Two")
+    assert status == 2
+    assert "since it trains on several loaders of numbered samples" in words
+
+
+@pytest.mark.few(0)
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_loader_that_is_longer_in_the_next_epoch(n: int, tmp_path: Path, said: Said) -> None:
+    record(tmp_path / "run", n, "Growing", reload_dataloaders_every_n_epochs=1)
+    status, words = said(tmp_path / "run", module="Growing")
+    assert status == 0, words
+    assert f"{n * (5 + 8)} steps" in words
+
+
+@pytest.mark.few(0)
+def test_the_batch_that_a_stream_gave_to_be_measured_with(tmp_path: Path, said: Said) -> None:
+    options: dict[str, Any] = {"knobs": {"split": "auto"}, "limit_train_batches": 5}
+    record(tmp_path / "run", 2, data="counted", **options)
+    status, words = said(tmp_path / "run", "--data", "tests.cli.stages:counted")
+    assert status == 0, words
+
+
+def _on_other_data(folder: Path) -> None:
+    L.seed_everything(7, verbose=False)
+    strategy = DelayedPipelineStrategy(stages="net", record=str(folder / "run"))
+    t, lit = trainer(2, strategy=strategy, max_epochs=1), stages.Stages()
+    t.fit(lit)
+    if t.global_rank == 0:
+        torch.save(lit.state_dict(), folder / "weights.pt")
+    t.fit_loop.max_epochs = 2
+    t.fit(lit, stages.rows())
+
+
+@pytest.mark.few(0)
+def test_a_second_fit_on_other_data(tmp_path: Path, said: Said) -> None:
+    """Numbers, then a stream: neither trained on both."""
+    run(2, _on_other_data, tmp_path)
+    assert said(tmp_path / "run", "--fit", "1")[0] == 0
+    argv = ["--fit", "2", "--ckpt", str(tmp_path / "weights.pt"), "--data", "tests.cli.stages:rows"]
+    status, words = said(tmp_path / "run", *argv)
+    assert status == 0, words
 
 
 @pytest.mark.few(1)
@@ -123,7 +174,7 @@ def test_a_stream_that_ends_early_is_told(tmp_path: Path, said: Said) -> None:
 
 
 @pytest.mark.few(0)
-@pytest.mark.parametrize("module", ["Stages", "Streamed"])
+@pytest.mark.parametrize("module", ["Stages", "Streamed", "Worked"])
 def test_a_run_that_went_on_in_mid_epoch_is_replayed_from_its_checkpoint(
     module: str, tmp_path: Path, said: Said
 ) -> None:

@@ -87,6 +87,16 @@ def test_a_difference_in_one_rank_of_a_member_is_named(tmp_path: Path, said: Sai
     status, words = said(tmp_path / "copy")
     assert status == 1
     assert re.search(r"first difference: rank 3, step 4: its loss was .*; samples \[\d+, \d+, \d+, \d+\]", words), words
+    logs = copied(tmp_path / "run", tmp_path / "strays", 4)
+    fourth = [i for i, line in enumerate(logs[3]) if i and line[1] == "batch"][3]
+    logs[3].insert(fourth, [logs[3][fourth][0], "at", 999])
+    write(tmp_path / "strays", logs)
+    status, words = said(tmp_path / "strays")
+    assert status == 1
+    assert re.search(r"first difference: rank 3, behind step \d+: rank 3 strays at event", words), words
+    status, words = said(tmp_path / "run", "--member", "4")
+    assert status == 2
+    assert "there is no rank 4: the run had ranks 0 to 3" in words
     status, words = said(tmp_path / "run", "--member", "3", "--until", "4")
     assert status == 0, words
     assert "rank 3 is as recorded, to the bit, until step 4" in words

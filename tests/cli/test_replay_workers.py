@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,23 @@ def test_what_workers_draw_comes_again(module: str, tmp_path: Path, said: Said) 
     status, words = said(tmp_path / "run", module=module)
     assert status == 0, words
     assert "as recorded, to the bit: 2 members" in words
+
+
+@pytest.mark.few(0)
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("Worked", {"max_epochs": 1, "val_check_interval": 1}),  # late in an epoch the run has batches to spare
+        ("WorkedPersistently", {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}),
+    ],
+)
+def test_who_fetches_at_other_points_draws_the_same(
+    module: str, options: dict[str, Any], tmp_path: Path, said: Said
+) -> None:
+    """A replay fetches ahead of the run, and passes over what was noted there; workers that stay keep their seeds."""
+    record(tmp_path / "run", module=module, options=options)
+    status, words = said(tmp_path / "run", module=module)
+    assert status == 0, words
 
 
 def test_other_draws_are_a_difference(tmp_path: Path, said: Said) -> None:

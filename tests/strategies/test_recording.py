@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_async import AdaptiveShrink, GossipRingStrategy
-from lightning_async.strategies import STRATEGIES
+from lightning_async.strategies import STRATEGIES, unreplayable
 from lightning_async.strategies.facts import digest, knobs_of, knobs_of_groups
 from lightning_async.strategies.recording import Recording, fits_in, log_name
 from lightning_async.transport.mail import Wait
@@ -201,18 +204,43 @@ class Rows(IterableDataset[Any]):
         return zip(piped.INPUTS[:16], piped.TARGETS[:16], strict=True)
 
 
+class Thaws(BaseFinetuning):
+    """The first layer is trained from the second epoch on."""
+
+    def freeze_before_training(self, module: Any) -> None:
+        self.freeze(module.layer[0])
+
+    def finetune_function(self, module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.layer[0], optimizer)
+
+
+def averages() -> StochasticWeightAveraging:
+    return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+
+
+CALLBACKS: dict[str, Callable[[], Callback]] = {
+    "shrunk pipeline": lambda: AdaptiveShrink("inverse"),
+    "averaged pipeline": averages,
+    "averaged": averages,
+    "thawed": Thaws,
+}
+LAST_EPOCH = "its last epoch takes BatchNorm's statistics, and trains nothing"
+
+
 def _warned(kind: str, folder: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        callbacks = [CALLBACKS[kind]()] if kind in CALLBACKS else []
         if "pipeline" in kind:
-            shrunk = [AdaptiveShrink("inverse")] if "shrunk" in kind else []
-            t = piped.trainer(2, knobs={"record": folder}, max_epochs=2, callbacks=shrunk)
-            data = TensorDataset(piped.INPUTS[:16], piped.TARGETS[:16]) if shrunk else Rows()
+            t = piped.trainer(2, knobs={"record": folder}, max_epochs=2, callbacks=callbacks)
+            data = TensorDataset(piped.INPUTS[:16], piped.TARGETS[:16]) if callbacks else Rows()
             t.fit(piped.Piped(), DataLoader(data, batch_size=4))
         else:
-            t = trainer(2, knobs={"record": folder}, max_epochs=2, use_distributed_sampler=kind != "own split")
+            own = {"use_distributed_sampler": kind != "own split", "callbacks": callbacks}
+            t = trainer(2, knobs={"record": folder}, max_epochs=2, **own)
             both = [loader(n=40), DataLoader(Numbers(40), batch_size=4)]
-            fed = {"both": both, "own split": both[0], "stream": both[1]}[kind]
+            fed = {"both": both, "stream": both[1]}.get(kind, both[0])
             t.fit(Pairs() if kind == "both" else Lit(), fed)
     return [str(warning.message) for warning in caught if "replayed" in str(warning.message)]
 
@@ -233,6 +261,9 @@ class Pairs(Lit):
         ("both", "it trains on a shared data set and on a stream together"),
         ("pipeline", None),
         ("shrunk pipeline", "AdaptiveShrink.factor shrinks gradients, by factors that a pipeline's log does not hold"),
+        ("averaged pipeline", LAST_EPOCH),
+        ("averaged", LAST_EPOCH),
+        ("thawed", "Thaws changes what is trained, and a replay leaves the run's callbacks out"),
     ],
 )
 def test_what_cannot_be_replayed_is_said_once_when_the_run_begins(kind: str, why: str | None, tmp_path: Path) -> None:
@@ -243,3 +274,24 @@ def test_what_cannot_be_replayed_is_said_once_when_the_run_begins(kind: str, why
     else:
         assert len(first) == 1
         assert f"for `lightning-async report` and `audit` only: this run cannot be replayed, since {why}" in first[0]
+        for rank in range(2):
+            lines = [json.loads(line) for line in (tmp_path / log_name(rank)).read_text().splitlines()[1:]]
+            names = [line[2] for line in lines if line[1] == "note"]
+            assert names.index("unreplayable") < names.index("start")
+            assert any(why in line[3] for line in lines if line[1:3] == ["note", "unreplayable"])
+
+
+def test_which_callbacks_no_replay_can_do_without() -> None:
+    """SWA alone is no reason: what it writes is in no step."""
+    without = nn.Sequential(nn.Linear(2, 2))
+    for callback, module, epochs, reason in [
+        (ModelPruning("l1_unstructured"), without, 2, "ModelPruning changes what is trained"),
+        (averages(), without, 2, None),
+        (averages(), Lit(), 2, LAST_EPOCH),
+        (averages(), Lit(), -1, None),
+        (AdaptiveShrink("inverse"), Lit(), 2, None),
+    ]:
+        trainer = SimpleNamespace(callbacks=[callback], lightning_module=module, max_epochs=epochs)
+        found = list(unreplayable.reasons(trainer, "numbers"))  # type: ignore[arg-type]
+        assert len(found) == (reason is not None)
+        assert reason is None or reason in found[0]

@@ -205,6 +205,39 @@ def test_a_note_is_found_where_it_was_written_and_may_be_passed_over() -> None:
     assert replay(logs, {0: lambda carrier: program(carrier, asks=False)}) == {0: [None] * 4}
 
 
+def test_notes_of_one_name_at_one_place_are_handed_out_in_their_order() -> None:
+    def program(carrier: Any) -> Program:
+        yield 0.1
+        return [carrier.note("seed", seed) for seed in (3, 1, 2)]
+
+    _, logs = record(program=program, n=1)
+
+    def again(carrier: Any) -> Program:
+        yield 0.1
+        return [carrier.note("seed", None) for _ in range(4)]
+
+    assert replay(logs, {0: again}) == {0: [3, 1, 2, None]}
+
+
+def test_a_note_of_the_generators_has_the_states_of_all_though_others_were_passed_over() -> None:
+    """What was written are the states of those that had moved since the note before."""
+    written = [{"torch": "a", "numpy": "b"}, {"torch": "c"}, {"numpy": "d"}, {}]
+
+    def program(carrier: Any, noted: tuple[int, ...] = (0, 1, 2, 3)) -> Program:
+        yield 0.1
+        heard = []
+        for step, states in enumerate(written):
+            carrier.at(step)
+            heard.append(carrier.note("off", {"chance": states}) if step in noted else None)
+        return heard
+
+    _, logs = record(program=program, n=1)
+    whole = {"chance": {"torch": "c", "numpy": "d"}}
+    assert replay(logs, {0: lambda carrier: program(carrier, (0, 3))}) == {
+        0: [{"chance": written[0]}, None, None, whole]
+    }
+
+
 def test_what_a_law_says_is_an_event_unless_nothing_is_shrunk() -> None:
     def program(carrier: Any) -> Program:
         yield 0.1

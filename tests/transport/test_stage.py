@@ -68,6 +68,29 @@ def test_those_who_wait_for_each_other_are_told_apart_from_those_who_wait() -> N
         run(life)
 
 
+@pytest.mark.parametrize(("whom", "short"), [({0: 1, 1: 2}, [0, 1]), ({1: 2}, [1]), ({0: 1, 1: 0}, None)])
+def test_a_log_that_was_cut_excuses_only_those_who_wait_for_its_member(
+    whom: dict[int, int], short: list[int] | None
+) -> None:
+    """Member 2 was killed, and its program is over: its log ends, and what came behind that was never posted."""
+
+    def life(me: int) -> Program:
+        yield "begin"
+        if me in whom:
+            stage.wait_for((whom[me], me, KIND, 1))
+
+    stage = Stage()
+    stage.is_cut = lambda member: member == 2
+    programs = {rank: life(rank) for rank in range(N)}
+    if short is None:
+        told = f"do not fit together: member 0 took message 1 of kind {KIND} of member 1, which no replay has posted"
+        with pytest.raises(Divergence, match=told):
+            stage.run(programs)
+    else:
+        stage.run(programs)
+        assert stage.short == short
+
+
 def test_mail_in_a_hall_has_one_slot_a_kind() -> None:
     def life(stage: Stage, seat: Seat) -> Program:
         yield "begin"
