@@ -141,6 +141,7 @@ def _fit(signs: bool) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
+@pytest.mark.few(0)
 def test_ddp_with_the_callback_learns_what_ddp_learns() -> None:
     signs, plain = run(2, _fit, True), run(2, _fit, False)
     assert signs[0] == signs[1]

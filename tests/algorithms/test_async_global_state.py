@@ -142,7 +142,7 @@ def test_a_state_of_other_knobs_is_refused_in_words(make: Any, knobs: dict[str, 
             algorithm.load_state_dict(saved.state_dict())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 def test_a_replay_is_the_run_to_the_bit(knobs: dict[str, Any]) -> None:
     """The order of arrivals at each shard is in the log; also of an owner that was frozen, and of a dead one."""

@@ -190,6 +190,7 @@ def _refused() -> None:
         _served("adam", "gradient")
 
 
+@pytest.mark.few(0)
 def test_what_a_server_steps_by_adam_cannot_be_shrunk() -> None:
     run(1, _refused)
     run(1, _served, "adam", "delta")

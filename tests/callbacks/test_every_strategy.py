@@ -95,7 +95,7 @@ def test_in_a_pipeline_constant_is_fdgs_shrinking() -> None:
     assert all(repr(end["figures"]) == repr(found) for end in by_law)  # NaN, where nothing came, is not itself
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("law", ["stability", "relative"])
 def test_adaptive_laws_run_in_a_pipeline(law: str) -> None:
     ends = run(3, _piped, 3, law, {}, "sgd")

@@ -23,7 +23,7 @@ def _fit(n: int, folder: str, module: str, knobs: dict[str, Any], options: dict[
     trainer(n, strategy=strategy, callbacks=[faults], **options).fit(getattr(recorded, module)())
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("n", "module", "knobs", "options"),
     [

@@ -43,7 +43,7 @@ def cuts_with_mail(folder: Path) -> list[str]:
     return [str(path) for path in sorted(folder.glob("*.ckpt")) if letters(path)]
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("knobs", "options"),
     [

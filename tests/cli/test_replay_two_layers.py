@@ -76,6 +76,7 @@ def test_whatever_was_trained(
     assert f"equal on all ranks after {len(re.findall('^meeting', words, re.MULTILINE))} meetings" in audited
 
 
+@pytest.mark.few(0)
 def test_a_difference_in_one_rank_of_a_member_is_named(tmp_path: Path, said: Said) -> None:
     """It stops before its sibling hears of it."""
     knobs = {"inner_size": 2, "period": 1}

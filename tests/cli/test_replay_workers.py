@@ -39,6 +39,7 @@ def test_who_fetches_at_other_points_draws_the_same(
     assert status == 0, words
 
 
+@pytest.mark.few(0)
 def test_other_draws_are_a_difference(tmp_path: Path, said: Said) -> None:
     record(tmp_path / "run", module="Worked", options={"max_epochs": 1})
     assert said(tmp_path / "run", module="Worked")[0] == 0

@@ -130,7 +130,7 @@ def test_an_optimizer_that_cannot_be_asked_what_it_remembers_is_counted_as_if_it
     assert wider_state(torch.optim.Adam(parameters), torch.float32) == 40
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("staging", [None, STAGING])
 @pytest.mark.parametrize("semantics", ["stash", "recompute"])
 def test_a_stage_holds_and_sends_what_it_says(semantics: Any, staging: int | None) -> None:
@@ -295,6 +295,7 @@ def too_long() -> str:
     return str(refused.value)
 
 
+@pytest.mark.few(0)
 def test_a_message_that_no_link_takes_is_refused_before_the_first_step() -> None:
     for said in run(2, too_long):
         assert "a message of 0.00805 GB would be sent, and a link takes up to 0.008 GB: halve it by wire='bf16'" in said

@@ -177,6 +177,7 @@ def test_an_owner_in_mid_reply_is_killed_or_stopped(how: str, rank: int) -> None
     assert all(end["peers"][({0, 1, 2} - {rank}).pop()] for end in ends)
 
 
+@pytest.mark.few(0)
 def test_what_is_not_finite_is_refused_and_its_rank_gets_the_weights() -> None:
     ends = run(3, _with_fault, "spoil", 1)
     assert all(torch.isfinite(torch.tensor(end["weights"])).all() for end in ends)

@@ -293,7 +293,7 @@ def _saves_midway(at_meeting: str, folder: str, resume: str | None) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:The dirpath has changed")
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("at_meeting", ["adopt", "keep"])
 def test_a_file_of_mid_epoch_holds_the_average_of_all_ranks(at_meeting: str, tmp_path: Path) -> None:
     first, second = run(2, _saves_midway, at_meeting, str(tmp_path), None)
@@ -408,7 +408,7 @@ def _swa_beside(name: str) -> Any:
     return _averaged(strategy=SERVED[name](), slow=1.0 if name == "lazy_sign" else 3.0)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("name", SERVED)
 def test_swa_is_left_where_a_method_knows_of_other_weights(name: str) -> None:

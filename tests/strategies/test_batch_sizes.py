@@ -200,7 +200,7 @@ def weigh(sizes: tuple[int, ...], mine: type[AsyncStrategy], knobs: dict[str, An
     return module.moved
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("mine", "knobs"),
     [

@@ -160,6 +160,7 @@ def test_callbacks_stop_behind_a_validation_in_mid_epoch(
     assert both(_watched_by, "stops", tmp_path, every, mine)[0]["global_step"] == step
 
 
+@pytest.mark.few(0)
 def test_callbacks_act_behind_validations_by_time(tmp_path: Path) -> None:
     found = both(_watched_by, "saves", tmp_path, timedelta(seconds=0.1), GossipRingStrategy, 1)
     assert found[0]["validated"] == found[0]["saved"]
@@ -465,7 +466,7 @@ def in_step(options: dict[str, Any]) -> dict[str, Any]:
     return fit(knobs=knobs, max_steps=50, max_epochs=-1, check_val_every_n_epoch=None, **options)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     "options", [{"val_check_interval": 12}, {"val_check_interval": 25, "knobs": {"meet_every": 56}}]
 )

@@ -157,7 +157,7 @@ def _goes_with(folder: str, path: str | None, case: str) -> dict[str, Any]:
     return fit(folder, mode, path, options=options, step=0.01, n=480, **more)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("case", GOES_WITH)
 def test_a_run_goes_on_from_a_cut_whatever_it_trains_with(case: str, tmp_path: Path) -> None:
     """By the same ranks from what each had, by others from the consensus, in half precision from all of it."""

@@ -163,7 +163,7 @@ def _scaled(n: int, plain: bool, growth: int, knobs: dict[str, Any], options: di
 SCALED = "ignore:Using `DistributedSampler` with|.*lr_scheduler.step|.*does not have many workers"
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings(SCALED)
 @pytest.mark.parametrize("push", ["gradient", "delta"])
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def _with_others(n: int, path: str, push: str, resume: bool) -> Any:
     return seen[0], weights(lit)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("push", ["gradient", "delta"])
 def test_with_other_ranks_the_shards_are_cut_anew(push: str, tmp_path: Path) -> None:

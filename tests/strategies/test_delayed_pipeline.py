@@ -121,7 +121,7 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("devices", "knobs", "module", "options"), CASES)
 def test_many_processes_are_the_simulator_to_the_bit(
     devices: int, knobs: dict[str, Any], module: dict[str, Any], options: dict[str, Any]
@@ -148,6 +148,7 @@ def test_one_stage_is_plain_training_to_the_bit(optimizer: str) -> None:
     assert one["metrics"] == plain["metrics"]
 
 
+@pytest.mark.few(0)
 def test_the_baseline_is_plain_accumulation() -> None:
     """Drained after each update, no gradient is late: what is left of the pipe is where the layers are. The last stage
     draws the noise that its loss asks for as the first one does."""
@@ -291,7 +292,7 @@ def _uncorrected(optimizer: str) -> list[float]:
     return losses
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("knobs", "optimizer"),
     [
@@ -367,6 +368,7 @@ def _clips(clip: str) -> float:
 
 
 @pytest.mark.parametrize(("clip", "times"), [("pipe", 1), ("stage", 3)])
+@pytest.mark.few(1)
 def test_what_is_clipped_by_norm(clip: str, times: int) -> None:
     """All of the pipe together, or each of its three stages."""
     assert sum(run(3, _clips, clip)) == pytest.approx(times * 0.01**2, rel=1e-2)

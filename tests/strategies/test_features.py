@@ -103,6 +103,7 @@ def _workers() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.few(0)
 def test_data_workers_that_stay() -> None:
     (first, seen), (second, also_seen) = run(2, _workers)
     assert first == second
@@ -168,6 +169,7 @@ def _breaks_views() -> Any:
     return weights(lit)
 
 
+@pytest.mark.few(0)
 def test_broken_views_are_mended() -> None:
     first, second = run(2, _breaks_views)
     assert first == second

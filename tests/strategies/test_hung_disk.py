@@ -73,7 +73,7 @@ def _train(folder: Path, saves: str, fails: int | None) -> None:
         (folder / f"named{rank()}").write_text(" ".join(filter(None, names)))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fails", [0, 1])
 @pytest.mark.parametrize("saves", ["cut", "meeting"])
 def test_a_run_that_fails_ends_while_a_disk_hangs(saves: str, fails: int, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def _fit(inner_threads: int | None) -> dict[str, Any]:
     }
 
 
+@pytest.mark.few(0)
 def test_tiles_change_nothing_but_the_threads() -> None:
     plain, tiled = run(2, _fit, None), run(2, _fit, 2)
     for theirs, ours in zip(plain, tiled, strict=True):

@@ -276,6 +276,7 @@ def step(words: list[str], hosts: str) -> dict[str, Any]:
     return train(words)
 
 
+@pytest.mark.few(0)
 def test_a_step_of_lsf(tmp_path: Path) -> None:
     """By the variables alone, of two hosts with two tasks each: there is no LSF here."""
     hosts = tmp_path / "hosts"

@@ -132,7 +132,7 @@ def test_one_rank_is_plain_training_to_the_bit() -> None:
 SIGNS: dict[str, Any] = {"min_size": 0, "block": 16, "history": 5, "max_skip": 3}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("n", "knobs"),
     [
@@ -155,6 +155,7 @@ def test_weights_are_the_same_everywhere_at_every_step(n: int, knobs: dict[str, 
         assert all(end["held"] == {"layer.2.weight"} for end in ends)
 
 
+@pytest.mark.few(0)
 def test_it_learns_what_ddp_learns() -> None:
     module = {"optimizer": "adam", "lr": 0.01}
     ends = {name: fit(2, knobs, module, 4, max_epochs=6)[0]["val"] for name, knobs in (("ddp", None), ("signs", SIGNS))}
@@ -397,7 +398,7 @@ def _through(n: int, knobs: dict[str, Any], path: str, resume: bool) -> Any:
     return lit.losses if resume else lit.losses[save.losses :], weights(lit), seen[0]
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("rule", ["always", "accumulate", "innovation"])
 def test_a_resumed_run_continues_as_if_it_had_not_stopped(rule: str, tmp_path: Path) -> None:
     path, knobs = str(tmp_path / "x.ckpt"), {**SIGNS, "rule": rule, "form": "slices"}

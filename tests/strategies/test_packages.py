@@ -183,6 +183,7 @@ def test_a_limited_epoch_of_a_package_loses_nothing(package: str, workers: int, 
     assert resumed == through[2 * 6 * 4 :]
 
 
+@pytest.mark.few(0)
 def test_a_stream_without_a_state_says_that_it_begins_anew(tmp_path: Path) -> None:
     """On a resume in mid-epoch; webdataset's own loaders are such."""
 

@@ -114,6 +114,7 @@ def _bare() -> Any:
     return trace.steps
 
 
+@pytest.mark.few(0)
 def test_weights_are_trained_as_without_an_average() -> None:
     with_average, without = run(2, _traced), run(2, _bare)
     assert [rank["steps"] for rank in with_average] == without
@@ -346,7 +347,7 @@ def test_swa_is_that_of_a_single_process_where_no_gradient_is_late(tmp_path: Pat
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[1])
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("epoch", [1, 0])
 def test_a_run_with_swa_goes_on_to_the_bit(epoch: int, tmp_path: Path) -> None:
     whole = run(2, _swa, Quiet, 2, str(tmp_path / "a"))

@@ -369,7 +369,7 @@ def _killed(folder: str, dead: int, kind: Any, resume: bool) -> list[float]:
     return weights(lit)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(("dead", "kind"), [(1, DiesBringing), (0, DiesWriting), (0, Dies)])
 def test_a_kill_in_a_save_leaves_the_checkpoint_of_before(dead: int, kind: Any, tmp_path: Path) -> None:
     """Whoever it hits: while a stage brings its part, before the file is written, and in the middle of that."""

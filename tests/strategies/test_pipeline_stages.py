@@ -373,6 +373,7 @@ def _measures(knobs: dict[str, Any]) -> Any:
     return lit.losses, lit.started, t.strategy.turns.place.stage.stash.most
 
 
+@pytest.mark.few(0)
 def test_measuring_leaves_no_trace() -> None:
     split = {"split": [1], "stages": None}
     auto = run(2, _measures, {"split": "auto", "stages": None})

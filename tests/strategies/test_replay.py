@@ -87,7 +87,7 @@ def _again(n: int, mode: Mode, wire: str) -> Any:
     return program
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("n", "mode", "wire"), [(2, "pairwise", "fp32"), (3, "pairwise", "bf16"), (3, "push_sum", "fp32")]
 )

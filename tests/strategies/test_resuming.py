@@ -523,7 +523,7 @@ def _one_epoch(n: int, knobs: dict[str, Any], path: str, resume: bool) -> list[i
     return lit.seen if resume else save.samples
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:.*does not go on to the bit")
 @pytest.mark.parametrize("balance", ["claim", "equal"])
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 2), (2, 3)])

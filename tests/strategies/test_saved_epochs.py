@@ -186,7 +186,7 @@ class Terminated(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("waits", [1, 0])
 def test_a_run_that_was_terminated_while_one_rank_waited_has_all_ranks_in_one_epoch(waits: int, tmp_path: Path) -> None:
     """Whichever it is: the first one's counts are in the main file too."""

@@ -199,7 +199,7 @@ def order(shape: str, rank: int, workers: int) -> list[int]:
         os.environ.update(before)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("shape", ["torchdata over webdataset", "torchdata, unsized", "litdata"])
 def test_a_loader_with_a_state_goes_on_behind_the_last_batch_of_each_rank(

@@ -175,7 +175,7 @@ def test_the_signal_saves_all_ranks_at_one_meeting_and_asks_for_a_new_place(slur
     assert 2 * (60 - at) - (again["batches"] + also["batches"]) in (0, 1), "it went on from where it was saved"
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("kind", [WarnedBehindTheSave, WarnedDuringTheSave, Warned])
 @pytest.mark.parametrize("strategy", ["gossip_ring", "lazy_sign"])
 def test_a_signal_to_all_ranks_is_one_request(slurm: Path, strategy: str, kind: type[Warned]) -> None:

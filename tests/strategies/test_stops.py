@@ -117,7 +117,7 @@ NAMES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:.*the ranks are not together")
 @pytest.mark.parametrize("names", NAMES)
 def test_where_a_rank_does_not_come_in_time_what_all_saved_stays(names: str, tmp_path: Path) -> None:
@@ -344,6 +344,7 @@ def _left(folder: Path, *, fails: str, saves: str = "meeting") -> tuple[str, boo
 
 
 @pytest.mark.parametrize("saves", ["meeting", "cut"])
+@pytest.mark.few(1)
 def test_who_is_told_to_end_leaves_though_the_grace_ends_within_a_save(saves: str, tmp_path: Path) -> None:
     """Where files are written in a thread of their own, too: nobody waits for the disk as long as for a meeting."""
     (tmp_path / "there").mkdir()

@@ -175,7 +175,7 @@ class Pairs(Lit):
         return super().training_step(batch[0], batch_idx)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:`Batches` is not a DataLoader", "ignore:rank .* had no batch in this epoch")
 @pytest.mark.filterwarnings("ignore:.*does not go on to the bit", "ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("feed", ["loader", "data set", "all of two", "shorter of two"])

@@ -136,6 +136,7 @@ def _holds_back() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+@pytest.mark.few(0)
 def test_what_signs_held_back_is_not_forgotten_where_a_backbone_thaws() -> None:
     (first, one, sizes), (second, other, _) = run(2, _holds_back)
     assert first == second
@@ -235,7 +236,7 @@ def _replaces(signs: bool) -> Any:
     return weights(lit), sizes.starts
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("signs", [False, True])
 def test_a_replaced_layer(signs: bool) -> None:
     """Also with signs that say how updates have changed: what all have of them must not stay on some ranks alone."""

@@ -162,7 +162,7 @@ def test_one_member_of_two_ranks_is_ddp_to_the_bit(make: Any, options: dict[str,
         assert end["val"] == pytest.approx(by_ddp(2, make, **options)["val"])
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(("make", "options"), [(Plain, {"accumulate_grad_batches": 4}), (_adam, {}), (PlainByHand, {})])
 def test_and_so_it_is_where_gradients_leave_beside_backward(
     make: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -230,6 +230,7 @@ def test_and_so_it_is_with_a_server_of_its_own(knobs: dict[str, Any]) -> None:
         assert end["weights"] == by_ddp(2)["weights"]
 
 
+@pytest.mark.few(0)
 def test_one_member_of_three_ranks_is_ddp_to_rounding() -> None:
     mine, theirs = fit(3, {"inner_size": 3}), by_ddp(3)
     assert mine[0]["weights"] == pytest.approx(theirs["weights"], rel=1e-5, abs=1e-6)
@@ -239,7 +240,7 @@ def test_one_member_of_three_ranks_is_ddp_to_rounding() -> None:
 # -- the data ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("balance", ["claim", "equal", "incremental"])
 @pytest.mark.parametrize("samples", [229, 230, 26])
 def test_what_does_not_divide_is_filled_up_inside_and_nobody_hangs(samples: int, balance: str) -> None:
@@ -360,6 +361,7 @@ def _sent(n: int, knobs: dict[str, Any]) -> dict[int, int]:
     return counts.sent
 
 
+@pytest.mark.few(0)
 def test_between_members_travels_what_travels_between_two_ranks() -> None:
     two, four = run(2, _sent, 2, {}), run(4, _sent, 4, TWO)
     assert four[0][2] == two[0][1] > 0

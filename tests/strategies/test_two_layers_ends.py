@@ -61,7 +61,7 @@ def _dies(dead: int, folder: str, how: Any = die) -> dict[str, Any]:
     return {"weights": weights(lit), "seen": lit.seen, "members": t.strategy.office.size}
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dead", [1, 2, 3, 0])
 def test_a_ranks_death_is_its_members_and_the_others_train_on_all_the_data(dead: int, tmp_path: Path) -> None:

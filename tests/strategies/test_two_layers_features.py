@@ -71,7 +71,7 @@ def _scene(name: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork", "ignore:.*does not have many workers")
 @pytest.mark.parametrize("name", SCENES)
 def test_siblings_stay_equal(name: str) -> None:

@@ -437,6 +437,7 @@ def far(request: pytest.FixtureRequest) -> Iterator[tuple[End, int]]:
         theirs.close()
 
 
+@pytest.mark.few(1)
 def test_an_idle_link_goes_on_after_a_peer_was_frozen_for_long(
     far: tuple[End, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
