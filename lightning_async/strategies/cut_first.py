@@ -99,6 +99,10 @@ class First:
             return
         steps, late = progress.steps(), strategy.checkpoints.late
         if self._due_at(steps, saved_at) and late.idle and strategy.office.carrier.now() >= self._not_before:
+            if (
+                mail.newest > 0
+            ):  # of a first rank that has died some may hold a part yet: where nobody spoke of it, it ends
+                strategy.office.carrier.propose(key(mail.newest), b"{}")
             number = mail.newest + 1
             self.gathering = Gathering(number, steps, strategy.office.carrier)
             mail.begin_cut(number)

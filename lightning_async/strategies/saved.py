@@ -8,6 +8,7 @@ name that is free, all ranks together: where one goes on with a name of before a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_async.strategies.compat import Leash, callbacks, last_save, set_last_save
+from lightning_async.strategies.compat import Leash, callbacks, last_save, name_files_by, set_last_save
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 
@@ -52,13 +53,12 @@ def name_alike(trainer: Trainer, leash: Leash, strategy: Collectives) -> None:
     """At meetings files are called as by the first living rank, from the moment on when a callback makes up a name."""
     for callback in callbacks(trainer):
         if isinstance(callback, ModelCheckpoint):
-            make = partial(_name_of_all, strategy, callback.format_checkpoint_name)
-            leash.wrap(callback, "format_checkpoint_name", make)
+            name_files_by(callback, leash, partial(_name_of_all, strategy, callback.format_checkpoint_name))
 
 
 def _name_of_all(strategy: Collectives, make: Callable[..., str], *arguments: Any, **more: Any) -> str:
     mine = make(*arguments, **more)
     if not strategy.meeting:
         return mine
-    said = strategy.together(strategy.office.rounds.agree(mine.encode(), what="what to call a checkpoint"))
-    return said[min(said)].decode()
+    said = strategy.together(strategy.office.rounds.agree(os.fsencode(mine), what="what to call a checkpoint"))
+    return os.fsdecode(said[min(said)])

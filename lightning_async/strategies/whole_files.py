@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import secrets
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 log = logging.getLogger(__name__)
 _NEWEST: dict[str, str] = {}
 """By place, the write under way that is to take the name."""
+_LOOK = Lock()
+"""Held where a look and a change of these are one; never while a disk is asked, which may hang."""
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -42,7 +45,8 @@ class WholeFiles(TorchCheckpointIO):
         torch.save(checkpoint, data)  # into memory: a full disk is said by the system then, in plain words
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
         place, token = os.path.abspath(name), secrets.token_hex(4)
-        _NEWEST[place] = token
+        with _LOOK:
+            _NEWEST[place] = token
         _clear(name)
         part, taken = f"{name}.{token}.part", False
         try:
@@ -59,8 +63,9 @@ class WholeFiles(TorchCheckpointIO):
         finally:
             with contextlib.suppress(OSError):
                 os.remove(part)
-            if _NEWEST.get(place) == token:
-                del _NEWEST[place]
+            with _LOOK:
+                if _NEWEST.get(place) == token:
+                    del _NEWEST[place]
         if taken:
             _settle(os.path.dirname(name) or ".")
         else:
@@ -69,7 +74,8 @@ class WholeFiles(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """And what a killed write left beside it."""
         if "://" not in (name := os.fspath(path)):
-            _NEWEST.pop(os.path.abspath(name), None)
+            with _LOOK:
+                _NEWEST.pop(os.path.abspath(name), None)
             _clear(name)
         super().remove_checkpoint(path)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_async import SpeedFaults
@@ -242,7 +242,8 @@ def _calls(folder: str, law: str, more: dict[str, Any]) -> tuple[str, int, list[
     warnings.filterwarnings("ignore", ".*sync_dist=True")
     saved = ModelCheckpoint(f"{folder}/saved", filename="{own:.1f}", save_top_k=1, **more)
     slow = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
-    t = trainer(2, enable_checkpointing=True, callbacks=[saved, slow], max_epochs=3)
+    asks = LambdaCallback(on_train_start=lambda t, _: t.is_global_zero and saved.format_checkpoint_name({}))  # alone
+    t = trainer(2, enable_checkpointing=True, callbacks=[saved, slow, asks], max_epochs=3)
     t.fit(Calls(OWN[law]), samples(), held_out())
     t.fit_loop.max_epochs, best = 4, saved.best_model_path
     again, seen = Calls(OWN[law]), look_when_put_back(t)

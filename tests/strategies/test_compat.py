@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -218,6 +219,24 @@ def test_the_signal_handler_only_sets_a_flag(t: L.Trainer) -> None:
     _get(t, "_signal_connector._sigterm_notifier_fn")(signal.SIGTERM, None)
     leash.restore()
     assert calls == ["term"]
+
+
+def test_files_are_named_by_another_and_names_in_passing_are_not(
+    t: L.Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each place in which a ModelCheckpoint of Lightning's makes up the name of a file that it saves."""
+    monkeypatch.setattr(t, "save_checkpoint", lambda *_: None)
+    saves = ModelCheckpoint(tmp_path, save_last=True, save_on_exception=True)
+    leash = compat.take_off(t, poll=lambda: None, sigterm=lambda: None, failed=lambda e: None)
+    compat.name_files_by(saves, leash, lambda *_, **__: f"{tmp_path}/other")
+    passing = saves.format_checkpoint_name({"epoch": torch.tensor(0)})
+    assert passing.startswith(f"{tmp_path}/epoch=0")
+    assert saves._get_metric_interpolated_filepath_name({}, t) == f"{tmp_path}/other"
+    saves._save_last_checkpoint(t, {})
+    assert saves.last_model_path == f"{tmp_path}/other"
+    leash.restore()
+    assert saves.format_checkpoint_name({"epoch": torch.tensor(0)}) == passing
+    assert not {"on_exception", "_save_last_checkpoint"} & vars(saves).keys()
 
 
 def test_the_other_private_attributes_exist(t: L.Trainer) -> None:

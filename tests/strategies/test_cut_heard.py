@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_async.algorithms.cut import Part
 from lightning_async.strategies.cut_consensus import key
+from lightning_async.strategies.cut_first import First
 from lightning_async.strategies.cuts import Cuts
 
 
@@ -28,6 +31,9 @@ class Board:
             return self.words.get(key)
         self.asked.add(key)
         return None
+
+    def now(self) -> float:
+        return 0.0
 
     def members(self) -> tuple[int, ...]:
         return 0, 1
@@ -68,3 +74,21 @@ def test_a_slow_rank_hears_of_a_cut_before_it_ends_the_next() -> None:
         held.append(cuts._part and cuts._part.number)
     assert held == [1, 1, 2]
     assert told == [1]
+
+
+def test_a_new_first_rank_ends_the_cut_that_nobody_spoke_of() -> None:
+    """Rank 0 began cut 5 and died. This rank has part of it with it; another one, slower, among those who live."""
+    board, marked = Board(), list[int]()
+    strategy = SimpleNamespace(
+        office=SimpleNamespace(carrier=board),
+        checkpoints=SimpleNamespace(late=SimpleNamespace(idle=True)),
+        clock=SimpleNamespace(progress=SimpleNamespace(steps=lambda: 16), met_at=0),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saves = ModelCheckpoint(every_n_train_steps=8)
+    first = First(cast(Any, strategy), [saves])
+    first.begin_if_due(cast(Any, SimpleNamespace(newest=5, begin_cut=marked.append)), 8)
+    assert marked == [6]
+    assert board.words[key(5)] == b"{}"
+    assert key(6) not in board.words

@@ -228,6 +228,36 @@ def test_those_who_live_give_it_up_and_cut_again(dead: int, tmp_path: Path) -> N
     assert cuts_in(tmp_path)
 
 
+def _dies_behind_its_markers(folder: str) -> dict[str, Any]:
+    """Rank 1 has recorded with rank 0 when that dies; rank 2 is in a long batch, and records when it knows."""
+
+    def stop(trainer: L.Trainer, batches: int) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, AsyncStrategy)
+        assert strategy.cuts._mail is not None
+        if rank() == 1 and strategy.cuts._mail._newest:
+            Path(folder, "diary-recorded").touch()
+        if rank() == 0 and strategy.cuts._mail._newest:
+            wait_for(lambda: all(Path(folder, f"diary-{name}").exists() for name in ("recorded", "held")))
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank() == 2 and batches == 3:
+            Path(folder, "diary-held").touch()
+            wait_for(lambda: 0 not in strategy.office.carrier.members())
+
+    return fit(folder, stops=stop, step=0.01, n=2400, knobs={"silence": 0.3, "patience": 5.0})
+
+
+@pytest.mark.few(0)
+def test_who_recorded_without_the_dead_cuts_again_too(tmp_path: Path) -> None:
+    """Its part of the cut that the dead had begun is complete, and nobody will ever say where to."""
+    with Forked(N, _dies_behind_its_markers, str(tmp_path), store=True) as forked:
+        results = forked.results()
+    assert [one.kind for one in results] == ["gone", None, None], results
+    assert len(cuts_in(tmp_path)) > 2
+    for path in cuts_in(tmp_path):
+        assert torch.load(path, weights_only=True)["lightning_async"]["ranks"] == [1, 2]
+
+
 def _met_meanwhile(folder: str) -> dict[str, Any]:
     """Rank 0's disk takes the index of a cut only when all have met."""
     met = Event()

@@ -37,6 +37,29 @@ class _Always(int):
         return 0
 
 
+def name_files_by(callback: ModelCheckpoint, leash: Leash, make: Callable[..., str]) -> None:
+    """`make` makes up the names of files that a ModelCheckpoint is about to save; who asks it for a name in passing, on
+    one rank perhaps, has its own."""
+    own, saving = callback.format_checkpoint_name, [0]
+
+    def within(method: Callable[..., object]) -> Callable[..., object]:
+        def saves(*arguments: object, **more: object) -> object:
+            saving[0] += 1
+            try:
+                return method(*arguments, **more)
+            finally:
+                saving[0] -= 1
+
+        return saves
+
+    def name(*arguments: object, **more: object) -> str:
+        return make(*arguments, **more) if saving[0] else own(*arguments, **more)  # type: ignore[arg-type]
+
+    for method in ("_get_metric_interpolated_filepath_name", "_save_last_checkpoint", "on_exception"):
+        leash.wrap(callback, method, within(getattr(callback, method)))
+    leash.wrap(callback, "format_checkpoint_name", name)
+
+
 def save_is_due(callback: ModelCheckpoint, now: float) -> bool:
     """Whether a ModelCheckpoint that goes by time is to save now."""
     interval, last = callback._train_time_interval, callback._last_time_checked
