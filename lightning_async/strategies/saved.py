@@ -2,7 +2,8 @@
 
 A name with `{step}` differs by rank where ranks take different numbers of steps, and one with a metric where that is
 logged without `sync_dist`: without this, `ckpt_path="best"` would look for files that nobody wrote. A callback seeks a
-name that is free, all ranks together: where one goes on with a name of before and another does not, they would part.
+name that is free, all ranks together: where one goes on with a name of before and another does not, they would part. So
+they would where one takes another file for the worst.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
-from lightning_async.strategies.compat import Leash, callbacks, last_save, name_files_by, set_last_save
+from lightning_async.strategies.compat import Leash, callbacks, last_save, name_files_by, score_by, set_last_save
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
 
@@ -50,9 +52,11 @@ def agree_on_saved(trainer: Trainer, rounds: Rounds) -> Wait[None]:
 
 
 def name_alike(trainer: Trainer, leash: Leash, strategy: Collectives) -> None:
-    """At meetings files are called as by the first living rank, from the moment on when a callback makes up a name."""
+    """At meetings files are called as by the first living rank, from the moment on when a callback makes up a name; and
+    the best are those that are best there."""
     for callback in callbacks(trainer):
         if isinstance(callback, ModelCheckpoint):
+            score_by(callback, leash, partial(_score_of_all, strategy))
             name_files_by(callback, leash, partial(_name_of_all, strategy, callback.format_checkpoint_name))
 
 
@@ -62,3 +66,11 @@ def _name_of_all(strategy: Collectives, make: Callable[..., str], *arguments: An
         return mine
     said = strategy.together(strategy.office.rounds.agree(os.fsencode(mine), what="what to call a checkpoint"))
     return os.fsdecode(said[min(said)])
+
+
+def _score_of_all(strategy: Collectives, mine: Tensor) -> Tensor:
+    if not strategy.meeting:
+        return mine
+    score = json.dumps(float(mine)).encode()
+    said = strategy.together(strategy.office.rounds.agree(score, what="the score of a checkpoint"))
+    return torch.full_like(mine, json.loads(said[min(said)]))

@@ -236,17 +236,21 @@ OWN: dict[str, Callable[[int, int], float]] = {
     "the other calls all the same": lambda rank, epoch: 10.0 if rank else epoch,
     "never the same": lambda rank, epoch: 10.0 * rank + epoch,
 }
+APART: dict[str, Callable[[int, int], float]] = {
+    "best at other times": lambda rank, epoch: ([10.0, 5.0, 1.0, 0.5] if rank else [0.0, 1.0, 0.5, 2.0])[epoch]
+}
 
 
 def _calls(folder: str, law: str, more: dict[str, Any]) -> tuple[str, int, list[float]]:
     warnings.filterwarnings("ignore", ".*sync_dist=True")
-    saved = ModelCheckpoint(f"{folder}/saved", filename="{own:.1f}", save_top_k=1, **more)
+    saved = ModelCheckpoint(f"{folder}/saved", **{"filename": "{own:.1f}", "save_top_k": 1, **more})
+    own = {**OWN, **APART}[law]
     slow = SpeedFaults(step_seconds=0.002, slow={1: 3.0})
     asks = LambdaCallback(on_train_start=lambda t, _: t.is_global_zero and saved.format_checkpoint_name({}))  # alone
     t = trainer(2, enable_checkpointing=True, callbacks=[saved, slow, asks], max_epochs=3)
-    t.fit(Calls(OWN[law]), samples(), held_out())
+    t.fit(Calls(own), samples(), held_out())
     t.fit_loop.max_epochs, best = 4, saved.best_model_path
-    again, seen = Calls(OWN[law]), look_when_put_back(t)
+    again, seen = Calls(own), look_when_put_back(t)
     t.fit(again, samples(), held_out(), ckpt_path="best")
     return os.path.basename(best), seen[0]["global_step"], weights(again)
 
@@ -264,6 +268,19 @@ def test_files_that_each_rank_calls_otherwise_are_called_as_the_first_rank_does(
     names = [f"own={OWN[law](0, epoch):.1f}.ckpt" for epoch in range(3)]
     assert best in names if "monitor" in more else best == names[2]
     assert steps > 0
+    assert_nothing_over(tmp_path / "saved")
+
+
+def _ranks_otherwise(folder: str) -> tuple[str, int, list[float]]:
+    return _calls(folder, "best at other times", {"monitor": "own", "filename": "best", "save_top_k": 2})
+
+
+@pytest.mark.few(0)
+def test_the_best_are_the_first_ranks_best(tmp_path: Path) -> None:
+    """Two are kept, under names that come again; the third takes the place of the first rank's worst, on all ranks."""
+    first, second = run(2, _ranks_otherwise, str(tmp_path))
+    assert first == second
+    assert first[0] == "best.ckpt"
     assert_nothing_over(tmp_path / "saved")
 
 

@@ -239,6 +239,18 @@ def test_files_are_named_by_another_and_names_in_passing_are_not(
     assert not {"on_exception", "_save_last_checkpoint"} & vars(saves).keys()
 
 
+def test_a_checkpoint_goes_by_another_score(t: L.Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(t, "save_checkpoint", lambda *_: None)
+    saves = ModelCheckpoint(tmp_path, monitor="loss", filename="{loss:.1f}")
+    leash = compat.take_off(t, poll=lambda: None, sigterm=lambda: None, failed=lambda e: None)
+    compat.score_by(saves, leash, lambda score: score + 1)
+    saves._save_topk_checkpoint(t, {"loss": torch.tensor(2.0)})
+    assert saves.best_model_score == 3.0
+    assert saves.best_model_path == f"{tmp_path}/loss=3.0.ckpt"
+    leash.restore()
+    assert "_save_monitor_checkpoint" not in vars(saves)
+
+
 def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

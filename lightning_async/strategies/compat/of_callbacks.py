@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer, WeightAveraging
 from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
@@ -58,6 +58,16 @@ def name_files_by(callback: ModelCheckpoint, leash: Leash, make: Callable[..., s
     for method in ("_get_metric_interpolated_filepath_name", "_save_last_checkpoint", "on_exception"):
         leash.wrap(callback, method, within(getattr(callback, method)))
     leash.wrap(callback, "format_checkpoint_name", name)
+
+
+def score_by(callback: ModelCheckpoint, leash: Leash, alike: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """What a ModelCheckpoint goes by is what `alike` makes of it, in each of its decisions."""
+
+    def save(trainer: Trainer, candidates: dict[str, torch.Tensor]) -> None:
+        score = candidates.get(str(callback.monitor))
+        original(trainer, candidates if score is None else {**candidates, str(callback.monitor): alike(score)})
+
+    original = leash.wrap(callback, "_save_monitor_checkpoint", save)
 
 
 def save_is_due(callback: ModelCheckpoint, now: float) -> bool:
