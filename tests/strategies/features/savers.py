@@ -125,9 +125,9 @@ SAVING = Scene(
             "`monitor=` what is logged without `sync_dist`",
             lambda a, b: (
                 a["unsynced"].files == b["unsynced"].files == [a["unsynced"].best]
-                and a["unsynced"].best == b["unsynced"].best == f"epoch=0-step={STEPS}.ckpt"
+                and a["unsynced"].best == b["unsynced"].best == f"epoch=1-step={2 * STEPS}.ckpt"
             ),
-            "each rank has its own value; saved where it is better on all, and called as the first rank calls it",
+            "each rank has its own value; the best are those that are best on the first rank, and called as it calls them",
         ),
         works(
             "Checkpoint",
