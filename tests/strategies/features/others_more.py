@@ -55,7 +55,8 @@ class Stops(L.Callback):
 
 
 class Meets(L.Callback):
-    """How often all told each other something."""
+    """How often all told each other something. Of 96 samples: behind 20, 40, 60 and 80, and at the end; once more where
+    one rank learns only then that no batch is left for it."""
 
     def __init__(self) -> None:
         self.met = 0
@@ -162,7 +163,7 @@ def fits(way: str, folder: Path) -> dict[str, Fitted]:
         "limit": fit(limit_train_batches=6),
         "part": fit(limit_train_batches=0.5),
         "half": fit(val_check_interval=0.5),
-        "meet": Fitted(fit([meets], knobs={"meet_every": 24}), met=meets.met),
+        "meet": Fitted(fit([meets], knobs={"meet_every": 20}), met=meets.met),
         "clipped": Fitted(fit([moved], look=_norm, gradient_clip_val=CLIP), moved=moved.by),
         "scheduled": fit([GradientAccumulationScheduler({1: 4})], max_epochs=2),
         "double": fit(look=_dtypes, precision="64-true"),
@@ -297,8 +298,8 @@ LINES = [
     ),
     _line(
         "`meet_every` (of the strategy)",
-        "24",
-        works("meet", lambda one: one.met == 4, "they meet, and average, in mid-epoch"),
+        "20",
+        works("meet", lambda one: one.met in (5, 6), "they meet, and average, in mid-epoch"),
         pipe=_no_knob("meet", "meet_every"),
     ),
     _line(
