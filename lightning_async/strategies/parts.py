@@ -62,9 +62,9 @@ class Parts:
         """What the forward pass of the own blocks may change."""
         return [buffer for block in self.blocks for buffer in block.buffers()]
 
-    def all_buffers(self) -> list[Tensor]:
+    def all_buffers(self) -> dict[str, Tensor]:
         """What any forward pass here may change: at both ends also what is outside of the blocks."""
-        return [buffer for buffer in self.module.buffers() if self._is_here(buffer)]
+        return {name: buffer for name, buffer in self.module.named_buffers() if self._is_here(buffer)}
 
     def names(self) -> set[str]:
         """The entries of the module's state that this rank answers for."""

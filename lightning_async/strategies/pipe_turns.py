@@ -182,8 +182,9 @@ class Turns:
         recording.met(held)
 
     def even_buffers(self) -> None:
-        """All are after the same batch: what replicas have gathered, each of its own batches, becomes the mean."""
-        if not self.replicas.alone and self._even != self.batches and self.parts.all_buffers():
+        """All are after the same batch: what replicas have gathered, each of its own batches, becomes the mean. Who has
+        nothing goes in too: another may have registered a buffer for a batch of its own."""
+        if not self.replicas.alone and self._even != self.batches:
             self._even = self.batches
             self._strategy.recording.mark(EVENED)
             self.average_buffers()
