@@ -23,6 +23,8 @@ from lightning_async.pipeline.edge import present
 from lightning_async.transport.mail import FIRST_FREE_KIND, Mail, Message, Wait
 
 AVERAGES = range(FIRST_FREE_KIND + 8, FIRST_FREE_KIND + 10)
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What gradients of replicas may be."""
 
 
 class Replicas:
@@ -45,10 +47,12 @@ class Replicas:
 
     def average(self, parameters: Sequence[Tensor], *, wish: bool = False) -> Wait[None]:
         """Make the gradients the mean over all replicas, in the widest of their precisions and at least float32; one
-        that a replica does not have counts as zeros there."""
+        that a replica does not have counts as zeros there. What is no real number of a usual precision is frozen, and
+        left out."""
         if self.alone:
             return
-        dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+        parameters = [p for p in parameters if p.dtype in REAL]
+        dtype = reduce(torch.promote_types, (p.dtype for p in parameters if p.requires_grad), torch.float32)
         there = torch.tensor([*(float(p.grad is not None) for p in parameters), float(wish)], dtype=dtype)
         parts = yield from self._swap(torch.cat([*(_flat(p, dtype) for p in parameters), there]))
         total = torch.stack([parts[rank] for rank in self._ranks]).sum(0)

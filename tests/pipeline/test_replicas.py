@@ -59,6 +59,17 @@ def test_the_mean_is_as_exact_as_the_widest_of_the_weights() -> None:
         assert (single.grad.dtype, single.grad.tolist()) == (torch.float32, [1.0] * 4)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_frozen_ones_of_other_kinds_are_left_out(dtype: torch.dtype) -> None:
+    cluster = VirtualCluster(2)
+    parameters = [[nn.Parameter(torch.ones(3).to(dtype), requires_grad=False), *_parameters(r)] for r in range(2)]
+    cluster.run({r: _average(Replicas(cluster.carriers[r], range(2)), parameters[r], 1) for r in range(2)})
+    for frozen, first, *_ in parameters:
+        assert frozen.grad is None
+        assert first.grad is not None
+        assert torch.equal(first.grad, torch.full((2, 3), 1.5))
+
+
 def _buffers(rank: int) -> list[Tensor]:
     counted, mean = torch.tensor([rank, 7, -rank]), torch.full((2, 2), rank / 3)
     return [counted, mean, torch.tensor(rank == 1), torch.full((3,), 0.1, dtype=torch.bfloat16), torch.zeros(0)]

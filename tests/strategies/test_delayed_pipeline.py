@@ -241,7 +241,7 @@ class LateBuffer(Piped):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = self.net[1][1] = torch.nn.Identity()  # type: ignore[assignment]
+        self.norm = self.net[1] = torch.nn.Identity()  # type: ignore[assignment]
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.global_rank >= 2 and not hasattr(self.net[0], "late"):
