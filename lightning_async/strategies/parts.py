@@ -22,6 +22,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_async.pipeline.replicas import REAL
 from lightning_async.strategies import whole
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
@@ -62,9 +63,9 @@ class Parts:
         """What the forward pass of the own blocks may change."""
         return [buffer for block in self.blocks for buffer in block.buffers()]
 
-    def all_buffers(self) -> list[Tensor]:
+    def all_buffers(self) -> dict[str, Tensor]:
         """What any forward pass here may change: at both ends also what is outside of the blocks."""
-        return [buffer for buffer in self.module.buffers() if self._is_here(buffer)]
+        return {name: buffer for name, buffer in self.module.named_buffers() if self._is_here(buffer)}
 
     def names(self) -> set[str]:
         """The entries of the module's state that this rank answers for."""
@@ -199,6 +200,16 @@ class Parts:
                 "an optimizer was given another group of parameters during the fit, and here each stage has its part "
                 f"of those that `configure_optimizers` made: {THAW}"
             )
+
+    def refuse_unreal(self) -> None:
+        """Replicas average gradients that are real numbers; what is frozen may be anything."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and parameter.dtype not in REAL and self._is_here(parameter):
+                raise MisconfigurationException(
+                    f"`{name}` is trained in {parameter.dtype}, and with `replicas` gradients are averaged as real "
+                    "numbers: keep its real and its imaginary part in two parameters (`torch.view_as_real`), freeze "
+                    "it, or train with replicas=1"
+                )
 
     def _has_others(self) -> bool:
         """Whether an optimizer has groups that nobody cut."""

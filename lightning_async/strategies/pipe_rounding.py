@@ -22,6 +22,7 @@ from lightning_async.strategies.account import kept
 from lightning_async.strategies.wide_steps import instead, parameters_of, widened
 
 WIDE = torch.float32
+NARROW = (torch.float16, torch.bfloat16)
 
 
 class PipeRounding:
@@ -87,9 +88,10 @@ class PipeRounding:
     ) -> AbstractContextManager[None]:
         found = {id(p) for p in parameters} if self.narrow else set()
         mine = {name: p for name, p in self._named.items() if id(p) in found}
-        for name in mine.keys() - self._parts.keys():
-            if is_narrow(mine[name]):
-                self._take(optimizer, name)
+        with torch.inference_mode(False):  # a hook of a validation may be the first that asks
+            for name in mine.keys() - self._parts.keys():
+                if is_narrow(mine[name]):
+                    self._take(optimizer, name)
         return self._rounded.widened(mine.values(), gradients=gradients)
 
     def _take(self, optimizer: Optimizer, name: str) -> None:
@@ -105,7 +107,7 @@ class PipeRounding:
 
 def is_narrow(parameter: Tensor) -> bool:
     """Whether a weight is stepped in a wider precision than its own."""
-    return parameter.is_floating_point() and torch.promote_types(parameter.dtype, WIDE) != parameter.dtype
+    return parameter.dtype in NARROW
 
 
 def wider_steps(optimizer: Optimizer, parameters: Iterable[Tensor]) -> int:

@@ -148,9 +148,10 @@ class PipeSetup(PipeBatches):
         named = [(name, p) for name, p in self.trainer.lightning_module.named_parameters() if id(p) in own]
         self.rounding.begin(named, self.resumed.get("exact", {}))
         self.resumed = {key: value for key, value in self.resumed.items() if key != "exact"}  # it is of the whole
-        if self.rounding.narrow:
-            for optimizer, shown in zip(self.optimizers, compat.lightnings(self), strict=True):
+        for optimizer, shown in zip(self.optimizers, compat.lightnings(self), strict=True):
+            if self.rounding.narrow:
                 widen_modes(optimizer, shown, self._leash, partial(self.rounding.around_mode, optimizer))
+            self.turns.modes.watch(optimizer, shown, self._leash)
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]  # no DDP wrapper
         """Make all ranks equal to rank 0, and keep the weights of the own stage."""

@@ -10,14 +10,14 @@ Before each of these, and after them, the generators of random numbers are set (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_async.algorithms.algorithm import no_shrink
@@ -30,6 +30,7 @@ from lightning_async.pipeline.stage import Stage, gradient_of
 from lightning_async.strategies import compat
 from lightning_async.strategies.handover import Answer, HandedOver, Handover
 from lightning_async.strategies.parts import Parts
+from lightning_async.strategies.pipe_modes import Modes
 
 if TYPE_CHECKING:
     from lightning_async.strategies.pipe_setup import PipeSetup
@@ -46,6 +47,7 @@ class Turns:
         batches: How many were trained on, in all epochs.
         passes: How many were evaluated.
         arrivals: The gradients that came from the stage behind.
+        modes: Which modules and optimizers train.
         only_forward: Whether batches go through the stages without a way back: nothing is trained.
     """
 
@@ -53,6 +55,7 @@ class Turns:
         self.handover, self.parts, self.seed = handover, parts, seed
         self.batches = self.passes = 0
         self.arrivals = ArrivalLog()
+        self.modes = Modes()
         self.stamp = 0
         self.only_forward = False
         self._strategy = strategy
@@ -60,8 +63,6 @@ class Turns:
         self._noted: list[Tensor] = []
         self._started = 0.0
         self._looked = self._begun = False
-        self._modules: list[nn.Module] = []
-        self._modes: list[bool] = []
 
     def begin(self, *, fitting: bool) -> None:
         """Take this rank's place in the pipe."""
@@ -93,9 +94,11 @@ class Turns:
             watch=strategy.recording.passed,
         )
         self.replicas = Replicas(strategy.office.mail, strategy.ranks_of_stage())
+        if fitting and not self.replicas.alone:
+            self.parts.refuse_unreal()
         self._even = self.batches
         self._begun = True
-        self._modules = list(self.parts.module.modules())
+        self.modes.begin(self.parts.module)
         if fitting and strategy.compensate == "nesterov":
             for optimizer in strategy.optimizers:
                 compensate.check_nesterov(optimizer)
@@ -126,7 +129,7 @@ class Turns:
     def train(self, step: Step, context: Callable[[], AbstractContextManager[Any]]) -> Any:
         """One batch. `step` runs the user's code; `context` is that of its precision."""
         self.batches += 1
-        self._modes = [part.training for part in self._modules]
+        self.modes.trained()
         if self.only_forward:
             output = self.evaluate(step, context)
             return output if self.place.stage.last else torch.zeros((), device=self._strategy.root_device)
@@ -168,6 +171,8 @@ class Turns:
 
     def average(self) -> None:
         """The gradients are those of all replicas."""
+        if not self.replicas.alone:
+            self.parts.refuse_unreal()
         self._strategy.together(self.replicas.average(self.parts.own(), wish=self.place.wish))
         self.parts.refuse_strays()
 
@@ -176,14 +181,15 @@ class Turns:
         and Lightning's loop without gradients."""
         recording, held = self._strategy.recording, self._strategy.held
         recording.meeting(held)
-        with torch.inference_mode(False), _in_modes(self._modules, self._modes):
+        with torch.inference_mode(False), self.modes.as_trained():
             self._strategy.together(self.place.drain())
         self._settle(self.batches)
         recording.met(held)
 
     def even_buffers(self) -> None:
-        """All are after the same batch: what replicas have gathered, each of its own batches, becomes the mean."""
-        if not self.replicas.alone and self._even != self.batches and self.parts.all_buffers():
+        """All are after the same batch: what replicas have gathered, each of its own batches, becomes the mean. Who has
+        nothing goes in too: another may have registered a buffer for a batch of its own."""
+        if not self.replicas.alone and self._even != self.batches:
             self._even = self.batches
             self._strategy.recording.mark(EVENED)
             self.average_buffers()
@@ -330,16 +336,3 @@ class Turns:
 def stash_limit(index: int, depth: int, order: schedule.Order) -> int:
     """How many batches a stage holds at most."""
     return schedule.delay(index, depth) + int(order == "forward_first" and index < depth - 1)
-
-
-@contextmanager
-def _in_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> Iterator[None]:
-    """In here they are in these modes; those of which none is known stay as they are."""
-    now = [part.training for part in modules]
-    for part, mode in zip(modules, modes, strict=False):
-        part.training = mode
-    try:
-        yield
-    finally:
-        for part, mode in zip(modules, now, strict=True):
-            part.training = mode

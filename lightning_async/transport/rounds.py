@@ -4,7 +4,7 @@
                First writer wins, so all read the same words, whatever they saw of the death. Each word carries the
                name of what its member is doing: where the names differ, all raise, in place of reading nonsense.
     exchange:  agree who is here -> slices to their owners -> owners' results to all -> agree that all have everything
-               (if not, the members that are left start again)
+               (if not, the members that are left start again); what is longer than a message may be, piece by piece
 
     member 0  --slice 1-->  member 1        owners reduce in the order of ranks, so all get the same bits
     member 0  <-result 1--  member 1        what is short goes whole to everybody: one way is sooner than two
@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_async.transport.mail import CONTRIBUTION, RESULT, Carrier, Letter, Message, Wait, founders
+from lightning_async.transport.mail import CONTRIBUTION, LONGEST, RESULT, Carrier, Letter, Message, Wait, founders
 
 How = Literal["sum", "mean", "max", "gather"]
 CHUNK = 65536
@@ -41,10 +41,12 @@ class Rounds:
         carrier: This member's mail and board.
         channel: Each channel counts its own rounds and has its own kinds of messages: 0 for the strategy, 1 for its
             algorithm (whose messages alone are recorded).
+        longest: Bytes of the longest body that a link takes.
     """
 
     carrier: Carrier
     channel: int = 0
+    longest: int = LONGEST
     _number: int = 0
     _present: tuple[int, ...] | None = None
     _early: list[Letter] = field(default_factory=list)
@@ -112,14 +114,21 @@ class Rounds:
     ) -> Wait[tuple[list[Tensor], tuple[int, ...]]]:
         device, tensor = tensor.device, tensor.detach().contiguous().view(-1).cpu()
         what = f"{name} {str(tensor.dtype).removeprefix('torch.')}" + ("" if how == "gather" else f" {tensor.numel()}")
+        size = max(1, self.longest // tensor.element_size())
         while True:
-            words = yield from self.agree(b"", what=what)
-            members = tuple(words)
+            words = yield from self.agree(b"%d" % tensor.numel(), what=what)
+            members, most = tuple(words), max(map(int, words.values()))
             gatherers = members if at is None else (at,)
-            result = yield from self._attempt(tensor, how, weight, members, gatherers)
-            done = yield from self.agree(b"1" if result is not None else b"0", what=f"{what}: done")
-            if result is not None and all(w == b"1" for w in done.values()):
-                return [part.to(device) for part in result], members
+            pieces: list[list[Tensor]] = []
+            for begin in range(0, max(1, most), size):
+                piece = tensor[begin : begin + size]
+                result = yield from self._attempt(piece, how, weight, members, gatherers)
+                done = yield from self.agree(b"1" if result is not None else b"0", what=f"{what}: done")
+                if result is None or any(w != b"1" for w in done.values()):
+                    break
+                pieces.append(result)
+            else:
+                return [torch.cat(parts).to(device) for parts in zip(*pieces, strict=True)], members
 
     def broadcast(self, tensor: Tensor, source: int) -> Wait[Tensor]:
         """The source's tensor, on every member."""

@@ -215,7 +215,7 @@ class Gathered(Callback):
 
 
 def _held(trainer: Any) -> list[float]:
-    return [float(x) for buffer in trainer.strategy.turns.parts.all_buffers() for x in buffer.flatten()]
+    return [float(x) for buffer in trainer.strategy.turns.parts.all_buffers().values() for x in buffer.flatten()]
 
 
 def _gathered() -> Any:
@@ -234,6 +234,31 @@ def test_where_replicas_rest_what_batchnorm_has_gathered_becomes_the_mean() -> N
             both = torch.tensor([one[0][last], other[0][last]], dtype=torch.float64)
             assert not torch.equal(*both)
             assert one[1][batch] == other[1][batch] == both.mean(0).float().tolist()
+
+
+class LateBuffer(Piped):
+    """Has no buffers, but one that the second pipeline registers as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = self.net[1] = torch.nn.Identity()  # type: ignore[assignment]
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.global_rank >= 2 and not hasattr(self.net[0], "late"):
+            self.net[0].register_buffer("late", torch.ones(2), persistent=False)
+
+
+def _late_buffers() -> Any:
+    warnings.filterwarnings("ignore", ".*unlike buffers")
+    lit = LateBuffer()
+    trainer(4, knobs={"replicas": 2, "waiting_timeout": 20}, max_epochs=1).fit(lit, loader(), loader(20))
+    return weights(lit)
+
+
+@pytest.mark.few(0)
+def test_a_pipeline_does_not_wait_for_buffers_that_the_other_does_not_have() -> None:
+    first, *others = run(4, _late_buffers)
+    assert others == [first] * 3
 
 
 class StopsItself(Piped):

@@ -142,6 +142,17 @@ def test_who_is_told_to_thaw_in_a_second_fit() -> None:
         first.refuse_strays()
 
 
+def test_replicas_average_real_numbers() -> None:
+    module = Piped()
+    module.net[1].wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    for index in (0, 2):
+        _parts(index, module).refuse_unreal()
+    with pytest.raises(MisconfigurationException, match=r"`net\.1\.wave` is trained in torch\.complex64"):
+        _parts(1, module).refuse_unreal()
+    module.net[1].wave.requires_grad_(False)
+    _parts(1, module).refuse_unreal()
+
+
 def test_weights_in_two_places() -> None:
     tied = Piped()
     tied.net[3][1] = tied.net[1][1]

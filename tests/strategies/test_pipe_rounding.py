@@ -173,6 +173,30 @@ def test_averages_that_an_optimizer_shows_are_made_of_float32() -> None:
     leash.restore()
 
 
+def test_frozen_weights_of_eight_bits_are_left_as_they_are() -> None:
+    """Nothing is as wide as they and float32; and none of them is stepped."""
+    rounding, weight = PipeRounding(), nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False)
+    rounding.begin([("w", weight)], {})
+    assert not rounding.narrow
+    assert not rounding.exact()
+
+
+def test_a_part_that_begins_in_inference_mode_is_stepped() -> None:
+    """As where a hook of the first validation shows an optimizer that has learned something before."""
+    weight, rounding = nn.Parameter(torch.ones(4, dtype=torch.bfloat16)), PipeRounding()
+    optimizer = Free([weight], RATE)
+    optimizer.state[weight]["z"] = torch.ones(4, dtype=torch.bfloat16)
+    rounding.begin([("w", weight)], {})
+    with torch.inference_mode(), rounding.around_mode(optimizer):
+        optimizer.eval()
+    with rounding.around_mode(optimizer):
+        optimizer.train()
+    weight.grad = torch.ones_like(weight)
+    with rounding.stepping(optimizer):
+        optimizer.step()
+    assert not rounding.exact()["w"].is_inference()
+
+
 @pytest.mark.parametrize(("maker", "remembered"), [("adam", 2), ("sgd", 1)])
 def test_what_it_costs_is_told(maker: str, remembered: int) -> None:
     """A float32 number for each, and two bytes more for what is remembered of each."""

@@ -184,50 +184,6 @@ def test_saves_in_mid_epoch_are_whole(tmp_path: Path) -> None:
     assert all(not torch.equal(value, fresh[name]) for name, value in state["state_dict"].items())
 
 
-def _drained(folder: str, validating: bool) -> list[float]:
-    """By a save behind the fourth batch."""
-    when: dict[str, Any] = {"save_on_train_epoch_end": False} if validating else {"every_n_train_steps": 4}
-    saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **when)
-    options = {"val_check_interval": 4} if validating else UNSEEN
-    lit, knobs = Piped(), {"semantics": "recompute"}
-    trainer(2, knobs=knobs, callbacks=[saver], max_epochs=1, **SAVING, **options).fit(lit, loader(), loader(20))
-    return weights(lit)
-
-
-def test_a_save_at_the_end_of_a_validation_drains_the_pipe_as_in_training(tmp_path: Path) -> None:
-    """Modules are validating there, and late gradients are those of the network that trains."""
-    found = [run(2, _drained, str(tmp_path / str(validating)), validating) for validating in (True, False)]
-    assert [file.name for file in sorted((tmp_path / "True").iterdir())] == ["step=4.ckpt", "step=8.ckpt"]
-    assert found[0] == found[1]
-
-
-class SavesInMode(Callback):
-    """In inference mode, as Lightning calls its hooks where its process group is NCCL's, or without."""
-
-    def __init__(self, file: Path, inference: bool) -> None:
-        self.file, self.inference = file, inference
-
-    def on_validation_end(self, trainer: Any, module: Any) -> None:
-        with torch.inference_mode(self.inference):
-            trainer.save_checkpoint(self.file)
-
-
-def _inferred(file: Path, inference: bool, semantics: str) -> list[float]:
-    lit, callbacks = Piped(), [SavesInMode(file, inference)]
-    options = {"val_check_interval": 1, "limit_train_batches": 3, "limit_val_batches": 1, "max_epochs": 1}
-    trainer(2, knobs={"semantics": semantics}, callbacks=callbacks, **options).fit(lit, loader(), loader(20))
-    return weights(lit)
-
-
-@pytest.mark.few(0)
-@pytest.mark.parametrize("semantics", ["recompute", "stash"])
-def test_a_drain_in_inference_mode_is_one_of_training(semantics: str, tmp_path: Path) -> None:
-    """Nothing would be computed again with gradients there, and an optimizer could not go on with what it remembers."""
-    assert run(2, _inferred, tmp_path / "x.ckpt", True, semantics) == run(
-        2, _inferred, tmp_path / "y.ckpt", False, semantics
-    )
-
-
 def test_a_run_goes_on_in_mid_epoch(tmp_path: Path) -> None:
     """From the batch after the last one that was trained on, in the same order."""
     whole = run(2, _train, str(tmp_path / "a"), 2, 2, None, {}, 5)

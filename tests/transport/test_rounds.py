@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_async.transport.mail import Wait
+from lightning_async.transport.mail import LONGEST, Message, Wait
 from lightning_async.transport.rounds import SHORT, Rounds
 from lightning_async.transport.virtual import VirtualCluster
 from tests.transport.cluster_world import ClusterWorld
@@ -78,6 +78,32 @@ def test_weighted_mean_and_gather_of_unequal_sizes(make_world: MakeWorld) -> Non
     assert [[part.tolist() for part in result] for result, _ in gathered] == [[[0], [0, 1], [0, 1, 2]]] * 3
     collected = together(world, [rounds[r].collect(torch.arange(r + 1), 1) for r in range(3)])
     assert [[part.tolist() for part in result] for result, _ in collected] == [[], [[0], [0, 1], [0, 1, 2]], []]
+
+
+def test_what_is_longer_than_a_message_goes_piece_by_piece(make_world: MakeWorld) -> None:
+    world, brought = make_world(3), parts(3, 10)
+    rounds, posted = [Rounds(c, longest=16) for c in world.carriers], list[int]()
+    for carrier in world.carriers:
+        carrier.post = _weighed(carrier.post, posted)  # type: ignore[method-assign]
+    means = together(world, [rounds[r].exchange(brought[r], "mean") for r in range(3)])
+    gathered = together(world, [rounds[r].exchange(brought[r][: 5 * r], "gather") for r in range(3)])
+    collected = together(world, [rounds[r].collect(brought[r][: 5 * r], 0) for r in range(3)])
+    sent = together(world, [rounds[r].broadcast(brought[r], 2) for r in range(3)])
+    assert all(torch.equal(result[0], torch.stack(brought).double().mean(0).float()) for result, _ in means)
+    for result, members in [*gathered, collected[0]]:
+        assert members == (0, 1, 2)
+        assert all(torch.equal(part, mine[: 5 * r]) for r, (part, mine) in enumerate(zip(result, brought, strict=True)))
+    assert [result for result, _ in collected[1:]] == [[], []]
+    assert all(torch.equal(result, brought[2]) for result in sent)
+    assert max(posted) == 16
+
+
+def _weighed(post: Callable[..., bool], posted: list[int]) -> Callable[..., bool]:
+    def weigh(peer: int, message: Message) -> bool:
+        posted.append(0 if message.body is None else message.body.nbytes)
+        return post(peer, message)
+
+    return weigh
 
 
 def test_the_mean_of_equals_is_that_to_the_bit(make_world: MakeWorld) -> None:
@@ -239,8 +265,9 @@ def held(world: World, key: str) -> bool:
     )
 
 
+@pytest.mark.parametrize("longest", [LONGEST, 1500])
 @pytest.mark.parametrize("seed", range(20))
-def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int) -> None:
+def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int, longest: int) -> None:
     """Whenever it comes: either all have the dead member's part, or none. Who comes late is waited for."""
     cluster = VirtualCluster(4, bandwidth=1e6, latency=0.003, seed=seed, silence=0.1)
     cluster.kill(seed % 4, at=0.001 * seed)
@@ -248,10 +275,10 @@ def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int) -> N
         cluster.join((seed + seed % 3) % 4, at=0.002 * seed)
 
     def life(r: int) -> Any:
-        rounds, got = Rounds(cluster.carriers[r]), []
+        rounds, got = Rounds(cluster.carriers[r], longest=longest), []
         for _ in range(3):
             (result,), members = yield from rounds.exchange(torch.full((1000,), float(2**r)))
-            got.append((float(result[0]), members))
+            got.append((*result.unique().tolist(), members))
         return got
 
     results = list(cluster.run({r: life(r) for r in range(4)}).values())
