@@ -157,9 +157,7 @@ def test_a_pipeline_that_rests_where_another_trains_on_is_named() -> None:
     """Its data ended before the other's."""
     cluster = VirtualCluster(2)
     trains, rests = (Replicas(cluster.carriers[r], range(2)) for r in range(2))
-    with pytest.raises(
-        RuntimeError, match=r"rank \d averages .* where rank \d averages .*trains on"
-    ):
+    with pytest.raises(RuntimeError, match=r"rank \d averages .* where rank \d averages .*trains on"):
         cluster.run({0: trains.average(_parameters(0)), 1: rests.average_buffers({"mean": torch.ones(1)})})
 
 
