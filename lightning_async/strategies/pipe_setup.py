@@ -111,7 +111,7 @@ class PipeSetup(PipeBatches):
             self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=self.fitting
         )
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
-        self.closing = self.begun = self.halted = self.at_home = self._stop = False
+        self.closing = self.begun = self.halted = self.at_home = self._stop = self._validates = False
         self._requeue.forget()
         self.office.flags.patient = lambda: self.closing or self.begun
         if self.fitting:
@@ -161,7 +161,7 @@ class PipeSetup(PipeBatches):
         self._wrap_log(module, leash)
         if not self.piped:
             return model
-        self.office.check_alike(creed(self) | plan(self.trainer))
+        self.office.check_alike(creed(self) | plan(self.trainer, self.trainer.limit_train_batches))
         handover = Handover(module, self.stages)
         seed = self.together(self._equalise(module))
         if self.fitting:
@@ -256,6 +256,7 @@ class PipeSetup(PipeBatches):
         original = leash.wrap(module, "on_train_epoch_end", on_train_epoch_end)
         run_start = leash.wrap(self.trainer.fit_loop.epoch_loop, "on_run_start", on_run_start)
         batch = leash.wrap(self.trainer.fit_loop.epoch_loop, "advance", advance)
+        self.validate_together(leash)
         compat.around_ends_of_batches(self.trainer, leash, self.stop_together, self.stop_after_rest)
 
     def teardown(self) -> None:

@@ -105,11 +105,6 @@ def check(trainer: Trainer) -> None:
         )
 
 
-def mark_sigterm(trainer: Trainer) -> None:
-    """Lightning's loops read this flag at their ends."""
-    trainer._signal_connector.received_sigterm = True
-
-
 def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:
     """What Lightning does in its handler of SLURM's signal: save, and ask for a new place in the queue."""
     original(signal.SIGUSR1, None)
