@@ -1,4 +1,4 @@
-"""`val_check_interval` as a time: all stages of a pipeline go by the clock of rank 0. And where nothing is trained on."""
+"""`val_check_interval` as a time: all stages of a pipeline go by rank 0's clock. And where nothing is trained on."""
 
 from __future__ import annotations
 
