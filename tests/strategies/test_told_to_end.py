@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import AsyncGlobalStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
