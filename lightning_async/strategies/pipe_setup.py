@@ -45,6 +45,7 @@ from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse
 from lightning_async.strategies.refusals import refuse, refuse_optimizers, refuse_unmade
 from lightning_async.strategies.rests import Rests
 from lightning_async.strategies.saving import guard_exits
+from lightning_async.strategies.unsaved import Unsaved
 from lightning_async.strategies.whole_files import WholeFiles
 from lightning_async.strategies.wide_steps import widen_modes
 from lightning_async.strategies.writer import Writer
@@ -76,6 +77,7 @@ class PipeSetup(PipeBatches):
         super().__init__(**options)
         self._leash: compat.Leash | None = None
         self._metrics: LedMetrics | None = None
+        self._unsaved = Unsaved(self)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -116,6 +118,8 @@ class PipeSetup(PipeBatches):
         self.office.flags.patient = lambda: self.closing or self.begun
         if self.fitting:
             self._leash.replace("fit_loop._iteration_based_training", lambda: False)
+        else:
+            self._unsaved.begin(trainer, self._leash)
         if self.fitting and self.piped:
             self.hear_requeue(self._leash)
             guard_exits(trainer, self._leash, self)  # no link leads to what a stage cannot write alone

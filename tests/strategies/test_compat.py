@@ -378,3 +378,18 @@ def test_when_a_trainer_validates_by_time() -> None:
     t.fit(Lit(), loader(), loader(8, shuffle=False))
     assert asked == [False, True, False]
     assert not compat.is_time_to_validate(trainer(1))
+
+
+def test_a_place_in_the_queue_is_asked_for_without_a_save(t: L.Trainer) -> None:
+    saved: list[str] = []
+    t.save_checkpoint = saved.append  # type: ignore[method-assign, assignment]
+    asked: list[int] = []
+
+    def handler(number: int, frame: None) -> None:
+        t.save_checkpoint("here")
+        asked.append(number)
+
+    compat.requeue_unsaved(t, handler)
+    assert (saved, asked) == ([], [signal.SIGUSR1])
+    compat.requeue(t, handler)
+    assert (saved, asked) == (["here"], [signal.SIGUSR1] * 2)
