@@ -7,6 +7,7 @@
 # The first call creates .venv and installs into it; later ones are fast. Another torch, or another build of it (what is
 # asked for is installed where it is not what was asked for last time, and stays until another one is asked for):
 #     make test TORCH="torch==2.11.0"            make test TORCH="torch==2.13.0 --index-url <where your build lives>"
+# On Debian and Ubuntu `python3 -m venv` needs the package python3-venv.
 
 PYTHON ?= python3
 PINNED := $(shell grep '^torch==' constraints.txt)
@@ -46,7 +47,7 @@ clean:
 # Who chose none goes with constraints.txt when that changes, so only another one is written down.
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
-	@test -x $(BIN)/python || { echo "== creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "== creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); } || { rm -rf $(VENV); exit 1; }
 	@echo "== installing $(TORCH)"
 	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
 	@{ grep -v '^torch==' constraints.txt; $(BIN)/python -m pip freeze --disable-pip-version-check | grep '^torch=='; } > $(VENV)/held.txt

@@ -272,6 +272,8 @@ def gossip(mode: Mode = "pairwise", **knobs: object) -> Gossip:
     modes: dict[str, type[Gossip]] = {"pairwise": Pairwise, "push_sum": PushSum, "sync": SyncRing, "none": Alone}
     if not isinstance(mode, str) or mode not in modes:
         raise ValueError(f"`mode` must be one of {', '.join(map(repr, modes))}, got {mode!r}")
+    if (mixing := knobs.get("mixing")) is not None and mode != "pairwise":
+        raise ValueError(f"`mixing` is for mode='pairwise', got {mixing!r} with mode={mode!r}: leave it out there")
     return modes[mode](**knobs)  # type: ignore[arg-type]  # the constructors check each knob's value and type
 
 

@@ -114,7 +114,7 @@ class SyncRing(Gossip):
                 break
             self._check_end(mail, missing)
             yield f"rank {missing[0]}'s weights of round {self._round}"
-        rate = 2 / (len(came) + 1) if self.mixing is None else 2 * self.mixing  # as many neighbours as everybody has
+        rate = 2 / (len(came) + 1)  # as many neighbours as everybody has
         mine = self.on_wire(self._snapshot)
         for peer in sorted(came):
             letter = came[peer]

@@ -25,6 +25,7 @@ from lightning_async.transport.mail import FIRST_FREE_KIND, Mail, Message, Wait
 AVERAGES = range(FIRST_FREE_KIND + 8, FIRST_FREE_KIND + 10)
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What gradients of replicas may be."""
+WHAT = ("gradients", "names of buffers", "buffers")
 
 
 class Replicas:
@@ -54,7 +55,7 @@ class Replicas:
         parameters = [p for p in parameters if p.dtype in REAL]
         dtype = reduce(torch.promote_types, (p.dtype for p in parameters if p.requires_grad), torch.float32)
         there = torch.tensor([*(float(p.grad is not None) for p in parameters), float(wish)], dtype=dtype)
-        parts = yield from self._swap(torch.cat([*(_flat(p, dtype) for p in parameters), there]))
+        parts = yield from self._swap("gradients", torch.cat([*(_flat(p, dtype) for p in parameters), there]))
         total = torch.stack([parts[rank] for rank in self._ranks]).sum(0)
         sizes = [p.numel() for p in parameters]
         means = torch.split(total / len(self._ranks), [*sizes, len(there)])
@@ -73,7 +74,7 @@ class Replicas:
         found = yield from self._common({name: b for name, b in named.items() if not b.is_complex()})
         if not found:
             return
-        parts = yield from self._swap(torch.cat([_bytes(b) for b in found]))
+        parts = yield from self._swap("buffers", torch.cat([_bytes(b) for b in found]))
         at = 0
         for buffer in found:
             here = slice(at, at + buffer.numel() * buffer.element_size())
@@ -88,7 +89,8 @@ class Replicas:
     def _common(self, named: Mapping[str, Tensor]) -> Wait[list[Tensor]]:
         """Those that all replicas have alike, in the order in which the first of them has them."""
         mine = {name: [list(b.shape), str(b.dtype)] for name, b in named.items()}
-        said = yield from self._swap(torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8))
+        plan = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
+        said = yield from self._swap("names of buffers", plan)
         plans = [json.loads(said[rank].numpy().tobytes()) for rank in self._ranks]
         every = {name: [plan.get(name) for plan in plans] for plan in plans for name in plan}
         unlike = {name for name, kinds in every.items() if any(kind != kinds[0] for kind in kinds)}
@@ -103,15 +105,21 @@ class Replicas:
                 )
         return [named[name] for name in every if name not in unlike and named[name].numel()]
 
-    def _swap(self, flat: Tensor) -> Wait[dict[int, Tensor]]:
+    def _swap(self, what: str, flat: Tensor) -> Wait[dict[int, Tensor]]:
         self._count += 1
         mail = self._mail
         kind = AVERAGES[self._count % len(AVERAGES)]
         parts = {mail.me: flat}
         unsent = [rank for rank in self._ranks if rank != mail.me]
         while unsent or len(parts) < len(self._ranks):
-            unsent = [r for r in unsent if not mail.post(r, Message(kind, flat, step=self._count))]
+            unsent = [r for r in unsent if not mail.post(r, Message(kind, flat, version=WHAT.index(what)))]
             for letter in mail.take(kind):
+                if letter.message.version != WHAT.index(what):
+                    raise RuntimeError(
+                        f"rank {mail.me} averages {what} over the replicas, where rank {letter.peer} averages "
+                        f"{WHAT[letter.message.version]}: one pipeline rests where another trains on. Give all "
+                        "the same number of batches"
+                    )
                 if letter.message.body is not None:
                     parts[letter.peer] = letter.message.body.clone()
                 mail.folded(letter)

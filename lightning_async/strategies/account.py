@@ -176,7 +176,7 @@ def account(
     averaged = algorithm.averaged_over(members) > 1
     device = model.nbytes * (int(model.narrow) + model.adam * averaged) + model.wider
     host = rounds(model.nbytes, members) + linked(links, links if near is None else min(near, links), piece)
-    longest = -(-model.nbytes // min(OWNERS, members)) if members > 1 else 0
+    longest = min(LONGEST, -(-model.nbytes // min(OWNERS, members))) if members > 1 else 0  # of a round; it has pieces
     if inner > 1:
         device += model.nbytes
         host += inside(model.nbytes, inner) + apart * model.nbytes

@@ -35,7 +35,8 @@ class GossipRingStrategy(AsyncStrategy):
         wire: "fp32", or "bf16" for half the bytes (what rounding cuts off stays with the sender).
         topology: "ring", or "exponential" (one peer at a time, at distances 1, 2, 4, ...), better above 16 members,
             and with "push_sum" above 8.
-        mixing: How far the two ends of an edge move: 0.5 meets in the middle. None: 1/3, and 0.5 for two members.
+        mixing: With mode="pairwise", how far the two ends of an edge move: 0.5 meets in the middle. None: 1/3, and 0.5
+            for two members.
         at_meeting: "adopt" (replicas go on from the consensus) or "keep" (each goes on from its own weights).
         balance: "claim" (the share of the data follows the speed), "equal" (every rank the same number of samples), or
             "incremental" (IDPA: in parts, by measured speed; its knobs: `Incremental`).

@@ -272,7 +272,8 @@ class Office:
             self.recording.close()  # behind the last letter that a service got
 
     def _farewell(self, carrier: ClusterCarrier) -> tuple[int, ...]:
-        """Rank 0 waits for everybody's bye, a failed rank for rank 0's. Returns who did not die in this run.
+        """Rank 0 waits for everybody's bye, a failed rank for rank 0's. Who was not heard of lately may only be busy.
+        Returns who did not die in this run.
 
         Who left is not among the carrier's members any more, like the dead: what tells them apart is who wrote first.
         """
@@ -291,7 +292,7 @@ class Office:
                 carrier.propose(f"bye/{rank}", DIED)
             awaited = set(gone) | {carrier.me} | ({first} if stopped else set())
             lingers = carrier.me == first and not self.flags.orphaned  # the others train on, perhaps for days
-            awaited |= set(carrier.live()) & set(everybody) if lingers else set()
+            awaited |= set(carrier.live() if soon else everybody) & set(everybody) if lingers else set()
             over = all(carrier.decided(f"bye/{r}") is not None for r in awaited)
             self.flags.heed()  # what was said before a bye is there with it
             if over:

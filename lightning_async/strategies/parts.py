@@ -65,14 +65,15 @@ class Parts:
 
     def all_buffers(self) -> dict[str, Tensor]:
         """What any forward pass here may change: at both ends also what is outside of the blocks."""
-        return {name: buffer for name, buffer in self.module.named_buffers() if self._is_here(buffer)}
+        here = [(name, b) for name, b, key in _keyed(self.module) if key != id(b) and self._is_at(self.index, key)]
+        return dict({id(buffer): (name, buffer) for name, buffer in here}.values())
 
     def names(self) -> set[str]:
         """The entries of the module's state that this rank answers for."""
         found = set()
-        for name, tensor in _tensors(self.module):
-            stage = self._stage_of.get(id(tensor), OUTSIDE)
-            before = id(tensor) in self._before
+        for name, _, key in _keyed(self.module):
+            stage = self._stage_of.get(key, OUTSIDE)
+            before = key in self._before
             mine = stage == self.index
             if stage == OUTSIDE:
                 mine = (before and self.index == 0) or (not before and self.index == self.last)
@@ -95,11 +96,26 @@ class Parts:
         return [id(p) not in elsewhere for p in self.module.parameters()]
 
     def take_home(self, state: dict[str, Tensor]) -> None:
-        """Make the module whole again from the states of all stages."""
+        """Make the module whole again from the states of all stages; buffers may have come, or grown, elsewhere."""
         for parameter in self._away:
             parameter.data = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
         self._away = []
-        self.module.load_state_dict(state)
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                self._make_room(name, value)
+        self.module.load_state_dict(state, strict=False)  # nothing is missing: it began as this rank's own
+
+    def _make_room(self, name: str, value: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        part = self.module.get_submodule(path)
+        mine = getattr(part, leaf, None)
+        if isinstance(mine, Tensor) and mine.shape == value.shape:
+            return
+        device = mine.device if isinstance(mine, Tensor) else next(self.module.parameters()).device
+        if isinstance(mine, Tensor) or leaf in part._buffers:
+            setattr(part, leaf, torch.empty_like(value, device=device))
+        elif not hasattr(part, leaf):
+            part.register_buffer(leaf, torch.empty_like(value, device=device))
 
     def keep_own(self, optimizers: Iterable[Optimizer]) -> None:
         """Let the optimizers see what lives here only; their numbering of all parameters is remembered."""
@@ -170,17 +186,17 @@ class Parts:
 
     # -- what lies before the call -------------------------------------------------------------------------------------
 
-    def saw_call(self, x: Tensor, used: Iterable[Tensor], optimizers: Iterable[Optimizer]) -> None:
+    def saw_call(self, x: Tensor, used: Iterable[Tensor | nn.Module], optimizers: Iterable[Optimizer]) -> None:
         """The first batch of a run has come to the call.
 
         Args:
             x: Its input.
-            used: Buffers, and frozen parameters, of the modules that were used before it.
+            used: The modules that were used before it, and their frozen parameters.
             optimizers: They keep what lives here.
         """
         leaves = _leaves(x)
         self._seen = True
-        self._before = {id(leaf) for leaf in leaves} | {id(buffer) for buffer in used}
+        self._before = {id(leaf) for leaf in leaves} | {id(one) for one in used}
         outside = [p for p in self.module.parameters() if self.is_outside(p)]
         if self.index in (0, self.last):
             others = [p for p in outside if (id(p) in self._before) != (self.index == 0)]
@@ -205,10 +221,10 @@ class Parts:
         """Replicas average gradients that are real numbers; what is frozen may be anything."""
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad and parameter.dtype not in REAL and self._is_here(parameter):
+                apart = "keep its real and its imaginary part in one (`torch.view_as_real`), "
                 raise MisconfigurationException(
                     f"`{name}` is trained in {parameter.dtype}, and with `replicas` gradients are averaged as real "
-                    "numbers: keep its real and its imaginary part in two parameters (`torch.view_as_real`), freeze "
-                    "it, or train with replicas=1"
+                    f"numbers: {apart if parameter.is_complex() else ''}freeze it, or train with replicas=1"
                 )
 
     def _has_others(self) -> bool:
@@ -228,17 +244,19 @@ class Parts:
 
     def nbytes(self, stage: int) -> int:
         """The weights that a stage holds at first, wherever they are: both ends have what is outside of the blocks."""
-        return sum(p.numel() * p.element_size() for p in self.module.parameters() if self._is_at(stage, p))
+        return sum(p.numel() * p.element_size() for p in self.module.parameters() if self._is_at(stage, id(p)))
 
     def stepped_at(self, stage: int, optimizer: Optimizer) -> list[Tensor]:
         """What an optimizer steps on a stage, as far as that is known at first."""
-        return [p for group in self.numbering(optimizer) for p in group if p.requires_grad and self._is_at(stage, p)]
+        return [
+            p for group in self.numbering(optimizer) for p in group if p.requires_grad and self._is_at(stage, id(p))
+        ]
 
     def _is_here(self, parameter: Tensor) -> bool:
-        return self._is_at(self.index, parameter)
+        return self._is_at(self.index, id(parameter))
 
-    def _is_at(self, index: int, parameter: Tensor) -> bool:
-        stage = self._stage_of.get(id(parameter), OUTSIDE)
+    def _is_at(self, index: int, key: int) -> bool:
+        stage = self._stage_of.get(key, OUTSIDE)
         return stage == index or (stage == OUTSIDE and index in (0, self.last))
 
     def _drop(self, optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
@@ -260,10 +278,11 @@ def away(parameter: Tensor, device: torch.device | str | None = None) -> Tensor:
 
 
 def _stages(module: nn.Module, blocks: Sequence[nn.Module], spans: Sequence[range]) -> dict[int, int]:
-    """The stage of each parameter and buffer inside the blocks. Refuses those that are in two places."""
+    """The stage of each parameter, buffer and module inside the blocks. Refuses tensors that are in two places."""
     inside: dict[int, int] = {}
     for stage, span in enumerate(spans):
         for i in span:
+            inside |= {id(part): stage for part in blocks[i].modules()}
             for name, tensor in _tensors(blocks[i]):
                 if inside.setdefault(id(tensor), stage) != stage:
                     raise _tied(f"block {i}'s `{name}`", f"stages {inside[id(tensor)]} and {stage}")
@@ -285,6 +304,15 @@ def _tied(what: str, where: str) -> MisconfigurationException:
 def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def _keyed(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """Each parameter and buffer, and by what it is known: a buffer by its module, since another may take its place."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        yield name, parameter, id(parameter)
+    for path, part in module.named_modules(remove_duplicate=False):
+        for name, buffer in part.named_buffers(path, recurse=False):
+            yield name, buffer, id(part)
 
 
 def _leaves(x: Tensor) -> list[Tensor]:

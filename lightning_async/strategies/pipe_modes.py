@@ -7,10 +7,11 @@ which it does not step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -47,15 +48,15 @@ class Modes:
     @contextmanager
     def as_trained(self) -> Iterator[None]:
         """In here all are as in the last batch; modules of which nothing is known stay as they are."""
-        now, shows = [part.training for part in self._modules], list(self._shows.values())
-        self._put(self._then)
-        for optimizer in shows:
-            optimizer.train()  # type: ignore[attr-defined]
+        now = [part.training for part in self._modules]
         try:
-            yield
+            self._put(self._then)
+            with ExitStack() as shown:
+                for optimizer in list(self._shows.values()):
+                    shown.callback(_change, optimizer, "eval")
+                    _change(optimizer, "train")
+                yield
         finally:
-            for optimizer in shows:
-                optimizer.eval()  # type: ignore[attr-defined]
             self._put(now)
 
     def _put(self, modes: list[bool]) -> None:
@@ -63,8 +64,15 @@ class Modes:
             part.training = mode
 
     def _changed(self, optimizer: Optimizer, name: str, change: Step, *arguments: Any, **options: Any) -> Any:
-        if name == "eval":
+        result = change(*arguments, **options)
+        if name == "eval" or False in (*arguments, *options.values()):  # `train(False)`
             self._shows[id(optimizer)] = optimizer
         else:
             self._shows.pop(id(optimizer), None)
-        return change(*arguments, **options)
+        return result
+
+
+@torch.no_grad()
+def _change(optimizer: Optimizer, name: str) -> None:
+    """As in Lightning's hooks of a validation."""
+    getattr(optimizer, name)()

@@ -141,17 +141,21 @@ class PipeSetup(PipeBatches):
         if self.fitting:
             self.turns.parts.keep_own(self.optimizers)
             self._begin_rounding()
+            self._watch_modes()
         self.turns.begin(fitting=self.fitting)
         if self.fitting and self.is_global_zero:
             rank_zero_info(self._first_line())
 
     def _begin_rounding(self) -> None:
         """Half-precision weights are stepped in float32."""
-        assert self._leash is not None  # since `setup_environment`
         own = {id(p) for p in self.turns.parts.own()}
         named = [(name, p) for name, p in self.trainer.lightning_module.named_parameters() if id(p) in own]
         self.rounding.begin(named, self.resumed.get("exact", {}))
         self.resumed = {key: value for key, value in self.resumed.items() if key != "exact"}  # it is of the whole
+
+    def _watch_modes(self) -> None:
+        """Optimizers that show averages do it in the precision of their steps, and do not while late gradients come."""
+        assert self._leash is not None  # since `setup_environment`
         for optimizer, shown in zip(self.optimizers, compat.lightnings(self), strict=True):
             if self.rounding.narrow:
                 widen_modes(optimizer, shown, self._leash, partial(self.rounding.around_mode, optimizer))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_async.algorithms.algorithm import no_shrink
@@ -60,7 +60,7 @@ class Turns:
         self.only_forward = False
         self._strategy = strategy
         self._entered: Tensor | None = None
-        self._noted: list[Tensor] = []
+        self._noted: list[Tensor | nn.Module] = []
         self._started = 0.0
         self._looked = self._begun = False
 
@@ -304,7 +304,7 @@ class Turns:
 
     @contextmanager
     def _noting_buffers(self) -> Iterator[None]:
-        """In the first batch, note the buffers of the modules outside the blocks that run before the call, and what of
+        """In the first batch, note the modules outside the blocks that run before the call, and what of
         them is frozen: it has no gradient that would show it, and may have one later."""
         if self._looked or not self._fitting:
             yield
@@ -314,7 +314,7 @@ class Turns:
         outside = [part for part in self.parts.module.modules() if id(part) not in inside]
 
         def note(part: Any, _: Any) -> None:
-            self._noted.extend(part.buffers(recurse=False))
+            self._noted.append(part)
             self._noted.extend(p for p in part.parameters(recurse=False) if not p.requires_grad)
 
         hooks = [part.register_forward_pre_hook(note) for part in outside]

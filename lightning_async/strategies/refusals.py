@@ -106,15 +106,15 @@ def refuse_unmade(module: torch.nn.Module, name: str) -> None:
 def refuse_optimizers(optimizers: list[Optimizer], name: str) -> None:
     """Raise for optimizers that step several times a batch, or together with other ranks."""
     for optimizer in optimizers:
-        kind = type(optimizer).__name__
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(
                 f"strategy={name!r}: LBFGS evaluates the closure several times a step; use SGD, Adam or another "
                 "optimizer that takes one step a batch"
             )
-        if kind in ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer"):
+        if kinds_of(optimizer) & {"ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer"}:
             raise MisconfigurationException(
-                f"strategy={name!r}: {kind} exchanges state between ranks at every step; pass the optimizer it wraps"
+                f"strategy={name!r}: {type(optimizer).__name__} exchanges state between ranks at every step; pass the "
+                "optimizer it wraps"
             )
 
 
@@ -138,15 +138,18 @@ def _conflicts(trainer: Trainer) -> Iterator[str]:
             f"`precision={trainer.precision!r}` combines its scales over all ranks at every step; use "
             "`precision='bf16-true'`, or 'bf16-mixed'"
         )
-    plugin = type(trainer.precision_plugin).__name__
-    if plugin.startswith(("FSDP", "DeepSpeed", "XLA")):
-        yield f"`{plugin}` belongs to another strategy, which cuts the weights into shards; use `precision=...` instead"
+    plugin = trainer.precision_plugin
+    if any(kind.startswith(("FSDP", "DeepSpeed", "XLA")) for kind in kinds_of(plugin)):
+        yield (
+            f"`{type(plugin).__name__}` belongs to another strategy, which cuts the weights into shards; use "
+            "`precision=...` instead"
+        )
     for callback in compat.callbacks(trainer):
         yield from _callback_conflicts(callback)
 
 
 def _callback_conflicts(callback: object) -> Iterator[str]:
-    kinds = {kind.__name__ for kind in type(callback).__mro__}
+    kinds = kinds_of(callback)
     if "LearningRateFinder" in kinds:
         yield (
             "`LearningRateFinder` (`Tuner.lr_find`) sweeps the learning rate over steps that ranks take together; find "
@@ -166,6 +169,11 @@ def _callback_conflicts(callback: object) -> Iterator[str]:
         )
     if "SpikeDetection" in kinds:
         yield "`SpikeDetection` compares losses of all ranks at every step; leave it out, or use it with `ddp`"
+
+
+def kinds_of(what: object) -> set[str]:
+    """The names of its class and of those that this one is made from."""
+    return {kind.__name__ for kind in type(what).__mro__}
 
 
 def refuse_length(nbytes: int, name: str) -> None:

@@ -68,9 +68,12 @@ def _name_of_all(strategy: Collectives, make: Callable[..., str], *arguments: An
     return os.fsdecode(said[min(said)])
 
 
-def _score_of_all(strategy: Collectives, mine: Tensor) -> Tensor:
+def _score_of_all(strategy: Collectives, mine: Tensor | None) -> Tensor | None:
     if not strategy.meeting:
         return mine
-    score = json.dumps(float(mine)).encode()
-    said = strategy.together(strategy.office.rounds.agree(score, what="the score of a checkpoint"))
-    return torch.full_like(mine, json.loads(said[min(said)]))
+    word = json.dumps(None if mine is None else float(mine)).encode()
+    said = strategy.together(strategy.office.rounds.agree(word, what="the score of a checkpoint"))
+    score = json.loads(said[min(said)])
+    if score is None:
+        return None
+    return torch.tensor(score) if mine is None else torch.full_like(mine, score)

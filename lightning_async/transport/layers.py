@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_async.transport.mail import Carrier, Wait
+from lightning_async.transport.mail import LONGEST, Carrier, Wait
 from lightning_async.transport.rounds import How, Rounds, combined
 from lightning_async.transport.siblings import Siblings
 
@@ -58,11 +58,19 @@ class LayeredRounds(Rounds):
         carrier: This rank's mail and board.
         siblings: The ranks of its member.
         speakers: The first rank of each member.
+        longest: Bytes of the longest body that a link takes.
     """
 
-    def __init__(self, carrier: Carrier, siblings: Siblings, speakers: Iterable[int]) -> None:
-        super().__init__(carrier)
+    def __init__(self, carrier: Carrier, siblings: Siblings, speakers: Iterable[int], longest: int = LONGEST) -> None:
+        super().__init__(carrier, longest=longest)
         self._siblings, self._speakers = siblings, frozenset(speakers)
+
+    def _longest_of(self, how: How) -> int:
+        """What is gathered travels between members as one body of all siblings' pieces, of the largest member's too."""
+        if how != "gather":
+            return self.longest
+        siblings = self.carrier.world - len(self._speakers) + 1  # of a member, at most
+        return (self.longest - HEAD * (1 + 2 * siblings)) // siblings
 
     def _attempt(
         self, tensor: Tensor, how: How, weight: int, members: tuple[int, ...], gatherers: tuple[int, ...]

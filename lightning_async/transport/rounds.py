@@ -114,7 +114,7 @@ class Rounds:
     ) -> Wait[tuple[list[Tensor], tuple[int, ...]]]:
         device, tensor = tensor.device, tensor.detach().contiguous().view(-1).cpu()
         what = f"{name} {str(tensor.dtype).removeprefix('torch.')}" + ("" if how == "gather" else f" {tensor.numel()}")
-        size = max(1, self.longest // tensor.element_size())
+        size = max(1, self._longest_of(how) // tensor.element_size())
         while True:
             words = yield from self.agree(b"%d" % tensor.numel(), what=what)
             members, most = tuple(words), max(map(int, words.values()))
@@ -128,7 +128,11 @@ class Rounds:
                     break
                 pieces.append(result)
             else:
-                return [torch.cat(parts).to(device) for parts in zip(*pieces, strict=True)], members
+                return [joined(parts).to(device) for parts in zip(*pieces, strict=True)], members
+
+    def _longest_of(self, how: How) -> int:
+        """Bytes of the longest piece of a tensor that can go in one attempt."""
+        return self.longest
 
     def broadcast(self, tensor: Tensor, source: int) -> Wait[Tensor]:
         """The source's tensor, on every member."""
@@ -244,6 +248,11 @@ def _check_not_crossed(names: dict[int, str]) -> None:
 
 def _ranks(ranks: list[str]) -> str:
     return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(ranks)} are"
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """One tensor of its pieces."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _cut(tensor: Tensor, parts: int) -> list[Tensor]:

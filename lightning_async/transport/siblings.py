@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_async.transport.mail import LONGEST, Carrier, Letter, Message, Wait
+from lightning_async.transport.rounds import joined
 
 TENSOR, PART, MEAN = 9, 10, 11
 """Reserved kinds: what a speaker spreads; what siblings owe each other in an average."""
@@ -116,7 +117,7 @@ class Siblings:
                 weights[rank] = came[rank].message.weight
                 pieces[rank].append(self._body(came[rank]))
             left = tuple(rank for rank in left if sum(piece.numel() for piece in pieces[rank]) < missing[rank])
-        return [(tensor, weight), *((_joined(pieces[rank]), weights[rank]) for rank in self.others)]
+        return [(tensor, weight), *((joined(pieces[rank]), weights[rank]) for rank in self.others)]
 
     def average(self, vector: Tensor, begin: int = 0, end: int | None = None) -> Wait[Tensor]:
         """The mean of all siblings' vectors, the same bits on all; in place of the vector, if that is in host memory.
@@ -216,7 +217,3 @@ class Siblings:
 
 def _numel(letter: Letter) -> int:
     return 0 if letter.message.body is None else letter.message.body.numel()
-
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

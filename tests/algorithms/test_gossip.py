@@ -264,6 +264,8 @@ KNOBS = [
     ({"wire": "fp8"}, "`wire` must be 'fp32' or 'bf16', got 'fp8'"),
     ({"topology": "star"}, "`topology` must be 'ring' or 'exponential', got 'star'"),
     ({"mixing": 0.6}, r"`mixing` must be above 0 and at most 0.5 .*, got 0.6"),
+    ({"mode": "sync", "mixing": 0.3}, "`mixing` is for mode='pairwise', got 0.3 with mode='sync'"),
+    ({"mode": "push_sum", "mixing": 0.3}, "`mixing` is for mode='pairwise', got 0.3 with mode='push_sum'"),
 ]
 
 

@@ -153,6 +153,14 @@ def test_buffers_travel_as_wide_as_they_are(monkeypatch: pytest.MonkeyPatch) -> 
     assert max(sent) == 10_000 + 20_000
 
 
+def test_a_pipeline_that_rests_where_another_trains_on_is_named() -> None:
+    """Its data ended before the other's."""
+    cluster = VirtualCluster(2)
+    trains, rests = (Replicas(cluster.carriers[r], range(2)) for r in range(2))
+    with pytest.raises(RuntimeError, match=r"rank \d averages .* where rank \d averages .*trains on"):
+        cluster.run({0: trains.average(_parameters(0)), 1: rests.average_buffers({"mean": torch.ones(1)})})
+
+
 def test_a_dead_replica_is_named() -> None:
     cluster = VirtualCluster(2, silence=0.5, patience=1.0)
     cluster.kill(1, at=0.1)

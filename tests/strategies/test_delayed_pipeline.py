@@ -237,28 +237,33 @@ def test_where_replicas_rest_what_batchnorm_has_gathered_becomes_the_mean() -> N
 
 
 class LateBuffer(Piped):
-    """Has no buffers, but one that the second pipeline registers as it goes."""
+    """Has one that is replaced by others of unlike lengths, and one that the second pipeline registers as it goes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = self.net[1] = torch.nn.Identity()  # type: ignore[assignment]
+        self.net[0].register_buffer("cache", torch.zeros(1))
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.global_rank >= 2 and not hasattr(self.net[0], "late"):
-            self.net[0].register_buffer("late", torch.ones(2), persistent=False)
+            self.net[0].register_buffer("late", torch.ones(2))
+        self.net[0].cache = torch.full((2 + self.global_rank,), float(self.global_rank))
 
 
 def _late_buffers() -> Any:
     warnings.filterwarnings("ignore", ".*unlike buffers")
     lit = LateBuffer()
     trainer(4, knobs={"replicas": 2, "waiting_timeout": 20}, max_epochs=1).fit(lit, loader(), loader(20))
-    return weights(lit)
+    return [p.tolist() for p in lit.parameters()], lit.net[0].cache.tolist(), hasattr(lit.net[0], "late")
 
 
 @pytest.mark.few(0)
 def test_a_pipeline_does_not_wait_for_buffers_that_the_other_does_not_have() -> None:
-    first, *others = run(4, _late_buffers)
-    assert others == [first] * 3
+    """At the end all have the first pipeline's; what that does not have stays where it is."""
+    ranks = run(4, _late_buffers)
+    assert all(found == ranks[0][0] for found, _, _ in ranks)
+    assert [cache for _, cache, _ in ranks] == [[1.0] * 3] * 4
+    assert [late for *_, late in ranks] == [False, False, True, True]
 
 
 class StopsItself(Piped):

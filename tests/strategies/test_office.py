@@ -149,6 +149,18 @@ def test_rank_0_leaves_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first._members == other._members == (0, 1)
 
 
+def test_rank_0_waits_for_who_was_not_heard_of_lately(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is busy, and would find no store."""
+    with closing(Store()) as store:
+        first, other = _two(store.port)
+        with closing(other), closing(first):
+            carrier = first.carrier
+            monkeypatch.setattr(carrier, "live", lambda: (0,))
+            monkeypatch.setattr(carrier, "wait", _in_its(carrier.wait, other.close))
+            first.close()
+            assert other._members == (0, 1), "rank 0 was gone before it was"
+
+
 def test_the_others_leave_before_rank_0_has_come_to_its_end() -> None:
     with closing(Store()) as store:
         first, other = _two(store.port)

@@ -24,7 +24,7 @@ def _all_saw(parts: list[Parts]) -> None:
     for part in (parts[0], parts[-1]):
         module = part.module
         x = module.norm(module.embed(torch.ones(2, WIDTH)))  # type: ignore[operator]
-        part.saw_call(x, module.norm.buffers(), [])  # type: ignore[union-attr]
+        part.saw_call(x, [module.norm], [])
 
 
 def test_each_entry_of_the_state_is_answered_for_once() -> None:
@@ -35,6 +35,34 @@ def test_each_entry_of_the_state_is_answered_for_once() -> None:
     assert {"embed.weight", "norm.weight", "norm.running_mean", "net.0.0.weight"} <= names[0]
     assert {"net.1.1.running_var", "net.2.0.bias"} <= names[1]
     assert {"head.weight", "net.3.1.weight"} <= names[2]
+
+
+def test_buffers_are_their_modules_whoever_takes_their_place() -> None:
+    """One that was replaced, or came late, is no other stage's, nor one of what is outside of the blocks."""
+    parts = [_parts(index) for index in range(3)]
+    _all_saw(parts)
+    for part in parts:
+        for block in (part.module.net[1], part.module.norm):
+            block.register_buffer("late", torch.ones(2))
+            block.running_mean = torch.zeros(WIDTH)
+    names = [part.names() for part in parts]
+    assert sorted(name for found in names for name in found) == sorted(parts[0].module.state_dict())
+    assert {"norm.late", "norm.running_mean"} <= names[0]
+    assert "net.1.late" in names[1]
+    assert [("net.1.late" in part.all_buffers(), "norm.late" in part.all_buffers()) for part in parts] == [
+        (False, True),
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_what_came_or_grew_on_another_rank_comes_home() -> None:
+    part, other = _parts(1), Piped()
+    other.net[2].register_buffer("late", torch.ones(2))
+    other.norm.running_mean = torch.ones(3 * WIDTH)  # type: ignore[assignment]
+    part.take_home(part.module.state_dict() | other.state_dict())
+    assert part.module.net[2].late.tolist() == [1.0, 1.0]
+    assert torch.equal(part.module.norm.running_mean, other.norm.running_mean)  # type: ignore[arg-type]
 
 
 def test_weights_of_others_take_no_room_and_come_back() -> None:

@@ -90,10 +90,12 @@ def test_a_strategy_can_be_made_again_from_its_knobs(kind: type[Any]) -> None:
 
 
 def test_knobs_are_found_where_they_are_kept() -> None:
-    knobs = {"mode": "push_sum", "period": 3, "max_delay": None, "wire": "bf16", "topology": "exponential"}
-    knobs |= {"mixing": 0.25, "at_meeting": "keep", "balance": "equal", "buffers": "local", "inner_threads": None}
+    knobs: dict[str, Any] = {"period": 3, "max_delay": None, "wire": "bf16", "topology": "exponential"}
+    knobs |= {"at_meeting": "keep", "balance": "equal", "buffers": "local", "inner_threads": None}
     knobs |= {"inner": None, "inner_size": None, "staging": 2_000_000, "saves": "cut"}
-    assert knobs_of(GossipRingStrategy(**knobs)) == knobs  # type: ignore[arg-type]
+    for mode, mixing in (("pairwise", 0.25), ("push_sum", None)):
+        knobs |= {"mode": mode, "mixing": mixing}
+        assert knobs_of(GossipRingStrategy(**knobs)) == knobs  # type: ignore[arg-type]
 
 
 def test_a_digest_tells_last_bits_apart() -> None:

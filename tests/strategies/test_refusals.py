@@ -51,9 +51,10 @@ def test_optimizers() -> None:
 
 @pytest.mark.parametrize("name", ["ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer"])
 def test_sharded_optimizers(name: str) -> None:
-    optimizer = type(name, (torch.optim.SGD,), {})([nn.Parameter(torch.zeros(1))], 0.1)
-    with pytest.raises(MisconfigurationException, match=f"{name} exchanges state between ranks at every step"):
-        refuse_optimizers([optimizer], "gossip_ring")
+    kind = type(name, (torch.optim.SGD,), {})
+    for one in (kind, type("Own", (kind,), {})):
+        with pytest.raises(MisconfigurationException, match=f"{one.__name__} exchanges state between ranks at every"):
+            refuse_optimizers([one([nn.Parameter(torch.zeros(1))], 0.1)], "gossip_ring")
 
 
 class SpikeDetection(L.Callback):
@@ -70,9 +71,10 @@ def test_spike_detection() -> None:
 
 
 def test_precision_plugins_of_other_strategies() -> None:
-    plugin = type("FSDPPrecision", (Precision,), {})()
-    with pytest.raises(MisconfigurationException, match="`FSDPPrecision` belongs to another strategy"):
-        trainer(1, plugins=[plugin]).fit(Lit(), loader(), loader(40, shuffle=False))
+    kind = type("FSDPPrecision", (Precision,), {})
+    for one in (kind, type("Own", (kind,), {})):
+        with pytest.raises(MisconfigurationException, match=f"`{one.__name__}` belongs to another strategy"):
+            trainer(1, plugins=[one()]).fit(Lit(), loader(), loader(40, shuffle=False))
 
 
 def test_precision_that_exchanges_scales(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,16 +80,21 @@ def test_weighted_mean_and_gather_of_unequal_sizes(make_world: MakeWorld) -> Non
     assert [[part.tolist() for part in result] for result, _ in collected] == [[], [[0], [0, 1], [0, 1, 2]], []]
 
 
-def test_what_is_longer_than_a_message_goes_piece_by_piece(make_world: MakeWorld) -> None:
-    world, brought = make_world(3), parts(3, 10)
+@pytest.mark.parametrize(("dtype", "short"), [(torch.float32, SHORT), (torch.float32, 0), (torch.int64, 0)])
+def test_what_is_longer_than_a_message_goes_piece_by_piece(
+    make_world: MakeWorld, dtype: torch.dtype, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All to all, and by way of owners."""
+    monkeypatch.setattr("lightning_async.transport.rounds.SHORT", short)
+    world, brought = make_world(3), [(9 * part).to(dtype) for part in parts(3, 10)]
     rounds, posted = [Rounds(c, longest=16) for c in world.carriers], list[int]()
     for carrier in world.carriers:
         carrier.post = _weighed(carrier.post, posted)  # type: ignore[method-assign]
-    means = together(world, [rounds[r].exchange(brought[r], "mean") for r in range(3)])
+    most = together(world, [rounds[r].exchange(brought[r], "max") for r in range(3)])
     gathered = together(world, [rounds[r].exchange(brought[r][: 5 * r], "gather") for r in range(3)])
     collected = together(world, [rounds[r].collect(brought[r][: 5 * r], 0) for r in range(3)])
     sent = together(world, [rounds[r].broadcast(brought[r], 2) for r in range(3)])
-    assert all(torch.equal(result[0], torch.stack(brought).double().mean(0).float()) for result, _ in means)
+    assert all(torch.equal(result[0], torch.stack(brought).amax(0)) for result, _ in most)
     for result, members in [*gathered, collected[0]]:
         assert members == (0, 1, 2)
         assert all(torch.equal(part, mine[: 5 * r]) for r, (part, mine) in enumerate(zip(result, brought, strict=True)))
@@ -265,10 +270,13 @@ def held(world: World, key: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("longest", [LONGEST, 1500])
+@pytest.mark.parametrize(("longest", "short"), [(LONGEST, SHORT), (1500, SHORT), (1500, 0)])
 @pytest.mark.parametrize("seed", range(20))
-def test_a_death_in_the_middle_leaves_the_living_with_one_result(seed: int, longest: int) -> None:
+def test_a_death_in_the_middle_leaves_the_living_with_one_result(
+    seed: int, longest: int, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whenever it comes: either all have the dead member's part, or none. Who comes late is waited for."""
+    monkeypatch.setattr("lightning_async.transport.rounds.SHORT", short)
     cluster = VirtualCluster(4, bandwidth=1e6, latency=0.003, seed=seed, silence=0.1)
     cluster.kill(seed % 4, at=0.001 * seed)
     if seed % 3:

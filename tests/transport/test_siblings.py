@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_async.transport.layers import LayeredRounds, Speakers
-from lightning_async.transport.mail import Message, Wait
+from lightning_async.transport.mail import LONGEST, Message, Wait
 from lightning_async.transport.rounds import Rounds
 from lightning_async.transport.siblings import WORDS, Siblings
 from lightning_async.transport.virtual import VirtualCluster
@@ -207,32 +207,33 @@ def test_between_members_a_tensor_travels_as_if_they_had_no_siblings() -> None:
 
 
 @pytest.mark.parametrize("ranks_of_members", [((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 1, 2), (3,)), ((0, 1, 2, 3),)])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+@pytest.mark.parametrize(("dtype", "longest"), [(torch.uint8, 200), (torch.float64, 200), (torch.float64, LONGEST)])
 def test_what_is_gathered_is_everybodys_own_and_goes_by_the_speakers(
-    ranks_of_members: tuple[tuple[int, ...], ...], dtype: torch.dtype
+    ranks_of_members: tuple[tuple[int, ...], ...], dtype: torch.dtype, longest: int
 ) -> None:
-    """So ranks of unlike members need no links to each other."""
+    """So ranks of unlike members need no links to each other. What is longer than a message may be goes by pieces."""
     cluster, speakers = VirtualCluster(4), [ranks[0] for ranks in ranks_of_members]
     sent: dict[tuple[int, int], int] = {}
 
     def say(me: int) -> Wait[Any]:
         watched(cluster, me, sent)
-        siblings = Siblings(cluster.carriers[me], next(ranks for ranks in ranks_of_members if me in ranks))
-        rounds, ends = LayeredRounds(cluster.carriers[me], siblings, speakers), []
-        for size in (5, 0, 3):
+        siblings = Siblings(cluster.carriers[me], next(ranks for ranks in ranks_of_members if me in ranks), longest)
+        rounds, ends = LayeredRounds(cluster.carriers[me], siblings, speakers, longest), []
+        for size in (15, 0, 3):
             own = torch.arange(size * me).add(me).to(dtype)
             ends.append((yield from rounds.exchange(own, "gather")))
             ends.append((yield from rounds.exchange(own[:size].new_ones(2), "sum")))
         return ends
 
     for found in cluster.run({rank: say(rank) for rank in range(4)}).values():
-        for (gathered, members), size in zip(found[::2], (5, 0, 3), strict=True):
+        for (gathered, members), size in zip(found[::2], (15, 0, 3), strict=True):
             assert members == (0, 1, 2, 3)
             assert [part.tolist() for part in gathered] == [[*range(r, r + size * r)] for r in range(4)]
             assert {part.dtype for part in gathered} == {dtype}
         assert all(total.tolist() == [4, 4] for (total,), _ in found[1::2])
     joined = {(a, b) for ranks in ranks_of_members for a in ranks for b in ranks}
     assert {pair for pair in sent if pair not in joined} <= {(a, b) for a in speakers for b in speakers}
+    assert max(sent.values()) <= longest
 
 
 def test_what_is_gathered_is_gathered_without_a_member_whose_speaker_died() -> None:

@@ -66,12 +66,16 @@ def name_files_by(callback: ModelCheckpoint, leash: Leash, make: Callable[..., s
     leash.wrap(callback, "format_checkpoint_name", name)
 
 
-def score_by(callback: ModelCheckpoint, leash: Leash, alike: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """What a ModelCheckpoint goes by is what `alike` makes of it, in each of its decisions."""
+def score_by(
+    callback: ModelCheckpoint, leash: Leash, alike: Callable[[torch.Tensor | None], torch.Tensor | None]
+) -> None:
+    """What a ModelCheckpoint goes by is what `alike` makes of it, or of its absence, in each of its decisions."""
 
     def save(trainer: Trainer, candidates: dict[str, torch.Tensor]) -> None:
-        score = candidates.get(str(callback.monitor))
-        original(trainer, candidates if score is None else {**candidates, str(callback.monitor): alike(score)})
+        name = str(callback.monitor)
+        score = alike(candidates.get(name))
+        others = {key: value for key, value in candidates.items() if key != name}
+        original(trainer, others if score is None else {**others, name: score})
 
     original = leash.wrap(callback, "_save_monitor_checkpoint", save)
 

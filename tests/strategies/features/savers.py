@@ -127,7 +127,7 @@ SAVING = Scene(
                 a["unsynced"].files == b["unsynced"].files == [a["unsynced"].best]
                 and a["unsynced"].best == b["unsynced"].best == f"epoch=1-step={2 * STEPS}.ckpt"
             ),
-            "each rank has its own value; the best are those that are best on the first rank, and called as it calls them",
+            "each rank has its own value; the best are the first rank's best, and called as it calls them",
         ),
         works(
             "Checkpoint",
