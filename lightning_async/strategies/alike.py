@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_async.strategies import compat
 from lightning_async.strategies.facts import Recorded, knobs_of
 from lightning_async.transport.mail import Wait
 from lightning_async.transport.rounds import Rounds
@@ -23,7 +25,6 @@ OF_THE_TRAINER = (
     "min_epochs",
     "max_steps",
     "min_steps",
-    "val_check_interval",
     "check_val_every_n_epoch",
     "accumulate_grad_batches",
     "reload_dataloaders_every_n_epochs",
@@ -38,9 +39,16 @@ def creed(strategy: Recorded) -> dict[str, Any]:
     return {"version": __version__, "strategy": strategy.name, **knobs}
 
 
-def plan(trainer: Trainer) -> dict[str, Any]:
-    """What of a Trainer must be."""
-    return {name: getattr(trainer, name) for name in OF_THE_TRAINER}
+def plan(trainer: Trainer, limit: int | float) -> dict[str, Any]:
+    """What of a Trainer must be. `limit`: the `limit_train_batches` that the user gave."""
+    seconds = compat.val_seconds(trainer)  # who validates by time has no `val_check_interval`
+    savers = [callback for callback in compat.callbacks(trainer) if isinstance(callback, ModelCheckpoint)]
+    return {name: getattr(trainer, name) for name in OF_THE_TRAINER} | {
+        "val_check_interval": trainer.val_check_interval if seconds is None else f"{seconds} s",
+        "limit_train_batches": limit,
+        "every_n_train_steps": [compat.saves_every(saver) for saver in savers],
+        "train_time_interval": [compat.saves_after(saver) for saver in savers],
+    }
 
 
 def check_alike(mine: Mapping[str, Any], rounds: Rounds) -> Wait[None]:

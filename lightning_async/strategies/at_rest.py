@@ -5,11 +5,13 @@ others would wait for it. At a rest all agree; between rests the wish travels wi
 
     should_stop               all leave the loop
     SLURM's requeue signal    all save, and train on
+    time to validate          all do: the clock of rank 0 speaks for all
     SIGTERM                   all stop, in good order: who saves on exceptions saves a whole checkpoint
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +36,7 @@ class Resting(PipeSaving):
     """
 
     rested = closing = begun = False
-    _stop = False
+    _stop = _validates = False
     _entered = ZERO
 
     def __init__(self, **options: Any) -> None:
@@ -97,8 +99,20 @@ class Resting(PipeSaving):
         self._stop = self._stop or self.trainer.should_stop
         self.trainer.should_stop = False
 
+    def validate_together(self, leash: compat.Leash) -> None:
+        """Each rank's own clock would say something else."""
+
+        def is_due(fetcher: Any) -> Any:
+            timed = compat.val_seconds(self.trainer) is not None
+            other = 0.0 if self._validates else math.inf
+            with compat.with_val_seconds(self.trainer, other if timed else None):
+                return validates(fetcher)
+
+        validates = leash.replace("fit_loop.epoch_loop._should_check_val_fx", is_due)
+
     def stop_together(self) -> None:
         """One that wishes something in mid-epoch may not do it alone: all do it after the same batch."""
+        self._validates = False
         place = self.turns.place
         if not (self.rested and self.trainer.should_stop):
             self.keep_stop()
@@ -126,6 +140,8 @@ class Resting(PipeSaving):
         wishes = Wish.STOP if self._stop and compat.can_stop_early(self.trainer) else Wish.NOTHING
         if self._requeue.wanted:
             wishes |= Wish.REQUEUE
+        if self.global_rank == 0 and compat.is_time_to_validate(self.trainer):
+            wishes |= Wish.VALIDATE
         return wishes | Wish.TERMINATE if self.office.flags.terminating else wishes
 
     def _halt(self, mine: Wish) -> None:
@@ -143,6 +159,7 @@ class Resting(PipeSaving):
             raise SIGTERMException()
         self.halted = False
         self.trainer.should_stop = bool(wishes & Wish.STOP)
+        self._validates = bool(wishes & Wish.VALIDATE)
 
     def _save_for_queue(self) -> None:
         self._requeue.answer()

@@ -68,6 +68,7 @@ from lightning_async.strategies.saved import name_alike
 from lightning_async.strategies.saving import guard_exits
 from lightning_async.strategies.shown import Shown
 from lightning_async.strategies.stepping import Stepping
+from lightning_async.strategies.unsaved import Unsaved
 from lightning_async.strategies.voice import voice
 from lightning_async.strategies.whole_files import WholeFiles
 from lightning_async.strategies.writer import Writer
@@ -149,13 +150,11 @@ class AsyncStrategy(Shown):
         self.checkpoints, self.cuts = Checkpoints(self), Cuts(self)
         self.stepping, self.consensus, self.statistics = Stepping(self), Consensus(self), Statistics()
         self.checkpoints.parts |= {"progress": self.clock, "stepping": self.stepping}
-        self._garbage = Garbage()
-        self.inner_threads = inner_threads
-        self._inner = InnerLayer(inner_threads)
+        self._garbage, self._unsaved, self._closing = Garbage(), Unsaved(self), False
+        self.inner_threads, self._inner = inner_threads, InnerLayer(inner_threads)
         self._leash: compat.Leash | None = None
         self._metrics: LedMetrics | None = None
         self._replica: Replica | None = None
-        self._closing = False
 
     # -- set-up and teardown -------------------------------------------------------------------------------------------
 
@@ -192,6 +191,8 @@ class AsyncStrategy(Shown):
             guard_exits(trainer, self._leash, self)
             name_alike(trainer, self._leash, self)
             miss_no_step(trainer, self._leash)
+        else:
+            self._unsaved.begin(trainer, self._leash)
 
     def setup(self, trainer: Trainer) -> None:
         """Without DDP's wrapper and its collectives."""

@@ -133,6 +133,10 @@ class Clock:
             length = int(self._strategy.office.recording.told("length", length))
             trainer.fit_loop.max_batches = length if self.progress is None else float("inf")
 
+    def limit(self, trainer: Trainer) -> int | float:
+        """The `limit_train_batches` that the user gave."""
+        return self._counts.limit(trainer)
+
     @property
     def fetches_late(self) -> bool:
         """Whether a batch of a stream is fetched only when it is known that the epoch has one more (`compat`)."""

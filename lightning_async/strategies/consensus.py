@@ -54,7 +54,9 @@ class Consensus:
     def begin(self, model: torch.nn.Module, replica: Replica) -> None:
         """Give every rank the first one's weights and buffers, if the ranks are alike."""
         self.rewritten = self._home = False
-        self._strategy.office.check_alike(creed(self._strategy) | plan(self._strategy.trainer))
+        trainer = self._strategy.trainer
+        limit = self._strategy.clock.limit(trainer)
+        self._strategy.office.check_alike(creed(self._strategy) | plan(trainer, limit))
         self._strategy.together(self._equalise(model, replica))
 
     def _equalise(self, model: torch.nn.Module, replica: Replica) -> Wait[None]:

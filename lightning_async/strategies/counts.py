@@ -71,6 +71,11 @@ class Counts:
         feeding.limit = trainer.limit_train_batches
         trainer.limit_train_batches = 1.0
 
+    def limit(self, trainer: Trainer) -> int | float:
+        """The `limit_train_batches` that the user gave."""
+        limit: int | float = self._taken.get("limit_train_batches", trainer.limit_train_batches)
+        return limit
+
     @contextmanager
     def unread(self, trainer: Trainer) -> Iterator[None]:
         """For what in Lightning's loops would go by one rank's count or clock: it reads that nothing was asked for.
@@ -80,7 +85,7 @@ class Counts:
         if not self.taken:
             yield
             return
-        with compat.without_val_seconds(trainer):
+        with compat.with_val_seconds(trainer, None):
             trainer.val_check_interval = 1.0
             try:
                 yield

@@ -71,6 +71,18 @@ class Meetings(Callback):
         """A stop is heard during validation too."""
         self.strategy.listen()
 
+    def on_test_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Likewise."""
+        self.strategy.listen()
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Likewise."""
+        self.strategy.listen()
+
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Epochs that ended without a meeting (a -1 of the user's) meet too; who ended early waits for the others."""
         self.strategy.feeding.under_way = False

@@ -279,6 +279,7 @@ class Office:
         """
         everybody = self._members or tuple(range(carrier.world))
         first = carrier.members()[0]
+        self.flags.heed()
         carrier.propose(f"bye/{carrier.me}", BYE)
         if self.flags.unheard:  # nor is this one
             return everybody
@@ -292,7 +293,9 @@ class Office:
             awaited = set(gone) | {carrier.me} | ({first} if stopped else set())
             lingers = carrier.me == first and not self.flags.orphaned  # the others train on, perhaps for days
             awaited |= set(carrier.live() if soon else everybody) & set(everybody) if lingers else set()
-            if all(carrier.decided(f"bye/{r}") is not None for r in awaited):
+            over = all(carrier.decided(f"bye/{r}") is not None for r in awaited)
+            self.flags.heed()  # what was said before a bye is there with it
+            if over:
                 break
             carrier.wait(0.1)
         return tuple(r for r in everybody if carrier.decided(f"bye/{r}") != DIED)

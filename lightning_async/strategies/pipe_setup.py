@@ -45,6 +45,7 @@ from lightning_async.strategies.pipeline_refusals import refuse_pipeline, refuse
 from lightning_async.strategies.refusals import refuse, refuse_optimizers, refuse_unmade
 from lightning_async.strategies.rests import Rests
 from lightning_async.strategies.saving import guard_exits
+from lightning_async.strategies.unsaved import Unsaved
 from lightning_async.strategies.whole_files import WholeFiles
 from lightning_async.strategies.wide_steps import widen_modes
 from lightning_async.strategies.writer import Writer
@@ -76,6 +77,7 @@ class PipeSetup(PipeBatches):
         super().__init__(**options)
         self._leash: compat.Leash | None = None
         self._metrics: LedMetrics | None = None
+        self._unsaved = Unsaved(self)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -111,11 +113,13 @@ class PipeSetup(PipeBatches):
             self.cluster_environment, self.global_rank, self.world_size, self.root_device, fitting=self.fitting
         )
         self._leash = compat.take_off(trainer, poll=self.listen, sigterm=self.office.sigterm, failed=self.give_up)
-        self.closing = self.begun = self.halted = self.at_home = self._stop = False
+        self.closing = self.begun = self.halted = self.at_home = self._stop = self._validates = False
         self._requeue.forget()
         self.office.flags.patient = lambda: self.closing or self.begun
         if self.fitting:
             self._leash.replace("fit_loop._iteration_based_training", lambda: False)
+        else:
+            self._unsaved.begin(trainer, self._leash)
         if self.fitting and self.piped:
             self.hear_requeue(self._leash)
             guard_exits(trainer, self._leash, self)  # no link leads to what a stage cannot write alone
@@ -165,7 +169,7 @@ class PipeSetup(PipeBatches):
         self._wrap_log(module, leash)
         if not self.piped:
             return model
-        self.office.check_alike(creed(self) | plan(self.trainer))
+        self.office.check_alike(creed(self) | plan(self.trainer, self.trainer.limit_train_batches))
         handover = Handover(module, self.stages)
         seed = self.together(self._equalise(module))
         if self.fitting:
@@ -260,6 +264,7 @@ class PipeSetup(PipeBatches):
         original = leash.wrap(module, "on_train_epoch_end", on_train_epoch_end)
         run_start = leash.wrap(self.trainer.fit_loop.epoch_loop, "on_run_start", on_run_start)
         batch = leash.wrap(self.trainer.fit_loop.epoch_loop, "advance", advance)
+        self.validate_together(leash)
         compat.around_ends_of_batches(self.trainer, leash, self.stop_together, self.stop_after_rest)
 
     def teardown(self) -> None:

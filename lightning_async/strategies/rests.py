@@ -58,6 +58,18 @@ class Rests(Callback):
         """A stop is heard during validation too."""
         self.strategy.listen()
 
+    def on_test_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Likewise."""
+        self.strategy.listen()
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Likewise."""
+        self.strategy.listen()
+
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Its metrics are there for all."""
         self.strategy.rest()

@@ -36,6 +36,7 @@ class Flags:
         sigterm: Whether this rank's process got a SIGTERM.
         failed: Why this rank stopped, if it did.
         patient: Whether this rank is on its way to such a meeting.
+        heed: Called at every look; it may not wait for anybody.
         spent: Seconds that this rank's thread was in `drive`.
         waited: Seconds of these in which there was nothing to do but wait.
         siblings: The other ranks of this rank's member, which ends with each of them.
@@ -49,6 +50,7 @@ class Flags:
     sigterm: bool = False
     failed: str | None = None
     patient: Callable[[], bool] = field(default=lambda: False)
+    heed: Callable[[], object] = field(default=lambda: None)
     spent: float = 0.0
     waited: float = 0.0
     siblings: tuple[int, ...] = ()
@@ -72,6 +74,7 @@ class Flags:
     def raise_if_set(self) -> None:
         """Raise if the run is to stop. Called before every batch and at every glance of a wait."""
         self._mourn()
+        self.heed()
         if self.sigterm:  # set by a signal handler, which may not do more than that
             self._told = self._told or time.monotonic()
             self.carrier.propose("stop", str(self.carrier.me).encode())

@@ -33,6 +33,10 @@ class Requeue:
 
     All ranks answer together, and a rank's signals are counted: the first that reaches it is the first that any of them
     answered, whenever it comes. One that comes again, since asking was in vain, is another.
+
+    Attributes:
+        heard: How many came to this rank.
+        answered: How many of them are done with.
     """
 
     def __init__(self) -> None:
@@ -40,20 +44,20 @@ class Requeue:
 
     def forget(self) -> None:
         """The run is over. Idempotent."""
-        self._heard = self._answered = 0
+        self.heard = self.answered = 0
 
     def hear(self, *signal: object) -> None:
         """From the signal handler: it is only counted."""
-        self._heard += 1
+        self.heard += 1
 
     @property
     def wanted(self) -> bool:
         """Whether this rank heard what nobody has answered."""
-        return self._heard > self._answered
+        return self.heard > self.answered
 
     def answer(self) -> None:
         """All are about to save, for all that was heard by now."""
-        self._answered = max(self._heard, self._answered + 1)
+        self.answered = max(self.heard, self.answered + 1)
 
 
 class Wishes:

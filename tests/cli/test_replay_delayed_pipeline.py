@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def said(capsys: pytest.CaptureFixture[str]) -> Said:
         (2, "Stages", {"precision": "64-true", "knobs": {"baseline": "sync"}, "accumulate_grad_batches": 4}),
         (2, "Stages", {"limit_train_batches": 5, "callbacks": [GradientAccumulationScheduler({1: 2})]}),
         (2, "Stages", {"max_steps": 11, "knobs": {"split": "auto"}}),
+        (3, "Stages", {"val_check_interval": timedelta(seconds=0.01)}),
+        (4, "Stages", {"val_check_interval": timedelta(seconds=0.01), "knobs": {"replicas": 2}}),
         (1, "Stages", {}),
         (1, "Streamed", {}),
         (1, "Worked", {}),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_async import AsyncGlobalStrategy, GossipRingStrategy, LazySignStrategy
 from lightning_async.strategies.alike import check_alike, creed
@@ -51,7 +53,8 @@ def test_what_belongs_to_a_host_may_differ() -> None:
 def _unlike(knobs: dict[str, Any], options: dict[str, Any]) -> None:
     first = os.environ["RANK"] == "0"
     strategy = GossipRingStrategy(**({} if first else knobs))
-    t = trainer(2, strategy=strategy, **({} if first else options))
+    saves = {"enable_checkpointing": "callbacks" in options}
+    t = trainer(2, strategy=strategy, **saves, **({} if first else options))
     t.fit(Lit(), loader(), loader(10, shuffle=False))
 
 
@@ -69,6 +72,26 @@ def _unlike(knobs: dict[str, Any], options: dict[str, Any]) -> None:
             {},
             {"check_val_every_n_epoch": 2},
             "check_val_every_n_epoch=1 on rank 0, check_val_every_n_epoch=2 on rank 1",
+        ),
+        (
+            {},
+            {"limit_train_batches": 10},
+            "limit_train_batches=1.0 on rank 0, limit_train_batches=10 on rank 1",
+        ),
+        (
+            {},
+            {"val_check_interval": "00:00:00:02"},
+            "val_check_interval=1.0 on rank 0, val_check_interval='2.0 s' on rank 1",
+        ),
+        (
+            {},
+            {"callbacks": [ModelCheckpoint(every_n_train_steps=7)]},
+            "every_n_train_steps=[0] on rank 0, every_n_train_steps=[7] on rank 1",
+        ),
+        (
+            {},
+            {"callbacks": [ModelCheckpoint(train_time_interval=timedelta(seconds=3))]},
+            "train_time_interval=[0.0] on rank 0, train_time_interval=[3.0] on rank 1",
         ),
     ],
 )

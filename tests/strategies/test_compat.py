@@ -31,7 +31,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_async.strategies import compat
 from lightning_async.strategies.writer import Writer
-from tests.strategies.lit import Lit, trainer
+from tests.strategies.lit import Lit, loader, trainer
 
 
 @pytest.fixture
@@ -262,10 +262,12 @@ def test_the_other_private_attributes_exist(t: L.Trainer) -> None:
         assert checkpoint.state_key == key
     assert 7 % checkpoint._every_n_train_steps == 1
     assert not compat.save_is_due(checkpoint, 1e9)
+    assert compat.saves_after(checkpoint) == 0.0
     hourly = ModelCheckpoint(train_time_interval=timedelta(hours=1))
     hourly.on_train_start(t, t.lightning_module)
     assert compat.save_is_due(hourly, time.monotonic() + 3601)
     assert not compat.save_is_due(hourly, time.monotonic() + 3599)
+    assert compat.saves_after(hourly) == 3600.0
     timer = Timer(duration={"seconds": 0})
     assert compat.time_is_up(timer)
     assert not compat.time_is_up(Timer(duration={"seconds": 0}, interval="epoch"))
@@ -358,3 +360,36 @@ def _get(t: L.Trainer, path: str) -> Any:
     for part in path.split("."):
         owner = getattr(owner, part)
     return owner
+
+
+def test_when_a_trainer_validates_by_time() -> None:
+    asked: list[float] = []
+
+    class Asks(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            for ago in (19.0, 21.0):
+                trainer._last_val_time = time.monotonic() - ago
+                asked.append(compat.is_time_to_validate(trainer))
+            with compat.with_val_seconds(trainer, None):
+                asked.append(compat.is_time_to_validate(trainer))
+            assert compat.val_seconds(trainer) == 20.0
+
+    t = trainer(1, val_check_interval=timedelta(seconds=20), callbacks=[Asks()], strategy="auto", max_steps=1)
+    t.fit(Lit(), loader(), loader(8, shuffle=False))
+    assert asked == [False, True, False]
+    assert not compat.is_time_to_validate(trainer(1))
+
+
+def test_a_place_in_the_queue_is_asked_for_without_a_save(t: L.Trainer) -> None:
+    saved: list[str] = []
+    t.save_checkpoint = saved.append  # type: ignore[method-assign, assignment]
+    asked: list[int] = []
+
+    def handler(number: int, frame: None) -> None:
+        t.save_checkpoint("here")
+        asked.append(number)
+
+    compat.requeue_unsaved(t, handler)
+    assert (saved, asked) == ([], [signal.SIGUSR1])
+    compat.requeue(t, handler)
+    assert (saved, asked) == (["here"], [signal.SIGUSR1] * 2)

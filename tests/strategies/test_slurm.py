@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -486,3 +487,78 @@ def test_the_stages_of_a_pipeline_save_behind_their_very_last_validation(slurm: 
     again = run(3, pipeline, slurm, None)
     assert all((end["batches"], end["steps"]) == (0, 24) for end in again), "there is nothing left to train on"
     assert all(end["end"] == ends[0]["end"] for end in again)
+
+
+class InAnEvaluation(L.Callback):
+    """Gets the signal once, before the third batch, if it is this rank, or if all get it; counts its batches."""
+
+    def __init__(self, rank: Whom) -> None:
+        self.rank, self.batches = rank, 0
+
+    def on_test_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.batches += 1
+        if self.batches == 3 and self.rank in ("all", trainer.global_rank):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    on_validation_batch_start = on_predict_batch_start = on_test_batch_start
+
+
+def evaluating(folder: Path, kind: str, stage: str, rank: Whom) -> dict[str, Any]:
+    watch = InAnEvaluation(rank)
+    options = {"callbacks": [watch], **queue(folder)}
+    lit: Any = (trainer(2, **options), Lit(), loader(shuffle=False))
+    pipe: Any = (piped.trainer(2, **options), piped.Piped(), piped.loader(2))
+    one, module, data = pipe if kind == "pipeline" else lit
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        getattr(one, stage)(module, data)
+    said = [str(one.message) for one in warned if "SLURM's signal" in str(one.message)]
+    return {"batches": watch.batches, "said": said, "metrics": {k: float(v) for k, v in one.callback_metrics.items()}}
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("rank", ["all", 1, 0])
+@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+@pytest.mark.parametrize("kind", ["gossip_ring", "delayed_pipeline"])
+def test_a_signal_in_an_evaluation_asks_for_a_new_place_and_saves_nothing(
+    slurm: Path, kind: str, stage: str, rank: Whom
+) -> None:
+    """In the handler nobody could wait for the others, and a save would wait for all of them."""
+    first, second = run(2, evaluating, slurm, kind, stage, rank)
+    assert first["batches"] == second["batches"] == 30, "it goes on to its end"
+    assert first["metrics"] == second["metrics"]
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n", "by one rank, once"
+    assert not list(slurm.glob("**/*.ckpt*"))
+    assert [len(one["said"]) for one in (first, second)] == [1, 0]
+    assert f"in `{stage}`: a place in the queue is asked for, and nothing is saved" in first["said"][0]
+
+
+class InTheSanityCheck(Warned):
+    """Gets the signal there, before anybody trains."""
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.sanity_checking and self.batches == 0:
+            self.batches = 1000
+            self._warn(trainer)
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("rank", ["all", 0, 1])
+def test_a_signal_in_the_sanity_check_saves_behind_the_first_batches(slurm: Path, rank: Whom) -> None:
+    found = run(2, job, slurm, rank, 60, False, "gossip_ring", InTheSanityCheck)
+    assert [one["steps"] for one in found] == [60, 60]
+    assert found[0]["saved"] == found[1]["saved"]
+    (at,) = found[0]["saved"]
+    assert 0 < at < 60
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n", "by one rank, once"
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("rank", ["all", 2, 0])
+def test_the_stages_of_a_pipeline_do_so_too(slurm: Path, rank: Whom) -> None:
+    ends = run(3, pipeline, slurm, rank, InTheSanityCheck)
+    assert all(end["saved"] == ends[0]["saved"] for end in ends)
+    (at,) = ends[0]["saved"]
+    assert 0 < at <= 2 * 3 + 1
+    assert ends[0]["steps"] == 24
+    assert (slurm / "requeued").read_text() == f"requeue {JOB}\n", "by one rank, once"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async import AsyncGlobalStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
+from tests.strategies import piped
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
 
@@ -24,6 +28,8 @@ STRATEGIES: dict[str, Any] = {
     "async_global": AsyncGlobalStrategy,
     "lazy_sign": LazySignStrategy,
 }
+QUIET = {"verbose": False}
+STAGES = ("test", "predict", "validate")
 PHASES = ("sanity check", "validation", "end of validation", "save", "save, later", "end of an epoch")
 pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty")
 
@@ -113,3 +119,63 @@ def test_a_run_that_is_told_to_end_ends_everywhere_and_leaves_whole_checkpoints(
             assert whole <= here, (phase, file.name)
         assert not list((tmp_path / phase).glob("**/*.tmp*"))
     assert all(one["sanity check"][1] == 0 for one in found)
+
+
+class Endless(IterableDataset[Any]):
+    """Whoever does not hear of the end never ends."""
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.cycle(self.samples)
+
+
+class AtABatch(L.Callback):
+    """Something happens on one rank as its third batch begins."""
+
+    def __init__(self, rank: int, do: Callable[[], object]) -> None:
+        self.rank, self.do = rank, do
+
+    def on_test_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if (trainer.global_rank, batch_idx) == (self.rank, 2):
+            self.do()
+
+    on_predict_batch_start = on_validation_batch_start = on_test_batch_start
+
+
+def fail() -> None:
+    raise ValueError("on purpose")
+
+
+def evaluations(kind: str, rank: int, do: Callable[[], object]) -> list[str]:
+    """How each stage ended."""
+    ends = []
+    for stage in STAGES:
+        does = [AtABatch(rank, do)]
+        piped_: Any = (piped.trainer(3, callbacks=does), piped.Piped(), piped.loader(4))
+        lit: Any = (trainer(3, callbacks=does), Lit(), loader())
+        one, module, data = piped_ if kind == "pipeline" else lit
+        try:
+            getattr(one, stage)(module, DataLoader(Endless(data.dataset), 4), **{} if stage == "predict" else QUIET)
+            ends.append("ended")
+        except BaseException as error:
+            ends.append(f"{type(error).__name__}: {error}")
+    return ends
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("rank", [1, 0, 2])
+@pytest.mark.parametrize("kind", ["gossip", "pipeline"])
+def test_sigterm_in_an_evaluation_ends_it_everywhere(kind: str, rank: int) -> None:
+    assert run(3, evaluations, kind, rank, terminate) == [["SIGTERMException: "] * len(STAGES)] * 3
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("rank", [2, 0])
+@pytest.mark.parametrize("kind", ["gossip", "pipeline"])
+def test_an_error_in_an_evaluation_ends_it_everywhere(kind: str, rank: int) -> None:
+    for r, ends in enumerate(run(3, evaluations, kind, rank, fail)):
+        for end in ends:
+            assert end.startswith("ValueError: on purpose" if r == rank else "PeerFailedError"), end
+            assert "ValueError: on purpose" in end

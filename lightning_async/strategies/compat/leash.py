@@ -30,7 +30,7 @@ IN_A_FIT = {
     "fit_loop.epoch_loop.on_advance_end": "one rank alone would leave the loop right behind it",
     "fit_loop._iteration_based_training": "with `max_steps` it would lose the epoch behind one that was over",
 }
-"""What `Clock` and the pipeline replace or ask while it lasts."""
+"""What `Clock` and the pipeline replace or ask while it lasts; SLURM's handler in an evaluation too (`Unsaved`)."""
 _NOT_SET = object()
 
 
@@ -105,14 +105,19 @@ def check(trainer: Trainer) -> None:
         )
 
 
-def mark_sigterm(trainer: Trainer) -> None:
-    """Lightning's loops read this flag at their ends."""
-    trainer._signal_connector.received_sigterm = True
-
-
 def requeue(trainer: Trainer, original: Callable[..., Any]) -> None:
     """What Lightning does in its handler of SLURM's signal: save, and ask for a new place in the queue."""
     original(signal.SIGUSR1, None)
+
+
+def requeue_unsaved(trainer: Trainer, original: Callable[..., Any]) -> None:
+    """The same, but for the save."""
+    leash = Leash(trainer)
+    leash.wrap(trainer, "save_checkpoint", lambda *_: None)
+    try:
+        requeue(trainer, original)
+    finally:
+        leash.restore()
 
 
 def skip_backward(trainer: Trainer, leash: Leash, skip: bool) -> None:

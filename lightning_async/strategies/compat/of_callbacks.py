@@ -19,6 +19,12 @@ def saves_every(callback: ModelCheckpoint) -> int:
     return int(callback._every_n_train_steps or 0)
 
 
+def saves_after(callback: ModelCheckpoint) -> float:
+    """After how many seconds a ModelCheckpoint saves; 0.0 for one that does not go by time."""
+    interval = callback._train_time_interval
+    return interval.total_seconds() if interval is not None else 0.0
+
+
 @contextmanager
 def saves_at_once(callback: ModelCheckpoint) -> Iterator[None]:
     """A ModelCheckpoint that goes by steps takes the step of the run, whichever it is, for one of its multiples."""

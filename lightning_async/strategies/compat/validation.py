@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,13 +16,24 @@ def val_seconds(trainer: Trainer) -> float | None:
 
 
 @contextmanager
-def without_val_seconds(trainer: Trainer) -> Iterator[None]:
-    """A Trainer that was not told so."""
-    seconds, vars(trainer)["_val_check_time_interval"] = val_seconds(trainer), None
+def with_val_seconds(trainer: Trainer, other: float | None) -> Iterator[None]:
+    """A Trainer that was told another time; None: it was not told so."""
+    seconds, vars(trainer)["_val_check_time_interval"] = val_seconds(trainer), other
     try:
         yield
     finally:
         vars(trainer)["_val_check_time_interval"] = seconds
+
+
+def is_time_to_validate(trainer: Trainer) -> bool:
+    """Whether that time has passed since the last validation, in an epoch that has one."""
+    seconds = val_seconds(trainer)
+    return seconds is not None and time.monotonic() - _last(trainer) >= seconds and validates_in_this_epoch(trainer)
+
+
+def _last(trainer: Trainer) -> float:
+    last: float = vars(trainer)["_last_val_time"]
+    return last
 
 
 def validates_in_this_epoch(trainer: Trainer) -> bool:

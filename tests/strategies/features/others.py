@@ -118,6 +118,7 @@ def fits(name: str, folder: Path) -> dict[str, Fitted]:
         "time": fit(
             [saver("time", train_time_interval=timedelta(seconds=0.1))], max_time={"seconds": 0.4}, max_epochs=-1
         ),
+        "clock": fit(max_steps=120, max_epochs=-1, val_check_interval=timedelta(seconds=0.05)),
         "later": left([saver("later")], plugins=[AsyncCheckpointIO(notes)], max_epochs=1),
         "accumulated": fit(max_epochs=1, accumulate_grad_batches=2, precision="bf16-true"),
         "average": left([EMAWeightAveraging()], max_epochs=1),
@@ -233,6 +234,11 @@ def _at(attribute: str) -> Callable[[Any], bool]:
     return lambda one: list(one[attribute]) == [EVERY, 2 * EVERY]
 
 
+def _validates(one: Any) -> bool:
+    """In mid-run, as no count of batches would have it: an epoch has 12 or 8."""
+    return bool(one.validated) and one.global_step == 120
+
+
 def _cycled(one: Any) -> bool:
     """The schedule has the run's length, and ended where one rank's schedule ends."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.01)
@@ -296,6 +302,12 @@ LINES = [
         "",
         differs("time", "by the first rank's clock", lambda one: bool(one.files)),
         delayed_pipeline=differs("time", "all ask each other after every batch", lambda one: bool(one.files)),
+    ),
+    _line(
+        "`val_check_interval`",
+        "`timedelta(seconds=0.05)`",
+        differs("clock", "by the first rank's clock; all at one meeting", _validates),
+        delayed_pipeline=differs("clock", "by the first rank's clock, all after the same batch", _validates),
     ),
     _line(
         "`should_stop`, on one rank",
