@@ -42,6 +42,7 @@ class Meetings(Callback):
         self._drew = self.strategy.feeding.under_way = True
         self.strategy.set_off()
         self.strategy.listen()
+        self.strategy.stepping.batch_started()
         self.strategy.clock.batch_started(trainer)
         self.strategy.office.recording.clock(trainer)
         share = self.strategy.feeding.share
