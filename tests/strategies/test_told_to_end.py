@@ -15,13 +15,14 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_async import AsyncGlobalStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
+from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
 
 STRATEGIES: dict[str, Any] = {
     "pairwise": GossipRingStrategy,
     "async_global": AsyncGlobalStrategy,
+    "cyclic_delay": CyclicDelayStrategy,
     "lazy_sign": LazySignStrategy,
 }
 PHASES = ("sanity check", "validation", "end of validation", "save", "save, later", "end of an epoch")
