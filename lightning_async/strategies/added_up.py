@@ -7,7 +7,8 @@ saved by 3      rank 0: g0    rank 1: g1    rank 2: 0     each file is read by o
 go on with 2        rank 0: + mean   rank 1: + mean       in the first step of the optimizer that has the parameter
 
 A step moves the consensus by the mean over the ranks of what they step with. So it moves by what it would have moved
-by, and each sample counts as it would have. Where the same ranks go on each has its own gradients back.
+by, and each sample counts as it would have. Where the same ranks go on each has its own gradients back; with another
+`accumulate_grad_batches` they wait for the step as others' would, divided as the batches to come.
 """
 
 from __future__ import annotations
@@ -94,6 +95,12 @@ class Carried:
 def mass_of(strategy: AsyncStrategy) -> int:
     """What a gradient of this rank weighs among all: its member steps with the mean over its ranks."""
     return strategy.feeding.mass // strategy.office.size
+
+
+def divided_anew(strategy: AsyncStrategy, state: dict[str, Any], factor: float) -> dict[str, Tensor]:
+    """All that one rank has added up, by name, where a step is of other batches than it was: Lightning divides each
+    batch's gradients by their number, and each sample counts as those to come."""
+    return {name: gradient * factor for name, gradient in _gradients(state, _layout(strategy)[1]).items()}
 
 
 def mean_of_all(

@@ -202,7 +202,7 @@ class AsyncStrategy(Shown):
         self._metrics = LedMetrics(
             trainer.lightning_module,
             lambda state: self.together(words.gather_uneven(self.office.rounds, state)),
-            lambda: self.meeting and self.world_size > 1,
+            lambda: self.meeting and self.world_size > 1 and not self.apart,
         )
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_run(self)

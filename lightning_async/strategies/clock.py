@@ -26,6 +26,7 @@ from lightning_async.strategies.earlier import Earlier
 from lightning_async.strategies.last_batch import LastBatch
 from lightning_async.strategies.log_steps import LogSteps
 from lightning_async.strategies.logbook import Logbook
+from lightning_async.strategies.monitored import let_all_see
 from lightning_async.strategies.schedules import Schedules
 from lightning_async.strategies.wishes import Wishes
 from lightning_async.transport.mail import Wait
@@ -119,6 +120,7 @@ class Clock:
         advance_end = leash.wrap(trainer.fit_loop.epoch_loop, "on_advance_end", batch_over)
         epoch_end = leash.wrap(trainer.fit_loop, "on_advance_end", epoch_over)
         leash.replace("fit_loop._iteration_based_training", lambda: False)
+        let_all_see(trainer, leash, self._strategy)
         self._requeue = leash.replace("_signal_connector._slurm_sigusr_handler_fn", self._wishes.requeue.hear)
         for callback in compat.callbacks(trainer):
             if isinstance(callback, (ModelCheckpoint, Timer)):
@@ -290,6 +292,10 @@ class Clock:
     def ran_dry(self, trainer: Trainer) -> None:
         """The epoch is over on this rank; a stream that has less than its length says so by ending, and not before."""
         self._last.ran_dry(trainer)
+
+    def came_empty(self, trainer: Trainer) -> None:
+        """The epoch is over on this rank, which had no batch in it."""
+        self._last.came_empty(trainer)
 
     def requeued(self, trainer: Trainer) -> None:
         """Save and ask for a new place in the queue, as Lightning would have done in the signal handler."""

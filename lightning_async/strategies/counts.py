@@ -152,7 +152,7 @@ class Counts:
         self.at_end = self.val_seconds is None and (every == 1.0 and isinstance(every, float))
         if isinstance(every, int):
             if in_epoch and trainer.limit_val_batches > 0:
-                _check_is_reached(every, length if feeding.share is not None else feeding.limit)
+                _check_is_reached(every, n, total)
             self.at_end = in_epoch and total is not None and total % (every * n) == 0
             below = total if total and in_epoch else None
             yield Item(Due.VALIDATE, Unit.BATCHES, every * n, in_epoch=in_epoch, below=below)
@@ -162,12 +162,12 @@ def _never(callback: ModelCheckpoint) -> bool:
     return False
 
 
-def _check_is_reached(every: int, length: int | float | None) -> None:
-    """Refuse to validate never. Where each rank has a stream of its own, only a limit says when an epoch is over."""
-    if isinstance(length, int) and every > length:
+def _check_is_reached(every: int, n: int, total: int | None) -> None:
+    """Refuse to validate never. Of streams whose length nobody knows, only a limit says when an epoch is over."""
+    if total is not None and every * n > total:
         raise ValueError(
             f"`val_check_interval` ({every}) must be at most the number of batches that each rank of a synchronous run "
-            f"has in an epoch ({length}): no validation would ever come. To count batches across epochs set "
+            f"has in an epoch ({total // n}): no validation would ever come. To count batches across epochs set "
             "`check_val_every_n_epoch=None`; to validate never, `limit_val_batches=0`"
         )
 

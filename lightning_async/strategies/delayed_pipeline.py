@@ -26,7 +26,7 @@ from lightning_async.strategies.knobs import StartMethod, check_lightnings, chec
 from lightning_async.strategies.office import Office, check_backend
 from lightning_async.strategies.pipe_recording import StageRecording
 from lightning_async.strategies.pipe_setup import Baseline, Clip, PipeSetup, Split
-from lightning_async.strategies.pipeline_refusals import check_knobs
+from lightning_async.strategies.pipeline_refusals import check_knobs, without_meetings
 
 
 class DelayedPipelineStrategy(PipeSetup):
@@ -71,6 +71,7 @@ class DelayedPipelineStrategy(PipeSetup):
 
     name = "delayed_pipeline"
 
+    @without_meetings
     def __init__(
         self,
         *,

@@ -3,7 +3,7 @@
 before the batch    the agenda ends the epoch with it: foretold    else a stream is asked whether it goes on
 all have met        it does: streams are cut there                 it does not, a member's stream ended before its
                                                                    part: taken back, the others go on
-no batch comes      the one before was the last: its stream had less than its length
+no batch comes      the one before was the last: its stream had less than its length, or nothing at all
 """
 
 from __future__ import annotations
@@ -74,6 +74,12 @@ class LastBatch:
         if left or (feeding.share is None and feeding.dry and not batches.is_last_batch):
             _was_last(trainer)
 
+    def came_empty(self, trainer: Trainer) -> None:
+        """The epoch is over on this rank, which had no batch in it: schedules by epoch go on, as the others' do. Those
+        of a rank that was through with it when the run was saved have."""
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            _was_last(trainer)
+
     def forget(self) -> None:
         """The run is over, perhaps by an error within a batch that was foretold."""
         self.foretold = False
@@ -86,7 +92,7 @@ class LastBatch:
 
 
 def _was_last(trainer: Trainer) -> None:
-    """The batch that was trained on was the last one of the epoch, and Lightning did not know it."""
+    """The batch that was trained on, if any, was the last one of the epoch, and Lightning did not know it."""
     loop = trainer.fit_loop.epoch_loop
     loop.batch_progress.is_last_batch = True
     loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)

@@ -42,6 +42,7 @@ class Meetings(Callback):
         self._drew = self.strategy.feeding.under_way = True
         self.strategy.set_off()
         self.strategy.listen()
+        self.strategy.stepping.batch_started()
         self.strategy.clock.batch_started(trainer)
         self.strategy.office.recording.clock(trainer)
         share = self.strategy.feeding.share
@@ -89,6 +90,7 @@ class Meetings(Callback):
         progress, clock = self.strategy.clock.progress, self.strategy.clock
         if progress is not None and self._came_empty(trainer):
             progress.ended, clock.over = True, False
+            clock.came_empty(trainer)
         if progress is not None and self.strategy.free:
             clock.ran_dry(trainer)
             progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
@@ -129,7 +131,7 @@ class Meetings(Callback):
             self.strategy.apart = True
             rank_zero_warn(
                 f"rank {', '.join(map(str, empty))} had no batch in this epoch: what training logged over the epoch "
-                "with `sync_dist=True` is each rank's own"
+                "with `sync_dist=True`, or as a torchmetric, is each rank's own"
             )
 
     def _attend(self, trainer: Trainer, module: LightningModule) -> None:

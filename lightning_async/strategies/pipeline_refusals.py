@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ParamSpec
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_async.strategies.knobs import check_count, check_part, check_word
+
+P = ParamSpec("P")
+OF_MEETINGS = {
+    "at_meeting": "there is one set of weights here, each stage's: leave it out",
+    "balance": "all stages are given the same batches: leave it out",
+    "buffers": "each stage has its own, and those of replicas become their mean wherever all rest: leave it out",
+    "meet_every": "stages rest where the Trainer validates or saves: say that by `val_check_interval`, or by "
+    "`ModelCheckpoint(every_n_train_steps=...)`",
+    "meeting_timeout": "how long a stage may wait for one thing is `waiting_timeout` here",
+    "saves": "a checkpoint is of all stages after one batch, at a rest: leave it out",
+}
+"""Knobs that only ranks that meet have, and why not a pipeline."""
+
+
+def without_meetings(init: Callable[P, None]) -> Callable[P, None]:
+    """The constructor, which refuses those knobs with a sentence, where Python's own would have no remedy."""
+
+    @wraps(init)
+    def told(*args: P.args, **knobs: P.kwargs) -> None:
+        for knob in OF_MEETINGS.keys() & knobs.keys():
+            raise TypeError(f"`{knob}` is for strategies whose ranks meet, and not for a pipeline: {OF_MEETINGS[knob]}")
+        init(*args, **knobs)
+
+    return told
 
 
 def check_knobs(

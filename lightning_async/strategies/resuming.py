@@ -77,7 +77,7 @@ class Resuming:
             )
             own = yield from self._of_the_speaker(path, shared, own, trouble, weights_only)
             own = _without_place(own, checkpoint)
-            own["parts"]["stepping"] = {"skipped": 0, "carried": added[0]}
+            own["parts"]["stepping"] = {"skipped": 0, "carried": added[0], "divided": shared.get("divided")}
             if shared.get("progress"):  # older versions did not save it
                 own["parts"].setdefault("progress", {**shared["progress"], "ended": False})
             self._warn(path, shared, list(reasons), *added)

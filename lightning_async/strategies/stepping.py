@@ -22,7 +22,7 @@ from lightning_async.algorithms.adam import SecondMoment
 from lightning_async.algorithms.common_step import CommonStep
 from lightning_async.arrival import Arrival, ArrivalLog
 from lightning_async.strategies import compat
-from lightning_async.strategies.added_up import Carried, mass_of
+from lightning_async.strategies.added_up import Carried, divided_anew, mass_of
 from lightning_async.strategies.scaling import SkippedSteps, scale_of
 from lightning_async.strategies.wide_steps import Step, instead, parameters_of, widen_modes, widened
 from lightning_async.transport.gathering import When
@@ -51,12 +51,13 @@ class Stepping:
         self._common = CommonStep()
         self._carried = Carried()
         self._stepped = self._adds_up = False
+        self._divided: int | None = None
 
     def begin(self) -> None:
         """A fit begins."""
         self.taken = self.skipped.count = 0
         self._adds_up = self.only_forward = False
-        self._carried = Carried()
+        self._carried, self._divided = Carried(), None
 
     @property
     def adds_up(self) -> bool:
@@ -67,7 +68,8 @@ class Stepping:
         """A part of the rank's own state. (`taken` is saved beside it: the mail counts by it too.)
 
         Where a step is still to come, what its batches have added up so far belongs to it: their samples are done.
-        What they weigh, and fp16's scale, say what other ranks can make of it (`added_up`).
+        What they weigh, by how many batches of a step they are divided, and fp16's scale, say what other ranks, or
+        other steps, can make of it (`added_up`).
         """
         strategy = self._strategy
         return {
@@ -75,6 +77,7 @@ class Stepping:
             "gradients": self._gradients() if self._adds_up else {},
             "carried": self._carried.state_dict(strategy.trainer.lightning_module),
             "mass": mass_of(strategy),
+            "divided": self._divided or strategy.trainer.accumulate_grad_batches,
             "scale": scale_of(strategy.precision_plugin),
         }
 
@@ -82,12 +85,26 @@ class Stepping:
         """Count on from `state`, and add on to its gradients."""
         module = self._strategy.trainer.lightning_module
         self.skipped.count = state["skipped"]
+        self._divided = state.get("divided")
         gradients = state.get("gradients", {})  # older versions did not save them
         self._adds_up = bool(gradients)
         self._carried.load_state_dict(module, state.get("carried", {}))
         for name, parameter in module.named_parameters():
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter.device, copy=True)
+
+    def batch_started(self) -> None:
+        """A batch begins. Only now is it known how many of them are a step where a run goes on. If not as many as when
+        it was saved, what had been added up is divided as they are, and goes into the next step."""
+        strategy, divided = self._strategy, self._divided
+        self._divided, now = None, strategy.trainer.accumulate_grad_batches
+        if divided in (None, now) or not self.adds_up:
+            return
+        module = strategy.trainer.lightning_module
+        self._carried.load_state_dict(module, divided_anew(strategy, self.state_dict(), divided / now))
+        self._adds_up = False
+        for parameter in module.parameters():
+            parameter.grad = None
 
     def _gradients(self) -> dict[str, Tensor]:
         module = self._strategy.trainer.lightning_module

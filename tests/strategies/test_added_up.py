@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async import SpeedFaults
 from lightning_async.strategies.added_up import Carried, mean_of_all
+from lightning_async.strategies.rank_files import rank_file
 from lightning_async.transport.rounds import combined
 from tests.strategies.lit import trainer
 from tests.strategies.ranks import run
@@ -92,12 +93,14 @@ def _fit(
     save: tuple[str, tuple[int, ...]] | None,
     path: str | None,
     sizes: tuple[int, ...] = (2, 2, 2, 2),
+    window: int = WINDOW,
 ) -> dict[str, Any]:
     """A run that saves at a batch of each rank's own, or one that goes on, or both."""
     module, callbacks = kind(), list[L.Callback]([SpeedFaults(step_seconds=0.001)])
+    module.window = 1 if kind is ByHand else window
     if save is not None:
         callbacks.append(SavesPending(save[0], epoch=0, batch=save[1][rank()]))
-    options: dict[str, Any] = {} if kind is ByHand else {"accumulate_grad_batches": WINDOW}
+    options: dict[str, Any] = {} if kind is ByHand else {"accumulate_grad_batches": window}
     if scale:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (5 + rank()))
         options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
@@ -108,7 +111,7 @@ def _fit(
         t.fit(module, DataLoader(TensorDataset(SAMPLES), batch_size=sizes[rank()]), ckpt_path=path)
     return {
         "steps": module.steps,
-        "pending": callbacks[-1].pending.tolist() if isinstance(callbacks[-1], SavesPending) else None,
+        "pending": next((c.pending.tolist() for c in callbacks if isinstance(c, SavesPending)), None),
         "carried": {name: value.tolist() for name, value in carried[0].items()},
         "said": [str(w.message) for w in caught if "does not go on to the bit" in str(w.message)],
     }
@@ -149,6 +152,33 @@ def test_another_world_adds_the_mean_of_what_all_had_added_up_to_its_first_step(
     words = "Each rank adds the mean of the gradients that all had added up to a step still to come to its first step."
     assert (words in sentence) is adding
     assert "lost" not in sentence
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1)])
+@pytest.mark.parametrize("window", [1, 2, 4, 8])
+def test_with_another_window_each_sample_counts_as_those_to_come(
+    before: int, after: int, window: int, tmp_path: Path
+) -> None:
+    """Nor is it lost where a window of the new length begins there, and all gradients are cleared (1, 2)."""
+    path = str(tmp_path / "x.ckpt")
+    saved = run(before, _fit, before, Straight, False, (path, (5, 4)), None)
+    (end,) = run(after, _fit, after, Straight, False, None, path, (2, 2), window)
+    had = mean(saved)
+    assert had.any()
+    if window == WINDOW and before == after:  # they are in `.grad`
+        assert end["carried"] == {}
+    assert steps_with(end, had * WINDOW / window)
+
+
+def test_files_of_older_versions_do_not_say_by_what_they_are_divided(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    (saved,) = run(1, _fit, 1, Straight, False, (str(path), (4,)), None)
+    own = files_of(path)[0]
+    assert own["parts"]["stepping"].pop("divided") == WINDOW
+    torch.save(own, rank_file(str(path), own["save"], 0))
+    (end,) = run(1, _fit, 1, Straight, False, None, str(path), (2,), 8)
+    assert steps_with(end, mean([saved]))
 
 
 @pytest.mark.few(0)

@@ -9,7 +9,7 @@ from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
@@ -30,7 +30,7 @@ from lightning_async import (
 from lightning_async.progress.progress import Progress
 from lightning_async.strategies.counts import Counts
 from tests.strategies.lit import INPUTS, TARGETS, ByHand, Lit, loader, trainer
-from tests.strategies.ranks import run
+from tests.strategies.ranks import Forked, run
 
 
 class Watch(L.Callback):
@@ -180,16 +180,24 @@ def test_a_limited_epoch(limit: Any, steps: int) -> None:
     assert len(found[0]["seen"] + found[1]["seen"]) == 2 * steps * 8
 
 
-def saves(folder: Path) -> dict[str, Any]:
+def saves(folder: Path, slow: int) -> dict[str, Any]:
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=12, save_top_k=-1)
-    found = fit(max_steps=36, max_epochs=-1, callbacks=[saver], enable_checkpointing=True)
+    options = {"slow": slow, "seconds": 0.01, "max_steps": 48, "max_epochs": -1}
+    found = fit(callbacks=[saver], enable_checkpointing=True, **options)
     return {**found, "best": saver.best_model_path, "last": saver.last_model_path}
 
 
-def test_checkpoints_every_so_many_steps(tmp_path: Path) -> None:
-    found = both(saves, tmp_path)
-    assert found[0]["saved"] == [12, 24, 36]
-    assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["step=12.ckpt", "step=24.ckpt", "step=36.ckpt"]
+@pytest.mark.few(1)
+@pytest.mark.parametrize("slow", [0, 1])
+def test_checkpoints_every_so_many_steps(slow: int, tmp_path: Path) -> None:
+    """A slow rank slows no save, be it the one that writes them: behind the first one speeds are known."""
+    found = both(saves, tmp_path, slow)
+    assert found[0]["saved"] == [12, 24, 36, 48]
+    assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == [f"step={n}.ckpt" for n in (12, 24, 36, 48)]
+    first = found[0]["steps"][0][0]
+    trained = [sum(met > first for met, _ in one["steps"]) for one in found]
+    assert found[0]["batches"] + found[1]["batches"] == 2 * 48
+    assert trained[1 - slow] > 2 * trained[slow]
 
 
 def late(folder: Path, path: Path | None) -> dict[str, Any]:
@@ -570,11 +578,19 @@ def due(every: int, *, shared: bool = True, length: int | None = 500, **options:
     feeding: Any = SimpleNamespace(share=object() if shared else None, epoch_batches=lambda: length, limit=1.0)
     counts = Counts(None)
     counts.take(one, feeding)
-    return list(counts.items(one, feeding, 2, None if length is None else 2 * length))
+    known = [n for n in (length, told["limit_train_batches"]) if isinstance(n, int)]
+    return list(counts.items(one, feeding, 2, 2 * min(known) if known else None))
 
 
 @pytest.mark.parametrize(
-    "never", [{"every": 1000}, {"every": 501}, {"every": 9, "shared": False, "length": None, "limit_train_batches": 8}]
+    "never",
+    [
+        {"every": 1000},
+        {"every": 501},
+        {"every": 500, "shared": False, "length": 8},
+        {"every": 9, "shared": False, "length": 500, "limit_train_batches": 8},
+        {"every": 9, "shared": False, "length": None, "limit_train_batches": 8},
+    ],
 )
 def test_an_interval_that_no_epoch_reaches_is_refused(never: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"`val_check_interval` \({never['every']}\) must be at most .* \((500|8)\)"):
@@ -583,6 +599,20 @@ def test_an_interval_that_no_epoch_reaches_is_refused(never: dict[str, Any]) -> 
     assert due(**never, limit_val_batches=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"shared": False, "length": 3}, {"shared": False, "length": None}])
+@pytest.mark.parametrize("options", [{}, {"shared": False}, {"shared": False, "length": None}])
 def test_an_interval_that_may_be_reached_is_not_refused(options: dict[str, Any]) -> None:
-    assert due(500, **options)  # streams of unlike lengths may be long enough together
+    assert due(500, **options)
+
+
+def own_streams(every: int, lengths: tuple[int, int]) -> list[int]:
+    data = loader(n=4 * lengths[int(os.environ["RANK"])])
+    options = {"use_distributed_sampler": False, "val_check_interval": every}
+    return cast(list[int], fit(data=data, max_epochs=1, **options)["validated"])
+
+
+def test_streams_that_are_too_short_together_are_refused_on_all_ranks() -> None:
+    """Those of unlike lengths may be long enough together. A rank may hear of the other's refusal first."""
+    assert run(2, own_streams, 8, (4, 12)) == [[8], [8]]
+    with Forked(2, own_streams, 9, (4, 12)) as forked:
+        errors = [result.error for result in forked.results()]
+    assert all("`val_check_interval` (9) must be at most" in error and "(8)" in error for error in errors), errors

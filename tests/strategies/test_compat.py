@@ -17,7 +17,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -249,6 +255,46 @@ def test_a_checkpoint_goes_by_another_score(t: L.Trainer, tmp_path: Path, monkey
     assert saves.best_model_path == f"{tmp_path}/loss=3.0.ckpt"
     leash.restore()
     assert "_save_monitor_checkpoint" not in vars(saves)
+
+
+@pytest.mark.parametrize("make", [partial(ModelCheckpoint, mode="max"), partial(EarlyStopping, mode="max")])
+def test_a_callback_looks_at_a_metric_that_is_shown(t: L.Trainer, make: Any, tmp_path: Path) -> None:
+    callback, seen = make(monitor="loss"), []
+    leash, metrics = compat.Leash(t), t.callback_metrics
+    metrics["loss"] = torch.tensor(3.0)
+    compat.looks_within(callback, leash, lambda: compat.metric_shown(t, "loss", torch.tensor(2.0)))
+    if isinstance(callback, ModelCheckpoint):
+        seen = [callback._monitor_candidates(t)["loss"]]
+    else:
+        callback._run_early_stopping_check(t)
+        seen = [callback.best_score]
+    assert seen == [2.0]
+    assert metrics == {"loss": 3.0}
+    with compat.metric_shown(t, "other", torch.tensor(1.0)):
+        assert "other" in metrics
+    assert "other" not in metrics
+    leash.restore()
+    assert not {"_monitor_candidates", "_run_early_stopping_check"} & vars(callback).keys()
+
+
+def test_a_metric_of_an_earlier_epoch_is_known_as_such(t: L.Trainer) -> None:
+    results = t.fit_loop.epoch_loop._results
+    assert not compat.is_of_before(t, "loss"), "it is nothing that training logs"
+    results.log("training_step", "loss", torch.tensor(1.0), on_step=True, on_epoch=True, batch_size=1)
+    names = ("loss", "loss_step", "loss_epoch")
+    assert not any(compat.is_of_before(t, name) for name in names)
+    results.reset()
+    assert all(compat.is_of_before(t, name) for name in names)
+
+
+def test_plateaus_go_by_another_value_where_there_is_one(t: L.Trainer) -> None:
+    t.callback_metrics.update({"loss": torch.tensor(3.0), "other": torch.tensor(4.0)})
+    leash, values = compat.Leash(t), {"loss": torch.tensor(2.0)}
+    compat.plateaus_go_by(t, leash, values)
+    look = t.fit_loop.epoch_loop._get_monitor_value
+    assert (look("loss"), look("other"), look("none")) == (2.0, 4.0, None)
+    leash.restore()
+    assert t.fit_loop.epoch_loop._get_monitor_value("loss") == 3.0
 
 
 def test_the_other_private_attributes_exist(t: L.Trainer) -> None:

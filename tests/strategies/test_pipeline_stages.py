@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
-from lightning_async import AdaptiveShrink, DelayedPipelineStrategy, DelayStats
+from lightning_async import AdaptiveShrink, DelayedPipelineStrategy, DelayStats, GossipRingStrategy
+from lightning_async.strategies.pipeline_refusals import OF_MEETINGS
 from tests.strategies.piped import WIDTH, Piped, loader, trainer, weights
 from tests.strategies.ranks import Forked, run
 
@@ -200,6 +202,16 @@ KNOBS: list[tuple[dict[str, Any], str]] = [
 def test_knobs_that_mean_nothing(knobs: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         DelayedPipelineStrategy(stages="net", **knobs)
+
+
+@pytest.mark.parametrize("knob", OF_MEETINGS)
+def test_a_knob_of_strategies_that_meet_is_refused_with_the_remedy(knob: str) -> None:
+    with pytest.raises(TypeError, match=f"^`{knob}` is for strategies whose ranks meet, .*: .*"):
+        DelayedPipelineStrategy(stages="net", **{knob: None})
+    assert knob in signature(GossipRingStrategy).parameters
+    assert knob not in signature(DelayedPipelineStrategy).parameters
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stage'"):
+        DelayedPipelineStrategy(stage="net")  # type: ignore[call-arg]
 
 
 @pytest.mark.few(4)

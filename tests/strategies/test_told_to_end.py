@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_async import AsyncGlobalStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
+from lightning_async import AsyncGlobalStrategy, CyclicDelayStrategy, GossipRingStrategy, LazySignStrategy, SpeedFaults
 from tests.strategies import piped
 from tests.strategies.lit import Lit, loader, trainer
 from tests.strategies.ranks import run
@@ -26,6 +26,7 @@ from tests.strategies.ranks import run
 STRATEGIES: dict[str, Any] = {
     "pairwise": GossipRingStrategy,
     "async_global": AsyncGlobalStrategy,
+    "cyclic_delay": CyclicDelayStrategy,
     "lazy_sign": LazySignStrategy,
 }
 QUIET = {"verbose": False}

@@ -1,11 +1,15 @@
-"""Under which step something is logged, when, and what was computed of it."""
+"""Under which step something is logged, when, what was computed of it, and who goes by that."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import Tensor
+
+from lightning_async.strategies.compat.leash import Leash
 
 
 def log_step(trainer: Trainer) -> int:
@@ -37,3 +41,31 @@ def last_metric(trainer: Trainer, name: str) -> Tensor | None:
     """A metric as it was computed last. (To read `callback_metrics` would compute some, and so wait for all ranks.)"""
     found: Tensor | None = trainer._logger_connector._callback_metrics.get(name)
     return found
+
+
+@contextmanager
+def metric_shown(trainer: Trainer, name: str, value: Tensor) -> Iterator[None]:
+    """A metric that this rank did not log is this, for a while."""
+    metrics = trainer._logger_connector._callback_metrics
+    before, metrics[name] = metrics.get(name), value
+    try:
+        yield
+    finally:
+        del metrics[name]
+        metrics.update({} if before is None else {name: before})
+
+
+def is_of_before(trainer: Trainer, name: str) -> bool:
+    """Whether training logs this metric, and has not logged it in this epoch."""
+    results = trainer.fit_loop.epoch_loop._results
+    logged = [r for r in results.values() if name in {r.meta.name, r.meta.forked_name(True), r.meta.forked_name(False)}]
+    return bool(logged) and all(result.has_reset for result in logged)
+
+
+def plateaus_go_by(trainer: Trainer, leash: Leash, values: Mapping[str, Tensor]) -> None:
+    """What a `ReduceLROnPlateau` by epoch sees of a metric is this, where it is known."""
+
+    def look(name: str) -> Any:
+        return values[name] if name in values else original(name)
+
+    original = leash.replace("fit_loop.epoch_loop._get_monitor_value", look)

@@ -7,7 +7,13 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, Timer, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from torch.nn import Module
 from torch.optim.swa_utils import AveragedModel
 
@@ -78,6 +84,19 @@ def score_by(
         original(trainer, others if score is None else {**others, name: score})
 
     original = leash.wrap(callback, "_save_monitor_checkpoint", save)
+
+
+def looks_within(
+    callback: ModelCheckpoint | EarlyStopping, leash: Leash, within: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Where a callback looks at the metrics, to save or to stop, it does so `within` this."""
+
+    def look(trainer: Trainer) -> object:
+        with within():
+            return original(trainer)
+
+    name = "_monitor_candidates" if isinstance(callback, ModelCheckpoint) else "_run_early_stopping_check"
+    original = leash.wrap(callback, name, look)
 
 
 def save_is_due(callback: ModelCheckpoint, now: float) -> bool:

@@ -29,6 +29,11 @@ class Scheduled(Lit):
         super().__init__()
         self.make, self.config = make, config
 
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        sign = 1.0 if self.global_rank else -1.0  # the mean of both ranks stays
+        self.log("own", 9.0 + sign * self.current_epoch, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), 0.01)
         self.total = int(self.trainer.estimated_stepping_batches)
@@ -50,7 +55,8 @@ def _cycle(optimizer: Any, total: int) -> Any:
 def schedules(folder: Path) -> dict[str, Any]:
     def run(make: Any, **config: Any) -> Fitted:
         module = Scheduled(make, **config)
-        return Fitted(fit(module), total=module.total)
+        seen = fit(module)
+        return Fitted(seen, total=module.total, rate=module.trainer.optimizers[0].param_groups[0]["lr"])
 
     return {
         "epoch": run(lambda o, n: StepLR(o, 1, 0.1)),
@@ -58,6 +64,7 @@ def schedules(folder: Path) -> dict[str, Any]:
         "cycle": run(_cycle, interval="step"),
         "warm-up": run(_warm_up, interval="step"),
         "plateau": run(lambda o, n: ReduceLROnPlateau(o, patience=0, threshold=1e9), monitor="val"),
+        "unsynced": run(lambda o, n: ReduceLROnPlateau(o, patience=0), monitor="own"),
         "by step": run(
             lambda o, n: ReduceLROnPlateau(o, patience=0, threshold=1e9),
             interval="step",
@@ -120,6 +127,12 @@ SCHEDULES = Scene(
         ),
         differs(
             "lr_scheduler",
+            "`ReduceLROnPlateau` by epoch, by what is logged without `sync_dist`",
+            "with the mean over the ranks that have it (`ddp`: learning rates may differ by rank)",
+            lambda a, b: {round(one["unsynced"].rate, 9) for one in (a, b)} == {0.001},
+        ),
+        differs(
+            "lr_scheduler",
             "`ReduceLROnPlateau` by step",
             "asked as a meeting ends, at most once a meeting, with the mean over the ranks",
             lambda a, b: alike(a["by step"], b["by step"]) and _last(a, b, "by step") == {0.001},
@@ -131,7 +144,11 @@ SCHEDULES = Scene(
             "steps of the run, the same on all ranks; a run of epochs ends there",
         ),
     ],
-    warnings=["Detected call of `lr_scheduler.step", "The epoch parameter in `scheduler.step"],
+    warnings=[
+        "It is recommended to use .*sync_dist=True",
+        "Detected call of `lr_scheduler.step",
+        "The epoch parameter in `scheduler.step",
+    ],
 )
 
 
