@@ -103,6 +103,7 @@ def test_adaptive_laws_run_in_a_pipeline(law: str) -> None:
     assert 0 < ends[0]["figures"]["shrink"]["mean"] <= 1
 
 
+@pytest.mark.few(0)
 def test_a_pipeline_with_adam_is_slowed_in_its_learning_rate() -> None:
     ends = run(2, _piped, 2, "constant", {"beta": 0.5}, "adam")
     assert [factor for _, factor in ends[1]["arrivals"]] == [1.0] * len(ends[1]["arrivals"])

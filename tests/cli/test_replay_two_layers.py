@@ -32,7 +32,7 @@ def _fit(
     t.fit(getattr(recorded, module)(), getattr(recorded, data)() if data else None)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("n", "module", "kind", "knobs", "options", "data"),
     [

@@ -431,6 +431,7 @@ def dry_and_saved(folder: Path) -> dict[str, Any]:
     return streamed([4 * 60, 4 * 8], options)
 
 
+@pytest.mark.few(0)
 def test_a_rank_that_runs_dry_saves_with_the_others(tmp_path: Path) -> None:
     found = both(dry_and_saved, tmp_path)
     assert found[0]["saved"] == [12, 24]

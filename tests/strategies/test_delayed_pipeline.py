@@ -361,11 +361,13 @@ def _predicts() -> list[float]:
     return seen
 
 
+@pytest.mark.few(0)
 def test_weights_are_predicted_by_the_accumulation_of_now() -> None:
     """A gradient that is a batch late is a quarter of an update late where four batches make one."""
     assert run(2, _predicts)[1] == [1.0] * 8 + [0.25] * 8
 
 
+@pytest.mark.few(0)
 def test_delays_are_shown() -> None:
     ends = run(3, _fit, 3, {}, {}, {})
     assert ends[0]["delays"] == []

@@ -336,7 +336,7 @@ def _other_world(n: int, path: str, resume: bool, precision: str) -> dict[str, l
     return seen[0] if resume else save.exact
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("before", "after", "precision", "then"),
     [(3, 2, "bf16-true", "bf16-true"), (2, 3, "bf16-true", "32-true"), (2, 1, "64-true", "64-true")],

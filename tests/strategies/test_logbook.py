@@ -78,7 +78,7 @@ def entries(folder: Path) -> list[dict[str, float]]:
     return [row for row in rows if "progress/samples" in row]
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Experiment logs directory")
 @pytest.mark.parametrize("slow", [0, 1])
 def test_what_is_logged_was_done_and_a_slow_rank_0_slows_nobody(slow: int, tmp_path: Path) -> None:

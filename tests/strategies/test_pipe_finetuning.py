@@ -113,7 +113,7 @@ def _alone(where: str, folder: str) -> Any:
         return _tune(where, 1, folder, strategy="auto")
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("where", AT)
 def test_it_thaws_where_it_lives_and_a_run_goes_on_to_the_bit(where: str, tmp_path: Path) -> None:
     whole = run(2, _tune, where, 2, str(tmp_path / "a"))

@@ -121,7 +121,7 @@ CASES: dict[str, tuple[int, int, list[int], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
     devices, every, steps, options = CASES[name]

@@ -395,6 +395,7 @@ def _by_numpy(path: str, resume: bool) -> Any:
     return lit.losses if resume else lit.losses[save.losses :], weights(lit)
 
 
+@pytest.mark.few(0)
 def test_what_weights_only_does_not_read_is_read_for_who_says_so(tmp_path: Path) -> None:
     """Of all ranks, and not of the main file alone: a file that cannot be read would be warned about."""
     path = str(tmp_path / "x.ckpt")

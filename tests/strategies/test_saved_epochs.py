@@ -81,7 +81,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("validates", VALIDATES)
 @pytest.mark.parametrize("fed", FED)
 @pytest.mark.parametrize("limit", LIMITS)

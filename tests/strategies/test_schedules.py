@@ -74,7 +74,7 @@ def ends(
     return ended(module, one)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("samples", [224, 240])
 @pytest.mark.parametrize("name", ["onecycle", "cosine"])
 @pytest.mark.parametrize("of", [GossipRingStrategy, AsyncGlobalStrategy])
@@ -240,6 +240,7 @@ def logged(folder: Path) -> tuple[int, int]:
     return one.global_step, one.strategy.stepping.taken  # type: ignore[attr-defined]
 
 
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
 def test_what_is_logged_are_the_steps_that_were_taken_though_accumulation_changes(tmp_path: Path) -> None:
     found = run(2, logged, tmp_path)

@@ -542,7 +542,7 @@ class InTheSanityCheck(Warned):
             self._warn(trainer)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("rank", ["all", 0, 1])
 def test_a_signal_in_the_sanity_check_saves_behind_the_first_batches(slurm: Path, rank: Whom) -> None:
     found = run(2, job, slurm, rank, 60, False, "gossip_ring", InTheSanityCheck)

@@ -187,7 +187,7 @@ def _goes_on(knobs: dict[str, Any], later: int, precision: Any, path: str, resum
     }
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("mode", "at_meeting", "later", "precision"),
     [

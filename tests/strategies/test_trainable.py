@@ -175,6 +175,7 @@ def _spread() -> tuple[list[Any], list[Any]]:
     return says.found, says.truth
 
 
+@pytest.mark.few(0)
 def test_the_spread_is_of_what_is_trained_now() -> None:
     for found, truth in run(2, _spread):
         assert len({numel for _, _, numel in truth}) == 2

@@ -313,6 +313,7 @@ def test_and_so_it_is_by_a_list_alone(of: str) -> None:
     are_members(run(3, _fit, of, {}, NODES, "by a list"))
 
 
+@pytest.mark.few(0)
 def test_under_slurm_nodes_are_members_of_unlike_size() -> None:
     are_two(run(3, _fit, "gossip_ring", {"inner": "node"}, None, "SLURM"), {})
 
@@ -329,7 +330,7 @@ def _stages(how: str, folder: str) -> tuple[Any, ...]:
     return fitted, validated["val"], t.world_size, t.current_epoch
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("how", ["torchrun", "SLURM", "by a list"])
 def test_one_trainer_fits_validates_saves_and_fits_on(how: str, tmp_path: Path) -> None:
     for fitted, validated, world, epoch in run(3, _stages, how, str(tmp_path)):

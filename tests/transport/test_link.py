@@ -213,11 +213,11 @@ def test_who_hurries_writes_what_is_short_by_himself(pair: tuple[End, End], monk
     monkeypatch.setattr(wire, "send", lambda *args: (writers.append(threading.current_thread()), send(*args))[1])
     with a.here.gathering.gathered("at once"):
         assert a.slots.post(Message(20, torch.ones(100)))
-        assert writers == [threading.current_thread()]
+        assert writers.count(threading.current_thread()) == 1  # the line's own thread may answer a greeting meanwhile
         assert a.slots.post(Message(21, torch.ones(100_000)))
         b.take(20)
         b.take(21)
-    assert threading.current_thread() not in writers[1:]
+    assert writers.count(threading.current_thread()) == 1
 
 
 def test_a_profiler_of_the_thread_that_writes_hears_nothing_of_it(pair: tuple[End, End]) -> None:
