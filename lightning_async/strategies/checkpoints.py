@@ -260,7 +260,7 @@ class Checkpoints:
             "ranks_of_members": [list(ranks) for ranks in strategy.office.ranks_of_members],
             "ranks": list(ranks),
             "added_up": [rank for rank in adding_up if rank in ranks],
-            "divided": strategy.trainer.accumulate_grad_batches,
+            "divided": strategy.stepping.divided,
             "strategy": strategy.name,
             "algorithm": type(strategy.algorithm).__name__,
             "data": data,

@@ -5,9 +5,9 @@
                        first living rank that has it: in the place of one of an earlier epoch, too
     logged on none     Lightning's own behaviour, on all alike
 
-All tell each other where one is about to look, and only there: right before a checkpoint that is due, an early stop,
-the step of a `ReduceLROnPlateau` by epoch. That one sees the mean over the ranks that have it, as one by step does, so
-that all learning rates stay equal.
+All tell each other where one is about to look, and only there: where a `ModelCheckpoint` or an `EarlyStopping` that
+goes by a metric is asked, and at the step of a `ReduceLROnPlateau` by epoch. That one sees the mean over the ranks that
+have it, as one by step does, so that all learning rates stay equal.
 """
 
 from __future__ import annotations
@@ -30,21 +30,19 @@ if TYPE_CHECKING:
 
 
 def let_all_see(trainer: Trainer, leash: compat.Leash, strategy: Collectives) -> None:
-    """At meetings, for the time of a run. The module has its trainer."""
+    """At meetings, for the time of a run."""
     for callback in compat.callbacks(trainer):
         if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and callback.monitor is not None:
             compat.looks_within(callback, leash, partial(_shown, trainer, callback.monitor, strategy))
     means: dict[str, Tensor] = {}
-    module = trainer.lightning_module
 
-    def on_train_epoch_end() -> None:
-        epoch_end()
+    def look() -> None:
         means.clear()
         for name in dict.fromkeys(_plateaus(trainer)):
             if values := _said(trainer, name, strategy):
                 means[name] = mean(list(values.values()))
 
-    epoch_end = leash.wrap(module, "on_train_epoch_end", on_train_epoch_end)
+    compat.where_epochs_end(trainer, leash, look)
     compat.plateaus_go_by(trainer, leash, means)
 
 
@@ -73,7 +71,7 @@ def _shown(trainer: Trainer, name: str, strategy: Collectives) -> Iterator[None]
 
 def _said(trainer: Trainer, name: str, strategy: Collectives) -> dict[int, float]:
     """A metric by rank, the same on all: of those that logged it in this epoch, if there are any."""
-    if not strategy.meeting:
+    if not strategy.meeting or compat.fast_dev_run(trainer):  # a trial run's counts are each rank's own
         return {}
     mine = trainer.callback_metrics.get(name)
     fresh = mine is not None and not compat.is_of_before(trainer, name)

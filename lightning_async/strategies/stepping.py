@@ -77,9 +77,14 @@ class Stepping:
             "gradients": self._gradients() if self._adds_up else {},
             "carried": self._carried.state_dict(strategy.trainer.lightning_module),
             "mass": mass_of(strategy),
-            "divided": self._divided or strategy.trainer.accumulate_grad_batches,
+            "divided": self.divided,
             "scale": scale_of(strategy.precision_plugin),
         }
+
+    @property
+    def divided(self) -> int:
+        """By how many batches of a step what was added up is divided."""
+        return self._divided or int(self._strategy.trainer.accumulate_grad_batches)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Count on from `state`, and add on to its gradients."""

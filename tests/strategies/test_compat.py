@@ -258,17 +258,27 @@ def test_a_checkpoint_goes_by_another_score(t: L.Trainer, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("make", [partial(ModelCheckpoint, mode="max"), partial(EarlyStopping, mode="max")])
-def test_a_callback_looks_at_a_metric_that_is_shown(t: L.Trainer, make: Any, tmp_path: Path) -> None:
-    callback, seen = make(monitor="loss"), []
+def test_a_callback_looks_at_a_metric_that_is_shown(
+    t: L.Trainer, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = make(monitor="loss")
     leash, metrics = compat.Leash(t), t.callback_metrics
     metrics["loss"] = torch.tensor(3.0)
+    seen: list[Any] = []
+
+    def asked(*_: Any) -> None:
+        if isinstance(callback, ModelCheckpoint):
+            seen.append(callback._monitor_candidates(t)["loss"])
+        else:
+            callback._run_early_stopping_check(t)
+            seen.append(callback.best_score)
+
+    monkeypatch.setattr(callback, "on_validation_end", asked)
     compat.looks_within(callback, leash, lambda: compat.metric_shown(t, "loss", torch.tensor(2.0)))
-    if isinstance(callback, ModelCheckpoint):
-        seen = [callback._monitor_candidates(t)["loss"]]
-    else:
-        callback._run_early_stopping_check(t)
-        seen = [callback.best_score]
+    callback.on_validation_end(t, t.lightning_module)
     assert seen == [2.0]
+    if isinstance(callback, ModelCheckpoint):
+        assert callback._monitor_candidates(t)["loss"] == 3.0, "in passing"
     assert metrics == {"loss": 3.0}
     with compat.metric_shown(t, "other", torch.tensor(1.0)):
         assert "other" in metrics

@@ -36,6 +36,7 @@ from lightning_async.strategies.compat.loggers import (
     metric_shown,
     plateaus_go_by,
     set_log_step,
+    where_epochs_end,
 )
 from lightning_async.strategies.compat.of_callbacks import (
     average_of,
@@ -161,6 +162,7 @@ __all__ = [
     "validate",
     "validates_in_this_epoch",
     "wants_our_sampler",
+    "where_epochs_end",
     "with_inner",
     "with_val_seconds",
     "within_batch",

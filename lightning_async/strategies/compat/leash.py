@@ -28,6 +28,7 @@ IN_A_FIT = {
     "fit_loop.epoch_loop._should_check_val_epoch": "whether an epoch is one with validation",
     "fit_loop.epoch_loop._should_check_val_fx": "it would validate by one rank's clock",
     "fit_loop.epoch_loop._get_monitor_value": "each rank would reduce its learning rate by its own metric",
+    "_logger_connector.on_epoch_end": "each rank would reduce its learning rate by its own metric",
     "fit_loop.epoch_loop.on_advance_end": "one rank alone would leave the loop right behind it",
     "fit_loop._iteration_based_training": "with `max_steps` it would lose the epoch behind one that was over",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,17 @@ def is_of_before(trainer: Trainer, name: str) -> bool:
     results = trainer.fit_loop.epoch_loop._results
     logged = [r for r in results.values() if name in {r.meta.name, r.meta.forked_name(True), r.meta.forked_name(False)}]
     return bool(logged) and all(result.has_reset for result in logged)
+
+
+def where_epochs_end(trainer: Trainer, leash: Leash, then: Callable[[], None]) -> None:
+    """`then` is called where all is there that an epoch of training logged, before schedules look at it."""
+
+    def epoch_end() -> None:
+        original()
+        if trainer.training:
+            then()
+
+    original = leash.replace("_logger_connector.on_epoch_end", epoch_end)
 
 
 def plateaus_go_by(trainer: Trainer, leash: Leash, values: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -49,27 +49,39 @@ class _Always(int):
         return 0
 
 
+HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_exception")
+"""In which callbacks save, or stop a run."""
+
+
 def name_files_by(callback: ModelCheckpoint, leash: Leash, make: Callable[..., str]) -> None:
     """`make` makes up the names of files that a ModelCheckpoint is about to save; who asks it for a name in passing, on
     one rank perhaps, has its own."""
-    own, saving = callback.format_checkpoint_name, [0]
-
-    def within(method: Callable[..., object]) -> Callable[..., object]:
-        def saves(*arguments: object, **more: object) -> object:
-            saving[0] += 1
-            try:
-                return method(*arguments, **more)
-            finally:
-                saving[0] -= 1
-
-        return saves
+    own = callback.format_checkpoint_name
+    saving = _while(callback, leash, "_get_metric_interpolated_filepath_name", "_save_last_checkpoint", "on_exception")
 
     def name(*arguments: object, **more: object) -> str:
         return make(*arguments, **more) if saving[0] else own(*arguments, **more)  # type: ignore[arg-type]
 
-    for method in ("_get_metric_interpolated_filepath_name", "_save_last_checkpoint", "on_exception"):
-        leash.wrap(callback, method, within(getattr(callback, method)))
     leash.wrap(callback, "format_checkpoint_name", name)
+
+
+def _while(callback: object, leash: Leash, *methods: str) -> list[int]:
+    """How many calls of these methods are under way."""
+    calls = [0]
+
+    def counted(method: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **more: object) -> object:
+            calls[0] += 1
+            try:
+                return method(*arguments, **more)
+            finally:
+                calls[0] -= 1
+
+        return call
+
+    for method in methods:
+        leash.wrap(callback, method, counted(getattr(callback, method)))
+    return calls
 
 
 def score_by(
@@ -89,10 +101,12 @@ def score_by(
 def looks_within(
     callback: ModelCheckpoint | EarlyStopping, leash: Leash, within: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    """Where a callback looks at the metrics, to save or to stop, it does so `within` this."""
+    """Where a callback looks at the metrics, to save or to stop, it does so `within` this; who asks it for them in
+    passing, on one rank perhaps, sees its own."""
+    looking = _while(callback, leash, *HOOKS)
 
     def look(trainer: Trainer) -> object:
-        with within():
+        with within() if looking[0] else nullcontext():
             return original(trainer)
 
     name = "_monitor_candidates" if isinstance(callback, ModelCheckpoint) else "_run_early_stopping_check"
