@@ -75,8 +75,7 @@ class LastBatch:
             _was_last(trainer)
 
     def came_empty(self, trainer: Trainer) -> None:
-        """The epoch is over on this rank, which had no batch in it: schedules by epoch go on, as the others' do. Those
-        of a rank that was through with it when the run was saved have."""
+        """The epoch is over on this rank, which had no batch in it: schedules by epoch go on, as the others' do."""
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             _was_last(trainer)
 

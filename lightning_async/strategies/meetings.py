@@ -88,9 +88,11 @@ class Meetings(Callback):
         """Epochs that ended without a meeting (a -1 of the user's) meet too; who ended early waits for the others."""
         self.strategy.feeding.under_way = False
         progress, clock = self.strategy.clock.progress, self.strategy.clock
+        waited = clock.waited
         if progress is not None and self._came_empty(trainer):
             progress.ended, clock.over = True, False
-            clock.came_empty(trainer)
+            if not waited:  # else it was through with the epoch when the run was saved, and its schedules too
+                clock.came_empty(trainer)
         if progress is not None and self.strategy.free:
             clock.ran_dry(trainer)
             progress.ended = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch

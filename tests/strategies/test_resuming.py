@@ -315,13 +315,14 @@ def test_a_run_that_was_terminated_between_two_steps_goes_on_to_the_bit(last: bo
     terminated = Terminated(tmp_path / "last" if last else None)
     save = [terminated, ModelCheckpoint(tmp_path, filename="x", save_on_exception=True, every_n_epochs=100)]
     through = run(2, _adds_up, 2, Draws, knobs, more, [], None, 2)
-    stopped = run(2, _adds_up, 2, Draws, knobs, more, save, None, 2)
+    pace = SpeedFaults(step_seconds=0.02)  # 16 steps in which they agree where they stop: at its end an epoch is over
+    stopped = run(2, _adds_up, 2, Draws, knobs, more, [*save, pace], None, 2)
+    assert 24 <= len(stopped[0][0]) < 40  # in mid-epoch, all of which is one step
     file = tmp_path / "x.ckpt"
     resumed = run(2, _adds_up, 2, Draws, knobs, more, save[1:], str(file), 2)
     for (losses, end), (first, _), (rest, other) in zip(through, stopped, resumed, strict=True):
         assert first + rest == losses
         assert other == end
-    assert 24 <= len(stopped[0][0]) < 40  # in mid-epoch, all of which is one step
     assert files_of(file)[0]["parts"]["stepping"]["gradients"]
 
 
