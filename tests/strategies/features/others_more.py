@@ -263,7 +263,7 @@ def _clipped_stage(a: Any, b: Any) -> bool:
 
 
 def _no_knob(key: str, knob: str) -> Cell:
-    return refused(key, f"unexpected keyword argument '{knob}'")
+    return refused(key, f"`{knob}` is for strategies whose ranks meet, and not for a pipeline")
 
 
 SHARED = "of the epoch of all, shared out by speed"
