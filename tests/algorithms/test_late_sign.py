@@ -133,6 +133,7 @@ def test_what_was_sent_counts_once_and_weights_are_the_same(speeds: Any, deadlin
     check(go(speeds, deadline=deadline))
 
 
+@pytest.mark.few(0)
 def test_whatever_the_wires_and_the_speeds() -> None:
     """Hundreds of schedules: speeds, latencies, freezes, deadlines and bounds are drawn; nobody is left waiting."""
     for seed in range(150):

@@ -74,7 +74,7 @@ def test_what_goes_against_the_fresh_is_shrunk(method: str) -> None:
         assert found["from0/min"] == 1
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("method", ["async_global", "cyclic, gradients", "cyclic, moves"])
 def test_what_goes_along_with_the_fresh_is_not(method: str) -> None:
     found = run(2, _slopes, method, [1.0, 0.1])[0]

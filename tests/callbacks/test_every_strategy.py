@@ -80,6 +80,7 @@ def _piped(n: int, law: str, knobs: dict[str, float], optimizer: str) -> dict[st
     }
 
 
+@pytest.mark.few(0)
 def test_in_a_pipeline_constant_is_fdgs_shrinking() -> None:
     """Once the pipe is full: a delay of 2 (K - k), and so sqrt(1/2) to the power of that: 1/2 a stage."""
     by_law = run(3, _piped, 3, "constant", {"beta": 0.5**0.5}, "sgd")

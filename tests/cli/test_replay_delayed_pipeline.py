@@ -54,7 +54,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Said:
     return replay
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("n", "module", "options"),
     [

@@ -79,7 +79,7 @@ FOLDS_NOTHING = (LazySignStrategy, "sync", "none")
 """Their rounds are no folds."""
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(("kind", "knobs", "precision"), METHODS)
 @pytest.mark.parametrize("module", ["Midway", "Epochs"])
 def test_what_comes_behind_a_checkpoint_is_what_came_behind_it_to_the_bit(

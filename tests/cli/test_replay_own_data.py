@@ -33,7 +33,7 @@ def notes(folder: Path, name: str, rank: int = 0) -> list[Any]:
 # -- as recorded -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("n", "module", "knobs", "options"),
     [

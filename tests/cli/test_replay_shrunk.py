@@ -29,7 +29,7 @@ def factors(logs: dict[int, list[Any]]) -> list[list[Any]]:
     return [line for lines in logs.values() for line in lines[1:] if line[1] in ("factor", "counts")]
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("kind", "knobs", "law"),
     [

@@ -196,7 +196,7 @@ def _through(n: int, knobs: dict[str, Any], path: str, where: str, resume: bool,
     return lit.losses if resume else lit.losses[save.losses :], weights(lit), strategy.steps
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(0)
 @pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with")
 @pytest.mark.parametrize(
     ("n", "knobs", "where"),

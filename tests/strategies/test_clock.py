@@ -255,7 +255,7 @@ def scheduled(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return {**found, "total": module.total}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["onecycle", "cosine"])
 @pytest.mark.parametrize("options", [{"max_steps": 40, "max_epochs": -1}, {"max_epochs": 2, "data": SHORT}])
 def test_schedules_by_step_end_where_they_should(name: str, options: dict[str, Any]) -> None:
@@ -553,6 +553,7 @@ def accumulated() -> dict[str, Any]:
     return fit(max_steps=20, max_epochs=-1, accumulate_grad_batches=3)
 
 
+@pytest.mark.few(0)
 def test_accumulated_batches_make_one_step() -> None:
     found = both(accumulated)
     assert found[0]["global_step"] == 20

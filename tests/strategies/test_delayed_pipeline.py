@@ -225,6 +225,7 @@ def _gathered() -> Any:
     return seen.trained, seen.validated, weights(lit)
 
 
+@pytest.mark.few(0)
 def test_where_replicas_rest_what_batchnorm_has_gathered_becomes_the_mean() -> None:
     """Of each stage over the replicas, and with that they train on."""
     ranks = run(4, _gathered)
@@ -400,7 +401,7 @@ def _clips(clip: str) -> float:
 
 
 @pytest.mark.parametrize(("clip", "times"), [("pipe", 1), ("stage", 3)])
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 def test_what_is_clipped_by_norm(clip: str, times: int) -> None:
     """All of the pipe together, or each of its three stages."""
     assert sum(run(3, _clips, clip)) == pytest.approx(times * 0.01**2, rel=1e-2)

@@ -31,7 +31,7 @@ def _seen(scene: Scene, folder: Path) -> Any:
     return scene.run(folder)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("scene", page.SCENES, ids=lambda scene: scene.name)
 def test_each_row_is_true(scene: Scene, tmp_path: Path) -> None:
     first, second = run(2, _seen, scene, tmp_path, timeout=SECONDS)

@@ -59,6 +59,7 @@ def test_the_length_of_a_synchronous_run(options: dict[str, Any]) -> None:
     assert fast[1]
 
 
+@pytest.mark.few(0)
 def test_it_is_the_length_that_ddp_tells() -> None:
     (plain, sentences, _), _ = run(RANKS, fit, {}, "ddp")
     assert plain == {math.ceil(SAMPLES / RANKS / 4)}

@@ -229,6 +229,7 @@ def _saved(file: Path, midst: bool) -> Any:
     return weights(lit), trace.steps, trace.validated
 
 
+@pytest.mark.few(0)
 def test_a_save_in_the_midst_of_a_validation_steps_the_weights_and_not_the_average(tmp_path: Path) -> None:
     """Gradients that are on their way are applied before it. The file is that of a save at the validation's end."""
     midst, end = (run(2, _saved, tmp_path / f"{midst}.ckpt", midst) for midst in (True, False))

@@ -184,6 +184,7 @@ def test_saves_in_mid_epoch_are_whole(tmp_path: Path) -> None:
     assert all(not torch.equal(value, fresh[name]) for name, value in state["state_dict"].items())
 
 
+@pytest.mark.few(0)
 def test_a_run_goes_on_in_mid_epoch(tmp_path: Path) -> None:
     """From the batch after the last one that was trained on, in the same order."""
     whole = run(2, _train, str(tmp_path / "a"), 2, 2, None, {}, 5)

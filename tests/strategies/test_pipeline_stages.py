@@ -395,6 +395,7 @@ def test_measuring_leaves_no_trace() -> None:
     pytest.fail("no cut gives the same run")
 
 
+@pytest.mark.few(0)
 def test_a_list_of_blocks_trains_as_a_sequence_does() -> None:
     sequence = run(2, _works, 2, Piped, {"split": [1]})
     in_a_list = run(2, _works, 2, InAList, {"split": [1]})

@@ -170,7 +170,7 @@ def test_so_they_do_on_four_ranks(tmp_path: Path, name: str) -> None:
     assert Counter(before + after) == dict.fromkeys(range(240), 3)
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("name", "length"),
     [

@@ -66,7 +66,7 @@ def _through(kind: Any, lit: Any, knobs: dict[str, Any], path: str, where: str, 
 
 
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist", "ignore:Detected call of `lr_sch")
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize(
     ("kind", "lit", "at_meeting", "where", "precision"),
     [

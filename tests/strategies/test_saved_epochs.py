@@ -126,6 +126,7 @@ def _is_rest_of(whole: list[dict[str, Any]], ends: list[dict[str, Any]], step: i
         assert fed == "share" or all(a[len(a) - len(b) :] == b for a, b in zip(_seen(whole), _seen(ends), strict=True))
 
 
+@pytest.mark.few(0)
 def test_a_run_that_stopped_by_its_steps_while_one_rank_waited_trains_on_nothing_twice(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_epochs": EPOCHS, **VALIDATES["never"]}
     run(2, _fit, 2, "stream", {**options, "max_steps": 6}, str(tmp_path), 6, None, [])

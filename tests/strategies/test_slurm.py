@@ -424,7 +424,7 @@ LAST: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("end", LAST)
 def test_a_signal_in_the_very_last_validation_saves_behind_it_too(slurm: Path, end: str, rank: int) -> None:

@@ -66,6 +66,7 @@ def _through(path: str, resume: bool) -> Any:
     return losses, weights(lit), plain([o.state_dict() for o in t.optimizers]), t.global_step, t.strategy.steps
 
 
+@pytest.mark.few(0)
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     path = str(tmp_path / "x.ckpt")
     assert run(4, _through, path, False) == run(4, _through, path, True)

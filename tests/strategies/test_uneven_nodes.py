@@ -300,7 +300,7 @@ def _fit(of: str, knobs: dict[str, Any], nodes: list[int] | None = None, how: st
     return sees.seen | ends | {"val": float(t.callback_metrics["val"]), "own": strategy.steps}
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("nodes", [None, NODES])
 @pytest.mark.parametrize("how", ["torchrun", "by the strategy"])
 def test_every_rank_of_two_and_one_is_a_member(nodes: list[int] | None, how: str) -> None:
@@ -474,7 +474,7 @@ def _agent(inner: bool) -> list[dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork")
-@pytest.mark.few(1)
+@pytest.mark.few(0)
 @pytest.mark.parametrize("inner", [True, False])
 def test_torchrun_starts_two_and_one(inner: bool) -> None:
     ends = [end for node in run(2, _agent, inner) for end in node]
